@@ -1,0 +1,252 @@
+"""The card of a mechanism or a metric: what its file says about itself, read without importing it.
+
+A mechanism file imports torch. `list`, `explain`, `--help` and a wrong swap text need only its words
+and the names and types of its arguments, so those are read from the source with `ast`. What is read:
+
+    text      the module docstring (of a class in a notebook: its own docstring)
+    facts     the class attributes that are literals (`slots`, `identity`, `unit`, `null`, ...)
+    args      the fields of the dataclass that the class attribute `Config` names
+
+Annotations understood: `int`, `float`, `bool`, `str`, `Call` (another mechanism), `Literal[...]`,
+`X | None`, and `Annotated[X, bound]` with a bound of the form ">= n", "> n" or "a..b" (both inclusive).
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import importlib.machinery
+import importlib.util
+import inspect
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+TYPES = ("int", "float", "bool", "str", "Call")
+
+
+class CardError(Exception):
+    """A file whose card cannot be read. The caller says for whom, and in which sentence."""
+
+
+class _Required:
+    def __repr__(self) -> str:
+        return "required"
+
+
+REQUIRED: Any = _Required()
+"""The default of an argument that has none."""
+
+
+@dataclass(frozen=True)
+class Arg:
+    """One argument of a mechanism: a field of its Config."""
+
+    name: str
+    type: str
+    """One of `TYPES`."""
+    choices: tuple[Any, ...] | None = None
+    optional: bool = False
+    """`none` is a value."""
+    bound: str | None = None
+    default: Any = REQUIRED
+    doc: str = ""
+
+    @property
+    def allowed(self) -> str:
+        """The type in words: `int >= 1`, `one of linear, delta`, `float or none`."""
+        words = self.type if self.type != "Call" else "a mechanism"
+        if self.choices is not None:
+            words = "one of " + ", ".join(str(choice) for choice in self.choices)
+        elif self.bound is not None:
+            words += f" in {self.bound}" if ".." in self.bound else f" {self.bound}"
+        return words + (" or none" if self.optional else "")
+
+    def within(self, value: float) -> bool:
+        """Whether a number lies inside the bound."""
+        if self.bound is None:
+            return True
+        if ".." in self.bound:
+            low, high = self.bound.split("..")
+            return float(low) <= value <= float(high)
+        sign, limit = self.bound.split()
+        return value >= float(limit) if sign == ">=" else value > float(limit)
+
+
+@dataclass(frozen=True)
+class Card:
+    """What one mechanism or metric says about itself."""
+
+    name: str
+    summary: str
+    text: str
+    facts: dict[str, Any] = field(default_factory=dict)
+    args: tuple[Arg, ...] = ()
+
+    def arg(self, name: str) -> Arg | None:
+        return next((arg for arg in self.args if arg.name == name), None)
+
+
+def read(name: str, target: str) -> Card:
+    """The card of `target` ("package.module:Class"), read from its source.
+
+    Raises:
+        CardError: there is no such module, file or class, or an argument's type is not understood.
+    """
+    module, _, attribute = target.partition(":")
+    if module in sys.modules and not getattr(sys.modules[module], "__file__", None):
+        return of_class(name, getattr(sys.modules[module], attribute))
+    path = _source(module)
+    tree = ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+    classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
+    if attribute not in classes:
+        raise CardError(f"module `{module}` has no class `{attribute}`")
+    facts: dict[str, Any] = {}
+    config = None
+    for node in reversed(list(_ancestry(classes[attribute], classes))):
+        for key, value in _assignments(node):
+            if key == "Config" and isinstance(value, ast.Name):
+                config = value.id
+            elif not key.startswith("_"):
+                try:
+                    facts[key] = ast.literal_eval(value)
+                except ValueError:
+                    continue  # computed: not a fact that can be read without importing
+    args: tuple[Arg, ...] = ()
+    if config is not None:
+        if config not in classes:
+            raise CardError(f"the Config of `{attribute}` must be a class in the same file, `{path}`")
+        args = _fields(classes[config], classes)
+    text = ast.get_docstring(tree) or ast.get_docstring(classes[attribute]) or ""
+    return Card(name, _first_line(text), text, facts, args)
+
+
+def of_class(name: str, cls: type) -> Card:
+    """The card of a class that is already there, such as one written in a notebook cell."""
+    facts = {
+        key: value
+        for base in reversed(cls.__mro__)
+        if base.__module__ != "torch.nn.modules.module"
+        for key, value in vars(base).items()
+        if not key.startswith("_") and _is_literal(value)
+    }
+    args = []
+    config = getattr(cls, "Config", None)
+    for item in dataclasses.fields(config) if config is not None else ():
+        note = item.type if isinstance(item.type, str) else inspect.formatannotation(item.type)
+        default = REQUIRED if item.default is dataclasses.MISSING else item.default
+        args.append(_arg(item.name, ast.parse(note, mode="eval").body, default, ""))
+    text = inspect.getdoc(cls) or ""
+    return Card(name, _first_line(text), text, facts, tuple(args))
+
+
+def _first_line(text: str) -> str:
+    return text.split("\n", 1)[0].strip()
+
+
+def _is_literal(value: object) -> bool:
+    if isinstance(value, (tuple, list)):
+        return all(_is_literal(item) for item in value)
+    return isinstance(value, (str, int, float, bool, type(None)))
+
+
+def _source(module: str) -> Path:
+    """The file of a module. Imports nothing: not even the packages around it."""
+    first, *rest = module.split(".")
+    try:
+        found = importlib.util.find_spec(first)
+    except ValueError:  # a module without a __spec__, such as a notebook's __main__
+        found = None
+    full = first
+    for part in rest:
+        if found is None or found.submodule_search_locations is None:
+            raise CardError(f"there is no module `{module}`")
+        full = f"{full}.{part}"
+        found = importlib.machinery.PathFinder.find_spec(full, found.submodule_search_locations)
+    if found is None or found.origin is None or not found.origin.endswith(".py"):
+        raise CardError(f"there is no module `{module}`")
+    return Path(found.origin)
+
+
+def _ancestry(node: ast.ClassDef, classes: dict[str, ast.ClassDef]) -> Iterator[ast.ClassDef]:
+    """The class, then its bases in the same file, nearest first."""
+    yield node
+    for base in node.bases:
+        if isinstance(base, ast.Name) and base.id in classes:
+            yield from _ancestry(classes[base.id], classes)
+
+
+def _assignments(node: ast.ClassDef) -> Iterator[tuple[str, ast.expr]]:
+    for item in node.body:
+        if isinstance(item, ast.Assign) and isinstance(item.targets[0], ast.Name):
+            yield item.targets[0].id, item.value
+        elif isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name) and item.value:
+            yield item.target.id, item.value
+
+
+def _fields(node: ast.ClassDef, classes: dict[str, ast.ClassDef]) -> tuple[Arg, ...]:
+    """The fields of a Config, inherited ones first, each with the string literal that follows it."""
+    found: dict[str, Arg] = {}
+    for owner in reversed(list(_ancestry(node, classes))):
+        for item, after in zip(owner.body, [*owner.body[1:], None], strict=True):
+            if not (isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name)):
+                continue
+            doc = ""
+            if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant):
+                doc = inspect.cleandoc(str(after.value.value))
+            try:
+                default = REQUIRED if item.value is None else ast.literal_eval(item.value)
+            except ValueError:
+                raise CardError(
+                    f"the default of `{item.target.id}` must be a literal, "
+                    f"got `{ast.unparse(item.value)}`"  # type: ignore[arg-type]
+                ) from None
+            found[item.target.id] = _arg(item.target.id, item.annotation, default, doc)
+    return tuple(found.values())
+
+
+def _arg(name: str, note: ast.expr, default: Any, doc: str) -> Arg:
+    bound: str | None = None
+    choices: tuple[Any, ...] | None = None
+    optional = False
+    while True:
+        if isinstance(note, ast.BinOp) and isinstance(note.op, ast.BitOr):
+            sides = [note.left, note.right]
+            kept = [side for side in sides if not _is_none(side)]
+            optional = optional or len(kept) < 2
+            if len(kept) != 1:
+                break
+            note = kept[0]
+        elif isinstance(note, ast.Subscript) and _name(note.value) == "Annotated":
+            note, extra = note.slice.elts[:2]  # type: ignore[attr-defined]
+            bound = _check_bound(name, ast.literal_eval(extra))
+        elif isinstance(note, ast.Subscript) and _name(note.value) == "Literal":
+            value = ast.literal_eval(note.slice)
+            choices = value if isinstance(value, tuple) else (value,)
+            return Arg(name, type(choices[0]).__name__, choices, optional, bound, default, doc)
+        elif _name(note) in TYPES:
+            return Arg(name, _name(note), choices, optional, bound, default, doc)
+        else:
+            break
+    raise CardError(f"the type of `{name}` is not understood: `{ast.unparse(note)}`")
+
+
+def _check_bound(name: str, bound: object) -> str:
+    try:
+        Arg(name, "float", bound=bound).within(0.0)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        raise CardError(f"the bound of `{name}` is not understood: {bound!r}") from None
+    return str(bound)
+
+
+def _is_none(note: ast.expr) -> bool:
+    return isinstance(note, ast.Constant) and note.value is None
+
+
+def _name(note: ast.expr) -> str:
+    """`int` of `int`, `Literal` of `typing.Literal`."""
+    if isinstance(note, ast.Constant) and isinstance(note.value, str):
+        return note.value
+    return note.attr if isinstance(note, ast.Attribute) else getattr(note, "id", "")
