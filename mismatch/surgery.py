@@ -1,0 +1,240 @@
+"""Replace parts of a model, know exactly what was replaced, and put everything back.
+
+The student is a second module tree over the SAME tensors: a deep copy whose parameters and buffers are shared. The teacher
+is never touched, both run side by side, and no weight exists twice. Surgery replaces modules, never adds hooks to change a
+value (nnsight reads values before hooks). The one hook that is added carries the 2-D padding mask to mechanisms, because
+transformers hands none to the layers of an unpadded batch.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import nn
+
+from mismatch.errors import MismatchError, SurgeryError
+from mismatch.layout import Layout
+from mismatch.mechanisms.base import Calibrator, Context, Host
+from mismatch.registry import mechanisms
+from mismatch.spec import Call, Placement
+
+Calibrations = Mapping[tuple[int | None, str, Call], Calibrator]
+
+
+@dataclass(frozen=True)
+class Replaced:
+    """One module that was replaced. Parameter dicts map a name to its number of values."""
+
+    layer: int | None
+    slot: str
+    path: str
+    mechanism: str
+    args: dict[str, Any]
+    old: str
+    new: str
+    inherited: dict[str, int]
+    new_parameters: dict[str, int]
+    dropped: dict[str, int]
+    identity: str
+    state: str
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What surgery did (or, on the meta device, would do)."""
+
+    spec: str
+    clauses: tuple[Replaced, ...]
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Layers with a replaced part, ascending."""
+        return tuple(sorted({c.layer for c in self.clauses if c.layer is not None}))
+
+    @property
+    def first(self) -> int | None:
+        """The first replaced layer; None when only the final norm is replaced."""
+        return min(self.layers, default=None)
+
+    def lines(self) -> list[str]:
+        """One line per mechanism and slot: where, what became what, and what happened to the parameters."""
+        groups: dict[tuple, list[Replaced]] = {}
+        for clause in self.clauses:
+            key = (clause.slot, clause.mechanism, str(clause.args), clause.old)
+            groups.setdefault(key, []).append(clause)
+        return [_line(group) for group in groups.values()]
+
+
+@dataclass
+class Student:
+    """A model with parts replaced. `model` is an ordinary transformers model over the teacher's tensors."""
+
+    model: nn.Module
+    layout: Layout
+    plan: Plan
+    tokenizer: Any = None
+    name: str = "swap"
+    _undo: list[tuple[nn.Module, str, nn.Module]] = field(default_factory=list, repr=False)
+
+    def undo(self) -> None:
+        """Put every original module back, newest first: the logits are then bit-equal to the teacher's."""
+        while self._undo:
+            parent, name, original = self._undo.pop()
+            setattr(parent, name, original)
+        self.plan = Plan(spec="", clauses=())
+
+    def whole_blocks(self) -> frozenset[int]:
+        """Layers whose block was replaced as a whole: what is inside them is not what is added to the stream."""
+        return frozenset(c.layer for c in self.plan.clauses if c.slot == "block" and c.layer is not None)
+
+
+def graft(model: nn.Module) -> nn.Module:
+    """A second module tree over the same parameters and buffers."""
+    shared = {id(t): t for t in chain(model.parameters(), model.buffers())}
+    return copy.deepcopy(model, shared)
+
+
+def operate(
+    layout: Layout,
+    placements: Sequence[Placement],
+    *,
+    spec: str,
+    seed: int = 0,
+    calibrations: Calibrations | None = None,
+    name: str = "swap",
+    tokenizer: Any = None,
+) -> Student:
+    """Build the student: graft the teacher's tree and replace what `placements` say, in their order.
+
+    Args:
+        layout: of the teacher, which stays untouched.
+        placements: from `mismatch.spec.resolve`.
+        spec: the canonical text of the swap.
+        seed: of every new tensor.
+        calibrations: filled calibrators by (layer, slot, call), for mechanisms that ask for one.
+        name: the student's name in the table.
+        tokenizer: kept beside the model.
+
+    Raises:
+        SurgeryError: a mechanism cannot be built here, or fails on the module it replaces.
+    """
+    model = graft(layout.model)
+    student = Student(model, Layout(model, layout.family), Plan(spec, ()), tokenizer, name)
+    host = Host()
+    student.layout.decoder.register_forward_pre_hook(_carry_mask(host), with_kwargs=True)
+    replaced = []
+    for index, placement in enumerate(placements):
+        path = student.layout.slot_path(placement.layer, placement.slot)
+        original = model.get_submodule(path)
+        key = (placement.layer, placement.slot, placement.call)
+
+        def build(call: Call, module: nn.Module, place: Placement = placement, at: int = index) -> nn.Module:
+            context = Context(
+                layer=place.layer,
+                slot=place.slot,
+                n_layers=layout.n_layers,
+                d_model=layout.d_model,
+                model_config=model.config,
+                family=layout.family,
+                host=host,
+                seed=seed + 1000 * at,
+                calibration=(calibrations or {}).get((place.layer, place.slot, call)),
+                build=build,
+            )
+            return construct(call, module, context)
+
+        new = build(placement.call, original)
+        new.train(original.training)
+        parent, _, attribute = path.rpartition(".")
+        setattr(model.get_submodule(parent), attribute, new)
+        student._undo.append((model.get_submodule(parent), attribute, original))
+        replaced.append(_audit(placement, path, original, new))
+    student.plan = Plan(spec, tuple(replaced))
+    return student
+
+
+def construct(call: Call, original: nn.Module, context: Context) -> nn.Module:
+    """Build one mechanism around or in place of `original`.
+
+    Raises:
+        SurgeryError: the mechanism's own error, or any other exception, named with mechanism, layer and slot.
+    """
+    cls = mechanisms().get(call.name)
+    where = f"`{call.name}` at {'final_norm' if context.layer is None else f'layer {context.layer}'}"
+    try:
+        return cls(original, cls.Config(**call.arguments()), context)
+    except MismatchError:
+        raise
+    except Exception as error:
+        raise SurgeryError(
+            f"{where} `{context.slot}` could not be built from {type(original).__name__}: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+
+
+def calibrators(placements: Sequence[Placement]) -> dict[tuple[int | None, str, Call], Calibrator]:
+    """A fresh calibrator for each placed mechanism that wants to see the original's inputs and outputs."""
+    wanted = {}
+    for placement in placements:
+        for call in placement.call.nested():
+            calibrator = mechanisms().get(call.name).calibrator(call.arguments())
+            if calibrator is not None:
+                wanted[(placement.layer, placement.slot, call)] = calibrator
+    return wanted
+
+
+def _carry_mask(host: Host) -> Callable[[nn.Module, tuple, dict], None]:
+    def carry(_module: nn.Module, _args: tuple, kwargs: dict) -> None:
+        mask = kwargs.get("attention_mask")
+        host.mask = mask if isinstance(mask, torch.Tensor) and mask.ndim == 2 else None
+
+    return carry
+
+
+def _audit(placement: Placement, path: str, original: nn.Module, new: nn.Module) -> Replaced:
+    """Work out inherited, new and dropped parameters from the identity of the tensors."""
+    old = {id(p): (name, p.numel()) for name, p in original.named_parameters()}
+    now = {id(p): (name, p.numel()) for name, p in new.named_parameters()}
+    return Replaced(
+        layer=placement.layer,
+        slot=placement.slot,
+        path=path,
+        mechanism=placement.call.name,
+        args=placement.call.printable(),
+        old=type(original).__name__,
+        new=type(new).__name__,
+        inherited=dict(old[i] for i in old if i in now),
+        new_parameters=dict(now[i] for i in now if i not in old),
+        dropped=dict(old[i] for i in old if i not in now),
+        identity=type(new).identity,
+        state=type(new).state,
+        notes=tuple(new.notes()),
+    )
+
+
+def _line(group: list[Replaced]) -> str:
+    first = group[0]
+    args = ", ".join(f"{k}={v}" for k, v in first.args.items())
+    layers = [c.layer for c in group if c.layer is not None]
+    where = "final_norm" if not layers else f"layer {layers[0]}" if len(layers) == 1 else (
+        f"{len(layers)} layers ({', '.join(map(str, layers))})"
+    )
+    counts = ", ".join(
+        f"{word} {_human(sum(sum(getattr(c, kind).values()) for c in group))}"
+        for word, kind in (("inherited", "inherited"), ("new", "new_parameters"), ("dropped", "dropped"))
+    )
+    slot = "" if where == "final_norm" else f" {first.slot}"
+    return f"{where}{slot}: {first.old} -> {first.new}({args})   {counts}"
+
+
+def _human(n: int) -> str:
+    for unit, size in (("B", 10**9), ("M", 10**6), ("k", 10**3)):
+        if n >= size:
+            return f"{n / size:.3g}{unit}"
+    return str(n)

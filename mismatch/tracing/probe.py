@@ -1,0 +1,108 @@
+"""Prove a layout on the loaded model by running it, before any number is believed.
+
+Names and shapes are not enough: a module can have the right name and feed nothing. So on a few tokens:
+1. every site fires exactly once per forward, as `batch pos d_model`;
+2. the parts add up: resid_mid = resid_pre + attn_out, resid_post = resid_mid + mlp_out, and one block's resid_post is the
+   next one's resid_pre;
+3. the head on the final states gives the model's own logits, bit for bit;
+4. the suffix from the middle block, given the stored stream, gives the same final states, bit for bit;
+5. a change of attn_out, of mlp_out and of resid_post moves the logits.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mismatch.errors import LayoutError
+from mismatch.layout import Layout
+from mismatch.tracing import hooks
+from mismatch.tracing.sites import Tap, taps, tensor_of
+
+TOKENS = 8
+
+
+def prove(layout: Layout) -> None:
+    """Run the five checks above.
+
+    Raises:
+        LayoutError: says which check failed, at which layer and site, with the numbers.
+    """
+    device = next(layout.model.parameters()).device
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, layout.vocab, (2, TOKENS), generator=generator).to(device)
+    values: dict[tuple[int, str], Tensor] = {}
+
+    def visit(tap: Tap, value: Tensor) -> None:
+        if (tap.layer, tap.site) in values:
+            raise _wrong(layout, tap.layer, tap.site, "fires more than once per forward")
+        if value.shape != (*ids.shape, layout.d_model):
+            wanted = (*ids.shape, layout.d_model)
+            raise _wrong(layout, tap.layer, tap.site, f"has shape {tuple(value.shape)}, not {wanted}")
+        values[tap.layer, tap.site] = value
+
+    every = [t for layer in range(layout.n_layers) for t in taps(layout, layer)]
+    with torch.no_grad():
+        final = hooks.run(layout, ids, every, visit)
+        for tap in every:
+            if (tap.layer, tap.site) not in values:
+                raise _wrong(layout, tap.layer, tap.site, "never fires")
+        _adds_up(layout, values)
+        logits = layout.model(input_ids=ids, use_cache=False).logits
+        if not torch.equal(layout.head(final), logits):
+            raise LayoutError(
+                f"the head of this {layout.family.name} model does more than its layout says: "
+                f"logits differ by {(layout.head(final) - logits).abs().max():.3g}"
+            )
+        middle = layout.n_layers // 2
+        if middle > 0:
+            again = hooks.run(
+                layout, ids, (), visit, start=middle, stream=values[middle - 1, "resid_post"]
+            )
+            if not torch.equal(again, final):
+                raise LayoutError(
+                    f"running from block {middle} on the stored stream does not repeat the forward of this "
+                    f"{layout.family.name} model (off by {(again - final).abs().max():.3g})"
+                )
+        for tap in taps(layout, middle):
+            if tap.side == "out" and not _moves(layout, ids, tap, final):
+                raise _wrong(layout, tap.layer, tap.site, "can be changed without changing the output")
+
+
+def _adds_up(layout: Layout, values: dict[tuple[int, str], Tensor]) -> None:
+    for layer in range(layout.n_layers):
+        pre, attn, mlp, post = (
+            values[layer, site] for site in ("resid_pre", "attn_out", "mlp_out", "resid_post")
+        )
+        if not layout.parallel and not _near(pre + attn, values[layer, "resid_mid"]):
+            raise _wrong(layout, layer, "resid_mid", "is not resid_pre + attn_out")
+        if not _near(pre + attn + mlp, post):
+            raise _wrong(layout, layer, "resid_post", "is not resid_pre + attn_out + mlp_out")
+        if layer > 0 and not torch.equal(pre.cpu(), values[layer - 1, "resid_post"].cpu()):
+            raise _wrong(layout, layer, "resid_pre", "is not what the block before gave")
+
+
+def _near(a: Tensor, b: Tensor) -> bool:
+    # Sums of a few terms in the model's own precision: a few roundings of the largest value.
+    bound = 16 * torch.finfo(b.dtype).eps * float(b.abs().max())
+    return float((a - b).abs().max()) <= bound
+
+
+def _moves(layout: Layout, ids: Tensor, tap: Tap, final: Tensor) -> bool:
+    def nudge(_module: object, _args: object, out: object) -> object:
+        value = tensor_of(out)
+        changed = value + value.abs().mean() * torch.sign(value)
+        return (changed, *out[1:]) if isinstance(out, tuple) else changed
+
+    handle = tap.module(layout).register_forward_hook(nudge)
+    try:
+        return not torch.equal(layout.decoder(input_ids=ids, use_cache=False).last_hidden_state, final)
+    finally:
+        handle.remove()
+
+
+def _wrong(layout: Layout, layer: int, site: str, what: str) -> LayoutError:
+    return LayoutError(
+        f"layout `{layout.family.name}` does not fit this {type(layout.model).__name__}: {site} of layer {layer} {what}",
+        hint="was the model changed before it came here? `mismatch` wants the untouched model",
+    )
