@@ -1,0 +1,42 @@
+"""The swap grammar: text in, clauses and placements out. No torch.
+
+    spec      = clause (";" clause)*                       --swap may also be repeated
+    clause    = target ["." slot] ":" mechanism
+    target    = ("layer" | "layers") ranges | "all" | "norms" | "final_norm"
+    ranges    = range ("," range)*  or the same in "[ ]"   brackets are optional: some shells expand them
+    range     = i | i "-" i ["/" step]     i = number | "last"       0-based, both ends included
+    mechanism = name ["(" argument ("," argument)* ")"]
+    name      = a registered name, or "package.module:Class"
+    argument  = key "=" value, or first a mechanism without a key: parallel(infini(segment=64), alpha=0)
+    value     = number | true | false | none | word | "quoted" | mechanism with "( )"
+
+| text | meaning |
+|---|---|
+| `layer12:infini` | the slot is the mechanism's own (`attn`) |
+| `layers[8-15].attn:sliding_window(window=256, sinks=4)` | 8 layers |
+| `layers0-last/2:infini; layer3.mlp:zero` | every second layer, and one MLP |
+| `norms:dyt` | `norm1` and `norm2` of all layers, and `final_norm` |
+| `layers[4-7].norms:dyt` | all norms of four layers |
+| `layer12:parallel(infini, alpha=0)` | the original stays, and infini is added |
+
+`parse` knows the grammar only. `check` also knows the mechanisms, by their cards. `resolve` also knows the
+model: how many layers, which slots. A clause that fits only in part is an error, never a smaller swap.
+`format(parse(text))` is canonical, and names the run.
+"""
+
+from mismatch.spec.grammar import Call, Clause, Range, Spec, Target, Value, parse
+from mismatch.spec.placement import Placement, check, format, resolve
+
+__all__ = [
+    "Call",
+    "Clause",
+    "Placement",
+    "Range",
+    "Spec",
+    "Target",
+    "Value",
+    "check",
+    "format",
+    "parse",
+    "resolve",
+]

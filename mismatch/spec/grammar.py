@@ -1,0 +1,358 @@
+"""From the text of a swap to its clauses, each part with the column where it stands (see `mismatch.spec`)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import NoReturn, Union
+
+from mismatch.errors import SpecError
+from mismatch.registry import did_you_mean
+
+SLOTS = (
+    "norm1",
+    "attn",
+    "rope",
+    "q_proj",
+    "k_proj",
+    "v_proj",
+    "o_proj",
+    "norm1_post",
+    "norm2",
+    "mlp",
+    "gate_proj",
+    "up_proj",
+    "down_proj",
+    "norm2_post",
+    "norms",
+    "block",
+)
+"""Every slot that some family has. `final_norm` is a target of its own, for it belongs to no layer."""
+
+TARGETS = ("layer", "layers", "all", "norms", "final_norm")
+
+Value = Union[int, float, bool, str, None, "Call"]
+
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
+_WORD = re.compile(r"[A-Za-z_][\w./-]*")
+_IDENTIFIER = re.compile(r"[A-Za-z_]\w*")
+_MECHANISM = re.compile(r"[A-Za-z_][\w.]*(:[A-Za-z_]\w*)?")
+_QUOTED = re.compile(r'"((?:[^"\\]|\\["\\])*)"' + r"|'((?:[^'\\]|\\['\\])*)'")
+_EXAMPLE = "write `target:mechanism`, such as `layer12:infini`"
+_LITERALS = {"true": True, "false": False, "none": None}
+
+
+@dataclass(frozen=True)
+class Call:
+    """A mechanism and what was said about it: `infini(segment=64)`.
+
+    A mechanism given without a key has the key "" until `check` gives it the name of its field.
+    """
+
+    name: str
+    args: tuple[tuple[str, Value], ...] = ()
+    at: int = field(default=0, compare=False, repr=False)
+    columns: tuple[tuple[int, int], ...] = field(default=(), compare=False, repr=False)
+    """For each argument the columns of its key and of its value."""
+
+    def arguments(self) -> dict[str, Value]:
+        """The keyword arguments of the mechanism's Config. A mechanism among them stays a Call."""
+        return dict(self.args)
+
+    def printable(self) -> dict[str, object]:
+        """The arguments for JSON: a mechanism among them is its text."""
+        return {k: str(v) if isinstance(v, Call) else v for k, v in self.args}
+
+    def nested(self) -> Iterator[Call]:
+        """This call, then the calls among its arguments, outermost first."""
+        yield self
+        for _, value in self.args:
+            if isinstance(value, Call):
+                yield from value.nested()
+
+    def __str__(self) -> str:
+        if not self.args:
+            return self.name
+        parts = [
+            # A mechanism that comes first needs no key: it is the only argument of its type.
+            str(value) if isinstance(value, Call) and index == 0 else f"{key}={_text(value)}"
+            for index, (key, value) in enumerate(self.args)
+        ]
+        return f"{self.name}({', '.join(parts)})"
+
+
+def _text(value: Value) -> str:
+    if isinstance(value, Call):
+        return str(value)
+    if value is None or isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str):
+        if _WORD.fullmatch(value) and value not in _LITERALS:
+            return value
+        escaped = value.replace("\\", "\\\\").replace('"', '\\"')
+        return f'"{escaped}"'
+    return repr(value)
+
+
+@dataclass(frozen=True)
+class Range:
+    """Layers `first` to `last`, both included, every `step`-th. None stands for the last layer of the model."""
+
+    first: int | None
+    last: int | None
+    step: int = 1
+    at: int = field(default=0, compare=False, repr=False)
+
+    def __str__(self) -> str:
+        ends = ["last" if end is None else str(end) for end in (self.first, self.last)]
+        if ends[0] == ends[1]:
+            return ends[0]
+        return "-".join(ends) + (f"/{self.step}" if self.step > 1 else "")
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where a mechanism goes: `kind` is "layers", "all", "norms" or "final_norm"."""
+
+    kind: str
+    ranges: tuple[Range, ...] = ()
+    slot: str | None = None
+    at: int = field(default=0, compare=False, repr=False)
+    slot_at: int = field(default=0, compare=False, repr=False)
+
+    def __str__(self) -> str:
+        text = self.kind
+        if self.kind == "layers":
+            inside = ",".join(map(str, self.ranges))
+            if len(self.ranges) > 1:
+                text = f"layers[{inside}]"
+            else:
+                text = f"layers{inside}" if "-" in inside else f"layer{inside}"
+        return text if self.slot is None else f"{text}.{self.slot}"
+
+
+@dataclass(frozen=True)
+class Clause:
+    target: Target
+    call: Call
+
+    def __str__(self) -> str:
+        return f"{self.target}:{self.call}"
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A whole swap. `text` is what the columns count in."""
+
+    clauses: tuple[Clause, ...]
+    text: str = field(default="", compare=False, repr=False)
+
+    def __str__(self) -> str:
+        return "; ".join(map(str, self.clauses))
+
+
+def parse(text: str | Iterable[str]) -> Spec:
+    """Read a swap, or several that are joined.
+
+    Raises:
+        SpecError: the text is not in the grammar; shows it with a caret.
+    """
+    parts = [text] if isinstance(text, str) else list(text)
+    whole = "; ".join(re.sub(r"\s", " ", part).strip("; ") for part in parts)
+    if not whole:
+        raise SpecError("the swap is empty", hint=_EXAMPLE)
+    return _Parser(whole).spec()
+
+
+class _Parser:
+    """Recursive descent over one text. `pos` is the column that is read next."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        self.pos = 0
+
+    def fail(self, message: str, at: int, hint: str | None = None) -> NoReturn:
+        raise SpecError(message, text=self.text, at=at, hint=hint)
+
+    def space(self) -> None:
+        while self.text[self.pos : self.pos + 1] == " ":
+            self.pos += 1
+
+    def peek(self) -> str:
+        self.space()
+        return self.text[self.pos : self.pos + 1]
+
+    def take(self, symbol: str) -> bool:
+        if self.peek() != symbol:
+            return False
+        self.pos += 1
+        return True
+
+    def match(self, pattern: re.Pattern[str]) -> re.Match[str] | None:
+        self.space()
+        found = pattern.match(self.text, self.pos)
+        if found is not None:
+            self.pos = found.end()
+        return found
+
+    def rest(self) -> str:
+        """What stands here, for an error: up to the next sign or space."""
+        found = re.match(r"[^\s;:,=()\[\]]+|.", self.text[self.pos :])
+        return f"`{found.group()}`" if found else "the end"
+
+    def spec(self) -> Spec:
+        clauses = []
+        while not clauses or self.take(";"):
+            if self.peek() in ("", ";"):
+                self.fail("a clause is empty", self.pos, _EXAMPLE)
+            clauses.append(self.clause())
+        if self.peek():
+            self.fail(f"expected `;` or the end, got {self.rest()}", self.pos)
+        return Spec(tuple(clauses), self.text)
+
+    def clause(self) -> Clause:
+        target = self.target()
+        if not self.take(":"):
+            self.fail(f"expected `:` and a mechanism after `{target}`, got {self.rest()}", self.pos, _EXAMPLE)
+        return Clause(target, self.call())
+
+    def target(self) -> Target:
+        self.space()
+        at = self.pos
+        found = self.match(re.compile(r"[A-Za-z_]+"))
+        kind = found.group() if found else ""
+        last = re.fullmatch(r"(layers?)(last)", kind)
+        if last:  # `layerlast`: the word runs into the layer
+            kind, self.pos = last.group(1), at + len(last.group(1))
+        if kind not in TARGETS:
+            self.pos = at
+            hint = did_you_mean(kind, TARGETS) if kind else "write a target, such as `layer12`"
+            self.fail(f"unknown target {self.rest()}", at, hint)
+        ranges: tuple[Range, ...] = ()
+        if kind in ("layer", "layers"):
+            kind, ranges = "layers", self.ranges()
+        slot, slot_at = None, self.pos
+        if self.take("."):
+            self.space()
+            slot_at = self.pos
+            slot = found.group() if (found := self.match(_IDENTIFIER)) else ""
+            if kind in ("norms", "final_norm"):
+                self.fail(f"`{kind}` takes no slot", slot_at, f"write `{kind}:mechanism`")
+            if slot == "final_norm":
+                self.fail("`final_norm` belongs to no layer", slot_at, "write `final_norm:mechanism`")
+            if slot not in SLOTS:
+                self.fail(f"unknown slot `{slot}`", slot_at, did_you_mean(slot, SLOTS))
+        return Target(kind, ranges, slot, at, slot_at)
+
+    def ranges(self) -> tuple[Range, ...]:
+        self.space()
+        opened = self.pos
+        closing = self.take("[")
+        found = [self.range()]
+        while self.take(","):
+            found.append(self.range())
+        if closing and not self.take("]"):
+            if self.peek() in ("", ":", ";"):
+                self.fail("`[` is never closed", opened, "close it with `]`")
+            self.fail(f"expected `,` or `]`, got {self.rest()}", self.pos)
+        return tuple(found)
+
+    def range(self) -> Range:
+        self.space()
+        at = self.pos
+        first = last = self.layer()
+        step = 1
+        if self.take("-"):
+            last = self.layer()
+            if self.take("/"):
+                found = self.match(re.compile(r"\d+"))
+                step = int(found.group()) if found else 0
+                if step < 1:
+                    self.fail(f"the step of `{self.text[at : self.pos]}` must be at least 1", at)
+        ends = Range(first, last)
+        if last is not None and (first is None or first > last):
+            self.fail(f"empty range `{ends}`", at, f"did you mean `{Range(last, first)}`?")
+        if first is not None and last is not None:
+            last = first + (last - first) // step * step
+        return Range(first, last, 1 if first == last else step, at)
+
+    def layer(self) -> int | None:
+        found = self.match(re.compile(r"\d+|last(?![A-Za-z_])"))
+        if found is None:
+            hint = "layers count from 0" + (
+                "; the last one is `last`, `-` makes a range" if self.peek() == "-" else ", as in `layer12`"
+            )
+            self.fail(f"expected a layer number or `last`, got {self.rest()}", self.pos, hint)
+        return None if found.group() == "last" else int(found.group())
+
+    def call(self) -> Call:
+        self.space()
+        at = self.pos
+        found = self.match(_MECHANISM)
+        if found is None:
+            self.fail(
+                f"expected the name of a mechanism, got {self.rest()}",
+                at,
+                "`mismatch list mechanisms` shows them",
+            )
+        opened = self.pos
+        args: list[tuple[str, Value]] = []
+        columns: list[tuple[int, int]] = []
+        if self.take("(") and not self.take(")"):
+            while True:
+                self.argument(found.group(), args, columns)
+                if self.take(")"):
+                    break
+                if not self.take(","):
+                    if self.peek() in ("", ";"):
+                        self.fail("`(` is never closed", opened, "close it with `)`")
+                    self.fail(f"expected `,` or `)`, got {self.rest()}", self.pos)
+        return Call(found.group(), tuple(args), at, tuple(columns))
+
+    def argument(self, of: str, args: list[tuple[str, Value]], columns: list[tuple[int, int]]) -> None:
+        self.space()
+        at = self.pos
+        found = self.match(_IDENTIFIER)
+        if found is not None and self.take("="):
+            key = found.group()
+            self.space()
+            value_at = self.pos
+            value = self.value(key)
+            if any(key == other for other, _ in args):
+                self.fail(f"`{of}` got `{key}` twice", at)
+        else:
+            self.pos = at
+            if self.peek() in ("", ";"):
+                self.fail("`(` is never closed", self.text.rfind("(", 0, at), "close it with `)`")
+            if found is None:
+                self.fail(
+                    f"expected `name=value`, got {self.rest()}", at, f"`mismatch explain {of}` shows the names"
+                )
+            key, value_at, value = "", at, self.call()
+            if args:
+                self.fail(f"expected `name=value`, got `{value}`", at, "a mechanism comes first")
+        args.append((key, value))
+        columns.append((at, value_at))
+
+    def value(self, key: str) -> Value:
+        self.space()
+        at = self.pos
+        if self.peek() in ("'", '"'):
+            quoted = self.match(_QUOTED)
+            if quoted is None:
+                self.fail("the quotes are never closed", at)
+            body = quoted.group(1) if quoted.group(1) is not None else quoted.group(2)
+            return re.sub(r"\\(.)", r"\1", body)
+        number = _NUMBER.match(self.text, at)
+        if number is not None and not re.match(r"[\w.]", self.text[number.end() :]):
+            self.pos = number.end()
+            digits = number.group()
+            return int(digits) if re.fullmatch(r"[+-]?\d+", digits) else float(digits)
+        called = re.compile(r"[A-Za-z_][\w.]*(:[A-Za-z_]\w*|(?=\s*\())").match(self.text, at)
+        if called is not None:
+            return self.call()
+        word = self.match(_WORD)
+        if word is None:
+            self.fail(f"`{key}` needs a value, got {self.rest()}", at, 'quote other text: `key="a b"`')
+        return _LITERALS.get(word.group(), word.group())

@@ -1,0 +1,279 @@
+"""From the clauses of a swap to the exact places in one model, or to an error before any weight is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, NoReturn
+
+from mismatch.card import REQUIRED, Arg, Card
+from mismatch.errors import SpecError
+from mismatch.registry import did_you_mean, mechanisms
+from mismatch.spec.grammar import Call, Clause, Spec, Target, Value
+
+INSIDE = {
+    "attn": ("q_proj", "k_proj", "v_proj", "o_proj"),
+    "mlp": ("gate_proj", "up_proj", "down_proj"),
+}
+"""Slots that vanish when the slot around them is replaced. `block` is around all."""
+
+
+@dataclass(frozen=True)
+class Placement:
+    """One mechanism in one slot of one layer. `layer` is None for the final norm."""
+
+    layer: int | None
+    slot: str
+    call: Call
+    clause_index: int
+
+
+def check(spec: Spec) -> Spec:
+    """Check names, slots and arguments against the mechanisms' cards.
+
+    Returns:
+        The spec with each argument in its declared type and in the order of the Config's fields; those that
+        say the default are left out.
+
+    Raises:
+        SpecError: unknown mechanism, argument or slot; a value of another type, outside its bounds or
+            choices; a missing argument.
+    """
+    clauses = []
+    for clause in spec.clauses:
+        call = _checked(clause.call, spec.text)
+        _slot(clause, spec.text)
+        clauses.append(Clause(clause.target, call))
+    return Spec(tuple(clauses), spec.text)
+
+
+def format(spec: Spec) -> str:
+    """The canonical text: one space after `;` and `,`, arguments in declared order, defaults left out.
+
+    A clause whose mechanism is not known, or is given wrong arguments, keeps its arguments as written.
+    """
+    clauses = []
+    for clause in spec.clauses:
+        try:
+            clauses.append(Clause(clause.target, _checked(clause.call, spec.text)))
+        except SpecError:
+            clauses.append(clause)
+    return str(Spec(tuple(clauses)))
+
+
+def resolve(
+    spec: Spec,
+    n_layers: int,
+    slots: Collection[str],
+    family_name: str,
+    lacks: Mapping[str, str] | None = None,
+) -> tuple[Placement, ...]:
+    """Every place that the swap touches, clause by clause, layers ascending.
+
+    Args:
+        spec: from `parse`; it is checked here.
+        n_layers: of the model.
+        slots: that the model's family has, in computation order.
+        family_name: for the error.
+        lacks: why the family lacks a slot.
+
+    Raises:
+        SpecError: a layer or slot that the model does not have, a layer named twice in one clause, or a second
+            replacement in one place.
+    """
+    checked = check(spec)
+    found: list[Placement] = []
+    for index, clause in enumerate(checked.clauses):
+        target = clause.target
+        slot = _slot(clause, spec.text)
+        places: list[tuple[int | None, str]] = []
+        if target.kind != "final_norm":
+            for name in _expand(slot, slots, family_name, lacks or {}, clause, spec.text):
+                places += [(layer, name) for layer in _layers(target, n_layers, spec.text)]
+        if target.kind in ("norms", "final_norm"):
+            places.append((None, "final_norm"))
+        order = {name: at for at, name in enumerate(slots)}
+        places.sort(key=lambda p: (p[0] is None, p[0] or 0, order.get(p[1], 0)))
+        for layer, name in places:
+            placement = Placement(layer, name, clause.call, index)
+            _refuse_twice(placement, found, spec.text, clause)
+            found.append(placement)
+    return tuple(found)
+
+
+def _fail(message: str, text: str, at: int, hint: str | None = None) -> NoReturn:
+    raise SpecError(message, text=text, at=at, hint=hint)
+
+
+def _card(call: Call, text: str) -> Card:
+    try:
+        return mechanisms().card(call.name, SpecError)
+    except SpecError as error:
+        _fail(error.message, text, call.at, error.hint)
+
+
+def _checked(call: Call, text: str) -> Call:
+    card = _card(call, text)
+    given: dict[str, Value] = {}
+    for (key, value), (key_at, value_at) in zip(call.args, call.columns, strict=True):
+        arg = card.arg(key)
+        if key == "":
+            arg = next((a for a in card.args if a.type == "Call"), None)
+            if arg is None:
+                _fail(f"`{call.name}` takes named arguments only, got `{value}`", text, key_at, _names(card))
+        if arg is None:
+            _fail(f"`{call.name}` has no argument `{key}`", text, key_at, _names(card, key))
+        if arg.name in given:
+            _fail(f"`{call.name}` got `{arg.name}` twice", text, key_at)
+        given[arg.name] = _value(arg, value, text, value_at)
+    for arg in card.args:
+        if arg.default is REQUIRED and arg.name not in given:
+            example = f"{call.name}(infini)" if arg.type == "Call" else f"{call.name}({arg.name}=...)"
+            _fail(f"`{call.name}` needs `{arg.name}`: {arg.allowed}", text, call.at, f"write `{example}`")
+    kept = [
+        (arg.name, given[arg.name])
+        for arg in card.args
+        if arg.name in given and not _same(given[arg.name], arg.default)
+    ]
+    columns = dict(zip((key for key, _ in call.args), call.columns, strict=True))
+    where = tuple(columns.get(key) or columns[""] for key, _ in kept)
+    return replace(call, args=tuple(kept), columns=where)
+
+
+def _same(value: object, default: object) -> bool:
+    return type(value) is type(default) and value == default
+
+
+def _names(card: Card, word: str | None = None) -> str:
+    names = [arg.name for arg in card.args if arg.type != "Call"]
+    if not names:
+        return f"`{card.name}` takes no arguments"
+    return f"arguments: {', '.join(names)}" if word is None else did_you_mean(word, names)
+
+
+def _value(arg: Arg, value: Value, text: str, at: int) -> Value:
+    """The value in the argument's type. An int is a float, a word is a mechanism where one is wanted."""
+    given: Any = "none" if value is None else value
+    hint = None
+    if arg.choices is not None:
+        if given in arg.choices and isinstance(given, type(arg.choices[0])):
+            return given
+        if isinstance(given, str):
+            hint = did_you_mean(given, [str(choice) for choice in arg.choices])
+    if value is None and arg.optional:
+        return None
+    if arg.choices is None:
+        if arg.type == "Call" and isinstance(given, str):
+            given = Call(given, at=at)
+        if arg.type == "Call" and isinstance(given, Call):
+            return _checked(given, text)
+        if arg.type == "float" and isinstance(given, int) and not isinstance(given, bool):
+            given = float(given)
+        kind = {"int": int, "float": float, "bool": bool, "str": str}.get(arg.type)
+        if kind is not None and type(given) is kind and (kind in (bool, str) or arg.within(given)):
+            return given
+    _fail(f"`{arg.name}` must be {arg.allowed}, got {_shown(value)}", text, at, hint)
+
+
+def _shown(value: Value) -> str:
+    if isinstance(value, (str, Call)):
+        return f"`{value}`"
+    return str(value).lower() if value is None or isinstance(value, bool) else repr(value)
+
+
+def _slot(clause: Clause, text: str) -> str:
+    """The slot of a clause, once it is clear that the mechanism may go there."""
+    card = _card(clause.call, text)
+    allowed: tuple[str, ...] = tuple(card.facts.get("slots", ()))
+    target = clause.target
+    if target.kind in ("norms", "final_norm"):
+        slot, at = target.kind, target.at
+    elif target.slot is not None:
+        slot, at = target.slot, target.slot_at
+    elif allowed:
+        return allowed[0]
+    else:
+        _fail(
+            f"`{card.name}` does not say which slot it goes into",
+            text,
+            clause.call.at,
+            f"name one, as in `{target}.attn:{clause.call}`",
+        )
+    wanted = {"norms": ("norm1", "norm2")}.get(slot, (slot,))
+    general = "norms" in allowed and _is_norm(slot)
+    if allowed and slot not in allowed and not general and not set(wanted) <= set(allowed):
+        _fail(
+            f"`{card.name}` cannot go into the slot `{slot}`",
+            text,
+            at,
+            f"slots of `{card.name}`: {', '.join(allowed)}",
+        )
+    return slot
+
+
+def _is_norm(slot: str) -> bool:
+    return slot.startswith("norm") or slot == "final_norm"
+
+
+def _expand(
+    slot: str,
+    slots: Collection[str],
+    family_name: str,
+    lacks: Mapping[str, str],
+    clause: Clause,
+    text: str,
+) -> tuple[str, ...]:
+    """The slots of one layer that a clause means: `norms` is all of them."""
+    if slot == "norms":
+        return tuple(name for name in slots if name.startswith("norm"))
+    if slot not in slots:
+        reason = f" ({lacks[slot]})" if slot in lacks else ""
+        at = clause.target.slot_at if clause.target.slot else clause.call.at
+        _fail(
+            f"{family_name} has no slot `{slot}`{reason}",
+            text,
+            at,
+            f"slots of {family_name}: {', '.join(slots)}",
+        )
+    return (slot,)
+
+
+def _layers(target: Target, n_layers: int, text: str) -> list[int]:
+    if target.kind != "layers":
+        return list(range(n_layers))
+    found: list[int] = []
+    for item in target.ranges:
+        first = n_layers - 1 if item.first is None else item.first
+        last = n_layers - 1 if item.last is None else item.last
+        for end in (first, last):
+            if end >= n_layers:
+                # `20-last` of a model with 12 layers is out of range too, not merely empty.
+                _fail(
+                    f"layer {end} does not exist: the model has {n_layers} layers (0-{n_layers - 1})",
+                    text,
+                    item.at,
+                )
+        for layer in range(first, last + 1, item.step):
+            if layer in found:
+                _fail(f"layer {layer} is named twice in `{target}`", text, item.at)
+            found.append(layer)
+    return found
+
+
+def _refuse_twice(new: Placement, found: list[Placement], text: str, clause: Clause) -> None:
+    """One replacement per place; a mechanism that wraps what it finds (`stacks`) may come on top."""
+    if mechanisms().card(new.call.name).facts.get("stacks") is True:
+        return
+    where = "`final_norm`" if new.layer is None else f"layer {new.layer} `{new.slot}`"
+    at, hint = clause.target.at, "one replacement per slot; wrappers such as `parallel` may come on top"
+    for old in found:
+        if old.layer != new.layer or old.clause_index == new.clause_index:
+            continue
+        names = f"`{old.call.name}` and `{new.call.name}`"
+        if old.slot == new.slot:
+            _fail(f"{where} is replaced twice: by {names}", text, at, hint)
+        for outer, inner in ((old, new), (new, old)):
+            if outer.layer is not None and (outer.slot == "block" or inner.slot in INSIDE.get(outer.slot, ())):
+                _fail(
+                    f"layer {new.layer} `{inner.slot}` lies inside `{outer.slot}`: replaced by {names}", text, at, hint
+                )
