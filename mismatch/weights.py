@@ -1,0 +1,174 @@
+"""What can be known about a model folder before its weights are loaded. No torch.
+
+Refuses, with the reason: no config, broken config, no weights, pickle weights, a truncated or
+missing shard, code that would have to be run. `fingerprint` names the weights.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from mismatch.errors import ModelError
+
+CONFIG = "config.json"
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+
+
+def read_config_file(folder: Path) -> dict[str, Any]:
+    """config.json as a dict. Raises ModelError when it is missing, broken or of something else."""
+    path = folder / CONFIG
+    if not path.is_file():
+        found = sorted(p.name for p in folder.iterdir())[:8]
+        raise ModelError(
+            f"{folder} has no {CONFIG}, so it is not a transformers model folder; it holds: "
+            f"{', '.join(found) or 'nothing'}",
+            hint=_hint_for(folder),
+        )
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(config, dict) or "model_type" not in config:
+        raise ModelError(
+            f"{path} names no model_type", hint="is this the config of a transformers model?"
+        )
+    return config
+
+
+def _hint_for(folder: Path) -> str:
+    if (folder / "adapter_config.json").is_file():
+        return "this is a peft adapter: merge it into its base model (merge_and_unload) first"
+    if any(folder.glob("*.gguf")):
+        return "GGUF is not read: convert it to safetensors (from_pretrained(..., gguf_file=...))"
+    return "give the folder that save_pretrained wrote"
+
+
+def refuse_remote_code(config: dict[str, Any], folder: Path, known: bool) -> None:
+    """Raise ModelError when the model needs Python code from its own folder.
+
+    `known`: transformers itself has this model_type; then its class is used and no code is run.
+    """
+    if "auto_map" in config and not known:
+        code = sorted({str(v) for v in config["auto_map"].values()})
+        raise ModelError(
+            f"{folder}: model_type {config['model_type']!r} is not one of transformers' own; the "
+            f"folder would have to run its own code ({', '.join(code)}), which is off",
+            hint="read that code first, then --trust-remote-code "
+            "(in Python: trust_remote_code=True)",
+        )
+
+
+def check_weights(folder: Path, allow_pickle: bool = False) -> list[Path]:
+    """The weight files of a folder, each whole.
+
+    Returns:
+        safetensors files in name order; empty when only pickle weights are there and allowed.
+
+    Raises:
+        ModelError: no weights, pickle only, shard missing, file truncated, index incomplete.
+    """
+    if (folder / INDEX).is_file():
+        return _check_shards(folder)
+    if (folder / SINGLE).is_file():
+        check_safetensors(folder / SINGLE)
+        return [folder / SINGLE]
+    pickles = [name for name in PICKLES if (folder / name).is_file()]
+    if not pickles:
+        raise ModelError(
+            f"{folder} has a config but no weights: neither {SINGLE} nor {INDEX}",
+            hint="was the download cut off, or are they Git LFS files that were not pulled?",
+        )
+    if not allow_pickle:
+        raise ModelError(
+            f"{folder} holds its weights only as pickle ({pickles[0]}), which is refused: a pickle "
+            "can run code when it is read",
+            hint="convert it to safetensors, or, when you trust where it comes from, "
+            "--allow-pickle (in Python: allow_pickle=True)",
+        )
+    return []
+
+
+def _check_shards(folder: Path) -> list[Path]:
+    try:
+        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+        weight_map: dict[str, str] = index["weight_map"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{folder / INDEX} is not a safetensors index: {error!r}") from error
+    shards = sorted(set(weight_map.values()))
+    if missing := [name for name in shards if not (folder / name).is_file()]:
+        raise ModelError(
+            f"{folder}: {len(missing)} of {len(shards)} shards of its index are missing: "
+            f"{', '.join(missing[:4])}",
+            hint="was the download cut off?",
+        )
+    for shard in shards:
+        held = set(check_safetensors(folder / shard))
+        wanted = {name for name, where in weight_map.items() if where == shard}
+        if absent := sorted(wanted - held):
+            raise ModelError(
+                f"{folder / shard} lacks {len(absent)} tensors that {INDEX} says it holds, "
+                f"first {absent[0]}"
+            )
+    return [folder / shard for shard in shards]
+
+
+def check_safetensors(path: Path) -> dict[str, Any]:
+    """Header of a safetensors file (name -> dtype, shape, offsets), its length checked.
+
+    The format: 8 bytes little-endian header length, JSON header, then the tensors' bytes up to the
+    largest `data_offsets` (safetensors README, "Format").
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(8)
+        if start.startswith(b"version "):
+            raise ModelError(
+                f"{path} is a Git LFS pointer, not the weights", hint="git lfs pull in that folder"
+            )
+        length = int.from_bytes(start, "little")
+        if len(start) < 8 or length > size - 8:
+            raise ModelError(
+                f"{path} is truncated or not safetensors: {size:,} bytes, and its header alone "
+                f"should take {length:,}",
+                hint="get the file again",
+            )
+        try:
+            header = json.loads(file.read(length))
+            header.pop("__metadata__", None)
+            end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ModelError(f"{path} is not safetensors: its header is broken") from error
+    if size != 8 + length + end:
+        what = "truncated" if size < 8 + length + end else "too long"
+        raise ModelError(
+            f"{path} is {what}: {size:,} bytes, its header asks for {8 + length + end:,}",
+            hint="get the file again",
+        )
+    return header
+
+
+def fingerprint(folder: Path, files: list[Path]) -> str:
+    """sha256 over config.json and every byte of every weight file.
+
+    Sampling would be faster and would miss a changed weight; reading all of it costs about a
+    second per gigabyte, several files at a time, and leaves the file in the page cache for the
+    load that follows.
+    """
+    paths = [folder / CONFIG, *(files or [p for n in PICKLES if (p := folder / n).is_file()])]
+    with ThreadPoolExecutor() as pool:  # hashlib releases the lock
+        digests = list(pool.map(_file_digest, paths))
+    whole = hashlib.sha256()
+    for path, digest in zip(paths, digests):
+        whole.update(f"{digest}  {path.name}\n".encode())
+    return whole.hexdigest()
+
+
+def _file_digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
