@@ -7,8 +7,8 @@ and the names and types of its arguments, so those are read from the source with
     facts     the class attributes that are literals (`slots`, `identity`, `unit`, `null`, ...)
     args      the fields of the dataclass that the class attribute `Config` names
 
-Annotations understood: `int`, `float`, `bool`, `str`, `Call` (another mechanism), `Literal[...]`,
-`X | None`, and `Annotated[X, bound]` with a bound of the form ">= n", "> n" or "a..b" (both inclusive).
+Annotations understood: `int`, `float`, `bool`, `str`, `Call` (another mechanism), `tuple[str, ...]`,
+`Literal[...]`, `X | None`, and `Annotated[X, bound]` with a bound of the form ">= n", "> n" or "a..b" (both inclusive).
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-TYPES = ("int", "float", "bool", "str", "Call")
+TYPES = ("int", "float", "bool", "str", "Call", "list")
+"""`list` is `tuple[str, ...]`."""
 
 
 class CardError(Exception):
@@ -57,7 +58,7 @@ class Arg:
     @property
     def allowed(self) -> str:
         """The type in words: `int >= 1`, `one of linear, delta`, `float or none`."""
-        words = self.type if self.type != "Call" else "a mechanism"
+        words = {"Call": "a mechanism", "list": "a list of words"}.get(self.type, self.type)
         if self.choices is not None:
             words = "one of " + ", ".join(str(choice) for choice in self.choices)
         elif self.bound is not None:
@@ -73,6 +74,29 @@ class Arg:
             return float(low) <= value <= float(high)
         sign, limit = self.bound.split()
         return value >= float(limit) if sign == ">=" else value > float(limit)
+
+    def accept(self, value: Any) -> Any:
+        """The value as the argument wants it: an int serves as a float, a list as a tuple.
+
+        Raises:
+            ValueError: another type, or outside the choices or the bound. `allowed` says what is right.
+        """
+        if value is None and self.optional:
+            return None
+        if self.choices is not None:
+            # True == 1: equality alone would let a bool pass as a number.
+            if value in self.choices and type(value) is type(self.choices[0]):
+                return value
+        elif self.type == "list":
+            if isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value):
+                return tuple(value)
+        else:
+            if self.type == "float" and type(value) is int:
+                value = float(value)
+            kind = {"int": int, "float": float, "bool": bool, "str": str}[self.type]
+            if type(value) is kind and (kind in (bool, str) or self.within(value)):
+                return value
+        raise ValueError(f"must be {self.allowed}")
 
 
 @dataclass(frozen=True)
@@ -121,6 +145,14 @@ def read(name: str, target: str) -> Card:
         args = _fields(classes[config], classes)
     text = ast.get_docstring(tree) or ast.get_docstring(classes[attribute]) or ""
     return Card(name, _first_line(text), text, facts, args)
+
+
+def fields(target: str) -> tuple[Arg, ...]:
+    """The fields of a dataclass "package.module:Class" as arguments, read from its source."""
+    module, _, attribute = target.partition(":")
+    tree = ast.parse(_source(module).read_text(encoding="utf-8"))
+    classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
+    return _fields(classes[attribute], classes)
 
 
 def of_class(name: str, cls: type) -> Card:
@@ -222,11 +254,15 @@ def _arg(name: str, note: ast.expr, default: Any, doc: str) -> Arg:
         elif isinstance(note, ast.Subscript) and _name(note.value) == "Annotated":
             note, extra = note.slice.elts[:2]  # type: ignore[attr-defined]
             bound = _check_bound(name, ast.literal_eval(extra))
+        elif isinstance(note, ast.Subscript) and ast.unparse(note) == "tuple[str, ...]":
+            return Arg(name, "list", choices, optional, bound, default, doc)
         elif isinstance(note, ast.Subscript) and _name(note.value) == "Literal":
             value = ast.literal_eval(note.slice)
             choices = value if isinstance(value, tuple) else (value,)
             return Arg(name, type(choices[0]).__name__, choices, optional, bound, default, doc)
         elif _name(note) in TYPES:
+            if bound is not None and _name(note) not in ("int", "float"):
+                raise CardError(f"`{name}` is no number, so it cannot have the bound {bound!r}")
             return Arg(name, _name(note), choices, optional, bound, default, doc)
         else:
             break

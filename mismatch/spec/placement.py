@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from mismatch.card import REQUIRED, Arg, Card
 from mismatch.errors import SpecError
@@ -152,26 +152,19 @@ def _names(card: Card, word: str | None = None) -> str:
 
 
 def _value(arg: Arg, value: Value, text: str, at: int) -> Value:
-    """The value in the argument's type. An int is a float, a word is a mechanism where one is wanted."""
-    given: Any = "none" if value is None else value
-    hint = None
-    if arg.choices is not None:
-        if given in arg.choices and isinstance(given, type(arg.choices[0])):
-            return given
-        if isinstance(given, str):
-            hint = did_you_mean(given, [str(choice) for choice in arg.choices])
-    if value is None and arg.optional:
-        return None
-    if arg.choices is None:
-        if arg.type == "Call" and isinstance(given, str):
-            given = Call(given, at=at)
-        if arg.type == "Call" and isinstance(given, Call):
-            return _checked(given, text)
-        if arg.type == "float" and isinstance(given, int) and not isinstance(given, bool):
-            given = float(given)
-        kind = {"int": int, "float": float, "bool": bool, "str": str}.get(arg.type)
-        if kind is not None and type(given) is kind and (kind in (bool, str) or arg.within(given)):
-            return given
+    """The value in the argument's type. A word is a mechanism where one is wanted."""
+    if arg.type == "Call":
+        inner = Call(value, at=at) if isinstance(value, str) else value
+        if isinstance(inner, Call):
+            return _checked(inner, text)
+    elif not isinstance(value, Call):
+        if value is None and not arg.optional and "none" in (arg.choices or ()):
+            return "none"  # a choice of that name, not the absence of a value
+        try:
+            return arg.accept(value)
+        except ValueError:
+            pass
+    hint = did_you_mean(value, map(str, arg.choices)) if arg.choices and isinstance(value, str) else None
     _fail(f"`{arg.name}` must be {arg.allowed}, got {_shown(value)}", text, at, hint)
 
 

@@ -1,0 +1,230 @@
+"""What a trace is told: typed, strict, and written into the run folder so that the run can be repeated.
+
+Each field is described once, here. The flags of `mismatch trace`, their help, the checks of a YAML file and
+the errors are all made from these annotations and the texts under them (read by `mismatch.card`).
+Precedence: flags > file > defaults. An unknown key or a wrong type is an error, never ignored.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+
+from mismatch import card, spec
+from mismatch.card import REQUIRED, Arg
+from mismatch.errors import ConfigError
+from mismatch.registry import did_you_mean, mechanisms, metrics
+
+ELSEWHERE = ("output", "run_name", "fail_on")
+"""Fields that change where a run lies and how it exits, but none of its numbers."""
+
+
+@dataclass(frozen=True)
+class TraceConfig:
+    model: str
+    """Model: a fetched name, a folder, or a hub id."""
+    swap: tuple[str, ...]
+    """What to replace: target:mechanism, such as "layer12:infini". May be repeated."""
+
+    revision: str | None = None
+    """Branch, tag or commit of a hub model."""
+    dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32"
+    """Number format of the models. Metrics are always summed in float64."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, mps; auto takes the first accelerator there is."""
+    device_map: str | None = None
+    """auto spreads a model over several devices (accelerate)."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with a model."""
+    allow_pickle: bool = False
+    """Load pickled weights, which can run code."""
+
+    data: str = "wiki"
+    """Held-out text: a fetched name, a .txt or .jsonl file, or a folder."""
+    calibration: str = "sotu"
+    """Text for swaps that need calibration. Never overlaps with the held-out text."""
+    tokens: Annotated[int, ">= 1"] = 16384
+    """Held-out tokens to measure on."""
+    calibration_tokens: Annotated[int, ">= 1"] = 4096
+    """Tokens to calibrate on."""
+    seq_len: Annotated[int, ">= 2"] = 1024
+    """Tokens per window. A window never mixes documents."""
+    batch_size: Annotated[int, ">= 1"] = 4
+    """Windows per forward pass."""
+
+    controls: tuple[str, ...] = ("zero", "mean")
+    """Controls that run along on the same tokens; none for no control."""
+    metrics: tuple[str, ...] | None = None
+    """Metrics to compute; all of them when not given."""
+    moment_tokens: Annotated[int, ">= 1"] = 4096
+    """Tokens that feed the metrics of second moments (cka, frechet, ...)."""
+    backend: Literal["hooks", "nnsight"] = "hooks"
+    """How sites are read. Both give the same bits."""
+    seed: Annotated[int, ">= 0"] = 0
+    """Of every random choice."""
+
+    output: str | None = None
+    """Run folder to make. By default a new folder under runs/."""
+    run_name: str | None = None
+    """Name of the run folder under runs/, in place of one made from time, model and swap."""
+    fail_on: Literal["low", "medium", "high"] | None = None
+    """Exit with 3 when a finding is at least this severe."""
+
+    def __post_init__(self) -> None:
+        for name, arg in fields().items():
+            object.__setattr__(self, name, _accept(arg, getattr(self, name), f"`{name}`"))
+        if not self.swap:
+            raise ConfigError("there is no swap", hint='give one, such as --swap "layer12:infini"')
+        if self.output is not None and self.run_name is not None:
+            raise ConfigError(
+                f"`output` ({self.output}) and `run_name` ({self.run_name}) both name the run folder",
+                hint="give one of them",
+            )
+        spec.check(self.swap_spec)
+        for names, registry in ((self.controls, mechanisms()), (self.metrics or (), metrics())):
+            for index, name in enumerate(names):
+                registry.target(name, ConfigError)
+                if name in names[:index]:
+                    raise ConfigError(f"the {registry.kind} `{name}` is named twice")
+        if self.metrics == ():
+            raise ConfigError("`metrics` is empty", hint="leave it out to compute all of them")
+
+    @property
+    def swap_spec(self) -> spec.Spec:
+        """The parsed swap."""
+        return spec.parse(self.swap)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON and YAML."""
+        values = dataclasses.asdict(self)
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+
+    def to_yaml(self) -> str:
+        """The whole config; `mismatch trace --config FILE` with it repeats the run."""
+        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True, width=1000)
+
+    def fingerprint(self) -> str:
+        """16 hex digits of all that determines the numbers. Two spellings of one swap have one fingerprint."""
+        values = {k: v for k, v in self.to_dict().items() if k not in ELSEWHERE}
+        values["swap"] = spec.format(self.swap_spec)
+        text = json.dumps(values, sort_keys=True, ensure_ascii=False)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@functools.cache
+def fields() -> dict[str, Arg]:
+    """Name, type, bounds, default and text of each field."""
+    return {arg.name: arg for arg in card.fields("mismatch.config:TraceConfig")}
+
+
+def load(file: str | Path | None = None, flags: Mapping[str, Any] | None = None) -> TraceConfig:
+    """Flags over file over defaults.
+
+    Args:
+        file: YAML, such as the `config.yaml` of a run folder.
+        flags: values by field name; None means not given. Text is read as the field's type.
+
+    Raises:
+        ConfigError: no such file, not YAML, an unknown key, a wrong type or value, no model.
+        SpecError: a wrong swap.
+    """
+    values: dict[str, Any] = {} if file is None else _read(Path(file))
+    for name, value in (flags or {}).items():
+        if value is not None:
+            flag = "--" + name.replace("_", "-")
+            values[name] = _accept(fields()[name], _from_text(fields()[name], value), f"`{flag}`")
+    for name, arg in fields().items():
+        if arg.default is REQUIRED and name not in values:
+            example = {"model": "--model smollm2", "swap": '--swap "layer12:infini"'}[name]
+            raise ConfigError(f"there is no {name}", hint=f"give one, such as {example}")
+    return TraceConfig(**values)
+
+
+def _accept(arg: Arg, value: Any, where: str) -> Any:
+    try:
+        return arg.accept(value)
+    except ValueError:
+        known = arg.choices or ()
+        hint = did_you_mean(value, map(str, known)) if known and isinstance(value, str) else None
+        got = f"`{value}`" if isinstance(value, str) else repr(value)
+        raise ConfigError(f"{where} must be {arg.allowed}, got {got}", hint=hint) from None
+
+
+def _from_text(arg: Arg, value: Any) -> Any:
+    """What a flag's text means. Text that does not fit is left for `_accept` to refuse."""
+    if arg.type == "list" and arg.name != "swap" and isinstance(value, str):
+        return () if value == "none" else tuple(part.strip() for part in value.split(","))
+    if arg.optional and value == "none":
+        return None
+    if arg.type in ("int", "float") and isinstance(value, str):
+        try:
+            return {"int": int, "float": float}[arg.type](value)
+        except ValueError:
+            return value
+    return value
+
+
+class _Loader(yaml.SafeLoader):
+    """A key given twice is an error; plain YAML would keep the last one."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"`{key}` is there twice", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        found = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except OSError as error:
+        raise ConfigError(f"cannot read the config {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"the config {path} is not UTF-8 text") from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = "" if mark is None else f", line {mark.line + 1}"
+        raise ConfigError(f"the config {path} is not YAML{line}: {getattr(error, 'problem', error)}") from error
+    if not isinstance(found, dict):
+        raise ConfigError(
+            f"the config {path} must be a list of `key: value`, got {type(found).__name__}",
+            hint="see the config.yaml of any run folder",
+        )
+    values = {}
+    for key, value in found.items():
+        if key not in fields():
+            raise ConfigError(f"unknown key `{key}` in {path}", hint=did_you_mean(str(key), fields()))
+        arg = fields()[key]
+        if key == "swap":
+            value = _swaps(value, path)
+        elif arg.type == "list" and isinstance(value, str):
+            value = _from_text(arg, value)
+        values[key] = _accept(arg, value, f"`{key}` in {path}")
+    return values
+
+
+def _swaps(value: Any, path: Path) -> Any:
+    """YAML makes a mapping of the unquoted text `layer12: infini`: what was meant is clear."""
+    items = value if isinstance(value, list) else [value]
+    texts = []
+    for item in items:
+        if isinstance(item, dict) and all(isinstance(text, str) for text in (*item, *item.values())):
+            texts += [f"{target}:{call}" for target, call in item.items()]
+        elif isinstance(item, str):
+            texts.append(item)
+        else:
+            raise ConfigError(
+                f"`swap` in {path} must be text, got {item!r}", hint='write `swap: ["layer12:infini"]`'
+            )
+    return texts
