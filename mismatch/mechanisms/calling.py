@@ -1,0 +1,48 @@
+"""How transformers calls a part, and what comes back (transformers 5.2x).
+
+| part | called with | returns |
+|---|---|---|
+| attention | `hidden_states`, `attention_mask`, `position_ids`, `past_key_values`, `position_embeddings` as keywords | 2-tuple |
+| attention, gpt2 / gpt_neox | `hidden_states` positional; the cache is called `layer_past` in gpt_neox | 2-tuple |
+| block | `hidden_states` positional, the rest as for attention | Tensor |
+| mlp, norms, projections | one Tensor, positional | Tensor |
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+CACHE_NAMES = ("past_key_values", "layer_past")
+
+
+def hidden_in(args: tuple, kwargs: dict[str, Any]) -> Tensor:
+    """The stream that goes into a part, `batch pos d`: the first positional argument or `hidden_states`."""
+    return args[0] if args else kwargs["hidden_states"]
+
+
+def cache_in(kwargs: dict[str, Any]) -> Any | None:
+    """The KV cache of this call, or None."""
+    for name in CACHE_NAMES:
+        if kwargs.get(name) is not None:
+            return kwargs[name]
+    return None
+
+
+def with_cache(kwargs: dict[str, Any], cache: Any) -> dict[str, Any]:
+    """The same keywords with another cache under the same name."""
+    return {
+        name: cache if name in CACHE_NAMES and value is not None else value
+        for name, value in kwargs.items()
+    }
+
+
+def first_of(output: Any) -> Tensor:
+    """The stream that comes out of a part."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+def with_first(output: Any, new: Tensor) -> Any:
+    """The same structure with another stream in it."""
+    return (new, *output[1:]) if isinstance(output, tuple) else new
