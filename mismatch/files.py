@@ -1,0 +1,82 @@
+"""Files that are there whole or as they were before: temp file beside it, sync, rename."""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, Any
+
+from mismatch.errors import RunError
+
+
+def write_atomic(path: Path, fill: Callable[[IO[bytes]], Any]) -> None:
+    """Write a file so that it is there whole, or as it was before.
+
+    Args:
+        path: the file; its folder is made.
+        fill: writes the content to the open file it is given.
+
+    Raises:
+        RunError: it cannot be written (full disk, no permission).
+    """
+    temp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with guarded("write", path):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(temp, "wb") as file:
+                fill(file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temp, path)
+        finally:
+            with suppress(OSError):
+                temp.unlink(missing_ok=True)
+
+
+def read_bytes(path: Path) -> bytes:
+    """The content of a file.
+
+    Raises:
+        RunError: it cannot be read.
+    """
+    with guarded("read", path):
+        return path.read_bytes()
+
+
+@contextmanager
+def guarded(doing: str, path: Path) -> Iterator[None]:
+    """Turn what the operating system refuses into a RunError that names the file and a way out."""
+    try:
+        yield
+    except OSError as cause:
+        hint = {
+            errno.ENOSPC: "the disk is full; what was written before is intact: free some space, "
+            "then go on with --resume",
+            errno.EDQUOT: "the disk quota is used up; what was written before is intact: free some "
+            "space, then go on with --resume",
+            errno.EACCES: "no permission; give --output a folder that you may write",
+            errno.EROFS: "the file system is read-only; give --output another folder",
+        }.get(cause.errno or 0)
+        raise RunError(f"could not {doing} {path}: {cause.strerror or cause}", hint=hint) from cause
+
+
+def json_text(data: Any) -> str:
+    """JSON that every parser reads: NaN and infinity become null."""
+    return (
+        json.dumps(_finite(data), indent=2, ensure_ascii=False, allow_nan=False, default=str) + "\n"
+    )
+
+
+def _finite(data: Any) -> Any:
+    if isinstance(data, dict):
+        return {str(k): _finite(v) for k, v in data.items()}
+    if isinstance(data, (list, tuple)):
+        return [_finite(v) for v in data]
+    if hasattr(data, "item") and getattr(data, "shape", None) == ():
+        return _finite(data.item())  # a numpy number
+    return None if isinstance(data, float) and not math.isfinite(data) else data
