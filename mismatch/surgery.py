@@ -183,7 +183,8 @@ def calibrators(placements: Sequence[Placement]) -> dict[tuple[int | None, str, 
     wanted = {}
     for placement in placements:
         for call in placement.call.nested():
-            calibrator = mechanisms().get(call.name).calibrator(call.arguments())
+            cls = mechanisms().get(call.name)
+            calibrator = cls.calibrator(cls.Config(**call.arguments()))
             if calibrator is not None:
                 wanted[(placement.layer, placement.slot, call)] = calibrator
     return wanted

@@ -1,0 +1,256 @@
+"""From the table to findings: what the numbers of one trace say, in words, with the numbers they rest on.
+
+Each rule is a function from the evidence to at most one finding. A rule speaks only from differences whose interval
+excludes zero, and never from a value at or below the floor.
+
+| rule | question |
+|---|---|
+| `worth_it` | is the swap better than deleting the part (`zero`, `mean`)? paired bootstrap over documents |
+| `local_error` | how much of the part's update does the replacement get right, on the teacher's own input? |
+| `scale` | is the update of another size? |
+| `depth` | does the shift grow or heal behind the swap? |
+| `late_tokens` | does it hurt more the later the token? then context or position is what was lost |
+| `premise` | is this layer's update a small correction to the stream, as deep models expect? |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+SEVERITIES = ("info", "low", "medium", "high")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that the run shows. `evidence` holds the numbers, by name; `next` is a command or None."""
+
+    severity: str
+    title: str
+    text: str
+    evidence: dict[str, float | str] = field(default_factory=dict)
+    next: str | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """The table of one run, and what was replaced, with the look-ups that the rules share."""
+
+    table: pd.DataFrame
+    swapped: tuple[int, ...]
+    n_layers: int
+    model: str
+    clauses: tuple[dict[str, Any], ...]
+
+    def row(self, **where: Any) -> pd.Series | None:
+        """The single row with these values, or None. `layer=None` asks for rows without a layer."""
+        where = {"student": "swap", "mode": "free", "stat": "mean", "position": "all", **where}
+        rows = self.table
+        for column, value in where.items():
+            rows = rows[rows[column].isna() if value is None else rows[column] == value]
+        return None if rows.empty else rows.iloc[0]
+
+    def kl(self, student: str = "swap", **where: Any) -> pd.Series | None:
+        return self.row(student=student, metric="kl", site="logits", **where)
+
+    def slots(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(c["slot"] for c in self.clauses))
+
+    def update_sites(self) -> tuple[str, ...]:
+        """The updates that the swapped slots feed."""
+        sites = []
+        for slot in self.slots():
+            sites.append("mlp_out" if slot in ("mlp", "norm2", "norm2_post", "gate_proj", "up_proj", "down_proj") else "attn_out")
+        return tuple(dict.fromkeys(sites))
+
+
+def diagnose(evidence: Evidence) -> list[Finding]:
+    """Every finding of the rules above, worst first."""
+    found = [finding for rule in RULES if (finding := rule(evidence)) is not None]
+    return sorted(found, key=lambda f: -SEVERITIES.index(f.severity))
+
+
+def worth_it(e: Evidence) -> Finding | None:
+    swap, zero = e.kl(), e.kl("zero")
+    if swap is None:
+        return None
+    floor = e.kl("floor")
+    floor_value = 0.0 if floor is None else float(floor.value)
+    numbers: dict[str, float | str] = {"kl": swap.value, "kl_lo": swap.lo, "kl_hi": swap.hi, "floor": floor_value}
+    if swap.value <= floor_value:
+        return Finding(
+            "info", "no shift", f"The output does not change: KL {swap.value:.2g} nats, at the floor.", numbers
+        )
+    said = f"KL {swap.value:.3g} nats per token [{swap.lo:.3g}, {swap.hi:.3g}]"
+    if zero is None or not zero.value > 0:
+        return Finding("medium", "the output shifts", f"{said}; no deletion control was run to judge it by.", numbers)
+    share = swap.value / zero.value
+    difference = e.kl(stat="mean_minus_zero")
+    numbers |= {"kl_zero": zero.value, "share_of_zero": share}
+    if difference is None or not np.isfinite(difference.lo):
+        return Finding("medium", "the output shifts", f"{said}; {share:.0%} of what deleting costs.", numbers)
+    numbers |= {"minus_zero": difference.value, "minus_zero_lo": difference.lo, "minus_zero_hi": difference.hi}
+    paired = f"swap minus zero {difference.value:+.3g} [{difference.lo:+.3g}, {difference.hi:+.3g}]"
+    if difference.lo > 0:
+        return Finding(
+            "high",
+            "worse than deleting the part",
+            f"{said}; deleting the part costs {zero.value:.3g} ({paired}). What was put in does harm.",
+            numbers,
+            _parallel(e),
+        )
+    if difference.hi >= 0:
+        return Finding(
+            "high",
+            "no better than deleting the part",
+            f"{said}; deleting the part costs {zero.value:.3g} ({paired}: the interval contains 0).",
+            numbers,
+            _parallel(e),
+        )
+    severity = "high" if share > 0.5 else "medium" if share > 0.1 else "low"
+    return Finding(
+        severity,
+        f"{share:.0%} of the damage of deleting the part",
+        f"{said}; deleting the part costs {zero.value:.3g} ({paired}).",
+        numbers,
+        _parallel(e) if severity == "high" else None,
+    )
+
+
+def local_error(e: Evidence) -> Finding | None:
+    worst, at = None, (0, "")
+    for layer in e.swapped:
+        for site in e.update_sites():
+            row = e.row(mode="forced", layer=layer, site=site, metric="rel_l2")
+            if row is not None and (worst is None or row.value > worst.value):
+                worst, at = row, (layer, site)
+    if worst is None or worst.value == 0:
+        return None
+    layer, site = at
+    numbers: dict[str, float | str] = {"layer": layer, "site": site, "rel_l2_forced": worst.value}
+    if worst.value >= 1:
+        return Finding(
+            "high",
+            f"layer {layer}: the update misses its target by more than its own size",
+            f"On the teacher's own input, {site} of layer {layer} is off by {worst.value:.2f} times its norm; an update "
+            "of zero would be off by 1.",
+            numbers,
+        )
+    return Finding(
+        "medium" if worst.value > 0.3 else "low",
+        f"layer {layer}: local error {worst.value:.0%} of the update",
+        f"On the teacher's own input, {site} of layer {layer} is off by {worst.value:.2f} times its norm "
+        "(0 = exact, 1 = as far as an update of zero).",
+        numbers,
+    )
+
+
+def scale(e: Evidence) -> Finding | None:
+    worst, at = None, (0, "")
+    for layer in e.swapped:
+        for site in e.update_sites():
+            row = e.row(mode="forced", layer=layer, site=site, metric="norm_ratio")
+            if row is not None and (worst is None or abs(row.value) > abs(worst.value)):
+                worst, at = row, (layer, site)
+    if worst is None or not abs(worst.value) > 0.25:
+        return None
+    layer, site = at
+    factor = 2.0**worst.value
+    return Finding(
+        "medium" if abs(worst.value) > 1 else "low",
+        f"layer {layer}: the update is {factor:.2f} times its size",
+        f"{site} of layer {layer} has {factor:.2f} times the norm of the original (geometric mean over tokens). Scale and "
+        "mean are what a closed-form correction mends first.",
+        {"layer": layer, "site": site, "norm_factor": factor},
+    )
+
+
+def depth(e: Evidence) -> Finding | None:
+    if not e.swapped:
+        return None
+    last = e.n_layers - 1
+    after = max(e.swapped)
+    first_row = e.row(layer=after, site="resid_post", metric="rel_l2")
+    last_row = e.row(layer=last, site="resid_post", metric="rel_l2")
+    if first_row is None or last_row is None or after == last or first_row.value == 0:
+        return None
+    growth = last_row.value / first_row.value
+    word = "grows" if growth > 1.1 else "heals" if growth < 0.9 else "stays"
+    return Finding(
+        "medium" if growth > 2 else "info",
+        f"the shift {word} behind the swap",
+        f"The stream is off by {first_row.value:.3f} of its norm leaving layer {after} and by {last_row.value:.3f} leaving "
+        f"layer {last} ({growth:.2f} times).",
+        {"rel_l2_after_swap": first_row.value, "rel_l2_last": last_row.value, "growth": growth},
+    )
+
+
+def late_tokens(e: Evidence) -> Finding | None:
+    t = e.table
+    rows = t[
+        (t.student == "swap") & (t["mode"] == "free") & (t.metric == "kl") & (t.site == "logits")
+        & (t.stat == "mean") & (t.position != "all")
+    ]
+    if len(rows) < 3:
+        return None
+    rows = rows.assign(start=rows.position.str.split("-").str[0].astype(int)).sort_values("start")
+    early, late = rows[rows.start > 0].iloc[0], rows.iloc[-1]
+    if not (late.lo > early.hi or late.hi < early.lo):
+        return None
+    grows = late.value > early.value
+    return Finding(
+        "medium" if grows else "info",
+        "late tokens suffer more" if grows else "early tokens suffer more",
+        f"KL {early.value:.3g} at positions {early.position}, {late.value:.3g} at {late.position}. "
+        + (
+            "What is lost is reached over distance: context or position."
+            if grows
+            else "The first tokens lose most: look at the sink (position 0) and at an empty memory."
+        ),
+        {"kl_early": early.value, "kl_late": late.value, "early": early.position, "late": late.position},
+    )
+
+
+def premise(e: Evidence) -> Finding | None:
+    worst, at = None, (0, "")
+    for layer in e.swapped:
+        for site in e.update_sites():
+            row = e.row(layer=layer, site=site, metric="update_size", stat="teacher")
+            if row is not None and (worst is None or row.value > worst.value):
+                worst, at = row, (layer, site)
+    if worst is None or not worst.value > 0.3:
+        return None
+    layer, site = at
+    return Finding(
+        "medium",
+        f"layer {layer} is not a small correction",
+        f"{site} of the original has {worst.value:.2f} times the norm of the stream it is added to: an error here is an error "
+        "of the stream.",
+        {"layer": layer, "site": site, "update_size": worst.value},
+    )
+
+
+RULES: tuple[Callable[[Evidence], Finding | None], ...] = (
+    worth_it,
+    local_error,
+    scale,
+    depth,
+    late_tokens,
+    premise,
+)
+
+
+def _parallel(e: Evidence) -> str | None:
+    """The safe alternative: keep the original and add the mechanism beside it."""
+    clause = e.clauses[0]
+    if clause["mechanism"] == "parallel" or clause["slot"] in ("final_norm", "rope"):
+        return None
+    where = f"layer{clause['layer']}" if len(e.swapped) == 1 else f"layers[{','.join(map(str, e.swapped))}]"
+    return f'mismatch trace --model {e.model} --swap "{where}.{clause["slot"]}:parallel({clause["mechanism"]}, alpha=0.1)"'
