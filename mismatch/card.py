@@ -147,6 +147,11 @@ def read(name: str, target: str) -> Card:
     return Card(name, _first_line(text), text, facts, args)
 
 
+def docstring(module: str) -> str:
+    """What a module says about itself, read from its source."""
+    return ast.get_docstring(ast.parse(_source(module).read_text(encoding="utf-8"))) or ""
+
+
 def fields(target: str) -> tuple[Arg, ...]:
     """The fields of a dataclass "package.module:Class" as arguments, read from its source."""
     module, _, attribute = target.partition(":")

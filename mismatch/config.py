@@ -30,7 +30,7 @@ ELSEWHERE = ("output", "run_name", "fail_on")
 @dataclass(frozen=True)
 class TraceConfig:
     model: str
-    """Model: a fetched name, a folder, or a hub id."""
+    """A fetched name, a folder, or a hub id."""
     swap: tuple[str, ...]
     """What to replace: target:mechanism, such as "layer12:infini". May be repeated."""
 
@@ -101,6 +101,11 @@ class TraceConfig:
     def swap_spec(self) -> spec.Spec:
         """The parsed swap."""
         return spec.parse(self.swap)
+
+    @property
+    def folder(self) -> Path | None:
+        """The run folder that was asked for; None leaves its name to the run."""
+        return Path(self.output) if self.output else Path("runs", self.run_name) if self.run_name else None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON and YAML."""

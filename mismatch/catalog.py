@@ -1,0 +1,132 @@
+"""What a name means: mechanisms, metrics, sites and errors, from their own texts. No torch.
+
+Nothing is described twice: the texts are the docstrings of the files themselves.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Iterable, Sequence
+
+from mismatch import card as cards
+from mismatch import errors
+from mismatch.card import REQUIRED, Card
+from mismatch.errors import MismatchError, UsageError
+from mismatch.fetch import SOURCES
+from mismatch.registry import Registry, did_you_mean, mechanisms, metrics
+
+
+def list_mechanisms() -> dict[str, str]:
+    """What can go into a slot: name -> one line."""
+    return _summaries(mechanisms())
+
+
+def list_metrics() -> dict[str, str]:
+    """What can be measured: name -> one line."""
+    return _summaries(metrics())
+
+
+def list_sites() -> dict[str, str]:
+    """Where it can be measured: name -> one line, in computation order. From the table in `tracing/sites.py`."""
+    rows = re.findall(r"^\| `(\w+)` \| (.+?) \|", cards.docstring("mismatch.tracing.sites"), re.M)
+    return {name: text.replace("`", "") for name, text in rows}
+
+
+def list_models() -> dict[str, str]:
+    """Models that `mismatch fetch` gets: name -> one line. Any folder of a known family works too."""
+    return _fetchable("model")
+
+
+def list_texts() -> dict[str, str]:
+    """Texts that `mismatch fetch` gets: name -> one line. Any .txt, .jsonl or folder works too."""
+    return _fetchable("text")
+
+
+LISTS = {
+    "mechanisms": list_mechanisms,
+    "metrics": list_metrics,
+    "sites": list_sites,
+    "models": list_models,
+    "texts": list_texts,
+}
+
+
+def explain(name: str) -> str:
+    """All that is known about a mechanism, a metric, a site or an error, as text.
+
+    Raises:
+        UsageError: nothing has this name.
+    """
+    parts = [_card_text(r.kind, r.card(name)) for r in (mechanisms(), metrics()) if name in r]
+    if ":" in name:
+        parts.append(_card_text("mechanism", mechanisms().card(name)))
+    if name in list_sites():
+        parts.append(f"{name}   site\n\n{list_sites()[name]}")
+    if name in _errors():
+        parts.append(_error_text(_errors()[name]))
+    if not parts:
+        known = [*mechanisms().names(), *metrics().names(), *list_sites(), *_errors()]
+        raise UsageError(f"nothing is called `{name}`", hint=did_you_mean(name, known))
+    return "\n\n\n".join(parts)
+
+
+def columns(rows: Iterable[Sequence[str]], indent: str = "") -> str:
+    """Rows of text with aligned columns."""
+    rows = [list(row) for row in rows]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+    return "\n".join(indent + line.rstrip() for line in lines)
+
+
+def _summaries(registry: Registry) -> dict[str, str]:
+    # The name opens the summary of its own file ("zero: the part runs, ..."); once is enough.
+    return {name: registry.card(name).summary.removeprefix(f"{name}: ") for name in registry.names()}
+
+
+def _fetchable(kind: str) -> dict[str, str]:
+    return {
+        source.name: f"{source.what} ({source.megabytes:g} MB, {source.licence})"
+        for source in SOURCES.values()
+        if source.kind == kind
+    }
+
+
+def _errors() -> dict[str, type[MismatchError]]:
+    return {
+        name: value
+        for name, value in vars(errors).items()
+        if isinstance(value, type) and issubclass(value, MismatchError)
+    }
+
+
+def _card_text(kind: str, card: Card) -> str:
+    parts = [f"{card.name}   {kind}", card.text]
+    if card.args:
+        rows = [
+            (arg.name, arg.allowed, _default(arg.default), " ".join(arg.doc.split())) for arg in card.args
+        ]
+        parts.append("arguments\n" + columns(rows, "  "))
+    facts = {
+        key: ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+        for key, value in card.facts.items()
+    }
+    if facts:
+        parts.append("facts\n" + columns(facts.items(), "  "))
+    return "\n\n".join(parts)
+
+
+def _default(value: object) -> str:
+    if value is REQUIRED:
+        return "required"
+    return f"default {str(value).lower() if value is None or isinstance(value, bool) else value}"
+
+
+def _error_text(error: type[MismatchError]) -> str:
+    # One line of the tree in errors.py says when it is raised.
+    line = re.search(rf"\b{error.__name__} +\d +(.+)", errors.__doc__ or "")
+    text = (line.group(1) if line else "").capitalize() + "."
+    own = inspect.cleandoc(error.__doc__) if "__doc__" in vars(error) and error.__doc__ else ""
+    parents = " > ".join(c.__name__ for c in reversed(error.__mro__[:-3]))
+    body = "\n\n".join(part for part in (text, own) if part)
+    return f"{error.__name__}   error\n\n{body}\n\nexit code {error.exit_code}\n{parents}"

@@ -1,0 +1,159 @@
+"""One function a command: hand the arguments on, print what comes back, return the exit code.
+
+What is heavy is imported inside the function that needs it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+from mismatch import catalog, config
+from mismatch.errors import UsageError
+
+
+def trace(args: Namespace) -> int:
+    file = args.config
+    if args.resume is not None:
+        if args.overwrite or file is not None:
+            given = "--overwrite" if args.overwrite else "--config"
+            raise UsageError(
+                f"--resume and {given} do not go together",
+                hint="--resume goes on with the settings in the run folder",
+            )
+        file = Path(args.resume) / "config.yaml"
+    settings = config.load(file, _flags(args))
+    from mismatch import api
+
+    result = api.trace_command(
+        settings,
+        resume=None if args.resume is None else Path(args.resume),
+        overwrite=args.overwrite,
+        progress=not args.quiet,
+    )
+    if args.json:
+        _print_json({"run": str(result.run_dir), "findings": [f.as_dict() for f in result.findings]})
+    else:
+        print(result.summary())
+        print(result.run_dir)
+    return 3 if _reached(settings.fail_on, [f.severity for f in result.findings]) else 0
+
+
+def check(args: Namespace) -> int:
+    settings = config.load(args.config, _flags(args))
+    from mismatch import api
+
+    found = api.check(settings)
+    if args.json:
+        _print_json(found.as_dict())
+    else:
+        print(found.text())
+    return 0
+
+
+def fetch(args: Namespace) -> int:
+    from mismatch.fetch import fetch as get
+    from mismatch.fetch import named
+
+    for name in args.names:
+        named(name)  # a misspelt name stops everything, before anything is downloaded
+    progress = None if args.quiet else _say
+    folders = {name: str(get(name, progress=progress)) for name in args.names}
+    if args.json:
+        _print_json(folders)
+    else:
+        print("\n".join(folders.values()))
+    return 0
+
+
+def report(args: Namespace) -> int:
+    from mismatch.report import write_html
+
+    output = None if args.output is None else Path(args.output)
+    _print_file(write_html(Path(args.run), output), args)
+    return 0
+
+
+def compare(args: Namespace) -> int:
+    from mismatch.report import compare as together
+
+    _print_file(together([Path(run) for run in args.runs], Path(args.output)), args)
+    return 0
+
+
+def list(args: Namespace) -> int:
+    rows = catalog.LISTS[args.what]()
+    if args.json:
+        _print_json(rows)
+    elif rows:
+        print(catalog.columns(rows.items()))
+    return 0
+
+
+def explain(args: Namespace) -> int:
+    text = catalog.explain(args.name)
+    if args.json:
+        _print_json({"name": args.name, "text": text})
+    else:
+        print(text)
+    return 0
+
+
+def env(args: Namespace) -> int:
+    from mismatch import environment
+
+    found: dict[str, Any] = {**environment.versions(), **_machine()}
+    if args.json:
+        _print_json(found)
+    else:
+        print(catalog.columns((key, str(value)) for key, value in found.items()))
+    return 0
+
+
+def _machine() -> dict[str, Any]:
+    """What the models would run on."""
+    import torch
+
+    from mismatch.fetch import cache_dir
+
+    found: dict[str, Any] = {
+        "platform": platform.platform(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "cache": str(cache_dir()),
+    }
+    for index in range(torch.cuda.device_count()):
+        found[f"cuda:{index}"] = torch.cuda.get_device_name(index)
+    return found
+
+
+def _flags(args: Namespace) -> dict[str, Any]:
+    return {name: getattr(args, name) for name in config.fields()}
+
+
+def _reached(limit: str | None, severities: Any) -> bool:
+    """Whether a finding is at least as severe as `limit`. Severities below the lowest limit never are."""
+    if limit is None:
+        return False
+    order = config.fields()["fail_on"].choices or ()
+    return any(s in order and order.index(s) >= order.index(limit) for s in severities)
+
+
+def _print_json(data: Any) -> None:
+    print(json.dumps(data, indent=2, ensure_ascii=False))
+
+
+def _print_file(path: Path, args: Namespace) -> None:
+    if args.json:
+        _print_json({"file": str(path)})
+    else:
+        print(path)
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr)

@@ -1,0 +1,199 @@
+"""Commands and flags. Those of `trace` and `check` are made from the fields of `mismatch.config`."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import re
+from collections.abc import Sequence
+from typing import NoReturn
+
+from mismatch import config
+from mismatch.card import REQUIRED, Arg
+from mismatch.cli import commands
+from mismatch.errors import UsageError
+from mismatch.catalog import LISTS
+from mismatch.registry import did_you_mean
+
+GROUPS = {
+    "model": ("model", "revision", "dtype", "device", "device_map"),
+    "swap": ("swap",),
+    "data": ("data", "calibration", "tokens", "calibration_tokens", "seq_len", "batch_size"),
+    "measurement": ("controls", "metrics", "moment_tokens", "backend", "seed"),
+    "output": ("output", "run_name", "fail_on"),
+    "dangerous": ("trust_remote_code", "allow_pickle"),
+}
+"""The fields of a trace, as its help groups them. A test asks that none is missing."""
+
+EXAMPLES = {
+    "trace": (
+        'mismatch trace --model smollm2 --swap "layer12:infini"',
+        'mismatch trace --model ./my-model --swap "layers[8-15].attn:sliding_window(window=256)" --tokens 65536',
+    ),
+    "check": (
+        'mismatch check --model smollm2 --swap "layer12:infini(segment=64)"',
+        'mismatch check --model smollm2 --swap "norms:dyt" --json',
+    ),
+    "fetch": ("mismatch fetch smollm2", "mismatch fetch wiki sotu"),
+    "report": ("mismatch report runs/RUN", "mismatch report runs/RUN --output report.html"),
+    "compare": (
+        "mismatch compare runs/FIRST runs/SECOND",
+        "mismatch compare runs/* --output comparison.html",
+    ),
+    "list": ("mismatch list mechanisms", "mismatch list metrics --json"),
+    "explain": ("mismatch explain infini", "mismatch explain cka"),
+    "env": ("mismatch env", "mismatch env --json"),
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose complaints are errors of mismatch."""
+
+    def error(self, message: str) -> NoReturn:
+        hint = f"`{self.prog} --help` shows what there is"
+        choice = re.fullmatch(r"argument (\S+): invalid choice: '(.*?)' \(choose from (.*)\)", message)
+        if choice:
+            what, word, names = choice.groups()
+            message = f"unknown {what.lower()} `{word}`"
+            hint = did_you_mean(word, re.findall(r"[\w-]+", names))
+        raise UsageError(message, hint=hint)
+
+
+def read(words: Sequence[str]) -> argparse.Namespace:
+    """The command and its flags; `handler` does it.
+
+    Raises:
+        UsageError: anything that is not understood.
+    """
+    tree, commands_ = _tree()
+    if not words:
+        raise UsageError("no command", hint=f"mismatch COMMAND ...; commands: {', '.join(commands_)}")
+    # Underscores in a flag are what users of other tools type.
+    args, rest = tree.parse_known_args([_kebab(word) for word in words])
+    if rest:
+        word = rest[0].split("=")[0]
+        if word.startswith("-"):
+            flags = [flag for flag in commands_[args.command]._option_string_actions if flag.startswith("--")]
+            near = difflib.get_close_matches(word, flags, n=1)
+            raise UsageError(
+                f"`mismatch {args.command}` has no flag `{word}`",
+                hint=f"did you mean `{near[0]}`?" if near else f"`mismatch {args.command} --help` shows them",
+            )
+        raise UsageError(
+            f"`mismatch {args.command}` does not know what to do with `{word}`",
+            hint=f"`mismatch {args.command} --help` shows what there is",
+        )
+    return args
+
+
+def _kebab(word: str) -> str:
+    flag, equals, value = word.partition("=")
+    return flag.replace("_", "-") + equals + value if re.fullmatch(r"--[\w-]+", flag) else word
+
+
+def _tree() -> tuple[Parser, dict[str, Parser]]:
+    tree = Parser(
+        prog="mismatch",
+        description=_examples([EXAMPLES["trace"][0], EXAMPLES["explain"][0]])
+        + "\n\nSwap a part of a pretrained language model; see where, why and how badly it breaks.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    tree.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
+    branches = tree.add_subparsers(dest="command", metavar="COMMAND", title="commands", required=True)
+    found: dict[str, Parser] = {}
+
+    def command(name: str, text: str) -> Parser:
+        found[name] = branches.add_parser(
+            name,
+            help=text,
+            description=f"{_examples(EXAMPLES[name])}\n\n{text}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        found[name].set_defaults(handler=getattr(commands, name))
+        return found[name]
+
+    trace = command("trace", "Run teacher and swapped model side by side and measure where they part.")
+    check = command("check", "Show the plan, the parameters and the cost of a trace, without loading weights.")
+    for parser in (trace, check):
+        groups = {title: parser.add_argument_group(title) for title in GROUPS}
+        groups["output"].add_argument(
+            "-C", "--config", metavar="FILE", help="YAML with these settings; flags win over it"
+        )
+        for title, names in GROUPS.items():
+            for name in names:
+                _add(groups[title], config.fields()[name])
+        _common(parser, groups["output"])
+        if parser is trace:
+            groups["output"].add_argument("--resume", metavar="RUN", help="go on with an interrupted run")
+            groups["output"].add_argument(
+                "--overwrite", action="store_true", help="replace the run in --output"
+            )
+
+    fetch = command("fetch", "Get demo models and texts: pinned by hash, converted, kept in a cache.")
+    fetch.add_argument("names", nargs="+", metavar="NAME", help="see `mismatch list models` and `texts`")
+    report = command("report", "Write the report of a finished run again, from its table.")
+    report.add_argument("run", metavar="RUN", help="run folder")
+    report.add_argument("--output", metavar="FILE", help="default: report.html in the run folder")
+    compare = command("compare", "Show several finished runs on one scale.")
+    compare.add_argument("runs", nargs="+", metavar="RUN", help="run folders")
+    compare.add_argument("--output", metavar="FILE", default="comparison.html", help="default: %(default)s")
+    listing = command("list", "List what there is.")
+    listing.add_argument("what", choices=tuple(LISTS), metavar="WHAT", help=", ".join(LISTS))
+    explain = command("explain", "Say what a mechanism, a metric, a site or an error is.")
+    explain.add_argument("name", metavar="NAME")
+    env = command("env", "Print versions and devices, for a bug report.")
+    for parser in (fetch, report, compare, listing, explain, env):
+        _common(parser, parser)
+    return tree, found
+
+
+def _examples(lines: Sequence[str]) -> str:
+    return "examples:\n" + "\n".join(f"  {line}" for line in lines)
+
+
+def _add(group: argparse._ArgumentGroup, arg: Arg) -> None:
+    """A flag for one field. Its text becomes a value in `config.load`, where all checks are."""
+    flag = "--" + arg.name.replace("_", "-")
+    text = " ".join(arg.doc.split()).rstrip(".").replace("%", "%%")
+    if arg.default not in (REQUIRED, None, False):
+        shown = ",".join(arg.default) if isinstance(arg.default, tuple) else arg.default
+        text += f" (default: {shown})"
+    if arg.type == "bool":
+        group.add_argument(flag, dest=arg.name, action=argparse.BooleanOptionalAction, help=text)
+        return
+    repeated = "append" if arg.name == "swap" else "store"
+    metavar = "|".join(map(str, arg.choices)) if arg.choices else _METAVARS.get(arg.name, _KINDS[arg.type])
+    group.add_argument(flag, dest=arg.name, action=repeated, metavar=metavar, help=text)
+
+
+_KINDS = {"int": "N", "float": "X", "str": "TEXT", "list": "NAME,..."}
+_METAVARS = {
+    "model": "MODEL",
+    "swap": "SPEC",
+    "device": "DEVICE",
+    "device_map": "MAP",
+    "revision": "REVISION",
+    "data": "DATA",
+    "calibration": "DATA",
+    "output": "FOLDER",
+    "run_name": "NAME",
+}
+
+
+def _common(parser: argparse.ArgumentParser, group: argparse._ActionsContainer) -> None:
+    group.add_argument("--json", action="store_true", help="print JSON")
+    quiet = parser.add_mutually_exclusive_group()
+    quiet.add_argument("-q", "--quiet", action="store_true", help="no progress, no hints")
+    quiet.add_argument("-v", "--verbose", action="store_true", help="more on stderr, tracebacks of errors")
+
+
+class _Version(argparse.Action):
+    """Reads the version only when asked."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
+        from mismatch import __version__
+
+        print(f"mismatch {__version__}")
+        parser.exit()
