@@ -1,0 +1,201 @@
+"""The pieces of a pretrained attention that another token mixer can keep.
+
+Softmax attention of every supported family is
+
+    q, k, v = qkv(x)                 projections, biases, query/key norms; BEFORE any position encoding
+    q, k    = rotate(q, k, cos/sin)  the family's own rotary embedding (partial rotary, layers without)
+    a       = attend(q, k, v, mask)  softmax(cap(scaling q k^T)) v, query head h reads kv head h // (H / KV)
+    y       = project(a)             output projection
+
+and `AttentionParts` takes these pieces out of the module that is replaced, by looking at which attributes it has: the
+projections and norms stay the original's modules under the original's names, so their parameters are inherited. Whatever
+it cannot account for is refused: another class of attention, a parameter it does not know, learned sinks, attention
+that is not causal. That rebuilding softmax attention from the pieces gives the original is a test, for every family.
+
+| pieces | families |
+|---|---|
+| `q_proj k_proj v_proj o_proj` | llama mistral qwen2 qwen3 gemma2 gemma3 olmo2 smollm3 |
+| `qkv_proj o_proj`: [all q, all k, all v] | phi3 |
+| `query_key_value dense`: per head [q, k, v] | gpt_neox |
+| `c_attn c_proj`: [all q, all k, all v], no rotary | gpt2 |
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mismatch.errors import SurgeryError
+from mismatch.mechanisms.base import Context, Mechanism
+
+# names of the modules that make q, k, v; then the one that makes the output
+SEPARATE = (("q_proj", "k_proj", "v_proj"), "o_proj")
+FUSED = {"qkv_proj": "o_proj", "query_key_value": "dense", "c_attn": "c_proj"}
+# These two read their window from the config, for every layer; the others have an attribute per module.
+WINDOW_IN_CONFIG = ("MistralAttention", "Phi3Attention")
+
+
+class AttentionParts(Mechanism):
+    """A mechanism built from the pieces of an attention module.
+
+    Attributes:
+        n_heads, n_kv_heads, head_dim: H, KV, D.
+        scaling: of the logits, the module's own.
+        softcap: of the logits (gemma2), or None.
+        window: the module's own sliding window in tokens, or None.
+        layer_idx: its entry in the cache.
+    """
+
+    def __init__(self, original: nn.Module, config: Any, context: Context) -> None:
+        """Raises:
+        SurgeryError: `original` is not an attention whose every part is known.
+        """
+        super().__init__(original, config, context)
+        self._inputs, self._output = _named_parts(original, context)
+        for name in (*self._inputs, self._output, "q_norm", "k_norm"):
+            if isinstance(getattr(original, name, None), nn.Module):
+                setattr(self, name, getattr(original, name))
+        _refuse_unknown(original, self, context)
+        model = original.config
+        self.layer_idx: int = original.layer_idx
+        self.head_dim: int = getattr(original, "head_dim", None) or original.head_size
+        self.n_heads: int = model.num_attention_heads
+        grouped = self._inputs[0] in ("q_proj", "qkv_proj")
+        self.n_kv_heads: int = model.num_key_value_heads if grouped else self.n_heads
+        self.scaling: float = original.scaling
+        # Gemma3 sets the attribute and never uses it.
+        capped = type(original).__name__ == "Gemma2Attention"
+        self.softcap: float | None = original.attn_logit_softcapping if capped else None
+        self.window: int | None = getattr(original, "sliding_window", None)
+        if type(original).__name__ in WINDOW_IN_CONFIG:
+            self.window = getattr(model, "sliding_window", None)
+        self._rotary = _rotary(original)
+        self._dropout = getattr(original, "attention_dropout", 0.0)
+        self._output_dropout = 0.0
+        if self._output == "c_proj":  # gpt2 keeps its dropouts as modules
+            self._dropout, self._output_dropout = original.attn_dropout.p, original.resid_dropout.p
+
+    def qkv(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values before position encoding.
+
+        Args:
+            x: `batch pos d_model`.
+
+        Returns:
+            q `batch H pos D`, k and v `batch KV pos D`.
+        """
+        q, k, v = (self._head_split(part) for part in self._projected(x))
+        if getattr(self, "q_norm", None) is not None and not self._wide_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+
+    def _projected(self, x: Tensor) -> tuple[Tensor, ...]:
+        """q, k, v flat: `batch pos heads*D`."""
+        if len(self._inputs) == 3:
+            q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+            # olmo2 normalises over all heads at once, before they are split; qwen3 and gemma3 each head.
+            return (self.q_norm(q), self.k_norm(k), v) if self._wide_norm else (q, k, v)
+        fused = getattr(self, self._inputs[0])(x)
+        if self._inputs[0] == "query_key_value":
+            per_head = fused.unflatten(-1, (self.n_heads, 3, self.head_dim))
+            return tuple(part.flatten(-2) for part in per_head.unbind(-2))
+        kv = self.n_kv_heads * self.head_dim
+        return fused.split([self.n_heads * self.head_dim, kv, kv], dim=-1)
+
+    @property
+    def _wide_norm(self) -> bool:
+        norm = getattr(self, "q_norm", None)
+        return norm is not None and norm.weight.shape[-1] != self.head_dim
+
+    def _head_split(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (-1, self.head_dim))
+
+    def rotate(self, q: Tensor, k: Tensor, position_embeddings: Any) -> tuple[Tensor, Tensor]:
+        """Queries and keys with position in them, by the cos and sin that the model hands down.
+
+        Args:
+            q, k: as from `qkv`.
+            position_embeddings: (cos, sin), each `batch pos rotary`; unused where the family or this layer has no rotary.
+        """
+        return (q, k) if self._rotary is None else self._rotary(q, k, *position_embeddings)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """Softmax attention with the module's scaling and softcap.
+
+        Args:
+            q: `batch H queries D`.
+            k, v: `batch KV keys D`.
+            mask: bool, `batch or 1, 1, queries, keys`, True = may be read; None = causal, queries == keys.
+
+        Returns:
+            `batch H queries D`, dtype of `v`.
+        """
+        k, v = self.per_query_head(k), self.per_query_head(v)
+        p = self._dropout if self.training else 0.0
+        if self.softcap is None:
+            return F.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, dropout_p=p, is_causal=mask is None, scale=self.scaling
+            )
+        if mask is None:
+            mask = q.new_ones(q.shape[-2], k.shape[-2], dtype=torch.bool).tril()
+        logits = torch.tanh(q @ k.transpose(-1, -2) * self.scaling / self.softcap) * self.softcap
+        logits = logits.masked_fill(~mask, torch.finfo(logits.dtype).min)
+        weights = F.dropout(logits.softmax(-1, dtype=torch.float32).to(q.dtype), p)
+        return weights @ v
+
+    def per_query_head(self, x: Tensor) -> Tensor:
+        """`batch KV ...` -> `batch H ...`: kv head h // (H / KV) for query head h."""
+        return x if self.n_kv_heads == self.n_heads else x.repeat_interleave(self.group, dim=1)
+
+    @property
+    def group(self) -> int:
+        """Query heads per kv head."""
+        return self.n_heads // self.n_kv_heads
+
+    def project(self, heads: Tensor) -> Tensor:
+        """`batch H pos D` -> `batch pos d_model` through the output projection."""
+        out = getattr(self, self._output)(heads.transpose(1, 2).flatten(-2))
+        return F.dropout(out, self._output_dropout, self.training)
+
+
+def _named_parts(original: nn.Module, context: Context) -> tuple[tuple[str, ...], str]:
+    if all(hasattr(original, name) for name in (*SEPARATE[0], SEPARATE[1])):
+        return SEPARATE
+    for fused, output in FUSED.items():
+        if hasattr(original, fused) and hasattr(original, output):
+            return (fused,), output
+    raise SurgeryError(
+        f"{context.where}: {type(original).__name__} is not an attention whose projections are known; looked for "
+        f"{' '.join(SEPARATE[0])} {SEPARATE[1]}, " + ", ".join(f"{a} {b}" for a, b in FUSED.items()),
+        hint="put the mechanism into the `attn` slot of a supported family, directly and not over another swap",
+    )
+
+
+def _refuse_unknown(original: nn.Module, parts: nn.Module, context: Context) -> None:
+    """Anything that changes the original's result and is not carried over is an error, never a silent loss."""
+    if isinstance(original, Mechanism):
+        raise SurgeryError(
+            f"{context.where}: the attention was already replaced by `{type(original).__name__}`",
+            hint="one replacement per slot; wrappers go on top of a replacement, not below it",
+        )
+    known = {id(p) for p in parts.parameters()}
+    lost = [name for name, p in original.named_parameters() if id(p) not in known]
+    if lost:
+        raise SurgeryError(
+            f"{context.where}: {type(original).__name__} has parameters this mechanism would drop: {', '.join(lost)}",
+            hint="supported: llama mistral qwen2 qwen3 gemma2 gemma3 olmo2 phi3 smollm3 gpt2 gpt_neox",
+        )
+    if getattr(original, "is_causal", True) is not True or getattr(original, "is_cross_attention", False):
+        raise SurgeryError(f"{context.where}: {type(original).__name__} is not causal self-attention")
+
+
+def _rotary(original: nn.Module) -> Callable[..., tuple[Tensor, Tensor]] | None:
+    """The rotary function of the family's own file; None for gpt2 and for layers without (smollm3)."""
+    if not getattr(original, "use_rope", True):
+        return None
+    return getattr(sys.modules[type(original).__module__], "apply_rotary_pos_emb", None)

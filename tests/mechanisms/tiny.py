@@ -1,0 +1,62 @@
+"""Random models of every supported family, small enough to run a hundred times a second."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+N_LAYERS = 3
+VOCAB = 61
+
+COMMON = {
+    "hidden_size": 24,
+    "intermediate_size": 40,
+    "num_hidden_layers": N_LAYERS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "vocab_size": VOCAB,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.3,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+}
+GEMMA = {"query_pre_attn_scalar": 5, "sliding_window": 9}
+EXTRA: dict[str, dict[str, Any]] = {
+    "llama": {"attention_bias": True},
+    "mistral": {"sliding_window": None},
+    "mistral_window": {"sliding_window": 7},
+    "qwen2": {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1},
+    "qwen3": {},
+    "gemma2": {**GEMMA, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 20.0},
+    "gemma3": {**GEMMA, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
+    "olmo2": {},
+    "phi3": {"partial_rotary_factor": 0.5, "sliding_window": 8},
+    "smollm3": {"no_rope_layers": [1, 0, 1]},
+    "gpt2": {"scale_attn_by_inverse_layer_idx": True, "attn_pdrop": 0.0, "resid_pdrop": 0.0},
+    "gpt_neox": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+}
+MODEL_TYPE = {"gemma3": "gemma3_text", "mistral_window": "mistral"}
+FAMILIES = tuple(EXTRA)
+
+
+def tiny(family: str, attn: str = "sdpa", seed: int = 0, **changes: Any) -> nn.Module:
+    """A random model in eval mode, float32. Gemma2's softcap exists under eager attention only."""
+    config = AutoConfig.for_model(MODEL_TYPE.get(family, family), **{**COMMON, **EXTRA[family], **changes})
+    torch.manual_seed(seed)
+    attn = "eager" if family == "gemma2" else attn
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attn).eval()
+    with torch.no_grad():  # norms and biases are born as ones and zeros, and would hide a lost one
+        for name, weight in model.named_parameters():
+            if weight.ndim == 1:
+                weight.add_(torch.randn_like(weight) * 0.2)
+    return model
+
+
+def tokens(batch: int, length: int, seed: int = 0) -> torch.Tensor:
+    """Random ids without the pad id."""
+    return torch.randint(2, VOCAB, (batch, length), generator=torch.Generator().manual_seed(seed))
