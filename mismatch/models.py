@@ -1,7 +1,7 @@
 """Models by name: a folder, a fetched demo model, an installed package or a hub id.
 
-`resolve` says where a name leads, `read_config` reads only the config, `load` loads model and
-tokenizer. All that can be refused is refused before weights are read (`mismatch.weights`), and
+`mismatch.resolve` says where a name leads, `read_config` reads only the config, `load` loads model
+and tokenizer. All that can be refused is refused before weights are read (`mismatch.weights`), and
 after the load three silent failures are looked for: weights that were left at random, a RoPE base
 that was lost between transformers 4 and 5, token ids that the embedding does not have.
 
@@ -10,9 +10,7 @@ This is the only file that calls `from_pretrained`.
 
 from __future__ import annotations
 
-import difflib
 import hashlib
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -24,8 +22,9 @@ import transformers
 from torch import nn
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from mismatch import fetch, weights
+from mismatch import weights
 from mismatch.errors import ModelError
+from mismatch.resolve import Source, from_hub, resolve
 
 DTYPES = {
     "auto": "auto",
@@ -36,17 +35,6 @@ DTYPES = {
     "float16": torch.float16,
     "fp16": torch.float16,
 }
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
-_HUB_FILES = ["*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken"]
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where a model name leads. `folder` is None for a hub id, whose files are not here yet."""
-
-    name: str
-    folder: Path | None
-    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -70,52 +58,6 @@ class Loaded(NamedTuple):
     info: ModelInfo
 
 
-def resolve(name_or_path: str | Path) -> Source:
-    """Where a name leads: explicit path, cache, installed package, hub id, in this order.
-
-    An installed package is converted into the cache on the way. Nothing is downloaded.
-
-    Raises:
-        ModelError: no such folder, a text's name, a fetchable model that was not fetched.
-    """
-    name = str(name_or_path)
-    path = Path(name).expanduser()
-    if path.is_dir():
-        return Source(name, path.resolve())
-    if path.is_file():
-        raise ModelError(f"{name} is a file", hint="give the folder that it lies in")
-    if package := fetch.SOURCES.get(name):
-        return _fetched(package)
-    looks_like_path = isinstance(name_or_path, Path) or name.startswith((".", "/", "~"))
-    if looks_like_path or not _HUB_ID.fullmatch(name):
-        raise ModelError(f"no model folder {name}", hint=_near(name) or _known())
-    if near := _near(name):
-        raise ModelError(f"no model is called {name!r}", hint=near)
-    return Source(name, None, "from the Hugging Face hub")
-
-
-def _fetched(package: fetch.Package) -> Source:
-    if package.kind != "model":
-        raise ModelError(f"{package.name} is a text, not a model", hint=_known())
-    if folder := fetch.find(package.name):
-        return Source(package.name, folder, f"{package.what} ({package.licence})")
-    raise ModelError(
-        f"the model {package.name} is not here yet: neither in {fetch.cache_dir()} nor installed",
-        hint=f"mismatch fetch {package.name}   ({package.megabytes:g} MB)",
-    )
-
-
-def _near(name: str) -> str | None:
-    models = [p.name for p in fetch.SOURCES.values() if p.kind == "model"]
-    near = difflib.get_close_matches(name.lower(), models, n=1)
-    return f"did you mean `{near[0]}`?" if near else None
-
-
-def _known() -> str:
-    models = [p.name for p in fetch.SOURCES.values() if p.kind == "model"]
-    return f"a folder, a hub id such as `owner/name`, or one to fetch: {', '.join(models)}"
-
-
 def read_config(
     name_or_path: str | Path, *, revision: str | None = None, trust_remote_code: bool = False
 ) -> tuple[transformers.PretrainedConfig, Source]:
@@ -125,7 +67,7 @@ def read_config(
         ModelError: as `resolve`; no or broken config.json; code of the folder's own.
     """
     source = resolve(name_or_path)
-    folder = source.folder or _hub_folder(source.name, revision, _HUB_FILES)
+    folder = source.folder or from_hub(source.name, revision, code=trust_remote_code)
     config = _config(folder, trust_remote_code)
     return config, Source(source.name, folder, source.note)
 
@@ -160,8 +102,12 @@ def load(
     torch_dtype = _dtype(dtype)
     place = _place(device, device_map)
     source = resolve(name_or_path)
-    folder = source.folder or _hub_model(source.name, revision, trust_remote_code, allow_pickle)
+    folder = source.folder or from_hub(source.name, revision, code=trust_remote_code)
     config = _config(folder, trust_remote_code)
+    if source.folder is None:
+        folder = from_hub(
+            source.name, revision, weights=True, code=trust_remote_code, pickle=allow_pickle
+        )
     files = weights.check_weights(folder, allow_pickle)
     tokenizer = load_tokenizer(folder, trust_remote_code)
     model = _model(folder, config, torch_dtype, place, trust_remote_code, bool(files))
@@ -333,32 +279,6 @@ def _place(device: Any, device_map: Any) -> dict[str, Any]:
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ModelError(f"device {chosen!s} cannot be used: {_first_line(error)}") from error
     return {"device": torch.device(chosen)}
-
-
-def _hub_model(
-    name: str, revision: str | None, trust_remote_code: bool, allow_pickle: bool
-) -> Path:
-    """Small files first, so that what must be refused is refused before gigabytes come."""
-    folder = _hub_folder(name, revision, _HUB_FILES)
-    _config(folder, trust_remote_code)
-    patterns = ["*.safetensors", *_HUB_FILES, *(["*.py"] if trust_remote_code else [])]
-    folder = _hub_folder(name, revision, patterns)
-    if allow_pickle and not any(folder.glob("*.safetensors")):
-        folder = _hub_folder(name, revision, [*patterns, "*.bin"])
-    return folder
-
-
-def _hub_folder(name: str, revision: str | None, patterns: list[str]) -> Path:
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
-    except Exception as error:  # the hub client raises types of three libraries
-        raise ModelError(
-            f"no model {name!r}: no such folder, nothing to fetch by this name, and the Hugging "
-            f"Face hub did not give it ({_first_line(error)})",
-            hint=_known(),
-        ) from error
 
 
 def _first_line(error: BaseException) -> str:
