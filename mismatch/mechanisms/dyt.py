@@ -1,0 +1,115 @@
+"""dyt: Dynamic Tanh in place of a norm.
+
+    y = gamma * tanh(alpha x) + beta
+
+Source: Zhu et al., arXiv 2503.10622 (eq. 4). alpha is one learnable number per norm, no statistic of the token is taken.
+A norm divides each token by its own rms, so near 0 DyT equals it for tokens whose rms is 1 / alpha; the paper's 0.5 is for
+a model trained from scratch. Here alpha is measured on the norm's own input over calibration text: ALPHA_DOC
+
+Inherited (inherit=true): gamma, and a LayerNorm's beta; gemma stores gamma - 1 and is read so. New: alpha (1 value), and
+with inherit=false gamma = 1, beta = 0. Dropped: eps, and the division. Massive tokens (norms of thousands) saturate the
+tanh: that is the mechanism, not an accident of the swap.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+import torch
+from torch import Tensor, nn
+
+from mismatch.errors import SurgeryError
+from mismatch.mechanisms.base import Context, Mechanism, need_calibration, tensor_kind
+
+PLACEHOLDER = 0.5  # the paper's; used on the meta device, where nothing is computed
+
+
+@dataclass(frozen=True)
+class DyTConfig:
+    alpha: Annotated[float, "> 0"] | None = None
+    """Slope at 0; none = measured on calibration text."""
+    inherit: bool = True
+    """Keep the norm's gamma and beta."""
+
+
+class InputScale:
+    """Running sum of squares of a norm's input over bulk tokens, float64."""
+
+    def __init__(self) -> None:
+        self.squares = 0.0
+        self.count = 0
+
+    def update(self, inputs: Tensor, outputs: Tensor, keep: Tensor) -> None:
+        kept = inputs[keep].double()
+        self.squares += kept.pow(2).sum().item()
+        self.count += kept.numel()
+
+    def alpha(self) -> float:
+        """1 / rms of the input.
+
+        Raises:
+            SurgeryError: no token was seen, or every input was 0.
+        """
+        if self.squares == 0:
+            raise SurgeryError("the calibration text has no usable token", hint="give a longer text")
+        return (self.count / self.squares) ** 0.5
+
+
+class DyT(Mechanism):
+    """Dynamic Tanh with the norm's own gain and bias."""
+
+    Config = DyTConfig
+    slots = ("norm1", "norm2", "norms", "final_norm")
+    identity = "none: a norm divides each token by its own rms, DyT divides all by one number"
+    state = "none"
+    source = "arXiv 2503.10622, eq. 4"
+
+    def __init__(self, original: nn.Module, config: DyTConfig, context: Context) -> None:
+        """Raises:
+        SurgeryError: the original is not a norm with a gain, or alpha has to be measured and was not.
+        """
+        super().__init__(original, config, context)
+        weight = getattr(original, "weight", None)
+        if not isinstance(weight, nn.Parameter) or weight.ndim != 1:
+            raise SurgeryError(f"{context.where}: {type(original).__name__} is not a norm with a gain")
+        kind = tensor_kind(original)
+        bias = getattr(original, "bias", None)
+        self.offset = gain_offset(original)
+        if not config.inherit:
+            weight = nn.Parameter(torch.full_like(weight, 1.0 - self.offset))
+            bias = None if bias is None else nn.Parameter(torch.zeros_like(bias))
+        self.weight = weight
+        self.register_parameter("bias", bias)
+        alpha = config.alpha
+        if alpha is None:
+            measured = need_calibration(original, context, "dyt")
+            alpha = PLACEHOLDER if measured is None else measured.alpha()
+        self.alpha = nn.Parameter(torch.tensor(alpha, **kind))
+
+    @classmethod
+    def calibrator(cls, config: DyTConfig) -> InputScale | None:
+        return InputScale() if config.alpha is None else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`... d` in and out; computed in float32 at least, as the norms are."""
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        y = torch.tanh(self.alpha.to(wide.dtype) * wide) * (self.offset + self.weight.to(wide.dtype))
+        y = y if self.bias is None else y + self.bias.to(wide.dtype)
+        return y.to(x.dtype)
+
+
+def gain_offset(norm: nn.Module) -> float:
+    """What the norm adds to its weight: 1 in gemma, which stores gamma - 1, otherwise 0.
+
+    Read off a fresh norm of the same class, whose gain is 1 by construction.
+
+    Raises:
+        SurgeryError: the class cannot be built from its width alone.
+    """
+    try:
+        with torch.device("cpu"):
+            fresh = type(norm)(1)
+    except TypeError as error:
+        raise SurgeryError(f"{type(norm).__name__} is not a norm that is known: {error}") from error
+    return 1.0 - fresh.weight.item()

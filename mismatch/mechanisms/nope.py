@@ -1,0 +1,69 @@
+"""nope: attention without position encoding (the rotary embedding becomes the identity rotation).
+
+    cos := 1, sin := 0        so that rotate(q, k) = q, k
+
+Source: Kazemnejad et al., arXiv 2305.19466 (NoPE). Only what the rotary embedding carried is lost; the causal mask still
+tells early from late. The attention factor of YaRN and longrope rides on cos and sin and is no position, so it is
+kept: cos := factor. One layer or all of them; the other layers keep theirs. Refused where there is nothing to take
+away: gpt2 (learned positions, added once to the embeddings) and layers that have no rotary embedding (smollm3).
+Inherited: everything. New, dropped: nothing.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mismatch.errors import SurgeryError
+from mismatch.mechanisms.base import Context, Wrapper
+
+# A bfloat16 cos^2 + sin^2 is off by less than this; YaRN's factor is 1.1 and more.
+ROUNDING = 0.02
+
+
+@dataclass(frozen=True)
+class NoPEConfig:
+    """No options."""
+
+
+class NoPE(Wrapper):
+    """Hands the wrapped attention the identity rotation."""
+
+    Config = NoPEConfig
+    slots = ("rope",)
+    identity = "none: only a text of one token has no positions"
+    state = "the host's KV cache, keys without rotation"
+    source = "arXiv 2305.19466"
+    stacks = True
+
+    def __init__(self, original: nn.Module, config: NoPEConfig, context: Context) -> None:
+        """Raises:
+        SurgeryError: this attention has no rotary embedding.
+        """
+        super().__init__(original, config, context)
+        innermost = original
+        while isinstance(innermost, Wrapper):
+            innermost = innermost.original
+        takes = inspect.signature(innermost.forward).parameters
+        rotates = "position_embeddings" in takes or hasattr(innermost, "rotate")
+        if not rotates or not getattr(innermost, "use_rope", True):
+            raise SurgeryError(
+                f"{context.where}: {type(innermost).__name__} has no rotary embedding to take away",
+                hint="nope works where positions enter by rotation of queries and keys",
+            )
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        cos, sin = kwargs["position_embeddings"]
+        kwargs = {**kwargs, "position_embeddings": identity_rotation(cos, sin)}
+        return self.original(*args, **kwargs)
+
+
+def identity_rotation(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """cos and sin of no rotation, in their shapes; the attention factor (the length of (cos, sin)) stays."""
+    factor = torch.hypot(cos[:1, :1, :1].float(), sin[:1, :1, :1].float())
+    factor = torch.where((factor - 1).abs() < ROUNDING, 1.0, factor)
+    return torch.ones_like(cos) * factor.to(cos.dtype), torch.zeros_like(sin)
