@@ -1,0 +1,38 @@
+"""Minibatch linear CKA: CKA for layers too wide for moments.
+
+Definition: sum_g HSIC_u(X_g, Y_g) / sqrt(sum_g HSIC_u(X_g, X_g) sum_g HSIC_u(Y_g, Y_g)) over groups
+g of about 256 random tokens of one batch: sums first, then ONE ratio. (The mean of the groups'
+CKAs is another, worse number.) Stats: value, shift = 1 - value.
+Unit: none. Range: value at most about 1. Null: value 1, shift 0.
+Leaves out position 0 and massive tokens, uses a sample of the rest, and the few that do not fill
+a group. Interval: bootstrap over batches (nan with one batch). nan where a side is constant.
+Source: Nguyen et al. 2020 (arXiv 2010.15327), section 3.1; Song et al. 2012, eq. 5.
+"""
+
+from __future__ import annotations
+
+from mismatch.metrics.base import Groups, Metric, Reading
+
+
+class MinibatchCKA(Metric):
+    unit = "1 - CKA"
+    range = "[0, 1], a little beyond by chance"
+    better = "lower"
+    null = {"value": 1.0, "shift": 0.0}
+    headline = "shift"
+    invariant = ("rotation", "permutation", "scale", "shift")
+    blind = (
+        "as cka; besides, groups do not cross batches, so differences between the documents of "
+        "different batches do not count"
+    )
+    source = "Nguyen et al. 2020, arXiv 2010.15327, section 3.1"
+    at = "stream"
+    mask = "sample"
+    state = "minibatch"
+
+    def read(self, state: Groups) -> list[Reading]:
+        value, lo, hi = state.cka()
+        return [
+            Reading("value", value, lo, hi, state.n),
+            Reading("shift", 1 - value, 1 - hi, 1 - lo, state.n),
+        ]

@@ -1,0 +1,109 @@
+"""`measure`: one metric on two arrays, for notebooks and tests. A trace does not come through here."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mismatch.errors import UsageError
+from mismatch.metrics import load_metric
+from mismatch.metrics.base import GROUP, LogitPair, Pair, Reading, massive_tokens
+from mismatch.metrics.meter import StudentMeter, TeacherMeter
+from mismatch.metrics.pairs import wide
+
+
+def measure(
+    name: str,
+    teacher: Any,
+    student: Any,
+    *,
+    docs: Any = None,
+    valid: Any = None,
+    before: tuple[Any, Any] | None = None,
+    targets: Any = None,
+    group: int = GROUP,
+) -> list[Reading]:
+    """Reads metric `name` once.
+
+    Args:
+        teacher, student: arrays or tensors, `n d` (each row a document of its own, all rows used)
+            or `batch pos d` (each row of the batch a document; second-moment metrics then leave
+            out position 0 and massive tokens). For metrics at logits or lens: logits or
+            log-probabilities, with the vocabulary last.
+        docs: int `n` or `batch`: number of each row's document, from 0.
+        valid: bool `n` or `batch pos`: tokens to use.
+        before: for update_size: the stream before the update, teacher's and student's.
+        targets: for nll: next token, int `n` or `batch pos`, -1 where there is none.
+        group: tokens per group of cka_minibatch.
+
+    Raises:
+        UsageError: unknown metric, shapes that do not fit.
+    """
+    metric = load_metric(name)
+    teacher, student = _cube(teacher), _cube(student)
+    same = teacher.shape[:2] == student.shape[:2] and (
+        name == "cka" or teacher.shape[2] == student.shape[2]
+    )
+    if not same:
+        raise UsageError(
+            f"{name}: teacher is {tuple(teacher.shape)}, student is {tuple(student.shape)}",
+            hint="both must hold the same tokens (batch, pos) and the same channels.",
+        )
+    batch, pos, d = teacher.shape
+    flat = pos == 1
+    valid = torch.ones(batch, pos, dtype=torch.bool) if valid is None else _plain(valid)
+    valid = valid.bool().reshape(batch, pos)
+    docs = torch.arange(batch) if docs is None else _plain(docs).long()
+    n_docs = int(docs.max()) + 1 if batch else 1
+    out = StudentMeter([name], d, n_docs=n_docs, n_pos=max(pos, 1), group=group)
+    if metric.at in ("logits", "lens"):
+        out.update(_logit_pair(teacher, student, docs, valid, targets))
+        return [reading for _, reading in out.read()]
+    bulk = valid.clone()
+    if not flat:
+        bulk[:, 0] = False
+        bulk &= ~massive_tokens(teacher)
+    if before is not None:
+        before = (_cube(before[0]), _cube(before[1]))
+    pair = Pair(teacher, student, docs, valid, bulk, bulk, before)
+    meter = TeacherMeter([name], d, group=group)
+    if name == "cka" and student.shape[2] != d:
+        from mismatch.metrics.base import PairMoments
+
+        out.parts["moments"] = PairMoments(d, student.shape[2])
+    meter.update(pair)
+    out.update(pair)
+    return [reading for _, reading in out.read(meter)]
+
+
+def _plain(x: Any) -> Tensor:
+    return x.detach() if torch.is_tensor(x) else torch.as_tensor(x)
+
+
+def _cube(x: Any) -> Tensor:
+    x = _plain(x)
+    if x.dim() not in (2, 3):
+        raise UsageError(
+            f"an array with {x.dim()} axes cannot be measured", hint="n d, or batch pos d."
+        )
+    return x[:, None] if x.dim() == 2 else x
+
+
+def _logit_pair(
+    teacher: Tensor, student: Tensor, docs: Tensor, valid: Tensor, targets: Any
+) -> LogitPair:
+    batch, pos, _ = teacher.shape
+    keep = valid.flatten()
+    if targets is None:
+        next_token = torch.full((batch * pos,), -1)
+    else:
+        next_token = _plain(targets).long().flatten()
+    return LogitPair(
+        wide(teacher).flatten(0, 1)[keep].log_softmax(-1),
+        wide(student).flatten(0, 1)[keep].log_softmax(-1),
+        next_token[keep],
+        docs[:, None].expand(batch, pos).flatten()[keep],
+        torch.arange(pos).expand(batch, pos).flatten()[keep],
+    )
