@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import textwrap
 from collections.abc import Iterable, Sequence
 
 from mismatch import card as cards
@@ -71,17 +72,24 @@ def explain(name: str) -> str:
     return "\n\n\n".join(parts)
 
 
-def columns(rows: Iterable[Sequence[str]], indent: str = "") -> str:
-    """Rows of text with aligned columns."""
+def columns(rows: Iterable[Sequence[str]], indent: str = "", width: int | None = None) -> str:
+    """Rows of text with aligned columns. With a width, the last column is wrapped to it."""
     rows = [list(row) for row in rows]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
-    return "\n".join(indent + line.rstrip() for line in lines)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)][:-1]
+    start = len(indent) + sum(widths) + 2 * len(widths)
+    lines = []
+    for *cells, last in rows:
+        head = indent + "".join(f"{cell:<{w}}  " for cell, w in zip(cells, widths, strict=True))
+        parts = [last] if width is None else textwrap.wrap(last, max(width - start, 20)) or [""]
+        lines += [head + parts[0], *(" " * start + part for part in parts[1:])]
+    return "\n".join(line.rstrip() for line in lines)
 
 
 def _summaries(registry: Registry) -> dict[str, str]:
     # The name opens the summary of its own file ("zero: the part runs, ..."); once is enough.
-    return {name: registry.card(name).summary.removeprefix(f"{name}: ") for name in registry.names()}
+    return {
+        name: registry.card(name).summary.removeprefix(f"{name}: ") for name in registry.names()
+    }
 
 
 def _fetchable(kind: str) -> dict[str, str]:
@@ -104,16 +112,25 @@ def _card_text(kind: str, card: Card) -> str:
     parts = [f"{card.name}   {kind}", card.text]
     if card.args:
         rows = [
-            (arg.name, arg.allowed, _default(arg.default), " ".join(arg.doc.split())) for arg in card.args
+            (arg.name, arg.allowed, _default(arg.default), " ".join(arg.doc.split()))
+            for arg in card.args
         ]
-        parts.append("arguments\n" + columns(rows, "  "))
-    facts = {
-        key: ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
-        for key, value in card.facts.items()
-    }
+        parts.append("arguments\n" + columns(rows, "  ", 100))
+    facts = {key: _fact(value) for key, value in card.facts.items()}
     if facts:
-        parts.append("facts\n" + columns(facts.items(), "  "))
+        parts.append("facts\n" + columns(facts.items(), "  ", 100))
     return "\n\n".join(parts)
+
+
+def _fact(value: object) -> str:
+    if isinstance(value, tuple):
+        return ", ".join(map(str, value))
+    if isinstance(value, dict):
+        return ", ".join(
+            f"{key} {item:g}" if isinstance(item, float) else f"{key} {item}"
+            for key, item in value.items()
+        )
+    return str(value)
 
 
 def _default(value: object) -> str:

@@ -37,7 +37,9 @@ def trace(args: Namespace) -> int:
         progress=not args.quiet,
     )
     if args.json:
-        _print_json({"run": str(result.run_dir), "findings": [f.as_dict() for f in result.findings]})
+        _print_json(
+            {"run": str(result.run_dir), "findings": [f.as_dict() for f in result.findings]}
+        )
     else:
         print(result.summary())
         print(result.run_dir)

@@ -10,9 +10,9 @@ from typing import NoReturn
 
 from mismatch import config
 from mismatch.card import REQUIRED, Arg
+from mismatch.catalog import LISTS
 from mismatch.cli import commands
 from mismatch.errors import UsageError
-from mismatch.catalog import LISTS
 from mismatch.registry import did_you_mean
 
 GROUPS = {
@@ -51,7 +51,9 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         hint = f"`{self.prog} --help` shows what there is"
-        choice = re.fullmatch(r"argument (\S+): invalid choice: '(.*?)' \(choose from (.*)\)", message)
+        choice = re.fullmatch(
+            r"argument (\S+): invalid choice: '(.*?)' \(choose from (.*)\)", message
+        )
         if choice:
             what, word, names = choice.groups()
             message = f"unknown {what.lower()} `{word}`"
@@ -67,17 +69,25 @@ def read(words: Sequence[str]) -> argparse.Namespace:
     """
     tree, commands_ = _tree()
     if not words:
-        raise UsageError("no command", hint=f"mismatch COMMAND ...; commands: {', '.join(commands_)}")
+        raise UsageError(
+            "no command", hint=f"mismatch COMMAND ...; commands: {', '.join(commands_)}"
+        )
     # Underscores in a flag are what users of other tools type.
     args, rest = tree.parse_known_args([_kebab(word) for word in words])
     if rest:
         word = rest[0].split("=")[0]
         if word.startswith("-"):
-            flags = [flag for flag in commands_[args.command]._option_string_actions if flag.startswith("--")]
+            flags = [
+                flag
+                for flag in commands_[args.command]._option_string_actions
+                if flag.startswith("--")
+            ]
             near = difflib.get_close_matches(word, flags, n=1)
             raise UsageError(
                 f"`mismatch {args.command}` has no flag `{word}`",
-                hint=f"did you mean `{near[0]}`?" if near else f"`mismatch {args.command} --help` shows them",
+                hint=f"did you mean `{near[0]}`?"
+                if near
+                else f"`mismatch {args.command} --help` shows them",
             )
         raise UsageError(
             f"`mismatch {args.command}` does not know what to do with `{word}`",
@@ -100,7 +110,9 @@ def _tree() -> tuple[Parser, dict[str, Parser]]:
         allow_abbrev=False,
     )
     tree.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
-    branches = tree.add_subparsers(dest="command", metavar="COMMAND", title="commands", required=True)
+    branches = tree.add_subparsers(
+        dest="command", metavar="COMMAND", title="commands", required=True
+    )
     found: dict[str, Parser] = {}
 
     def command(name: str, text: str) -> Parser:
@@ -114,8 +126,12 @@ def _tree() -> tuple[Parser, dict[str, Parser]]:
         found[name].set_defaults(handler=getattr(commands, name))
         return found[name]
 
-    trace = command("trace", "Run teacher and swapped model side by side and measure where they part.")
-    check = command("check", "Show the plan, the parameters and the cost of a trace, without loading weights.")
+    trace = command(
+        "trace", "Run teacher and swapped model side by side and measure where they part."
+    )
+    check = command(
+        "check", "Show the plan, the parameters and the cost of a trace, without loading weights."
+    )
     for parser in (trace, check):
         groups = {title: parser.add_argument_group(title) for title in GROUPS}
         groups["output"].add_argument(
@@ -126,19 +142,27 @@ def _tree() -> tuple[Parser, dict[str, Parser]]:
                 _add(groups[title], config.fields()[name])
         _common(parser, groups["output"])
         if parser is trace:
-            groups["output"].add_argument("--resume", metavar="RUN", help="go on with an interrupted run")
+            groups["output"].add_argument(
+                "--resume", metavar="RUN", help="go on with an interrupted run"
+            )
             groups["output"].add_argument(
                 "--overwrite", action="store_true", help="replace the run in --output"
             )
 
-    fetch = command("fetch", "Get demo models and texts: pinned by hash, converted, kept in a cache.")
-    fetch.add_argument("names", nargs="+", metavar="NAME", help="see `mismatch list models` and `texts`")
+    fetch = command(
+        "fetch", "Get demo models and texts: pinned by hash, converted, kept in a cache."
+    )
+    fetch.add_argument(
+        "names", nargs="+", metavar="NAME", help="see `mismatch list models` and `texts`"
+    )
     report = command("report", "Write the report of a finished run again, from its table.")
     report.add_argument("run", metavar="RUN", help="run folder")
     report.add_argument("--output", metavar="FILE", help="default: report.html in the run folder")
     compare = command("compare", "Show several finished runs on one scale.")
     compare.add_argument("runs", nargs="+", metavar="RUN", help="run folders")
-    compare.add_argument("--output", metavar="FILE", default="comparison.html", help="default: %(default)s")
+    compare.add_argument(
+        "--output", metavar="FILE", default="comparison.html", help="default: %(default)s"
+    )
     listing = command("list", "List what there is.")
     listing.add_argument("what", choices=tuple(LISTS), metavar="WHAT", help=", ".join(LISTS))
     explain = command("explain", "Say what a mechanism, a metric, a site or an error is.")
@@ -164,7 +188,11 @@ def _add(group: argparse._ArgumentGroup, arg: Arg) -> None:
         group.add_argument(flag, dest=arg.name, action=argparse.BooleanOptionalAction, help=text)
         return
     repeated = "append" if arg.name == "swap" else "store"
-    metavar = "|".join(map(str, arg.choices)) if arg.choices else _METAVARS.get(arg.name, _KINDS[arg.type])
+    metavar = (
+        "|".join(map(str, arg.choices))
+        if arg.choices
+        else _METAVARS.get(arg.name, _KINDS[arg.type])
+    )
     group.add_argument(flag, dest=arg.name, action=repeated, metavar=metavar, help=text)
 
 
@@ -186,7 +214,9 @@ def _common(parser: argparse.ArgumentParser, group: argparse._ActionsContainer) 
     group.add_argument("--json", action="store_true", help="print JSON")
     quiet = parser.add_mutually_exclusive_group()
     quiet.add_argument("-q", "--quiet", action="store_true", help="no progress, no hints")
-    quiet.add_argument("-v", "--verbose", action="store_true", help="more on stderr, tracebacks of errors")
+    quiet.add_argument(
+        "-v", "--verbose", action="store_true", help="more on stderr, tracebacks of errors"
+    )
 
 
 class _Version(argparse.Action):

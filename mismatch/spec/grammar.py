@@ -214,7 +214,11 @@ class _Parser:
     def clause(self) -> Clause:
         target = self.target()
         if not self.take(":"):
-            self.fail(f"expected `:` and a mechanism after `{target}`, got {self.rest()}", self.pos, _EXAMPLE)
+            self.fail(
+                f"expected `:` and a mechanism after `{target}`, got {self.rest()}",
+                self.pos,
+                _EXAMPLE,
+            )
         return Clause(target, self.call())
 
     def target(self) -> Target:
@@ -240,7 +244,9 @@ class _Parser:
             if kind in ("norms", "final_norm"):
                 self.fail(f"`{kind}` takes no slot", slot_at, f"write `{kind}:mechanism`")
             if slot == "final_norm":
-                self.fail("`final_norm` belongs to no layer", slot_at, "write `final_norm:mechanism`")
+                self.fail(
+                    "`final_norm` belongs to no layer", slot_at, "write `final_norm:mechanism`"
+                )
             if slot not in SLOTS:
                 self.fail(f"unknown slot `{slot}`", slot_at, did_you_mean(slot, SLOTS))
         return Target(kind, ranges, slot, at, slot_at)
@@ -281,7 +287,9 @@ class _Parser:
         found = self.match(re.compile(r"\d+|last(?![A-Za-z_])"))
         if found is None:
             hint = "layers count from 0" + (
-                "; the last one is `last`, `-` makes a range" if self.peek() == "-" else ", as in `layer12`"
+                "; the last one is `last`, `-` makes a range"
+                if self.peek() == "-"
+                else ", as in `layer12`"
             )
             self.fail(f"expected a layer number or `last`, got {self.rest()}", self.pos, hint)
         return None if found.group() == "last" else int(found.group())
@@ -310,7 +318,9 @@ class _Parser:
                     self.fail(f"expected `,` or `)`, got {self.rest()}", self.pos)
         return Call(found.group(), tuple(args), at, tuple(columns))
 
-    def argument(self, of: str, args: list[tuple[str, Value]], columns: list[tuple[int, int]]) -> None:
+    def argument(
+        self, of: str, args: list[tuple[str, Value]], columns: list[tuple[int, int]]
+    ) -> None:
         self.space()
         at = self.pos
         found = self.match(_IDENTIFIER)
@@ -327,7 +337,9 @@ class _Parser:
                 self.fail("`(` is never closed", self.text.rfind("(", 0, at), "close it with `)`")
             if found is None:
                 self.fail(
-                    f"expected `name=value`, got {self.rest()}", at, f"`mismatch explain {of}` shows the names"
+                    f"expected `name=value`, got {self.rest()}",
+                    at,
+                    f"`mismatch explain {of}` shows the names",
                 )
             key, value_at, value = "", at, self.call()
             if args:
@@ -354,5 +366,7 @@ class _Parser:
             return self.call()
         word = self.match(_WORD)
         if word is None:
-            self.fail(f"`{key}` needs a value, got {self.rest()}", at, 'quote other text: `key="a b"`')
+            self.fail(
+                f"`{key}` needs a value, got {self.rest()}", at, f'quote other text: `{key}="a b"`'
+            )
         return _LITERALS.get(word.group(), word.group())

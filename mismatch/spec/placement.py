@@ -120,7 +120,12 @@ def _checked(call: Call, text: str) -> Call:
         if key == "":
             arg = next((a for a in card.args if a.type == "Call"), None)
             if arg is None:
-                _fail(f"`{call.name}` takes named arguments only, got `{value}`", text, key_at, _names(card))
+                _fail(
+                    f"`{call.name}` takes named arguments only, got `{value}`",
+                    text,
+                    key_at,
+                    _names(card),
+                )
         if arg is None:
             _fail(f"`{call.name}` has no argument `{key}`", text, key_at, _names(card, key))
         if arg.name in given:
@@ -128,8 +133,15 @@ def _checked(call: Call, text: str) -> Call:
         given[arg.name] = _value(arg, value, text, value_at)
     for arg in card.args:
         if arg.default is REQUIRED and arg.name not in given:
-            example = f"{call.name}(infini)" if arg.type == "Call" else f"{call.name}({arg.name}=...)"
-            _fail(f"`{call.name}` needs `{arg.name}`: {arg.allowed}", text, call.at, f"write `{example}`")
+            example = (
+                f"{call.name}(infini)" if arg.type == "Call" else f"{call.name}({arg.name}=...)"
+            )
+            _fail(
+                f"`{call.name}` needs `{arg.name}`: {arg.allowed}",
+                text,
+                call.at,
+                f"write `{example}`",
+            )
     kept = [
         (arg.name, given[arg.name])
         for arg in card.args
@@ -164,7 +176,11 @@ def _value(arg: Arg, value: Value, text: str, at: int) -> Value:
             return arg.accept(value)
         except ValueError:
             pass
-    hint = did_you_mean(value, map(str, arg.choices)) if arg.choices and isinstance(value, str) else None
+    hint = (
+        did_you_mean(value, map(str, arg.choices))
+        if arg.choices and isinstance(value, str)
+        else None
+    )
     _fail(f"`{arg.name}` must be {arg.allowed}, got {_shown(value)}", text, at, hint)
 
 
@@ -258,7 +274,10 @@ def _refuse_twice(new: Placement, found: list[Placement], text: str, clause: Cla
     if mechanisms().card(new.call.name).facts.get("stacks") is True:
         return
     where = "`final_norm`" if new.layer is None else f"layer {new.layer} `{new.slot}`"
-    at, hint = clause.target.at, "one replacement per slot; wrappers such as `parallel` may come on top"
+    at, hint = (
+        clause.target.at,
+        "one replacement per slot; wrappers such as `parallel` may come on top",
+    )
     for old in found:
         if old.layer != new.layer or old.clause_index == new.clause_index:
             continue
@@ -266,7 +285,12 @@ def _refuse_twice(new: Placement, found: list[Placement], text: str, clause: Cla
         if old.slot == new.slot:
             _fail(f"{where} is replaced twice: by {names}", text, at, hint)
         for outer, inner in ((old, new), (new, old)):
-            if outer.layer is not None and (outer.slot == "block" or inner.slot in INSIDE.get(outer.slot, ())):
+            if outer.layer is not None and (
+                outer.slot == "block" or inner.slot in INSIDE.get(outer.slot, ())
+            ):
                 _fail(
-                    f"layer {new.layer} `{inner.slot}` lies inside `{outer.slot}`: replaced by {names}", text, at, hint
+                    f"layer {new.layer} `{inner.slot}` lies inside `{outer.slot}`: replaced by {names}",
+                    text,
+                    at,
+                    hint,
                 )

@@ -1,0 +1,609 @@
+"""The swap grammar: what is read, where it lands, and each error on its full text."""
+
+from __future__ import annotations
+
+import random
+import subprocess
+import sys
+
+import pytest
+
+from mismatch.errors import SpecError
+from mismatch.registry import Registry
+from mismatch.spec import Call, Placement, Range, check, format, parse, resolve
+
+CARDS = '''
+"""Cards only: nothing here is ever imported."""
+class InfiniConfig:
+    segment: Annotated[int, ">= 1"] = 256
+    update: Literal["linear", "delta"] = "linear"
+    gate_init: float = 0.0
+    note: str | None = None
+    exact: bool = False
+class Infini:
+    Config = InfiniConfig
+    slots = ("attn",)
+class Zero:
+    slots = ("attn", "mlp", "norm1", "norm2", "final_norm", "block", "q_proj", "rope")
+class DyT:
+    slots = ("norms",)
+class NoPE:
+    slots = ("rope",)
+class ParallelConfig:
+    inner: Call
+    alpha: float = 1.0
+class Parallel:
+    Config = ParallelConfig
+    slots = ("attn", "mlp")
+    stacks = True
+class OpenConfig:
+    rate: float
+class Open:
+    Config = OpenConfig
+'''
+LLAMA = ("norm1", "attn", "norm2", "mlp", "q_proj", "rope", "block", "final_norm")
+GEMMA = ("norm1", "attn", "norm1_post", "norm2", "mlp", "norm2_post", "rope", "block", "final_norm")
+
+
+@pytest.fixture(autouse=True)
+def known(tmp_path, monkeypatch):
+    (tmp_path / "cards_of_test.py").write_text(CARDS)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    names = {
+        "infini": "Infini",
+        "zero": "Zero",
+        "dyt": "DyT",
+        "nope": "NoPE",
+        "parallel": "Parallel",
+    }
+    table = {name: f"cards_of_test:{cls}" for name, cls in names.items()}
+    registry = Registry("mechanism", table, "no.group")
+    monkeypatch.setattr("mismatch.spec.placement.mechanisms", lambda: registry)
+
+
+def placed(text, n_layers=30, slots=LLAMA, family="llama", **rest):
+    return [
+        (p.layer, p.slot, str(p.call))
+        for p in resolve(parse(text), n_layers, slots, family, **rest)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "canonical"),
+    [
+        ("layer12:infini", "layer12:infini"),
+        ("  layers12 :  infini ( ) ;", "layer12:infini"),
+        ("layers8-15:zero", "layers8-15:zero"),
+        ("layer[8-15].attn:zero", "layers8-15.attn:zero"),
+        ("layers[0,4,8]:zero", "layers[0,4,8]:zero"),
+        ("layers0,4,8:zero", "layers[0,4,8]:zero"),
+        ("layers[0-last/2]:zero", "layers0-last/2:zero"),
+        ("layers0-8/3:zero", "layers0-6/3:zero"),
+        ("layers5-5:zero", "layer5:zero"),
+        ("layerlast:zero", "layerlast:zero"),
+        ("layers[3-last, 1]:zero", "layers[3-last,1]:zero"),
+        ("all.mlp:zero;norms:dyt;final_norm:dyt", "all.mlp:zero; norms:dyt; final_norm:dyt"),
+        ("all.norms:dyt", "all.norms:dyt"),
+        # Arguments in the order of the Config, defaults left out, in the declared type.
+        ("layer1:infini(update=delta,segment=64)", "layer1:infini(segment=64, update=delta)"),
+        ("layer1:infini(segment=256, update=linear)", "layer1:infini"),
+        ("layer1:infini(gate_init=1)", "layer1:infini(gate_init=1.0)"),
+        ("layer1:infini(gate_init=-1e-3)", "layer1:infini(gate_init=-0.001)"),
+        ("layer1:infini(gate_init=.5, exact=true)", "layer1:infini(gate_init=0.5, exact=true)"),
+        ("layer1:infini(note=none)", "layer1:infini"),
+        ('layer1:infini(note="none")', 'layer1:infini(note="none")'),
+        ("layer1:infini(note='a \"b\" \\\\ ;)')", 'layer1:infini(note="a \\"b\\" \\\\ ;)")'),
+        ('layer1:infini(note="word")', "layer1:infini(note=word)"),
+        (
+            "layer12:parallel(infini(segment=64),alpha=0)",
+            "layer12:parallel(infini(segment=64), alpha=0.0)",
+        ),
+        ("layer12:parallel(alpha=1.0, inner=infini)", "layer12:parallel(infini)"),
+        ("layer12:parallel(alpha=0, inner=infini(segment=8))", None),
+        (
+            "layer12.attn:cards_of_test:Open(rate=1)",
+            "layer12.attn:cards_of_test:Open(rate=1.0)",
+        ),
+        # A mechanism that is not known keeps its arguments as written.
+        ("layer3:mamba9(b=1,a=x, c=1.50)", "layer3:mamba9(b=1, a=x, c=1.5)"),
+    ],
+)
+def test_canonical_text(text, canonical):
+    canonical = canonical or "layer12:parallel(infini(segment=8), alpha=0.0)"
+    assert format(parse(text)) == canonical
+    assert format(parse(canonical)) == canonical
+
+
+def test_what_is_parsed():
+    clause = parse("layers[0, 2-last/3].mlp:f(a=1, b=g(x=2.5), c=true, d=none, e=w-1)").clauses[0]
+    assert clause.target.ranges == (Range(0, 0), Range(2, None, 3))
+    assert clause.target.slot == "mlp"
+    inner = Call("g", (("x", 2.5),))
+    assert clause.call.arguments() == {"a": 1, "b": inner, "c": True, "d": None, "e": "w-1"}
+    assert clause.call.printable() == {"a": 1, "b": "g(x=2.5)", "c": True, "d": None, "e": "w-1"}
+    assert list(clause.call.nested()) == [clause.call, inner]
+
+
+def test_several_texts_are_one_spec():
+    assert parse(["layer1:zero;", "layer2:zero\n; layer3:zero"]) == parse(
+        "layer1:zero; layer2:zero; layer3:zero"
+    )
+
+
+def test_format_of_parse_is_idempotent_on_random_specs():
+    """And says the same places: canonical text and text mean one thing."""
+    rng = random.Random(0)
+
+    def value():
+        return rng.choice(
+            ["7", "-3", "0.50", "1e-7", "+2", ".5", "3.", "true", "none", "word", '"q;) ="', "'it'"]
+        )
+
+    def space():
+        return rng.choice(["", "", " ", "  "])
+
+    def call(depth):
+        name = rng.choice(["infini", "zero", "dyt", "f9", "a.b:C", "x_y"])
+        args = [f"k{i}{space()}={space()}{value()}" for i in range(rng.randrange(3))]
+        if depth and rng.random() < 0.4:
+            args.insert(0, call(depth - 1))
+        return name + (f"{space()}({(space() + ',' + space()).join(args)})" if args else "")
+
+    def ends():
+        low, high = sorted((rng.randrange(30), rng.randrange(30)))
+        text = rng.choice(
+            [f"{low}", f"{low}-{high}", f"{low}-last", "last", f"{low}-{high}/{rng.randint(1, 5)}"]
+        )
+        return text
+
+    def clause():
+        target = rng.choice(["all", "norms", "final_norm", "layers", "layer"])
+        if target.startswith("layer"):
+            inside = f"{space()},{space()}".join(ends() for _ in range(rng.randint(1, 3)))
+            target += f"[{space()}{inside}{space()}]" if rng.random() < 0.5 else inside
+        if target not in ("norms", "final_norm") and rng.random() < 0.4:
+            target += rng.choice([".attn", ".mlp", ".norms", ".block"])
+        return f"{target}{space()}:{space()}{call(2)}"
+
+    for _ in range(500):
+        text = ";".join(space() + clause() + space() for _ in range(rng.randint(1, 3)))
+        spec = parse(text)
+        canonical = format(spec)
+        again = parse(canonical)
+        assert format(again) == canonical, text
+        assert [c.target for c in again.clauses] == [c.target for c in spec.clauses], text
+
+
+@pytest.mark.parametrize(
+    ("text", "places"),
+    [
+        ("layer12:infini", [(12, "attn", "infini")]),
+        ("layers[3,1-2]:zero", [(1, "attn", "zero"), (2, "attn", "zero"), (3, "attn", "zero")]),
+        ("layers0-last/10:nope", [(0, "rope", "nope"), (10, "rope", "nope"), (20, "rope", "nope")]),
+        ("layerlast.mlp:zero", [(29, "mlp", "zero")]),
+        ("layer4:dyt", [(4, "norm1", "dyt"), (4, "norm2", "dyt")]),
+        ("layer4.norm2:dyt", [(4, "norm2", "dyt")]),
+        ("final_norm:dyt", [(None, "final_norm", "dyt")]),
+        (
+            "layer4:zero; layer4:parallel(infini, alpha=0)",
+            [(4, "attn", "zero"), (4, "attn", "parallel(infini, alpha=0.0)")],
+        ),
+    ],
+)
+def test_where_it_lands(text, places):
+    assert placed(text) == places
+
+
+def test_all_and_norms():
+    assert placed("all:infini", 3) == [(layer, "attn", "infini") for layer in range(3)]
+    assert placed("norms:dyt", 2, GEMMA, "gemma2") == [
+        *[(0, slot, "dyt") for slot in ("norm1", "norm1_post", "norm2", "norm2_post")],
+        *[(1, slot, "dyt") for slot in ("norm1", "norm1_post", "norm2", "norm2_post")],
+        (None, "final_norm", "dyt"),
+    ]
+    assert placed("norms:zero", 1) == [
+        (0, "norm1", "zero"),
+        (0, "norm2", "zero"),
+        (None, "final_norm", "zero"),
+    ]
+
+
+def test_a_placement_names_its_clause_and_its_checked_call():
+    found = resolve(parse("layer1:zero; layer2:parallel(infini, alpha=1)"), 4, LLAMA, "llama")
+    assert found[1] == Placement(2, "attn", Call("parallel", (("inner", Call("infini")),)), 1)
+    assert check(parse("layer2:infini(gate_init=2)")).clauses[0].call.arguments() == {
+        "gate_init": 2.0
+    }
+
+
+ERRORS = [
+    ("", "the swap is empty\n\nhint: write `target:mechanism`, such as `layer12:infini`"),
+    (
+        "layer12",
+        """expected `:` and a mechanism after `layer12`, got the end
+  layer12
+         ^
+
+hint: write `target:mechanism`, such as `layer12:infini`""",
+    ),
+    (
+        "layer12:",
+        """expected the name of a mechanism, got the end
+  layer12:
+          ^
+
+hint: `mismatch list mechanisms` shows them""",
+    ),
+    (
+        "layer12:zero;; layer3:zero",
+        """a clause is empty
+  layer12:zero;; layer3:zero
+              ^
+
+hint: write `target:mechanism`, such as `layer12:infini`""".replace("  ^", "   ^"),
+    ),
+    (
+        "lyaer12:zero",
+        """unknown target `lyaer12`
+  lyaer12:zero
+  ^
+
+hint: did you mean `layer`? available: all, final_norm, layer, layers, norms""",
+    ),
+    (
+        "12:zero",
+        """unknown target `12`
+  12:zero
+  ^
+
+hint: write a target, such as `layer12`""",
+    ),
+    (
+        "layer-1:zero",
+        """expected a layer number or `last`, got `-1`
+  layer-1:zero
+       ^
+
+hint: layers count from 0; the last one is `last`, `-` makes a range""",
+    ),
+    (
+        "layers[x]:zero",
+        """expected a layer number or `last`, got `x`
+  layers[x]:zero
+         ^
+
+hint: layers count from 0, as in `layer12`""",
+    ),
+    (
+        "layer1:zero; layers15-8:zero",
+        """empty range `15-8`
+  layer1:zero; layers15-8:zero
+                     ^
+
+hint: did you mean `8-15`?""",
+    ),
+    (
+        "layerslast-3:zero",
+        """empty range `last-3`
+  layerslast-3:zero
+        ^
+
+hint: did you mean `3-last`?""",
+    ),
+    (
+        "layers0-8/0:zero",
+        """the step of `0-8/0` must be at least 1
+  layers0-8/0:zero
+        ^""",
+    ),
+    (
+        "layers[1,2:zero",
+        """`[` is never closed
+  layers[1,2:zero
+        ^
+
+hint: close it with `]`""",
+    ),
+    (
+        "layers[1 2]:zero",
+        """expected `,` or `]`, got `2`
+  layers[1 2]:zero
+           ^""",
+    ),
+    (
+        "layer1.atn:zero",
+        """unknown slot `atn`
+  layer1.atn:zero
+         ^
+
+hint: did you mean `attn`? available: attn, block, down_proj, gate_proj, k_proj, mlp, norm1, \
+norm1_post, norm2, norm2_post, norms, o_proj, q_proj, rope, up_proj, v_proj""",
+    ),
+    (
+        "norms.attn:dyt",
+        """`norms` takes no slot
+  norms.attn:dyt
+        ^
+
+hint: write `norms:mechanism`""",
+    ),
+    (
+        "all.final_norm:dyt",
+        """`final_norm` belongs to no layer
+  all.final_norm:dyt
+      ^
+
+hint: write `final_norm:mechanism`""",
+    ),
+    (
+        "layer1:zero layer2:zero",
+        """expected `;` or the end, got `layer2`
+  layer1:zero layer2:zero
+              ^""",
+    ),
+    (
+        "layer1:infini(segment=64",
+        """`(` is never closed
+  layer1:infini(segment=64
+               ^
+
+hint: close it with `)`""",
+    ),
+    (
+        "layer1:infini(",
+        """`(` is never closed
+  layer1:infini(
+               ^
+
+hint: close it with `)`""",
+    ),
+    (
+        "layer1:infini(segment=64 update=delta)",
+        """expected `,` or `)`, got `update`
+  layer1:infini(segment=64 update=delta)
+                           ^""",
+    ),
+    (
+        "layer1:infini(segment=)",
+        """`segment` needs a value, got `)`
+  layer1:infini(segment=)
+                        ^
+
+hint: quote other text: `segment="a b"`""",
+    ),
+    (
+        'layer1:infini(note="abc)',
+        """the quotes are never closed
+  layer1:infini(note="abc)
+                     ^""",
+    ),
+    (
+        "layer1:infini(64)",
+        """expected `name=value`, got `64`
+  layer1:infini(64)
+                ^
+
+hint: `mismatch explain infini` shows the names""",
+    ),
+    (
+        "layer1:infini(segment=64, delta)",
+        """expected `name=value`, got `delta`
+  layer1:infini(segment=64, delta)
+                            ^
+
+hint: a mechanism comes first""",
+    ),
+    (
+        "layer1:infini(segment=1, segment=2)",
+        """`infini` got `segment` twice
+  layer1:infini(segment=1, segment=2)
+                           ^""",
+    ),
+    # From here on the mechanisms' cards are asked.
+    (
+        "layer12:infni",
+        """unknown mechanism `infni`
+  layer12:infni
+          ^
+
+hint: did you mean `infini`? available: dyt, infini, nope, parallel, zero""",
+    ),
+    (
+        "layer12:parallel(infni)",
+        """unknown mechanism `infni`
+  layer12:parallel(infni)
+                   ^
+
+hint: did you mean `infini`? available: dyt, infini, nope, parallel, zero""",
+    ),
+    (
+        "layer12.attn:no_such.module:X",
+        """the mechanism `no_such.module:X` cannot be used: there is no module `no_such.module`
+  layer12.attn:no_such.module:X
+               ^""",
+    ),
+    (
+        "layer1:infini(segmnt=64)",
+        """`infini` has no argument `segmnt`
+  layer1:infini(segmnt=64)
+                ^
+
+hint: did you mean `segment`? available: exact, gate_init, note, segment, update""",
+    ),
+    (
+        "layer1:zero(a=1)",
+        """`zero` has no argument `a`
+  layer1:zero(a=1)
+              ^
+
+hint: `zero` takes no arguments""",
+    ),
+    (
+        "layer1:infini(delta)",
+        """`infini` takes named arguments only, got `delta`
+  layer1:infini(delta)
+                ^
+
+hint: arguments: segment, update, gate_init, note, exact""",
+    ),
+    (
+        "layer1:infini(segment=256.5)",
+        """`segment` must be int >= 1, got 256.5
+  layer1:infini(segment=256.5)
+                        ^""",
+    ),
+    (
+        "layer1:infini(segment=0)",
+        """`segment` must be int >= 1, got 0
+  layer1:infini(segment=0)
+                        ^""",
+    ),
+    (
+        "layer1:infini(segment=true)",
+        """`segment` must be int >= 1, got true
+  layer1:infini(segment=true)
+                        ^""",
+    ),
+    (
+        "layer1:infini(update=dleta)",
+        """`update` must be one of linear, delta, got `dleta`
+  layer1:infini(update=dleta)
+                       ^
+
+hint: did you mean `delta`? available: delta, linear""",
+    ),
+    (
+        "layer1:infini(note=zero(x=1))",
+        """`note` must be str or none, got `zero(x=1)`
+  layer1:infini(note=zero(x=1))
+                     ^""",
+    ),
+    (
+        "layer1:parallel(alpha=0)",
+        """`parallel` needs `inner`: a mechanism
+  layer1:parallel(alpha=0)
+         ^
+
+hint: write `parallel(infini)`""",
+    ),
+    (
+        "layer1:parallel(infini, inner=zero)",
+        """`parallel` got `inner` twice
+  layer1:parallel(infini, inner=zero)
+                          ^""",
+    ),
+    (
+        "layer1.mlp:infini",
+        """`infini` cannot go into the slot `mlp`
+  layer1.mlp:infini
+         ^
+
+hint: slots of `infini`: attn""",
+    ),
+    (
+        "norms:infini",
+        """`infini` cannot go into the slot `norms`
+  norms:infini
+  ^
+
+hint: slots of `infini`: attn""",
+    ),
+    (
+        "layer1:cards_of_test:Open(rate=1)",
+        """`cards_of_test:Open` does not say which slot it goes into
+  layer1:cards_of_test:Open(rate=1)
+         ^
+
+hint: name one, as in `layer1.attn:cards_of_test:Open(rate=1)`""",
+    ),
+    # From here on the model is asked.
+    (
+        "layer40:infini",
+        """layer 40 does not exist: the model has 30 layers (0-29)
+  layer40:infini
+       ^""",
+    ),
+    (
+        "layers[3,28-30]:infini",
+        """layer 30 does not exist: the model has 30 layers (0-29)
+  layers[3,28-30]:infini
+           ^""",
+    ),
+    (
+        "layers[1-3,2]:infini",
+        """layer 2 is named twice in `layers[1-3,2]`
+  layers[1-3,2]:infini
+             ^""",
+    ),
+    (
+        "layer12:infini; layers10-14:zero",
+        """layer 12 `attn` is replaced twice: by `infini` and `zero`
+  layer12:infini; layers10-14:zero
+                  ^
+
+hint: one replacement per slot; wrappers such as `parallel` may come on top""",
+    ),
+    (
+        "norms:dyt; final_norm:zero",
+        """`final_norm` is replaced twice: by `dyt` and `zero`
+  norms:dyt; final_norm:zero
+             ^
+
+hint: one replacement per slot; wrappers such as `parallel` may come on top""",
+    ),
+    (
+        "layer1.q_proj:zero; layer1:infini",
+        """layer 1 `q_proj` lies inside `attn`: replaced by `zero` and `infini`
+  layer1.q_proj:zero; layer1:infini
+                      ^
+
+hint: one replacement per slot; wrappers such as `parallel` may come on top""",
+    ),
+    (
+        "layer1.block:zero; layer1:infini",
+        """layer 1 `attn` lies inside `block`: replaced by `zero` and `infini`
+  layer1.block:zero; layer1:infini
+                     ^
+
+hint: one replacement per slot; wrappers such as `parallel` may come on top""",
+    ),
+]
+
+
+@pytest.mark.parametrize(("text", "message"), ERRORS, ids=[text or "empty" for text, _ in ERRORS])
+def test_error(text, message):
+    with pytest.raises(SpecError) as caught:
+        resolve(parse(text), 30, LLAMA, "llama")
+    assert str(caught.value) == message
+    assert caught.value.exit_code == 2
+
+
+def test_a_slot_that_the_family_lacks():
+    slots = ("norm1", "attn", "norm2", "mlp", "block", "final_norm")
+    with pytest.raises(SpecError) as caught:
+        placed("layer3:nope", 12, slots, "gpt2", lacks={"rope": "learned positions"})
+    assert str(caught.value) == (
+        "gpt2 has no slot `rope` (learned positions)\n"
+        "  layer3:nope\n"
+        "         ^\n\n"
+        "hint: slots of gpt2: norm1, attn, norm2, mlp, block, final_norm"
+    )
+    with pytest.raises(SpecError, match=r"^gpt2 has no slot `q_proj`\n"):
+        placed("layer3.q_proj:zero", 12, slots, "gpt2")
+
+
+def test_the_caret_counts_in_the_joined_text():
+    with pytest.raises(SpecError) as caught:
+        resolve(parse(["layer1:zero", "layer99:zero"]), 30, LLAMA, "llama")
+    assert str(caught.value).splitlines()[1:] == [
+        "  layer1:zero; layer99:zero",
+        "                    ^",
+    ]
+
+
+def test_no_torch():
+    code = (
+        "import sys; from mismatch.spec import parse, format; format(parse('layer12:infini; norms:dyt'));"
+        "assert not {'torch', 'transformers', 'numpy'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
