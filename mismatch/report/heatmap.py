@@ -1,0 +1,283 @@
+"""The shift heatmap: layers across, sites down in the order of computation, one panel per metric."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import CenteredNorm, LogNorm, Normalize, to_rgba
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch, Rectangle
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+
+from mismatch.errors import UsageError
+from mismatch.report import quantity as q
+from mismatch.report import style
+from mismatch.report.quantity import Quantity
+
+PANELS = ("rel_l2", "cka", "norm_ratio", "frechet")
+"""The metrics of the default figure, of those that the table has."""
+
+DECADES = (2, 3)
+"""The colour scale spans at least and at most so many decades where the floor lies lower: a floor of
+1e-7 must not press 0.5 and 0.05 together, nor a narrow range look wide."""
+
+
+def colour_norm(panels: Sequence[pd.DataFrame], signed: bool) -> Normalize:
+    """One scale for all these panels (what `quantity.cells` gave, of one metric).
+
+    A distance: log, up to the largest; its lower end is the floor, or where the floor is further
+    down than `DECADES` the smallest value within those. A signed quantity: linear, centred at 0.
+    """
+    cells = pd.concat(panels)
+    size = cells["shift"].abs()
+    size = size[np.isfinite(size) & (size > 0)]
+    top = float(size.max()) if len(size) else 1.0
+    if signed:
+        return CenteredNorm(0.0, top)
+    floor = float(cells["floor"].max()) if cells["floor"].notna().any() else 0.0
+    least, most = (top / 10**decades for decades in DECADES)
+    values = size[cells.loc[size.index, "kind"] == "value"]
+    low = max(floor, most, min(least, float(values.min()) if len(values) else least))
+    return LogNorm(low if low < top else top / 10, top)
+
+
+def colours(cells: pd.DataFrame, norm: Normalize, signed: bool) -> np.ndarray:
+    """RGBA of each cell. What is not a value has a colour that is not on the scale."""
+    scale = mpl.colormaps[style.SIGNED_MAP if signed else style.DISTANCE_MAP]
+    shift = cells["shift"].to_numpy(dtype=float)
+    shown = np.where(cells["kind"] == "value", shift, norm.vmax if not signed else 0.0)
+    if not signed:
+        shown = np.maximum(shown, norm.vmin)
+    rgba = scale(np.asarray(norm(np.where(np.isfinite(shown), shown, norm.vmax)), dtype=float))
+    for kind, colour in (("zero", style.ZERO), ("floor", style.FLOOR), ("missing", style.MISSING)):
+        rgba[(cells["kind"] == kind).to_numpy()] = to_rgba(colour)
+    return rgba
+
+
+@style.styled
+def heatmap(
+    table: pd.DataFrame,
+    metric: str | Sequence[str] | None = None,
+    site: str | Sequence[str] | None = None,
+    *,
+    student: str = "swap",
+    mode: str = "free",
+    stage: str = "surgery",
+    dictionary: Mapping[str, Any] | None = None,
+    ax: Axes | None = None,
+    width: float = style.WIDTH,
+) -> Figure:
+    """Draw the shift of every layer and site.
+
+    Args:
+        table: the long table.
+        metric: one, several (a panel each), or None: those of `PANELS` that the table has. `kl` at a
+            site of a block is `lens_kl`.
+        site: one or several; None: the five of a block. With a single one the rows are the students.
+        student: whose shift.
+        mode: free or forced.
+        stage: surgery or repair.
+        dictionary: the run's metrics.json; default: the cards of the installed metrics.
+        ax: draw one panel there instead of making a figure.
+        width: of the figure, in inches.
+
+    Returns:
+        The figure; `heatmap_data` gives the numbers in it.
+
+    Raises:
+        UsageError: the table lacks the metric, the site or the student, or `ax` with several panels.
+    """
+    panels = _panels(table, metric, site, student, mode, stage, dictionary)
+    if ax is not None:
+        if len(panels) != 1:
+            raise UsageError(
+                f"{len(panels)} metrics do not fit on one axis", hint="name one: heatmap(metric=...)"
+            )
+        quantity, cells = panels[0]
+        draw_panel(ax, cells, quantity, colour_norm([cells], quantity.signed))
+        ax.set_xlabel("layer")
+        return ax.figure
+    rows = panels[0][1]["row"].nunique()
+    figure = style.new_figure(width, 0.95 + len(panels) * (0.46 + 0.165 * rows))
+    axes = figure.subplots(len(panels), 1, squeeze=False)[:, 0]
+    for axis, (quantity, cells) in zip(axes, panels, strict=True):
+        draw_panel(axis, cells, quantity, colour_norm([cells], quantity.signed))
+    axes[-1].set_xlabel("layer")
+    whose = "each student" if panels[0][1].attrs["rows"] == "student" else f"student {student}"
+    style.frame(
+        figure,
+        f"Shift of {whose} against the teacher, {mode}, {stage}",
+        caption(table, [c for _, c in panels]),
+    )
+    return figure
+
+
+def heatmap_data(
+    table: pd.DataFrame,
+    metric: str | Sequence[str] | None = None,
+    site: str | Sequence[str] | None = None,
+    *,
+    student: str = "swap",
+    mode: str = "free",
+    stage: str = "surgery",
+    dictionary: Mapping[str, Any] | None = None,
+) -> pd.DataFrame:
+    """The numbers of `heatmap`, one cell a row, with the kind of each cell."""
+    panels = _panels(table, metric, site, student, mode, stage, dictionary)
+    return pd.concat([cells for _, cells in panels], ignore_index=True).drop(columns="row")
+
+
+def _panels(
+    table: pd.DataFrame,
+    metric: str | Sequence[str] | None,
+    site: str | Sequence[str] | None,
+    student: str,
+    mode: str,
+    stage: str,
+    dictionary: Mapping[str, Any] | None,
+) -> list[tuple[Quantity, pd.DataFrame]]:
+    sites = q.BLOCK_SITES if site is None else (site,) if isinstance(site, str) else tuple(site)
+    if metric is None:
+        where = {"student": student, "mode": mode, "stage": stage, "site": list(sites)}
+        names = [m for m in PANELS if q.has(table, m, **where)] or sorted(table["metric"].unique())[:1]
+    else:
+        names = [metric] if isinstance(metric, str) else list(metric)
+    names = ["lens_kl" if m == "kl" and "logits" not in sites else m for m in names]
+    single = len(sites) == 1
+    out = []
+    for name in names:
+        quantity = q.quantity(name, dictionary)
+        who = q.students(table) if single else [student]
+        found = [
+            q.cells(table, quantity, student=s, mode=mode, sites=sites, stage=stage)
+            for s in who
+            if s == student or q.has(table, name, student=s, mode=mode, site=list(sites))
+        ]
+        cells = pd.concat(found, ignore_index=True)
+        cells["row"] = cells["student"] if single else cells["site"]
+        cells.attrs["rows"] = "student" if single else "site"
+        out.append((quantity, cells))
+    return out
+
+
+def draw_panel(
+    ax: Axes, cells: pd.DataFrame, quantity: Quantity, norm: Normalize, title: str | None = None
+) -> None:
+    """One panel, with its colour bar. `cells` holds one row of the picture per value of `row`."""
+    rows = list(dict.fromkeys(cells["row"]))
+    layers = cells["layer"].nunique()
+    rgba = colours(cells, norm, quantity.signed).reshape(len(rows), layers, 4)
+    ax.pcolormesh(
+        np.arange(layers + 1) - 0.5,
+        np.arange(len(rows) + 1) - 0.5,
+        rgba,
+        edgecolors="white",
+        linewidth=0.4,
+    )
+    missing = (cells["kind"] == "missing").to_numpy().reshape(len(rows), layers)
+    for row, layer in np.argwhere(missing):
+        ax.add_patch(
+            Rectangle((layer - 0.5, row - 0.5), 1, 1, fill=False, hatch="////", ec="#9a9a9a", lw=0)
+        )
+    ax.set_xlim(-0.5, layers - 0.5)
+    ax.set_ylim(len(rows) - 0.5, -0.5)
+    ax.set_yticks(range(len(rows)), rows)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=min(layers, 12), min_n_ticks=2))
+    ax.tick_params(length=2)
+    for side in ax.spines.values():
+        side.set_visible(True)
+    for layer in sorted(cells.loc[cells["swapped"], "layer"].unique()):
+        ax.add_patch(
+            Rectangle(
+                (layer - 0.5, -0.5), 1, len(rows), fill=False, ec=style.OUTLINE, lw=1.3, clip_on=False
+            )
+        )
+        ax.plot(layer, -0.5, marker="v", ms=5, color=style.OUTLINE, clip_on=False, zorder=5)
+    stat = cells["stat"].iloc[0]
+    ax.set_title(title or f"{quantity.label}, {stat}", pad=5, fontweight="bold")
+    width = ax.figure.get_figwidth()
+    if title is None and quantity.summary and width > 5:
+        room = int(width * 12) - len(quantity.label)
+        ax.set_title(
+            textwrap.shorten(quantity.summary, room, placeholder=" ..."),
+            loc="right", pad=5, fontsize=6.5, color=style.FAINT,
+        )  # fmt: skip
+    _say_zero(ax, cells, len(rows))
+    if (cells["kind"] == "value").any():
+        _colour_bar(ax, cells, quantity, norm)
+
+
+def _say_zero(ax: Axes, cells: pd.DataFrame, rows: int) -> None:
+    """Write `exactly 0` on the white before the swap, where there is room for it."""
+    still = cells.groupby("layer")["kind"].agg(lambda kinds: (kinds == "zero").all()).cumprod().sum()
+    if still >= 4:
+        ax.text(
+            (still - 1) / 2, (rows - 1) / 2, "exactly 0", ha="center", va="center", fontsize=7,
+            color=style.FAINT,
+        )  # fmt: skip
+
+
+def _colour_bar(ax: Axes, cells: pd.DataFrame, quantity: Quantity, norm: Normalize) -> None:
+    signed = quantity.signed
+    scale = mpl.colormaps[style.SIGNED_MAP if signed else style.DISTANCE_MAP].with_extremes(under=style.FLOOR)
+    floor = float(cells["floor"].max()) if cells["floor"].notna().any() else 0.0
+    extend = "neither" if signed or floor == 0 else "min"
+    bar = ax.figure.colorbar(
+        ScalarMappable(norm, scale), ax=ax, extend=extend, extendfrac=0.12, pad=0.012, aspect=9, shrink=0.98
+    )
+    bar.outline.set_linewidth(0.4)
+    bar.ax.tick_params(length=2, labelsize=6.5)
+    if signed:
+        bar.ax.yaxis.set_major_locator(MaxNLocator(4, symmetric=True))
+    else:
+        bar.ax.yaxis.set_major_locator(LogLocator(10, numticks=4))
+        bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
+        bar.ax.yaxis.set_minor_locator(NullLocator())
+    if extend == "min":
+        bar.ax.annotate(
+            f"floor {style.number(floor)}",
+            (0.5, 0),
+            xycoords="axes fraction",
+            xytext=(7, -8),
+            textcoords="offset points",
+            fontsize=6,
+            color=style.FAINT,
+            va="center",
+        )
+
+
+def caption(table: pd.DataFrame, panels: Sequence[pd.DataFrame]) -> str:
+    """What the colours that are not on the scale mean, of those that occur, and the run."""
+    kinds = set(pd.concat(panels)["kind"])
+    said = {
+        "zero": "White: exactly 0 (a signed panel is pale near 0, too).",
+        "floor": "Pale: at or below the floor, not told apart from no change.",
+        "missing": "Hatched grey: not measured there.",
+    }
+    words = [text for kind, text in said.items() if kind in kinds]
+    if q.swapped_layers(table):
+        words.append("Outline and triangle: swapped layer.")
+    floors = pd.concat(panels)["floor"]
+    words.append(
+        "Floor: the largest reading of the teacher against itself in another batch shape."
+        if floors.notna().any()
+        else "The floor was not measured."
+    )
+    words.append(f"Run {' '.join(table['run_id'].unique())}.")
+    return " ".join(words)
+
+
+def legend_patches() -> list[Patch]:
+    """Keys for the colours that are not on the scale."""
+    return [
+        Patch(fc=style.ZERO, ec=style.FAINT, lw=0.5, label="exactly 0"),
+        Patch(fc=style.FLOOR, ec=style.FAINT, lw=0.5, label="at or below the floor"),
+        Patch(fc=style.MISSING, ec="#9a9a9a", hatch="////", lw=0.5, label="not measured"),
+    ]

@@ -1,0 +1,194 @@
+"""The depth profile: how the shift grows or heals behind the swap, the swap against its controls."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from mismatch.report import quantity as q
+from mismatch.report import style
+from mismatch.report.quantity import Quantity
+
+METRICS = ("rel_l2", "lens_kl")
+ROOM = 30
+"""The floor is drawn where it lies at most so many times below the smallest value; else it is said."""
+
+
+@style.styled
+def depth_profile(
+    table: pd.DataFrame,
+    metric: str | Sequence[str] | None = None,
+    site: str = "resid_post",
+    *,
+    mode: str = "free",
+    stage: str = "surgery",
+    dictionary: Mapping[str, Any] | None = None,
+    ax: Axes | None = None,
+    width: float = style.WIDTH,
+) -> Figure:
+    """Draw the shift at one site by layer: a line with its interval for each student, log scale.
+
+    Args:
+        table: the long table.
+        metric: one, or several (a panel each); None: those of `METRICS` that the table has.
+        site: of a block.
+        mode: free or forced.
+        stage: surgery or repair.
+        dictionary: the run's metrics.json; default: the cards of the installed metrics.
+        ax: draw one panel there instead of making a figure.
+        width: of the figure, in inches.
+
+    Raises:
+        UsageError: the table lacks the metric or the site.
+    """
+    names = _names(table, metric, site, mode, stage)
+    if ax is not None:
+        _draw(ax, table, q.quantity(names[0], dictionary), site, mode, stage)
+        ax.set_xlabel("layer")
+        return ax.figure
+    figure = style.new_figure(width, 0.8 + 1.95 * len(names))
+    axes = figure.subplots(len(names), 1, sharex=True, squeeze=False)[:, 0]
+    style.frame(
+        figure,
+        f"Shift at {site} by layer, {mode}, {stage}",
+        "Lines: mean over tokens; bands: 95 % interval over documents. On the log scale a straight "
+        "falling line heals by the same share at every layer. Triangle: swapped layer. "
+        f"Run {' '.join(table['run_id'].unique())}.",
+    )
+    for axis, name in zip(axes, names, strict=True):
+        _draw(axis, table, q.quantity(name, dictionary), site, mode, stage)
+    axes[-1].set_xlabel("layer")
+    return figure
+
+
+def depth_profile_data(
+    table: pd.DataFrame,
+    metric: str | Sequence[str] | None = None,
+    site: str = "resid_post",
+    *,
+    mode: str = "free",
+    stage: str = "surgery",
+    dictionary: Mapping[str, Any] | None = None,
+) -> pd.DataFrame:
+    """The numbers of `depth_profile`: student, metric, layer, value, lo, hi, shift and its band."""
+    return pd.concat(
+        [
+            _lines(table, q.quantity(name, dictionary), site, mode, stage)
+            for name in _names(table, metric, site, mode, stage)
+        ],
+        ignore_index=True,
+    )
+
+
+def _names(
+    table: pd.DataFrame, metric: str | Sequence[str] | None, site: str, mode: str, stage: str
+) -> list[str]:
+    if metric is None:
+        where = {"site": site, "mode": mode, "stage": stage}
+        return [m for m in METRICS if q.has(table, m, **where)] or [METRICS[0]]
+    return [metric] if isinstance(metric, str) else list(metric)
+
+
+def _lines(
+    table: pd.DataFrame, quantity: Quantity, site: str, mode: str, stage: str
+) -> pd.DataFrame:
+    who = [*q.students(table), "floor"]
+    rows = q.pick(table, quantity.metric, site=site, mode=mode, stage=stage, student=who, head=None)
+    rows = rows[["student", "metric", "stat", "site", "layer", "value", "lo", "hi", "n", "swapped"]]
+    rows = rows.assign(shift=quantity.shift(rows["value"]))
+    ends = np.sort(np.stack([quantity.shift(rows["lo"]), quantity.shift(rows["hi"])]), axis=0)
+    return rows.assign(shift_lo=ends[0], shift_hi=ends[1])
+
+
+def _draw(
+    ax: Axes, table: pd.DataFrame, quantity: Quantity, site: str, mode: str, stage: str
+) -> None:
+    lines = _lines(table, quantity, site, mode, stage)
+    who = q.students(table)
+    ends = []
+    shown = []
+    for student in who:
+        line = lines[(lines["student"] == student) & (lines["shift"] != 0)].dropna(subset="shift")
+        if line.empty:
+            continue
+        colour, marker = style.look(student, who)
+        x = line["layer"].to_numpy(dtype=float)
+        y = line["shift"].to_numpy(dtype=float)
+        top = student == "swap"
+        ax.plot(
+            x, y, color=colour, marker=marker, ms=3.4 if top else 2.8, lw=1.6 if top else 1.0,
+            zorder=4 if top else 3, mec="white", mew=0.3, gid=f"line-{student}",
+        )  # fmt: skip
+        ax.fill_between(x, line["shift_lo"], line["shift_hi"], color=colour, alpha=0.18, lw=0)
+        ends.append((x[-1], y[-1], student, colour))
+        shown.append(y)
+    layers = q.layer_count(table)
+    ax.set_xlim(-0.5, layers - 0.5)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=12, min_n_ticks=2))
+    ax.set_title(f"{quantity.label}, {lines['stat'].iloc[0]}", fontweight="bold")
+    ax.grid(axis="y", lw=0.4, color="#e6e6e6")
+    ax.set_axisbelow(True)
+    if shown:
+        if quantity.signed:
+            ax.axhline(0, lw=0.6, color=style.FAINT)
+        else:
+            _log_scale(ax, np.concatenate(shown))
+            _draw_floor(ax, q.floor_of(table, quantity, [site]), np.concatenate(shown), layers)
+        style.label_ends(ax, ends)
+    else:
+        ax.set_yticks([])
+    swapped = q.swapped_layers(table)
+    for layer in swapped:
+        ax.plot(
+            layer, 0, marker="^", ms=6, color=style.OUTLINE, clip_on=False, zorder=5,
+            transform=ax.get_xaxis_transform(),
+        )  # fmt: skip
+    if not shown or (swapped and swapped[0] > 0):
+        middle = (swapped[0] - 0.5) / 2 if shown else layers / 2
+        where = "before the swap" if shown else "at every layer"
+        ax.text(
+            middle, 0.5, f"exactly 0\n{where}", ha="center", va="center", fontsize=7,
+            color=style.FAINT, transform=ax.get_xaxis_transform(),
+        )  # fmt: skip
+
+
+def _log_scale(ax: Axes, values: np.ndarray) -> None:
+    ax.set_yscale("log")
+    values = values[values > 0]
+    if values.size:
+        low, high = float(values.min()) / 1.4, float(values.max()) * 1.4
+        if high / low < 10:  # so that a flat line does not look like a mountain
+            middle = (low * high) ** 0.5
+            low, high = middle / 10**0.5, middle * 10**0.5
+        ax.set_ylim(low, high)
+    plain = FuncFormatter(lambda v, _: f"{v:g}")
+    ax.yaxis.set_major_formatter(plain)
+    few = values.size > 0 and np.log10(ax.get_ylim()[1] / ax.get_ylim()[0]) < 1.6
+    ax.yaxis.set_minor_formatter(
+        FuncFormatter(lambda v, _: f"{v:g}" if few and f"{v:e}"[0] in "25" else "")
+    )
+
+
+def _draw_floor(ax: Axes, floor: float | None, values: np.ndarray, layers: int) -> None:
+    if floor is None:
+        return
+    low = float(values[values > 0].min())
+    if floor * ROOM >= low:
+        ax.set_ylim(bottom=min(floor / 1.5, ax.get_ylim()[0]))
+        ax.axhline(floor, color=style.look("floor")[0], lw=1, ls=(0, (4, 2)), gid="floor")
+        ax.annotate(
+            f"floor {style.number(floor)}", (layers - 0.5, floor), xytext=(-2, 3),
+            textcoords="offset points", ha="right", fontsize=6.5, color=style.FAINT,
+        )  # fmt: skip
+    else:
+        ax.annotate(
+            f"floor {style.number(floor)}, far below \u2193", (1, 0), xycoords="axes fraction",
+            xytext=(-2, 3), textcoords="offset points", ha="right", fontsize=6.5,
+            color=style.FAINT,
+        )  # fmt: skip

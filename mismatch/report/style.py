@@ -1,0 +1,202 @@
+"""How every figure looks: colours by meaning, type sizes, captions, and how a figure is saved.
+
+Colour: a distance is drawn darker the larger it is (viridis, reversed, so that ink means mismatch and
+a swapped layer stands against the white of the layers before it); a signed quantity on PuOr centred
+at no change. White is exactly zero, the pale tint is at or below the floor, hatched grey is not
+measured there. Students have one colour and one marker each, everywhere (Okabe and Ito 2008, safe for
+colour-blind readers).
+"""
+
+from __future__ import annotations
+
+import io
+import textwrap
+from collections.abc import Callable, Sequence
+from functools import wraps
+from pathlib import Path
+from typing import Any, ParamSpec, TypeVar
+
+import matplotlib as mpl
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from mismatch.files import json_text, write_atomic
+
+WIDTH = 7.0
+"""Inches: text width of a page. 3.4 is one column of two."""
+
+DISTANCE_MAP = "viridis_r"
+SIGNED_MAP = "PuOr_r"  # orange: larger than the teacher; purple: smaller
+ZERO = "#ffffff"
+FLOOR = "#e4e0ee"
+MISSING = "#c4c4c4"
+INK = "#222222"
+FAINT = "#666666"
+OUTLINE = "#d55e00"
+
+_STUDENTS = {
+    "swap": ("#d55e00", "o"),
+    "zero": ("#0072b2", "s"),
+    "mean": ("#009e73", "^"),
+    "skip": ("#cc79a7", "v"),
+    "random": ("#7a5195", "D"),
+    "linear": ("#a6761d", "P"),
+    "identity": ("#56b4e9", "X"),
+    "floor": ("#777777", "_"),
+}
+_SPARE = (("#e69f00", "<"), ("#332288", ">"), ("#882255", "h"), ("#44aa99", "p"))
+
+_RC = {
+    "font.family": "DejaVu Sans",  # comes with matplotlib: the same figure on every machine
+    "font.size": 8,
+    "axes.titlesize": 8,
+    "axes.titlelocation": "left",
+    "axes.labelsize": 8,
+    "axes.edgecolor": FAINT,
+    "axes.linewidth": 0.6,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "xtick.labelsize": 7,
+    "ytick.labelsize": 7,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "xtick.major.width": 0.6,
+    "ytick.major.width": 0.6,
+    "xtick.minor.width": 0.4,
+    "ytick.minor.width": 0.4,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "figure.facecolor": "white",
+    "savefig.facecolor": "white",
+    "savefig.dpi": 200,
+    "hatch.linewidth": 0.5,
+    "svg.hashsalt": "mismatch",  # same figure, same bytes
+    "axes.unicode_minus": True,
+}
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def styled(draw: Callable[P, R]) -> Callable[P, R]:
+    """Run a drawing function with the settings above, and leave the caller's settings alone."""
+
+    @wraps(draw)
+    def inside(*args: P.args, **kwargs: P.kwargs) -> R:
+        with mpl.rc_context(_RC):
+            return draw(*args, **kwargs)
+
+    return inside
+
+
+def look(student: str, students: Sequence[str] = ()) -> tuple[str, str]:
+    """Colour and marker of a student. One that is not known gets a spare one by its rank."""
+    if student in _STUDENTS:
+        return _STUDENTS[student]
+    others = sorted(s for s in students if s not in _STUDENTS)
+    return _SPARE[others.index(student) % len(_SPARE)] if student in others else _SPARE[0]
+
+
+def new_figure(width: float, height: float) -> Figure:
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def frame(figure: Figure, title: str, caption: str) -> None:
+    """Title above and caption below, wrapped to the width of the figure."""
+    width = figure.get_figwidth()
+    figure.suptitle(
+        textwrap.fill(title, int(width * 13.5)), x=0.008, ha="left", fontsize=9, fontweight="bold"
+    )
+    figure.supxlabel(
+        textwrap.fill(caption, int(width * 18)), x=0.008, ha="left", fontsize=6.5, color=FAINT
+    )
+
+
+def number(value: float | None) -> str:
+    """Three significant digits, without an exponent between 0.001 and 10 million."""
+    if value is None or pd.isna(value):
+        return "-"
+    if value == 0:
+        return "0"
+    if not 1e-3 <= abs(value) < 1e7:
+        return f"{value:.2g}".replace("e-0", "e-").replace("e+0", "e")
+    digits = f"{value:#.3g}" if abs(value) < 1000 else f"{value:.0f}"
+    return digits.rstrip(".")
+
+
+def interval(value: float, lo: float, hi: float) -> str:
+    """`0.0612 [0.0551, 0.0670]`, or the value alone where there is no interval."""
+    if pd.isna(lo) or pd.isna(hi):
+        return number(value)
+    return f"{number(value)} [{number(lo)}, {number(hi)}]"
+
+
+def spread(heights: Sequence[float], gap: float) -> list[float]:
+    """Heights moved apart to at least `gap`, in their order: labels that do not overlap."""
+    order = sorted(range(len(heights)), key=lambda i: heights[i])
+    moved = [float(h) for h in heights]
+    for _ in range(200):
+        still = True
+        for low, high in zip(order, order[1:], strict=False):
+            short = gap - (moved[high] - moved[low])
+            if short > 1e-6:
+                moved[low] -= short / 2
+                moved[high] += short / 2
+                still = False
+        if still:
+            break
+    return moved
+
+
+def label_ends(ax: Axes, ends: Sequence[tuple[float, float, str, str]]) -> None:
+    """Write names at the right ends of lines. Each end is (x, y, text, colour), in data units."""
+    transform = ax.transData
+    points = [transform.transform((x, y)) for x, y, _, _ in ends]
+    gap = 9 * ax.figure.dpi / 72
+    right = ax.transAxes.transform((1, 0))[0]
+    for (x, y, text, colour), point, height in zip(
+        ends, points, spread([p[1] for p in points], gap), strict=True
+    ):
+        ax.annotate(
+            text,
+            (x, y),
+            xytext=((right - point[0]) * 72 / ax.figure.dpi + 5, (height - point[1]) * 72 / ax.figure.dpi),
+            textcoords="offset points",
+            color=colour,
+            va="center",
+            fontsize=7.5,
+            annotation_clip=False,
+        )
+
+
+@styled
+def to_bytes(figure: Figure, kind: str) -> bytes:
+    """The figure as svg or png, without a date, so that the same figure gives the same bytes."""
+    sink = io.BytesIO()
+    metadata = {"Date": None, "Creator": "mismatch"} if kind == "svg" else {"Software": "mismatch"}
+    figure.savefig(sink, format=kind, metadata=metadata)
+    return sink.getvalue()
+
+
+def save(
+    figure: Figure, folder: Path | str, name: str, data: pd.DataFrame, made: dict[str, Any]
+) -> list[Path]:
+    """Write a figure as name.png, .svg, .csv (the data in it) and .json (how it was made).
+
+    Raises:
+        RunError: a file cannot be written.
+    """
+    folder = Path(folder)
+    contents = {
+        "png": to_bytes(figure, "png"),
+        "svg": to_bytes(figure, "svg"),
+        "csv": data.to_csv(index=False, lineterminator="\n").encode(),
+        "json": json_text({"figure": name, "rows": len(data), **made}).encode(),
+    }
+    for kind, content in contents.items():
+        write_atomic(folder / f"{name}.{kind}", lambda file, content=content: file.write(content))
+    return [folder / f"{name}.{kind}" for kind in contents]
