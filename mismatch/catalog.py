@@ -123,14 +123,9 @@ def _card_text(kind: str, card: Card) -> str:
 
 
 def _fact(value: object) -> str:
-    if isinstance(value, tuple):
-        return ", ".join(map(str, value))
     if isinstance(value, dict):
-        return ", ".join(
-            f"{key} {item:g}" if isinstance(item, float) else f"{key} {item}"
-            for key, item in value.items()
-        )
-    return str(value)
+        return ", ".join(f"{key} {_fact(item)}" for key, item in value.items())
+    return ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def _default(value: object) -> str:

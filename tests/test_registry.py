@@ -164,7 +164,7 @@ def test_an_entry_point_of_another_package(tmp_path, monkeypatch):
     (info / "entry_points.txt").write_text("[some.group]\nspike = plug.spike:Spike\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     assert Registry("mechanism", {"wave": "a:B"}, "some.group").names() == ("spike", "wave")
-    with pytest.raises(UsageError, match="registered twice: `a:B` and `plug.spike:Spike`"):
+    with pytest.raises(UsageError, match=r"registered twice: `a:B` and `plug\.spike:Spike`"):
         Registry("mechanism", {"spike": "a:B"}, "some.group").names()
 
 
@@ -209,7 +209,7 @@ def test_what_an_argument_accepts(arg, good, bad, allowed):
     for value in good:
         arg.accept(value)
     for value in bad:
-        with pytest.raises(ValueError, match="^must be "):
+        with pytest.raises(ValueError, match=r"^must be "):
             arg.accept(value)
     if arg.type == "float":
         assert type(arg.accept(1)) is float

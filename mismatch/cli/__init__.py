@@ -20,6 +20,7 @@ import traceback
 from collections.abc import Sequence
 
 from mismatch.cli.parser import read
+from mismatch.cli.streams import complain, one_voice, say
 from mismatch.errors import MismatchError
 
 
@@ -30,12 +31,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv is None:
         # nnsight turns on its debug mode when it finds these words here.
         sys.argv[1:] = [word for word in words if word not in ("-v", "--verbose")]
-    if not first_rank():
-        # Under torchrun every process runs this; one of them speaks.
-        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     try:
         args = read(words)
-        code = args.handler(args)
+        with one_voice():
+            code = args.handler(args)
         sys.stdout.flush()
         return code
     except MismatchError as error:
@@ -58,23 +57,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         _unexpected(error, verbose)
         return 1
-
-
-def first_rank() -> bool:
-    """Whether this process speaks for all: it is alone, or the first that torchrun started."""
-    return os.environ.get("RANK", "0") == "0"
-
-
-def say(text: str) -> None:
-    """One message on stderr."""
-    if first_rank():
-        print(text, file=sys.stderr)
-
-
-def complain(error: MismatchError) -> None:
-    """`error: ...` on stderr, red where colour is wanted."""
-    colour = sys.stderr.isatty() and not os.environ.get("NO_COLOR")
-    say(f"\x1b[1;31merror:\x1b[0m {error}" if colour else f"error: {error}")
 
 
 def _unexpected(error: Exception, verbose: bool) -> None:

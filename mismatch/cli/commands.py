@@ -8,12 +8,12 @@ from __future__ import annotations
 import json
 import os
 import platform
-import sys
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
 from mismatch import catalog, config
+from mismatch.cli.streams import first_rank, say
 from mismatch.errors import UsageError
 
 
@@ -34,7 +34,7 @@ def trace(args: Namespace) -> int:
         settings,
         resume=None if args.resume is None else Path(args.resume),
         overwrite=args.overwrite,
-        progress=not args.quiet,
+        progress=not args.quiet and first_rank(),
     )
     if args.json:
         _print_json(
@@ -64,7 +64,7 @@ def fetch(args: Namespace) -> int:
 
     for name in args.names:
         named(name)  # a misspelt name stops everything, before anything is downloaded
-    progress = None if args.quiet else _say
+    progress = None if args.quiet else say
     folders = {name: str(get(name, progress=progress)) for name in args.names}
     if args.json:
         _print_json(folders)
@@ -155,7 +155,3 @@ def _print_file(path: Path, args: Namespace) -> None:
         _print_json({"file": str(path)})
     else:
         print(path)
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr)

@@ -1,0 +1,374 @@
+"""The command line: streams, exit codes, errors, and that what needs no torch does not load it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+
+from mismatch import cli, config
+from mismatch.cli.parser import EXAMPLES, GROUPS, read
+from mismatch.errors import MismatchError, NumericsError, RunError
+
+COMMANDS = ("trace", "check", "fetch", "report", "compare", "list", "explain", "env")
+TRACE = ["trace", "--model", "m", "--swap", "layer1:zero"]
+
+
+def run(*words, **env):
+    """The real program. Fails when it imports torch; returns its seconds of CPU too."""
+    code = (
+        "import sys, time\n"
+        "from mismatch.cli import main\n"
+        "code = main()\n"
+        "heavy = {'torch', 'transformers', 'pandas', 'numpy', 'matplotlib', 'nnsight'} & set(sys.modules)\n"
+        "print(f'\\n#{time.process_time()} {sorted(heavy)}', file=sys.stderr)\n"
+        "sys.exit(code)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *words],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **env},
+        check=False,
+    )
+    done.stderr, _, rest = done.stderr.rpartition("\n#")
+    seconds, done.heavy = rest.strip().split(" ", 1)
+    done.seconds = float(seconds)
+    return done
+
+
+@pytest.fixture
+def api(monkeypatch, tmp_path):
+    """A stand-in for `mismatch.api`: the wiring is tested elsewhere, the command line here."""
+    stub = types.ModuleType("mismatch.api")
+    stub.calls = []
+    finding = types.SimpleNamespace(severity="medium", as_dict=lambda: {"severity": "medium"})
+    result = types.SimpleNamespace(
+        summary=lambda: "SUMMARY", run_dir=tmp_path / "run", findings=[finding]
+    )
+
+    def trace_command(settings, **rest):
+        stub.calls.append((settings, rest))
+        if stub.error is not None:
+            raise stub.error
+        return result
+
+    stub.error = None
+    stub.trace_command = trace_command
+    stub.check = lambda settings: types.SimpleNamespace(
+        text=lambda: "PLAN", as_dict=lambda: {"plan": 1}
+    )
+    monkeypatch.setitem(sys.modules, "mismatch.api", stub)
+    monkeypatch.setattr("mismatch.api", stub, raising=False)
+    return stub
+
+
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [
+        (["--help"], 0),
+        (["--version"], 0),
+        (["trace", "--help"], 0),
+        (["list", "mechanisms"], 0),
+        (["list", "metrics"], 0),
+        (["list", "sites"], 0),
+        (["list", "models"], 0),
+        (["list", "texts"], 0),
+        (["explain", "zero"], 0),
+        (["explain", "cka"], 0),
+        (["trace", "--model", "m", "--swap", "layer1:zro"], 2),
+        (["trace", "--model", "m", "--swap", "layer1:zero", "--tokens", "0"], 2),
+        (["chekc"], 2),
+        (["fetch", "no_such_model"], 1),
+    ],
+)
+def test_answers_at_once(words, code):
+    done = run(*words)
+    assert (done.returncode, done.heavy) == (code, "[]"), done.stderr
+    assert done.seconds < 0.5
+    assert bool(done.stdout) == (code == 0)
+    assert bool(done.stderr) == (code != 0)
+    if code:
+        assert done.stderr.startswith("error: ")
+        assert "Traceback" not in done.stderr
+
+
+def test_lists_and_texts():
+    assert [line.split()[0] for line in run("list", "sites").stdout.splitlines()] == [
+        *("resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post", "final", "logits"),
+    ]
+    assert json.loads(run("list", "models", "--json").stdout).keys() == {"smollm2", "glassllm"}
+    assert json.loads(run("list", "texts", "--json").stdout).keys() == {"sotu", "wiki"}
+    text = run("explain", "infini").stdout
+    assert text.startswith("infini   mechanism\n")
+    assert "2404.07143" in text
+    assert re.search(r"^  segment +int >= 1 +default 256 ", text, re.M)
+
+
+@pytest.mark.parametrize(
+    ("name", "start"),
+    [
+        ("resid_mid", "resid_mid   site\n\nthe stream between attention and MLP"),
+        (
+            "NumericsError",
+            "NumericsError   error\n\nNan or infinity where numbers should be.\n\nexit code 4\n"
+            "MismatchError > NumericsError",
+        ),
+        ("SpecError", "SpecError   error\n\nThe swap text is wrong; shows it with a caret."),
+        ("cka", "cka   metric\n\n"),
+    ],
+)
+def test_explain(capsys, name, start):
+    assert cli.main(["explain", name]) == 0
+    assert capsys.readouterr().out.startswith(start)
+
+
+def test_explain_of_nothing(capsys):
+    assert cli.main(["explain", "resid_mdi"]) == 2
+    assert capsys.readouterr().err.startswith(
+        "error: nothing is called `resid_mdi`\n\nhint: did you mean `resid_mid`? available: "
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        ([], "no command\n\nhint: mismatch COMMAND ...; commands: " + ", ".join(COMMANDS)),
+        (
+            ["trcae"],
+            "unknown command `trcae`\n\nhint: did you mean `trace`? available: "
+            + ", ".join(sorted(COMMANDS)),
+        ),
+        (
+            ["list", "metric"],
+            "unknown what `metric`\n\nhint: did you mean `metrics`? available: "
+            "mechanisms, metrics, models, sites, texts",
+        ),
+        (
+            ["trace", "--tokns", "5"],
+            "`mismatch trace` has no flag `--tokns`\n\nhint: did you mean `--tokens`?",
+        ),
+        (
+            [
+                "trace",
+                "--tok",
+                "5",
+            ],  # no abbreviations: a new flag must not change what an old one means
+            "`mismatch trace` has no flag `--tok`\n\nhint: did you mean `--tokens`?",
+        ),
+        (
+            ["env", "now"],
+            "`mismatch env` does not know what to do with `now`\n\n"
+            "hint: `mismatch env --help` shows what there is",
+        ),
+        (
+            ["explain"],
+            "the following arguments are required: NAME\n\n"
+            "hint: `mismatch explain --help` shows what there is",
+        ),
+        (
+            ["env", "-q", "-v"],
+            "argument -v/--verbose: not allowed with argument -q/--quiet\n\n"
+            "hint: `mismatch env --help` shows what there is",
+        ),
+        (
+            ["trace", "--model"],
+            "argument --model: expected one argument\n\n"
+            "hint: `mismatch trace --help` shows what there is",
+        ),
+    ],
+)
+def test_usage_errors(capsys, words, text):
+    assert cli.main(words) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    # -v shows where an error was raised; its text comes after that.
+    assert err.endswith(f"error: {text}\n") if "-v" in words else err == f"error: {text}\n"
+
+
+@pytest.mark.parametrize("command", [None, *COMMANDS])
+def test_help_opens_with_two_examples_that_parse(capsys, command):
+    assert cli.main([*([command] if command else []), "--help"]) == 0
+    text = capsys.readouterr().out
+    body = text.split("\n\n", 1)[1]
+    assert body.startswith("examples:\n  mismatch ")
+    assert re.match(r"examples:\n(  mismatch .+\n){2}\n", body)
+    if command:
+        for example in EXAMPLES[command]:
+            words = [word.strip('"') for word in re.findall(r'"[^"]*"|\S+', example)]
+            assert read(words[1:]).command == command
+
+
+def test_every_setting_is_a_flag_in_one_group():
+    names = [name for group in GROUPS.values() for name in group]
+    assert sorted(names) == sorted(config.fields())
+    args = read(TRACE)
+    assert all(
+        getattr(args, name) is None for name in config.fields() if name not in ("model", "swap")
+    )
+
+
+def test_underscores_and_repeats(api, tmp_path):
+    words = ["--seq_len=64", "--moment_tokens", "7", "--swap", "layer2:zero", "--allow_pickle"]
+    assert cli.main([*TRACE, *words, "--output", str(tmp_path / "a_b")]) == 0
+    settings, rest = api.calls[0]
+    assert settings == config.TraceConfig(
+        model="m",
+        swap=("layer1:zero", "layer2:zero"),
+        seq_len=64,
+        moment_tokens=7,
+        allow_pickle=True,
+        output=str(tmp_path / "a_b"),
+    )
+    assert rest == {"resume": None, "overwrite": False, "progress": True}
+
+
+def test_result_on_stdout_with_the_run_folder_last(api, capsys, tmp_path):
+    assert cli.main([*TRACE, "-q"]) == 0
+    out, err = capsys.readouterr()
+    assert out == f"SUMMARY\n{tmp_path}/run\n"
+    assert err == ""
+    assert api.calls[0][1]["progress"] is False
+    assert cli.main([*TRACE, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {
+        "run": f"{tmp_path}/run",
+        "findings": [{"severity": "medium"}],
+    }
+
+
+def test_check(api, capsys):
+    assert cli.main(["check", *TRACE[1:]]) == 0
+    assert capsys.readouterr().out == "PLAN\n"
+    assert cli.main(["check", *TRACE[1:], "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"plan": 1}
+
+
+@pytest.mark.parametrize(("limit", "code"), [("low", 3), ("medium", 3), ("high", 0)])
+def test_fail_on(api, limit, code):
+    assert cli.main([*TRACE, "--fail-on", limit]) == code
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [(NumericsError("nan", hint="look"), 4), (RunError("nan", hint="look"), 1)],
+)
+def test_errors_of_the_work(api, capsys, error, code):
+    api.error = error
+    assert cli.main(TRACE) == code
+    assert capsys.readouterr().err == "error: nan\n\nhint: look\n"
+
+
+def test_unexpected_errors_leave_a_traceback_in_a_file(api, capsys):
+    api.error = ZeroDivisionError("by zero\nand more")
+    assert cli.main(TRACE) == 1
+    err = capsys.readouterr().err
+    found = re.fullmatch(
+        r"error: unexpected ZeroDivisionError: by zero\n\n"
+        r"hint: the traceback is in (\S+); -v prints it\n",
+        err,
+    )
+    assert found
+    log = Path(found.group(1))
+    assert "in trace_command" in log.read_text()
+    log.unlink()
+    assert cli.main([*TRACE, "-v"]) == 1
+    assert "in trace_command" in capsys.readouterr().err
+
+
+def test_interrupted(api, capsys):
+    api.error = KeyboardInterrupt()
+    assert cli.main(TRACE) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+    api.error.run_dir = Path("runs/r")
+    assert cli.main(TRACE) == 130
+    assert capsys.readouterr().err == (
+        "interrupted; runs/r can be resumed\n\nhint: mismatch trace --resume runs/r\n"
+    )
+
+
+def test_resume_takes_the_settings_of_the_run(api, capsys, tmp_path):
+    settings = config.TraceConfig(model="m", swap=("layer1:zero",), tokens=77)
+    (tmp_path / "config.yaml").write_text(settings.to_yaml())
+    assert cli.main(["trace", "--resume", str(tmp_path)]) == 0
+    assert api.calls[0] == (settings, {"resume": tmp_path, "overwrite": False, "progress": True})
+    capsys.readouterr()
+    assert cli.main(["trace", "--resume", str(tmp_path), "--overwrite"]) == 2
+    assert capsys.readouterr().err == (
+        "error: --resume and --overwrite do not go together\n\n"
+        "hint: --resume goes on with the settings in the run folder\n"
+    )
+
+
+def test_only_the_first_rank_speaks(api, capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    assert cli.main(TRACE) == 0
+    assert cli.main(["explain", "nothing_of_this_name"]) == 2
+    out, err = capsys.readouterr()
+    assert (out, err) == ("", "")
+    assert api.calls[0][1]["progress"] is False
+    # A fault that only this rank has must not be lost.
+    api.error = ZeroDivisionError("x")
+    assert cli.main([*TRACE, "-v"]) == 1
+    assert capsys.readouterr().err.startswith("error: unexpected ZeroDivisionError (rank 1): x\n")
+
+
+def test_colour_only_on_a_terminal_that_wants_it(capsys, monkeypatch):
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    cli.complain(MismatchError("x"))
+    assert capsys.readouterr().err == "\x1b[1;31merror:\x1b[0m x\n"
+    monkeypatch.setenv("NO_COLOR", "1")
+    cli.complain(MismatchError("x"))
+    assert capsys.readouterr().err == "error: x\n"
+
+
+def test_verbose_is_hidden_from_nnsight(monkeypatch, capsys):
+    """nnsight turns on its debug mode when it finds -v or --verbose in sys.argv."""
+    monkeypatch.setattr(sys, "argv", ["mismatch", "list", "-v", "texts", "--verbose"])
+    assert cli.main() == 0
+    assert sys.argv == ["mismatch", "list", "texts"]
+
+
+def test_a_reader_that_leaves_is_not_an_error():
+    done = subprocess.run(
+        f"{sys.executable} -m mismatch explain cka | true",
+        shell=True,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stderr == ""
+
+
+def test_env():
+    done = subprocess.run(
+        [sys.executable, "-m", "mismatch", "env", "--json"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    found = json.loads(done.stdout)
+    assert found["python"] == ".".join(map(str, sys.version_info[:3]))
+    assert found["cores"] == os.cpu_count()
+
+
+def test_the_public_names_are_there_and_lazy():
+    code = (
+        "import sys, mismatch, time\n"
+        "assert 'torch' not in sys.modules and 'numpy' not in sys.modules\n"
+        "assert mismatch.list_mechanisms()['infini'] and mismatch.list_metrics()['cka']\n"
+        "assert mismatch.explain('cka').startswith('cka')\n"
+        "from mismatch.fetch import SOURCES\n"
+        "assert callable(mismatch.fetch) and mismatch.fetch.SOURCES is SOURCES\n"
+        "assert 'torch' not in sys.modules\n"
+        "try: mismatch.nothing\n"
+        "except AttributeError as e: assert str(e) == \"module 'mismatch' has no attribute 'nothing'\"\n"
+        "for name in mismatch.__all__: getattr(mismatch, name)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

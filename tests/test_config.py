@@ -1,0 +1,215 @@
+"""The config: strict, precedence flags > file > defaults, and one fingerprint for one set of numbers."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+
+import pytest
+import yaml
+
+from mismatch import config
+from mismatch.config import TraceConfig, fields, load
+from mismatch.errors import ConfigError, SpecError, UsageError
+
+SWAP = ["layer12:zero"]
+
+
+def made(**changes):
+    return TraceConfig(**{"model": "m", "swap": SWAP, **changes})
+
+
+def written(tmp_path, text):
+    file = tmp_path / "c.yaml"
+    file.write_text(text)
+    return file
+
+
+def test_the_fields_as_read_from_the_source_are_the_fields():
+    assert list(fields()) == [field.name for field in dataclasses.fields(TraceConfig)]
+    hints = typing.get_type_hints(TraceConfig)
+    for field in dataclasses.fields(TraceConfig):
+        arg = fields()[field.name]
+        assert arg.doc, f"{field.name} has no text, and so no help"
+        assert arg.optional == (type(None) in typing.get_args(hints[field.name]))
+        if field.default is not dataclasses.MISSING:
+            assert arg.default == field.default
+            assert arg.accept(field.default) == field.default
+
+
+def test_precedence(tmp_path):
+    file = written(tmp_path, "model: a\nswap: 'layer1:zero'\ntokens: 100\nseq_len: 64\n")
+    flags = {
+        "tokens": "200",
+        "model": None,
+        "controls": "none",
+        "metrics": "kl, cka",
+        "device_map": "none",
+    }
+    got = load(file, flags)
+    assert (got.model, got.tokens, got.seq_len, got.batch_size) == ("a", 200, 64, 4)
+    assert (got.controls, got.metrics, got.device_map) == ((), ("kl", "cka"), None)
+    assert load(None, {"model": "a", "swap": SWAP}).controls == ("zero", "mean")
+
+
+@pytest.mark.parametrize("changes", [{}, {"swap": ["layer1:zero", "norms:dyt"], "controls": ()}])
+def test_yaml_there_and_back(tmp_path, changes):
+    before = made(**changes)
+    assert load(written(tmp_path, before.to_yaml())) == before
+    assert list(yaml.safe_load(before.to_yaml())) == list(fields())
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "swap: 'layer12:zero; layer3:zero'",
+        "swap: ['layer12:zero; layer3:zero']",
+        "swap: ['layer12:zero', 'layer3:zero']",
+        "swap: {layer12: zero, layer3: zero}",  # what YAML makes of unquoted text
+        "swap:\n- layer12: zero\n- layer3:zero",
+    ],
+)
+def test_forms_of_a_swap_in_yaml(tmp_path, text):
+    got = load(written(tmp_path, f"model: m\n{text}\n"))
+    assert [str(clause) for clause in got.swap_spec.clauses] == ["layer12:zero", "layer3:zero"]
+
+
+def test_lists_in_yaml_may_be_words(tmp_path):
+    got = load(written(tmp_path, "model: m\nswap: layer1:zero\ncontrols: none\nmetrics: kl,cka\n"))
+    assert (got.controls, got.metrics) == ((), ("kl", "cka"))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "tokns: 5",
+            "unknown key `tokns` in FILE\n\nhint: did you mean `tokens`? available: "
+            + ", ".join(sorted(fields())),
+        ),
+        ("tokens: 1.5", "`tokens` in FILE must be int >= 1, got 1.5"),
+        ("tokens: true", "`tokens` in FILE must be int >= 1, got True"),
+        ("tokens: '5'", "`tokens` in FILE must be int >= 1, got `5`"),
+        ("tokens: 0", "`tokens` in FILE must be int >= 1, got 0"),
+        ("tokens:", "`tokens` in FILE must be int >= 1, got None"),
+        ("model: 3", "`model` in FILE must be str, got 3"),
+        (
+            "dtype: float23",
+            "`dtype` in FILE must be one of float32, bfloat16, float16, auto, got `float23`\n\n"
+            "hint: did you mean `float32`? available: auto, bfloat16, float16, float32",
+        ),
+        ("controls: [1]", "`controls` in FILE must be a list of words, got [1]"),
+        (
+            "swap: 12",
+            '`swap` in FILE must be text, got 12\n\nhint: write `swap: ["layer12:infini"]`',
+        ),
+        ("seed: 1\nseed: 2", "the config FILE is not YAML, line 2: `seed` is there twice"),
+        (
+            "a: [",
+            "the config FILE is not YAML, line 1: expected the node content, but found '<stream end>'",
+        ),
+        (
+            "- a",
+            "the config FILE must be a list of `key: value`, got list\n\n"
+            "hint: see the config.yaml of any run folder",
+        ),
+    ],
+)
+def test_a_wrong_file(tmp_path, text, message):
+    file = written(tmp_path, text)
+    with pytest.raises(ConfigError) as caught:
+        load(file, {"model": "m", "swap": SWAP})
+    assert str(caught.value).replace(str(file), "FILE") == message
+    assert caught.value.exit_code == 2
+
+
+def test_a_file_that_cannot_be_read(tmp_path):
+    with pytest.raises(ConfigError) as caught:
+        load(tmp_path / "no.yaml")
+    assert (
+        str(caught.value) == f"cannot read the config {tmp_path}/no.yaml: No such file or directory"
+    )
+    (tmp_path / "bytes.yaml").write_bytes(b"model: \xff")
+    with pytest.raises(ConfigError) as caught:
+        load(tmp_path / "bytes.yaml")
+    assert str(caught.value) == f"the config {tmp_path}/bytes.yaml is not UTF-8 text"
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"tokens": "0"}, "`--tokens` must be int >= 1, got 0"),
+        ({"tokens": "many"}, "`--tokens` must be int >= 1, got `many`"),
+        ({"seq_len": "1"}, "`--seq-len` must be int >= 2, got 1"),
+        ({"swap": None}, 'there is no swap\n\nhint: give one, such as --swap "layer12:infini"'),
+        ({"swap": []}, 'there is no swap\n\nhint: give one, such as --swap "layer12:infini"'),
+        ({"model": None}, "there is no model\n\nhint: give one, such as --model smollm2"),
+        (
+            {"output": "a", "run_name": "b"},
+            "`output` (a) and `run_name` (b) both name the run folder\n\nhint: give one of them",
+        ),
+        ({"controls": "zero,zero"}, "the mechanism `zero` is named twice"),
+        ({"metrics": ""}, "unknown metric ``"),
+    ],
+)
+def test_a_wrong_flag(flags, message):
+    with pytest.raises(ConfigError) as caught:
+        load(None, {"model": "m", "swap": SWAP, **flags})
+    assert str(caught.value).split("\n\nhint: available")[0] == message
+
+
+def test_names_are_checked_before_anything_is_loaded():
+    with pytest.raises(SpecError, match=r"^unknown mechanism `zro`\n  layer12:zro\n"):
+        made(swap=["layer12:zro"])
+    with pytest.raises(
+        ConfigError, match=r"^unknown mechanism `zro`\n\nhint: did you mean `zero`\?"
+    ):
+        made(controls=("zro",))
+    with pytest.raises(ConfigError, match=r"^unknown metric `ckaa`\n\nhint: did you mean `cka`\?"):
+        made(metrics=("ckaa",))
+    with pytest.raises(ConfigError, match=r"^`metrics` is empty"):
+        made(metrics=())
+    with pytest.raises(UsageError, match=r"^`batch_size` must be int >= 1, got 0$"):
+        made(batch_size=0)
+
+
+def test_lists_become_tuples_so_that_a_config_cannot_change():
+    got = made(controls=["zero"])
+    assert got.controls == ("zero",)
+    assert hash(got)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        got.tokens = 3
+
+
+def test_fingerprint():
+    one = made()
+    assert one.fingerprint() == made().fingerprint()
+    assert len(one.fingerprint()) == 16
+    # Another spelling of the same swap, another place, another exit code: the same numbers.
+    same = made(swap=["layers12-12 : zero()"], output="x", fail_on="high")
+    assert same.fingerprint() == one.fingerprint()
+    other = {
+        "model": "n",
+        "swap": ["layer13:zero"],
+        "revision": "x",
+        "dtype": "bfloat16",
+        "device": "cpu",
+        "device_map": "auto",
+        "data": "x",
+        "calibration": "x",
+        "controls": (),
+        "metrics": ("kl",),
+        "backend": "nnsight",
+    }
+    for name, arg in fields().items():
+        if name in config.ELSEWHERE:
+            continue
+        value = other.get(name, not arg.default if arg.type == "bool" else None)
+        value = arg.default + 1 if value is None else value
+        assert made(**{name: value}).fingerprint() != one.fingerprint(), name
+
+
+def test_folder():
+    assert made().folder is None
+    assert str(made(output="a/b").folder) == "a/b"
+    assert str(made(run_name="b").folder) == "runs/b"
