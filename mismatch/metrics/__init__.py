@@ -6,7 +6,6 @@ To add one: write its file, add its line here; the contract test then runs over 
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import Any
 
 METRICS = {
@@ -34,21 +33,14 @@ METRICS = {
 
 
 def load_metric(name: str) -> type:
-    """The class of a metric of the table (imports torch).
+    """The class of a metric, of the table or registered by another package (imports torch).
 
     Raises:
         UsageError: no metric has this name.
     """
-    if name not in METRICS:
-        from difflib import get_close_matches
+    from mismatch.registry import metrics
 
-        from mismatch.errors import UsageError
-
-        close = get_close_matches(name, METRICS, 1)
-        hint = f"did you mean '{close[0]}'?" if close else f"there are: {', '.join(METRICS)}."
-        raise UsageError(f"no metric is called '{name}'", hint=hint)
-    module, attribute = METRICS[name].split(":")
-    return getattr(import_module(module), attribute)
+    return metrics().get(name)
 
 
 def measure(name: str, teacher: Any, student: Any, **options: Any) -> list:

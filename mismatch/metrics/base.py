@@ -32,11 +32,12 @@ from mismatch.metrics.minibatch import GROUP, Groups, PairGroups, TeacherGroups
 from mismatch.metrics.moments import Moments, PairMoments, TeacherMoments, TeacherView
 from mismatch.metrics.pairs import Pair, TeacherSide, massive_tokens
 from mismatch.metrics.readings import Reading
-from mismatch.metrics.tokens import TokenSums, paired_difference
+from mismatch.metrics.tokens import Kept, TokenSums, paired_difference
 
 __all__ = [
     "GROUP",
     "Groups",
+    "Kept",
     "LogitPair",
     "Metric",
     "Moments",
@@ -102,7 +103,7 @@ class TokenMetric(Metric):
 
     def update(self, sums: TokenSums, pair: Pair | LogitPair) -> None:
         """Adds the tokens of `pair` that this metric uses."""
-        sums.update(self.values(pair), pair.token_docs, pair.positions, getattr(pair, self.mask))
+        sums.update(self.values(pair), pair.kept(self.mask))
 
     def read(self, state: TokenSums) -> list[Reading]:
         out = []
@@ -116,14 +117,10 @@ class TokenMetric(Metric):
         return out
 
 
-def three(
-    teacher: float, student: float, n: int, equal: bool
-) -> list[Reading]:
+def three(teacher: float, student: float, n: int, equal: bool) -> list[Reading]:
     """Readings teacher, student and shift = log2(student / teacher), exactly 0 when `equal`."""
-    if equal:
-        shift = 0.0
-    else:
-        shift = math.log2(student / teacher) if teacher > 0 and student > 0 else math.nan
+    defined = teacher > 0 and student > 0
+    shift = 0.0 if equal else math.log2(student / teacher) if defined else math.nan
     return [
         Reading("shift", shift, n=n),
         Reading("teacher", teacher, n=n),

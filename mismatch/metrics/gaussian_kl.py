@@ -25,7 +25,9 @@ class GaussianKL(Metric):
     null = {"value": 0.0, "reverse": 0.0}
     headline = "value"
     invariant = ("joint rotation",)
-    blind = "which token moved where; anything beyond two moments; the shrinkage mutes small variances"
+    blind = (
+        "which token moved where; anything beyond two moments; the shrinkage mutes small variances"
+    )
     source = "closed form with Ledoit and Wolf 2004 shrinkage"
     at = "stream"
     mask = "sample"

@@ -1,7 +1,7 @@
 """Jensen-Shannon divergence: the symmetric, bounded relative of the KL.
 
 Definition: 1/2 KL(p || m) + 1/2 KL(q || m), m = (p + q) / 2, per token, p the teacher and q the student;
-worked out as sum (p + q)/2 (h tanh h - ln cosh h), h = |log q - log p| / 2, whose terms are all >= 0.
+worked out as 1/2 sum p [(1 + u) d - (2 + u) ln(1 + u/2)], u = q/p - 1, whose terms are all >= 0.
 (scipy's `jensenshannon` is the square root of it.)
 Unit: nats per token. Range: [0, ln 2]. Null: 0, exactly.
 Uses every real token, position 0 included.

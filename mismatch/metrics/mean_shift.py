@@ -33,5 +33,7 @@ class MeanShift(Metric):
         spread = state.teacher.trace
         value = math.nan
         if spread > 0:
-            value = 0.0 if state.equal else math.sqrt(mean_gap2(state.teacher, state.student) / spread)
+            value = (
+                0.0 if state.equal else math.sqrt(mean_gap2(state.teacher, state.student) / spread)
+            )
         return [Reading("value", value, n=state.n)]

@@ -96,10 +96,8 @@ def _logit_pair(
 ) -> LogitPair:
     batch, pos, _ = teacher.shape
     keep = valid.flatten()
-    if targets is None:
-        next_token = torch.full((batch * pos,), -1)
-    else:
-        next_token = _plain(targets).long().flatten()
+    none = torch.full((batch * pos,), -1)
+    next_token = none if targets is None else _plain(targets).long().flatten()
     return LogitPair(
         wide(teacher).flatten(0, 1)[keep].log_softmax(-1),
         wide(student).flatten(0, 1)[keep].log_softmax(-1),

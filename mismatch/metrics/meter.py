@@ -117,6 +117,8 @@ class StudentMeter(_Meter):
 
     def update(self, pair: Pair | LogitPair) -> None:
         """Adds one batch (or one chunk of logits)."""
+        if isinstance(pair, LogitPair):
+            pair.joint = {"kl", "js"} <= self.metrics.keys()
         for name, metric in self.metrics.items():
             if isinstance(metric, TokenMetric):
                 metric.update(self.parts[name], pair)

@@ -23,7 +23,7 @@ from mismatch.errors import RunError
 from mismatch.metrics.gaussian import Gaussian
 from mismatch.metrics.pairs import Pair, TeacherSide
 
-FIELDS = ("n", "mx", "my", "cross", "a", "b", "ab", "av", "bu")
+FIELDS = ("mx", "my", "cross", "a", "b", "ab", "av", "bu")
 
 
 class CrossSums:
@@ -35,6 +35,7 @@ class CrossSums:
 
     def __init__(self, dx: int, dy: int, device: torch.device | str = "cpu") -> None:
         shapes = {"mx": (dx,), "my": (dy,), "cross": (dx, dy), "av": (dy,), "bu": (dx,)}
+        self.n = 0
         for name in FIELDS:
             zeros = torch.zeros(shapes.get(name, ()), dtype=torch.float64, device=device)
             setattr(self, name, zeros)
@@ -42,43 +43,44 @@ class CrossSums:
     @classmethod
     def of(cls, x: Tensor, y: Tensor) -> CrossSums:
         """The sums of the rows of `x` (`tokens dx`) and `y` (`tokens dy`); `y is x` is cheaper."""
-        out = cls(x.shape[1], y.shape[1], x.device)
         if len(x) == 0:
-            return out
+            return cls(x.shape[1], y.shape[1], x.device)
+        out = cls(0, 0)
+        out.n = len(x)
         u, out.mx, du = _centre(x)
         v, out.my, dv = (u, out.mx, du) if y is x else _centre(y)
         a = u.square().sum(1)
         b = a if y is x else v.square().sum(1)
-        out.n += len(x)
         out.cross = (u.T @ v).double()
         out.a, out.b = a.sum(dtype=torch.float64), b.sum(dtype=torch.float64)
         out.ab = (a.double() * b.double()).sum()
         out.av, out.bu = (a @ v).double(), (b @ u).double()
         # u and v were centred on means rounded to their precision: move by the rest
         out._move(-du, -dv, out.n * du, out.n * dv)
+        out.cross.addr_(du, dv, alpha=-out.n)
         return out
 
     def _move(self, e: Tensor, f: Tensor, su: Tensor | float, sv: Tensor | float) -> None:
-        """Rewrites the sums for u + e, v + f, where su and sv are the present sums of u and v."""
+        """Rewrites all sums but `cross` for u + e, v + f; su, sv: the present sums of u and v."""
+        n = self.n
         ee, ff = (e * e).sum(), (f * f).sum()
         e_u, f_v = (e * su).sum(), (f * sv).sum()
         cf, ce = self.cross @ f, self.cross.T @ e
         self.ab = (
             self.ab + 2 * (f * self.av).sum() + ff * self.a + 2 * (e * self.bu).sum()
-            + 4 * (e * cf).sum() + 2 * ff * e_u + ee * self.b + 2 * ee * f_v + self.n * ee * ff
+            + 4 * (e * cf).sum() + 2 * ff * e_u + ee * self.b + 2 * ee * f_v + n * ee * ff
         )  # fmt: skip
-        self.av = self.av + f * self.a + 2 * ce + 2 * f * e_u + ee * sv + self.n * ee * f
-        self.bu = self.bu + e * self.b + 2 * cf + 2 * e * f_v + ff * su + self.n * ff * e
-        self.cross = self.cross + torch.outer(e, sv + self.n * f)
-        if torch.is_tensor(su):
-            self.cross = self.cross + torch.outer(su, f)
-        self.a = self.a + 2 * e_u + self.n * ee
-        self.b = self.b + 2 * f_v + self.n * ff
+        self.av = self.av + f * self.a + 2 * ce + 2 * f * e_u + ee * sv + n * ee * f
+        self.bu = self.bu + e * self.b + 2 * cf + 2 * e * f_v + ff * su + n * ff * e
+        self.a = self.a + 2 * e_u + n * ee
+        self.b = self.b + 2 * f_v + n * ff
 
-    def copy(self) -> CrossSums:
+    def copy(self, device: torch.device | None = None) -> CrossSums:
+        """A copy that shares no memory, on `device` if given."""
         out = CrossSums(0, 0)
+        out.n = self.n
         for name in FIELDS:
-            setattr(out, name, getattr(self, name).clone())
+            setattr(out, name, getattr(self, name).to(device, copy=True))
         return out
 
     def merge(self, other: CrossSums) -> CrossSums:
@@ -91,25 +93,30 @@ class CrossSums:
             )
         if other.n == 0:
             return self
-        other = other.copy()
         device = self.cross.device
-        for name in FIELDS:
-            setattr(other, name, getattr(other, name).to(device))
-        n = self.n + other.n
-        mx = (self.n * self.mx + other.n * other.mx) / n
-        my = (self.n * self.my + other.n * other.my) / n
-        if self.n > 0:
-            self._move(self.mx - mx, self.my - my, 0.0, 0.0)
-            other._move(other.mx - mx, other.my - my, 0.0, 0.0)
-        else:
-            mx, my = other.mx, other.my
-        self.n, self.mx, self.my = n, mx, my
-        for name in FIELDS[3:]:
-            setattr(self, name, getattr(self, name) + getattr(other, name))
+        if self.n == 0:
+            self.__dict__.update(other.copy(device).__dict__)
+            return self
+        moved = CrossSums(0, 0)
+        moved.__dict__.update(other.__dict__)
+        if other.cross.device != device:
+            moved = other.copy(device)
+        n, alpha = self.n + moved.n, self.n * moved.n / (self.n + moved.n)
+        gap_x, gap_y = moved.mx - self.mx, moved.my - self.my
+        share = moved.n / n
+        self._move(-share * gap_x, -share * gap_y, 0.0, 0.0)
+        moved._move((1 - share) * gap_x, (1 - share) * gap_y, 0.0, 0.0)
+        self.cross.add_(moved.cross).addr_(gap_x, gap_y, alpha=alpha)
+        self.n, self.mx, self.my = n, self.mx + share * gap_x, self.my + share * gap_y
+        for name in ("a", "b", "ab", "av", "bu"):
+            setattr(self, name, getattr(self, name) + getattr(moved, name))
         return self
 
     def state(self, prefix: str) -> dict[str, np.ndarray]:
-        return {f"{prefix}.{name}": getattr(self, name).cpu().numpy().copy() for name in FIELDS}
+        arrays = {name: getattr(self, name).cpu().numpy().copy() for name in FIELDS}
+        return {
+            f"{prefix}.{name}": array for name, array in (arrays | {"n": np.array(self.n)}).items()
+        }
 
     def load(self, state: dict[str, np.ndarray], prefix: str) -> CrossSums:
         for name in FIELDS:
@@ -120,28 +127,21 @@ class CrossSums:
                     hint="resume with the same model and settings.",
                 )
             setattr(self, name, new.to(old.device))
-        return self
-
-    def to(self, device: torch.device) -> CrossSums:
-        if self.cross.device != device:
-            for name in FIELDS:
-                setattr(self, name, getattr(self, name).to(device))
+        self.n = int(state[f"{prefix}.n"])
         return self
 
     @property
     def hsic(self) -> float:
         """n (n - 3) HSIC_u of the linear kernels x x' and y y' (Song et al. 2012, eq. 5), n >= 4."""
-        n = float(self.n)
+        n = self.n
         if n < 4:
             return float("nan")
         whole = (self.cross * self.cross).sum()
-        return float(
-            whole - n / (n - 2) * self.ab + self.a * self.b / ((n - 1) * (n - 2))
-        )
+        return float(whole - n / (n - 2) * self.ab + self.a * self.b / ((n - 1) * (n - 2)))
 
     def gaussian(self) -> Gaussian:
         """Mean and covariance of x, for sums made of (x, x)."""
-        return Gaussian(int(self.n), self.mx, self.cross, float(self.ab))
+        return Gaussian(self.n, self.mx, self.cross, float(self.ab))
 
 
 class TeacherMoments:
@@ -153,8 +153,8 @@ class TeacherMoments:
     def update(self, side: TeacherSide) -> None:
         """Adds the sampled tokens of one batch; call once per batch, not once per student."""
         even, odd = batch_halves(side)
-        self.even.to(even.cross.device).merge(even)
-        self.odd.to(odd.cross.device).merge(odd)
+        self.even.merge(even)
+        self.odd.merge(odd)
 
     def merge(self, other: TeacherMoments) -> TeacherMoments:
         self.even.merge(other.even)
@@ -190,13 +190,12 @@ class PairMoments:
         """Adds the sampled tokens of one batch."""
         x, y = pair.side.rows, pair.rows
         if pair.same_rows:
-            even, odd = batch_halves(pair.side)
-            student = cross = even.copy().merge(odd)
+            student = cross = batch_whole(pair.side)
         else:
             self.equal = False
             student, cross = CrossSums.of(y, y), CrossSums.of(x, y)
-        self.student.to(x.device).merge(student)
-        self.cross.to(x.device).merge(cross)
+        self.student.merge(student)
+        self.cross.merge(cross)
 
     def merge(self, other: PairMoments) -> PairMoments:
         self.student.merge(other.student)
@@ -242,7 +241,7 @@ class Moments:
         self.view = teacher if isinstance(teacher, TeacherView) else TeacherView(teacher)
         self.pair = pair
         self.equal = pair.equal
-        self.n = int(pair.student.n)
+        self.n = pair.student.n
 
     @property
     def teacher(self) -> Gaussian:
@@ -255,7 +254,9 @@ class Moments:
     def hsics(self) -> tuple[float, float, float]:
         """n (n - 3) HSIC_u of (teacher, student), (teacher, teacher), (student, student)."""
         own = self.view.hsic
-        return (own, own, own) if self.equal else (self.pair.cross.hsic, own, self.pair.student.hsic)
+        return (
+            (own, own, own) if self.equal else (self.pair.cross.hsic, own, self.pair.student.hsic)
+        )
 
 
 def batch_halves(side: TeacherSide) -> tuple[CrossSums, CrossSums]:
@@ -267,10 +268,17 @@ def batch_halves(side: TeacherSide) -> tuple[CrossSums, CrossSums]:
     return side.cache["halves"]
 
 
+def batch_whole(side: TeacherSide) -> CrossSums:
+    """The sums of all sampled tokens of a batch, from its halves; worked out once per batch."""
+    if "whole" not in side.cache:
+        even, odd = batch_halves(side)
+        side.cache["whole"] = even.copy().merge(odd)
+    return side.cache["whole"]
+
+
 def _centre(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """x - c for c = the mean rounded to x's type; the true mean and mean - c in float64."""
     c = x.mean(0, dtype=torch.float64).to(x.dtype)
     u = x - c
     rest = u.mean(0, dtype=torch.float64)
     return u, c.double() + rest, rest
-

@@ -29,11 +29,11 @@ class NLL(TokenMetric):
     at = "logits"
     mask = "has_target"
     stats = {
-        "mean": ("difference", "mean"),
+        "mean": ("shift", "mean"),
         "teacher": ("teacher", "mean"),
         "student": ("student", "mean"),
     }
 
     def values(self, pair: LogitPair) -> dict[str, Tensor]:
         teacher, student = pair.nll
-        return {"difference": student - teacher, "teacher": teacher, "student": student}
+        return {"shift": student - teacher, "teacher": teacher, "student": student}

@@ -23,7 +23,9 @@ class NormRatio(TokenMetric):
     null = {"mean": 0.0, "p5": 0.0, "p50": 0.0, "p95": 0.0}
     headline = "mean"
     invariant = ("rotation", "permutation")
-    blind = "direction: any rotation; growth of some tokens that shrinkage of others cancels (p5, p95)"
+    blind = (
+        "direction: any rotation; growth of some tokens that shrinkage of others cancels (p5, p95)"
+    )
     source = "definition: log2(||s|| / ||t||) per token"
     at = "stream"
     mask = "valid"

@@ -53,9 +53,7 @@ def interval(draws: np.ndarray) -> tuple[float, float]:
     return float(lo), float(hi)
 
 
-def mean_of(
-    sums: np.ndarray, counts: np.ndarray, seed: int = 0
-) -> tuple[float, float, float, int]:
+def mean_of(sums: np.ndarray, counts: np.ndarray, seed: int = 0) -> tuple[float, float, float, int]:
     """Token-weighted mean over documents and its interval.
 
     Args:

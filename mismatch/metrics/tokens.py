@@ -11,6 +11,7 @@ with the same number modulo `MAX_BLOCKS` are resampled together.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 from torch import Tensor
@@ -37,6 +38,27 @@ def bin_names(n_pos: int) -> list[str]:
     starts = bin_starts(n_pos)
     ends = [*(starts[1:] - 1), n_pos - 1]
     return [str(a) if a == b else f"{a}-{b}" for a, b in zip(starts, ends, strict=True)]
+
+
+@dataclass(frozen=True)
+class Kept:
+    """The tokens that a mask keeps: flat index, and document and position of each, on the CPU."""
+
+    index: Tensor
+    docs: np.ndarray
+    positions: np.ndarray
+
+    @classmethod
+    def of(cls, keep: Tensor, docs: Tensor, positions: Tensor) -> Kept:
+        """From a bool mask; `docs` and `positions`, int64, broadcast to its shape."""
+        index = keep.flatten().nonzero().squeeze(1)
+        docs = docs.expand(keep.shape).flatten()[index]
+        positions = positions.expand(keep.shape).flatten()[index]
+        return cls(index, docs.cpu().numpy(), positions.cpu().numpy())
+
+    def pick(self, values: Tensor) -> np.ndarray:
+        """Float64: the kept numbers."""
+        return values.flatten()[self.index].cpu().double().numpy()
 
 
 class TokenSums:
@@ -70,30 +92,28 @@ class TokenSums:
         self.max = np.full(len(columns), -math.inf)
         self.hist = np.zeros((len(histogram), 2 * SIDE + 1), np.int64)
 
-    def update(self, values: dict[str, Tensor], docs: Tensor, positions: Tensor, keep: Tensor) -> None:
+    def update(self, values: dict[str, Tensor], kept: Kept) -> None:
         """Adds the kept tokens of one batch.
 
         Args:
-            values: column -> number per token, any float type, all of one shape [...].
-            docs, positions: int64, broadcastable to that shape.
-            keep: bool, that shape. Values that are not kept may be anything, nan included.
+            values: column -> number per token, any type, of the shape of the mask behind `kept`.
+                Values that are not kept may be anything, nan included.
+            kept: which tokens count, and where they are.
         """
-        index = keep.flatten().nonzero().squeeze(1)
-        docs = docs.expand(keep.shape).flatten()[index].cpu().numpy()
-        positions = positions.expand(keep.shape).flatten()[index].cpu().numpy()
-        if len(positions) and positions.max() >= self.n_pos:
+        if len(kept.positions) and kept.positions.max() >= self.n_pos:
             raise RunError(
-                f"token position {positions.max()} is outside of the table for positions 0 to "
+                f"token position {kept.positions.max()} is outside of the table for positions 0 to "
                 f"{self.n_pos - 1}",
                 hint="n_pos must be the longest window of the run.",
             )
-        cell = docs % self.blocks * len(self.starts)
-        cell += np.searchsorted(self.starts, positions, side="right") - 1 if len(self.starts) > 1 else 0
-        size = self.counts.size
-        self.counts += np.bincount(cell, minlength=size).reshape(self.counts.shape)
+        cell = kept.docs % self.blocks * len(self.starts)
+        if len(self.starts) > 1:
+            cell += np.searchsorted(self.starts, kept.positions, side="right") - 1
+        shape, size = self.counts.shape, self.counts.size
+        self.counts += np.bincount(cell, minlength=size).reshape(shape)
         for i, column in enumerate(self.columns):
-            number = values[column].flatten()[index].cpu().double().numpy()
-            self.sums[i] += np.bincount(cell, number, minlength=size).reshape(self.counts.shape)
+            number = kept.pick(values[column])
+            self.sums[i] += np.bincount(cell, number, minlength=size).reshape(shape)
             if len(number):
                 self.max[i] = np.maximum(self.max[i], number.max())
             if column in self.histogram:
@@ -102,7 +122,9 @@ class TokenSums:
 
     def merge(self, other: TokenSums) -> TokenSums:
         """Adds the tokens of `other`; the result equals one pass over both."""
-        _same(self.counts.shape == other.counts.shape and self.columns == other.columns, "TokenSums")
+        _same(
+            self.counts.shape == other.counts.shape and self.columns == other.columns, "TokenSums"
+        )
         self.counts += other.counts
         self.sums += other.sums
         self.max = np.maximum(self.max, other.max)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mismatch.errors import MismatchError
 from mismatch.metrics.base import Pair, TokenMetric
-from mismatch.metrics.pairs import log2_ratio, wide
+from mismatch.metrics.pairs import log2_ratio
 
 
 class UpdateSize(TokenMetric):
@@ -42,5 +42,5 @@ class UpdateSize(TokenMetric):
                 hint="it is measured at attn_out and mlp_out; pass before=(teacher, student).",
             )
         teacher = pair.side.norm / pair.side.before_norm
-        student = pair.norm / wide(pair.before[1]).norm(dim=-1)
+        student = pair.norm / pair.before_norm
         return {"shift": log2_ratio(student, teacher), "teacher": teacher, "student": student}
