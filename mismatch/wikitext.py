@@ -51,9 +51,9 @@ _SPOKEN = {
 _MEASURES = {"convert", "cvt"}
 
 
-def wiki(raw: Path, out: Path) -> None:
-    """Every article of the one dump under `raw`, as `<page id>-<title>.txt` in `out`."""
-    [dump] = raw.rglob("*.bz2")
+def wiki(files: list[Path], out: Path) -> None:
+    """Every article of the one dump in `files`, as `<page id>-<title>.txt` in `out`."""
+    [dump] = files
     with bz2.open(dump, "rb") as file:
         for page, title, markup in articles(file):
             text = strip(markup)

