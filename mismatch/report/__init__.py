@@ -1,0 +1,13 @@
+"""What a run looks like: figures, report.html, a comparison, and text. From the table alone, no torch.
+
+write_figures(run)      figures/ of a run folder
+write_html(run_dir)     report.html, one file that opens offline
+compare(run_dirs)       several runs on one scale
+summary(table, ...)     the end of a trace in a terminal
+"""
+
+from mismatch.report.comparison import compare
+from mismatch.report.html import write_figures, write_html
+from mismatch.report.summary import summary, verdict
+
+__all__ = ["compare", "summary", "verdict", "write_figures", "write_html"]

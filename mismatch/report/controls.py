@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator
 
 from mismatch.report import quantity as q
 from mismatch.report import style
@@ -17,7 +17,13 @@ WIDE = 20
 """The axis is logarithmic where the largest KL is more than so many times the smallest."""
 
 
-def output_data(table: pd.DataFrame, metric: str = "kl", *, stage: str = "surgery") -> pd.DataFrame:
+def output_data(
+    table: pd.DataFrame,
+    metric: str = "kl",
+    *,
+    stage: str = "surgery",
+    dictionary: Mapping[str, Any] | None = None,
+) -> pd.DataFrame:
     """The output shift of each student, then the paired differences, then the floor.
 
     Returns:
@@ -26,21 +32,21 @@ def output_data(table: pd.DataFrame, metric: str = "kl", *, stage: str = "surger
     Raises:
         UsageError: the table has no output shift.
     """
+    quantity = q.quantity(metric, dictionary)
     where = {"site": "logits", "mode": "free", "stage": stage}
-    means = q.pick(table, metric, stat="mean", student=q.students(table), **where)
-    floor = (
-        q.pick(table, metric, stat="mean", student="floor", **where)
-        if q.has(table, metric, student="floor", **where)
-        else means.iloc[:0]
-    )
-    rows = q.pick(table, metric, stat="mean", student="swap", **where)
-    at = (table["metric"] == metric) & (table["site"] == "logits") & (table["stage"] == stage)
-    pairs = table[at & table["stat"].str.startswith("mean_minus_") & (table["position"] == "all")]
-    pairs = pairs[pairs["step"].isin(rows["step"]) & (pairs["mode"] == "free")]
-    out = pd.concat([means, pairs, floor])[["student", "stat", "value", "lo", "hi", "n"]]
-    against = out["stat"].where(out["stat"].str.startswith("mean_minus_"), "")
-    out.insert(2, "against", against.str.removeprefix("mean_minus_"))
-    return out.reset_index(drop=True)
+    who = q.students(table)
+    means = q.pick(table, quantity, student=[*who, "floor"], **where)
+    prefix = f"{quantity.stat}_minus_"
+    pairs = [f"{prefix}{student}" for student in who]
+    if q.has(table, quantity, student="swap", **{**where, "stat": pairs}):
+        means = pd.concat(
+            [means, q.pick(table, quantity, student="swap", **{**where, "stat": pairs})]
+        )
+    order = {name: i for i, name in enumerate([*who, *pairs, "floor"])}
+    against = means["stat"].where(means["stat"].isin(pairs), "").str.removeprefix(prefix)
+    rank = means["stat"].where(means["stat"].isin(pairs), means["student"]).map(order)
+    means = means.assign(against=against, rank=rank).sort_values("rank")
+    return means[["student", "stat", "against", "value", "lo", "hi", "n"]].reset_index(drop=True)
 
 
 @style.styled
@@ -64,14 +70,14 @@ def output_shift(
     Raises:
         UsageError: the table has no output shift.
     """
-    data = output_data(table, metric, stage=stage)
+    data = output_data(table, metric, stage=stage, dictionary=dictionary)
     quantity = q.quantity(metric, dictionary)
     means = data[(data["against"] == "") & (data["student"] != "floor")]
     pairs = data[data["against"] != ""]
     floor = data.loc[data["student"] == "floor", "value"]
-    height = 0.95 + 0.24 * max(len(means), len(pairs))
     narrow = width < 5 and len(pairs)
-    figure = style.new_figure(width, height + (0.5 + 0.24 * len(pairs) if narrow else 0))
+    tall = len(means) + len(pairs) + 4 if narrow else max(len(means), len(pairs))
+    figure = style.new_figure(width, (1.3 if narrow else 1.0) + 0.24 * tall)
     shape = (1, 1) if pairs.empty else (2, 1) if narrow else (1, 2)
     axes = figure.subplots(*shape, squeeze=False).ravel()
     style.frame(
@@ -82,21 +88,25 @@ def output_shift(
     )
     who = list(means["student"])
     _dots(axes[0], means, who, who)
-    if len(means) and means["value"].min() > 0 and means["value"].max() > WIDE * means["value"].min():
+    if (
+        len(means)
+        and means["value"].min() > 0
+        and means["value"].max() > WIDE * means["value"].min()
+    ):
         axes[0].set_xscale("log")
+        axes[0].set_xlim(means["value"].min() / 1.6, means["value"].max() * 3)  # room for numbers
         axes[0].xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
     else:
-        axes[0].set_xlim(0, max(float(means[["value", "hi"]].max().max()) * 1.25, 1e-9))
-        axes[0].xaxis.set_major_locator(MaxNLocator(5))
+        _reach(axes[0], float(means[["value", "hi"]].max().max()) * 1.25, 0)
     axes[0].set_title("each student", fontweight="bold")
     if len(pairs):
         names = [f"swap \u2212 {control}" for control in pairs["against"]]
         _dots(axes[1], pairs, names, ["swap"] * len(pairs))
         axes[1].axvline(0, color=style.FAINT, lw=0.8)
-        reach = float(pairs[["value", "lo", "hi"]].abs().max().max()) or 1e-9
-        axes[1].set_xlim(-1.35 * reach, 1.35 * reach)
-        axes[1].xaxis.set_major_locator(MaxNLocator(5, symmetric=True))
-        axes[1].set_title("\u2190 better   difference   worse \u2192", fontweight="bold", loc="center")
+        _reach(axes[1], 1.35 * float(pairs[["value", "lo", "hi"]].abs().max().max()), -1)
+        axes[1].set_title(
+            "\u2190 better   difference   worse \u2192", fontweight="bold", loc="center"
+        )
     for axis in axes:
         axis.set_xlabel(quantity.unit or quantity.label)
     return figure
@@ -108,7 +118,7 @@ def _dots(ax: Axes, rows: pd.DataFrame, names: list[str], who: list[str]) -> Non
         if pd.notna(row.lo):
             ax.hlines(height, row.lo, row.hi, color=colour, lw=1.6)
         ax.plot(
-            row.value, height, marker=marker, ms=5.5, color=colour, mec="white", mew=0.4,
+            row.value, height, marker=marker, ms=5.5, color=colour, mec="white", mew=0.4, clip_on=False,
             gid=f"dot-{names[height]}",
         )  # fmt: skip
         right = row.hi if pd.notna(row.hi) else row.value
@@ -122,6 +132,12 @@ def _dots(ax: Axes, rows: pd.DataFrame, names: list[str], who: list[str]) -> Non
     ax.spines["left"].set_visible(False)
     ax.grid(axis="x", lw=0.4, color="#e6e6e6")
     ax.set_axisbelow(True)
+
+
+def _reach(ax: Axes, reach: float, left: int) -> None:
+    """Limits from `left` times `reach` to `reach`; where all is 0, a single tick says so."""
+    ax.set_xlim(left * (reach or 1), reach or 1)
+    ax.xaxis.set_major_locator(MaxNLocator(5, symmetric=left < 0) if reach else FixedLocator([0]))
 
 
 def _floor_words(floor: pd.Series) -> str:

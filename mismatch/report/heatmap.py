@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import CenteredNorm, LogNorm, Normalize, to_rgba
 from matplotlib.figure import Figure
-from matplotlib.patches import Patch, Rectangle
+from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from mismatch.errors import UsageError
@@ -36,7 +35,7 @@ def colour_norm(panels: Sequence[pd.DataFrame], signed: bool) -> Normalize:
     down than `DECADES` the smallest value within those. A signed quantity: linear, centred at 0.
     """
     cells = pd.concat(panels)
-    size = cells["shift"].abs()
+    size = cells["value"].abs()
     size = size[np.isfinite(size) & (size > 0)]
     top = float(size.max()) if len(size) else 1.0
     if signed:
@@ -51,8 +50,8 @@ def colour_norm(panels: Sequence[pd.DataFrame], signed: bool) -> Normalize:
 def colours(cells: pd.DataFrame, norm: Normalize, signed: bool) -> np.ndarray:
     """RGBA of each cell. What is not a value has a colour that is not on the scale."""
     scale = mpl.colormaps[style.SIGNED_MAP if signed else style.DISTANCE_MAP]
-    shift = cells["shift"].to_numpy(dtype=float)
-    shown = np.where(cells["kind"] == "value", shift, norm.vmax if not signed else 0.0)
+    value = cells["value"].to_numpy(dtype=float)
+    shown = np.where(cells["kind"] == "value", value, norm.vmax if not signed else 0.0)
     if not signed:
         shown = np.maximum(shown, norm.vmin)
     rgba = scale(np.asarray(norm(np.where(np.isfinite(shown), shown, norm.vmax)), dtype=float))
@@ -98,7 +97,8 @@ def heatmap(
     if ax is not None:
         if len(panels) != 1:
             raise UsageError(
-                f"{len(panels)} metrics do not fit on one axis", hint="name one: heatmap(metric=...)"
+                f"{len(panels)} metrics do not fit on one axis",
+                hint="name one: heatmap(metric=...)",
             )
         quantity, cells = panels[0]
         draw_panel(ax, cells, quantity, colour_norm([cells], quantity.signed))
@@ -146,7 +146,8 @@ def _panels(
     sites = q.BLOCK_SITES if site is None else (site,) if isinstance(site, str) else tuple(site)
     if metric is None:
         where = {"student": student, "mode": mode, "stage": stage, "site": list(sites)}
-        names = [m for m in PANELS if q.has(table, m, **where)] or sorted(table["metric"].unique())[:1]
+        names = [m for m in PANELS if q.has(table, q.quantity(m, dictionary), **where)]
+        names = names or [PANELS[0]]
     else:
         names = [metric] if isinstance(metric, str) else list(metric)
     names = ["lens_kl" if m == "kl" and "logits" not in sites else m for m in names]
@@ -158,7 +159,7 @@ def _panels(
         found = [
             q.cells(table, quantity, student=s, mode=mode, sites=sites, stage=stage)
             for s in who
-            if s == student or q.has(table, name, student=s, mode=mode, site=list(sites))
+            if s == student or q.has(table, quantity, student=s, mode=mode, site=list(sites))
         ]
         cells = pd.concat(found, ignore_index=True)
         cells["row"] = cells["student"] if single else cells["site"]
@@ -179,7 +180,7 @@ def draw_panel(
         np.arange(len(rows) + 1) - 0.5,
         rgba,
         edgecolors="white",
-        linewidth=0.4,
+        linewidth=0.4 if ax.figure.get_figwidth() / layers > 0.15 else 0.1,
     )
     missing = (cells["kind"] == "missing").to_numpy().reshape(len(rows), layers)
     for row, layer in np.argwhere(missing):
@@ -196,19 +197,17 @@ def draw_panel(
     for layer in sorted(cells.loc[cells["swapped"], "layer"].unique()):
         ax.add_patch(
             Rectangle(
-                (layer - 0.5, -0.5), 1, len(rows), fill=False, ec=style.OUTLINE, lw=1.3, clip_on=False
+                (layer - 0.5, -0.5),
+                1,
+                len(rows),
+                fill=False,
+                ec=style.OUTLINE,
+                lw=1.3,
+                clip_on=False,
             )
         )
         ax.plot(layer, -0.5, marker="v", ms=5, color=style.OUTLINE, clip_on=False, zorder=5)
-    stat = cells["stat"].iloc[0]
-    ax.set_title(title or f"{quantity.label}, {stat}", pad=5, fontweight="bold")
-    width = ax.figure.get_figwidth()
-    if title is None and quantity.summary and width > 5:
-        room = int(width * 12) - len(quantity.label)
-        ax.set_title(
-            textwrap.shorten(quantity.summary, room, placeholder=" ..."),
-            loc="right", pad=5, fontsize=6.5, color=style.FAINT,
-        )  # fmt: skip
+    style.panel_title(ax, title or quantity.label, "" if title else quantity.summary)
     _say_zero(ax, cells, len(rows))
     if (cells["kind"] == "value").any():
         _colour_bar(ax, cells, quantity, norm)
@@ -216,21 +215,29 @@ def draw_panel(
 
 def _say_zero(ax: Axes, cells: pd.DataFrame, rows: int) -> None:
     """Write `exactly 0` on the white before the swap, where there is room for it."""
-    still = cells.groupby("layer")["kind"].agg(lambda kinds: (kinds == "zero").all()).cumprod().sum()
+    still = int(cells.groupby("layer")["kind"].agg(lambda k: (k == "zero").all()).cumprod().sum())
     if still >= 4:
         ax.text(
             (still - 1) / 2, (rows - 1) / 2, "exactly 0", ha="center", va="center", fontsize=7,
-            color=style.FAINT,
+            color=style.FAINT, bbox={"fc": "white", "ec": "none", "pad": 2}, zorder=6,
         )  # fmt: skip
 
 
 def _colour_bar(ax: Axes, cells: pd.DataFrame, quantity: Quantity, norm: Normalize) -> None:
     signed = quantity.signed
-    scale = mpl.colormaps[style.SIGNED_MAP if signed else style.DISTANCE_MAP].with_extremes(under=style.FLOOR)
+    scale = mpl.colormaps[style.SIGNED_MAP if signed else style.DISTANCE_MAP].with_extremes(
+        under=style.FLOOR
+    )
     floor = float(cells["floor"].max()) if cells["floor"].notna().any() else 0.0
     extend = "neither" if signed or floor == 0 else "min"
     bar = ax.figure.colorbar(
-        ScalarMappable(norm, scale), ax=ax, extend=extend, extendfrac=0.12, pad=0.012, aspect=9, shrink=0.98
+        ScalarMappable(norm, scale),
+        ax=ax,
+        extend=extend,
+        extendfrac=0.12,
+        pad=0.012,
+        aspect=9,
+        shrink=0.98,
     )
     bar.outline.set_linewidth(0.4)
     bar.ax.tick_params(length=2, labelsize=6.5)
@@ -272,12 +279,3 @@ def caption(table: pd.DataFrame, panels: Sequence[pd.DataFrame]) -> str:
     )
     words.append(f"Run {' '.join(table['run_id'].unique())}.")
     return " ".join(words)
-
-
-def legend_patches() -> list[Patch]:
-    """Keys for the colours that are not on the scale."""
-    return [
-        Patch(fc=style.ZERO, ec=style.FAINT, lw=0.5, label="exactly 0"),
-        Patch(fc=style.FLOOR, ec=style.FAINT, lw=0.5, label="at or below the floor"),
-        Patch(fc=style.MISSING, ec="#9a9a9a", hatch="////", lw=0.5, label="not measured"),
-    ]

@@ -16,7 +16,7 @@ from mismatch.report import style
 from mismatch.table import position_start
 
 WIDE = 20
-"""The y axis is logarithmic where the largest mean is more than so many times the smallest."""
+"""The y axis is logarithmic where one student lies more than so many times above another."""
 
 
 def segments(plan: Mapping[str, Any] | None) -> list[int]:
@@ -27,12 +27,18 @@ def segments(plan: Mapping[str, Any] | None) -> list[int]:
 
 
 def by_position_data(
-    table: pd.DataFrame, metric: str = "kl", site: str = "logits", *, stage: str = "surgery"
+    table: pd.DataFrame,
+    metric: str = "kl",
+    site: str = "logits",
+    *,
+    stage: str = "surgery",
+    dictionary: Mapping[str, Any] | None = None,
 ) -> pd.DataFrame:
     """The numbers of `by_position`: one bin of one student a row, `start` and `end` inclusive."""
     who = q.students(table)
     bins = [p for p in table["position"].unique() if p != "all"]
-    rows = q.pick(table, metric, site=site, stage=stage, mode="free", student=who, position=bins)
+    quantity = q.quantity(metric, dictionary)
+    rows = q.pick(table, quantity, site=site, stage=stage, mode="free", student=who, position=bins)
     rows = rows[["student", "metric", "stat", "site", "position", "value", "lo", "hi", "n"]]
     start = rows["position"].map(position_start)
     end = rows["position"].map(lambda p: int(p.rpartition("-")[2]))
@@ -66,12 +72,13 @@ def by_position(
     Raises:
         UsageError: the table has no rows by position.
     """
-    data = by_position_data(table, metric, site, stage=stage)
+    data = by_position_data(table, metric, site, stage=stage, dictionary=dictionary)
     quantity = q.quantity(metric, dictionary)
     figure = ax.figure if ax is not None else style.new_figure(width, 2.7)
     axis = ax if ax is not None else figure.subplots()
     if ax is None:
-        marks = " Dotted: borders of segments." if segments(plan) else ""
+        lengths = " and ".join(str(s) for s in segments(plan))
+        marks = f" Dotted: borders of segments of {lengths} tokens." if lengths else ""
         style.frame(
             figure,
             f"Output shift by token position: {quantity.label}, free, {stage}",
@@ -95,19 +102,22 @@ def _draw(ax: Axes, data: pd.DataFrame, borders: list[int]) -> None:
         share = (rank + 1) / (len(who) + 1)
         x = 2 ** (left + (right - left) * share)  # students side by side: whiskers stay readable
         y = rows["value"].to_numpy(dtype=float)
-        ax.hlines(y, 2**left, 2**right, color=colour, lw=1.4, alpha=0.5, zorder=2)
-        ax.vlines(x, rows["lo"], rows["hi"], color=colour, lw=1.0, zorder=3)
+        ax.hlines(y, 2**left, 2**right, color=colour, lw=1.2, alpha=0.45, zorder=2)
+        ax.vlines(x, rows["lo"], rows["hi"], color=colour, lw=1.1, zorder=3)
         ax.plot(
             x, y, ls="none", marker=marker, ms=4.2, color=colour, mec="white", mew=0.3, zorder=4,
             gid=f"points-{student}",
         )  # fmt: skip
         ends.append((2 ** right[-1], y[-1], student, colour))
-    positive = data["value"][data["value"] > 0]
-    if len(positive) and positive.max() > WIDE * positive.min():
+    usual = data[data["value"] > 0].groupby("student")["value"].median()
+    if len(usual) and usual.max() > WIDE * usual.min():
         ax.set_yscale("log")
         ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
+    elif len(usual):
+        ax.set_ylim(bottom=min(0.0, float(data[["value", "lo"]].min().min())))
     else:
-        ax.set_ylim(bottom=min(0.0, float(data["lo"].min(skipna=True) or 0)))
+        ax.set_ylim(-0.05, 1)
+        ax.set_yticks([0])
     bins = data.drop_duplicates("position").sort_values("start")
     low, high = float(bins["start"].iloc[0]) + 1, float(bins["end"].iloc[-1]) + 2
     ax.set_xlim(low * 0.97, high * 1.02)
@@ -115,12 +125,16 @@ def _draw(ax: Axes, data: pd.DataFrame, borders: list[int]) -> None:
         [((a + 1) * (b + 2)) ** 0.5 for a, b in zip(bins["start"], bins["end"], strict=True)],
         [str(p).replace("-", "\u2013") for p in bins["position"]],
     )
-    ax.minorticks_off() if ax.get_yscale() == "linear" else ax.xaxis.minorticks_off()
+    if ax.figure.get_figwidth() < 5:
+        ax.tick_params(axis="x", rotation=45)
+    ax.xaxis.minorticks_off()
     ax.tick_params(axis="x", length=0)
     ax.set_xlabel("token position in the document window (log scale)")
     ax.grid(axis="y", lw=0.4, color="#e6e6e6")
     ax.set_axisbelow(True)
     for length in borders:
         for border in range(length, int(bins["end"].iloc[-1]) + 1, length):
-            ax.axvline(border + 1, color=style.FAINT, lw=0.8, ls=":", zorder=1, gid=f"segment-{border}")
+            ax.axvline(
+                border + 1, color=style.FAINT, lw=0.8, ls=":", zorder=1, gid=f"segment-{border}"
+            )
     style.label_ends(ax, ends)

@@ -47,7 +47,7 @@ def depth_profile(
     Raises:
         UsageError: the table lacks the metric or the site.
     """
-    names = _names(table, metric, site, mode, stage)
+    names = _names(table, metric, site, mode, stage, dictionary)
     if ax is not None:
         _draw(ax, table, q.quantity(names[0], dictionary), site, mode, stage)
         ax.set_xlabel("layer")
@@ -57,7 +57,7 @@ def depth_profile(
     style.frame(
         figure,
         f"Shift at {site} by layer, {mode}, {stage}",
-        "Lines: mean over tokens; bands: 95 % interval over documents. On the log scale a straight "
+        "Lines: the headline statistic; bands: 95 % interval over documents. On the log scale a straight "
         "falling line heals by the same share at every layer. Triangle: swapped layer. "
         f"Run {' '.join(table['run_id'].unique())}.",
     )
@@ -76,22 +76,28 @@ def depth_profile_data(
     stage: str = "surgery",
     dictionary: Mapping[str, Any] | None = None,
 ) -> pd.DataFrame:
-    """The numbers of `depth_profile`: student, metric, layer, value, lo, hi, shift and its band."""
+    """The numbers of `depth_profile`: student, metric, stat, site, layer, value, lo, hi, n."""
     return pd.concat(
         [
             _lines(table, q.quantity(name, dictionary), site, mode, stage)
-            for name in _names(table, metric, site, mode, stage)
+            for name in _names(table, metric, site, mode, stage, dictionary)
         ],
         ignore_index=True,
     )
 
 
 def _names(
-    table: pd.DataFrame, metric: str | Sequence[str] | None, site: str, mode: str, stage: str
+    table: pd.DataFrame,
+    metric: str | Sequence[str] | None,
+    site: str,
+    mode: str,
+    stage: str,
+    dictionary: Mapping[str, Any] | None,
 ) -> list[str]:
     if metric is None:
         where = {"site": site, "mode": mode, "stage": stage}
-        return [m for m in METRICS if q.has(table, m, **where)] or [METRICS[0]]
+        found = [m for m in METRICS if q.has(table, q.quantity(m, dictionary), **where)]
+        return found or [METRICS[0]]
     return [metric] if isinstance(metric, str) else list(metric)
 
 
@@ -99,11 +105,9 @@ def _lines(
     table: pd.DataFrame, quantity: Quantity, site: str, mode: str, stage: str
 ) -> pd.DataFrame:
     who = [*q.students(table), "floor"]
-    rows = q.pick(table, quantity.metric, site=site, mode=mode, stage=stage, student=who, head=None)
-    rows = rows[["student", "metric", "stat", "site", "layer", "value", "lo", "hi", "n", "swapped"]]
-    rows = rows.assign(shift=quantity.shift(rows["value"]))
-    ends = np.sort(np.stack([quantity.shift(rows["lo"]), quantity.shift(rows["hi"])]), axis=0)
-    return rows.assign(shift_lo=ends[0], shift_hi=ends[1])
+    rows = q.pick(table, quantity, site=site, mode=mode, stage=stage, student=who)
+    rows = rows[rows["layer"].notna() & rows["head"].isna()]
+    return rows[["student", "metric", "stat", "site", "layer", "value", "lo", "hi", "n", "swapped"]]
 
 
 def _draw(
@@ -114,24 +118,24 @@ def _draw(
     ends = []
     shown = []
     for student in who:
-        line = lines[(lines["student"] == student) & (lines["shift"] != 0)].dropna(subset="shift")
+        line = lines[(lines["student"] == student) & (lines["value"] != 0)].dropna(subset="value")
         if line.empty:
             continue
         colour, marker = style.look(student, who)
         x = line["layer"].to_numpy(dtype=float)
-        y = line["shift"].to_numpy(dtype=float)
+        y = line["value"].to_numpy(dtype=float)
         top = student == "swap"
         ax.plot(
             x, y, color=colour, marker=marker, ms=3.4 if top else 2.8, lw=1.6 if top else 1.0,
             zorder=4 if top else 3, mec="white", mew=0.3, gid=f"line-{student}",
         )  # fmt: skip
-        ax.fill_between(x, line["shift_lo"], line["shift_hi"], color=colour, alpha=0.18, lw=0)
+        ax.fill_between(x, line["lo"], line["hi"], color=colour, alpha=0.18, lw=0)
         ends.append((x[-1], y[-1], student, colour))
         shown.append(y)
     layers = q.layer_count(table)
     ax.set_xlim(-0.5, layers - 0.5)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=12, min_n_ticks=2))
-    ax.set_title(f"{quantity.label}, {lines['stat'].iloc[0]}", fontweight="bold")
+    style.panel_title(ax, quantity.label, quantity.summary)
     ax.grid(axis="y", lw=0.4, color="#e6e6e6")
     ax.set_axisbelow(True)
     if shown:
@@ -143,14 +147,16 @@ def _draw(
         style.label_ends(ax, ends)
     else:
         ax.set_yticks([])
+        ax.spines["left"].set_visible(False)
     swapped = q.swapped_layers(table)
     for layer in swapped:
         ax.plot(
             layer, 0, marker="^", ms=6, color=style.OUTLINE, clip_on=False, zorder=5,
             transform=ax.get_xaxis_transform(),
         )  # fmt: skip
-    if not shown or (swapped and swapped[0] > 0):
-        middle = (swapped[0] - 0.5) / 2 if shown else layers / 2
+    room = swapped[0] / layers * ax.figure.get_figwidth() if swapped else 0.0
+    if not shown or room > 1:  # inch
+        middle = (swapped[0] - 0.5) / 2 if shown else (layers - 1) / 2
         where = "before the swap" if shown else "at every layer"
         ax.text(
             middle, 0.5, f"exactly 0\n{where}", ha="center", va="center", fontsize=7,

@@ -1,11 +1,8 @@
 """From rows of the long table to what is drawn: a shift, its floor, and the kind of each cell.
 
-A metric is turned into a shift (0 = as the teacher, further from 0 = worse) by the facts of its card:
-
-    null 0, never negative      the value itself               rel_l2, lens_kl, frechet
-    null 1, at most 1           1 - value                      cka, cosine
-    null 1, unbounded           log2(value), signed            norm_ratio
-    null 0, may be negative     the value itself, signed       a difference
+The headline statistic of every metric is a shift: 0 at teacher == student, further from 0 = worse.
+The card says whether it has a sign: a metric that is better lower and never negative is a distance,
+any other (`norm_ratio`, `nll`) is drawn around 0.
 
 The floor of a panel is the largest shift that the same metric reads at any of its sites when nothing
 was changed (student `floor`). A cell at or below it is not told apart from no change.
@@ -13,8 +10,6 @@ was changed (student `floor`). A cell at or below it is not told apart from no c
 
 from __future__ import annotations
 
-import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,8 +22,8 @@ from mismatch.errors import UsageError
 from mismatch.table import SITES
 
 BLOCK_SITES = SITES[:5]
-STATS = ("mean", "value", "debiased", "geo_mean", "p50")
-"""Which statistic of a metric is drawn: the first of these that the table has."""
+CONTROLS = ("identity", "zero", "mean", "skip", "linear", "random")
+"""The order in which controls are listed; others follow by name."""
 
 
 @dataclass(frozen=True)
@@ -36,35 +31,19 @@ class Quantity:
     """How one metric is drawn."""
 
     metric: str
-    form: str
-    """value, one_minus, log2 or signed"""
+    stat: str
     unit: str
+    signed: bool
     summary: str = ""
-
-    @property
-    def signed(self) -> bool:
-        return self.form in ("log2", "signed")
+    blind: str = ""
 
     @property
     def label(self) -> str:
-        """`1 - cka`, `log2 norm_ratio`, `rel_l2`; with the unit where it has one."""
-        name = {"one_minus": f"1 \u2212 {self.metric}", "log2": f"log2 {self.metric}"}.get(
-            self.form, self.metric
-        )
-        return f"{name} ({self.unit})" if self.unit and self.form != "log2" else name
-
-    def shift(self, value: pd.Series | np.ndarray | float) -> Any:
-        """Values of the metric as shifts."""
-        if self.form == "one_minus":
-            return 1 - value
-        if self.form == "log2":
-            with np.errstate(divide="ignore", invalid="ignore"):
-                return np.log2(value)
-        return value
+        return f"{self.metric} ({self.unit})" if self.unit else self.metric
 
 
 def quantity(metric: str, dictionary: Mapping[str, Any] | None = None) -> Quantity:
-    """How a metric is drawn, from the run's own dictionary or else the installed card.
+    """How a metric is drawn, by the run's own dictionary or else the installed card.
 
     Raises:
         UsageError: no such metric.
@@ -73,75 +52,60 @@ def quantity(metric: str, dictionary: Mapping[str, Any] | None = None) -> Quanti
     if facts is None:
         card = registry.metrics().card(metric)
         facts = {"summary": card.summary, **card.facts}
-    low, high = bounds(facts.get("range"))
-    null = facts.get("null")
-    unit = str(facts.get("unit") or "")
-    if null == 1:
-        form = "one_minus" if high <= 1 else "log2"
-    else:
-        form = "value" if low >= 0 else "signed"
-    unit = "" if unit in ("1", "none", "ratio") else unit
-    return Quantity(metric, form, unit, str(facts.get("summary") or ""))
+    negative = str(facts.get("range", "[0")).strip()[1:2] not in ("0", "")
+    return Quantity(
+        metric=metric,
+        stat=str(facts.get("headline", "mean")),
+        unit=str(facts.get("unit") or ""),
+        signed=facts.get("better") != "lower" or negative,
+        summary=str(facts.get("summary") or ""),
+        blind=str(facts.get("blind") or ""),
+    )
 
 
-def bounds(text: Any) -> tuple[float, float]:
-    """The range of a card as two numbers: `[0, inf)`, `0..1` and (0, 1) are understood."""
-    if isinstance(text, (tuple, list)):
-        low, high = text
-        return (-math.inf if low is None else low), (math.inf if high is None else high)
-    found = re.findall(r"[-\u2212]?(?:\d+(?:\.\d+)?|inf\w*|\u221e|ln ?2)", str(text or ""))
-    if len(found) != 2:
-        return -math.inf, math.inf
-    low, high = (_bound(word) for word in found)
-    return low, high
+def pick(table: pd.DataFrame, quantity: Quantity, **where: Any) -> pd.DataFrame:
+    """The rows of a metric's headline statistic, of the last step.
 
-
-def _bound(word: str) -> float:
-    word = word.replace("\u2212", "-").replace("\u221e", "inf").replace("infinity", "inf")
-    return math.log(2) if word.startswith("ln") else float(word)
-
-
-def pick(table: pd.DataFrame, metric: str, *, stat: str | None = None, **where: Any) -> pd.DataFrame:
-    """Rows of one metric and one statistic. A keyword is a column; None means: do not ask.
+    A keyword is a column and what it must be (or a list of that); None: anything. Where not said,
+    `position` is "all", `stage` "surgery" and `stat` the headline.
 
     Raises:
         UsageError: nothing is left; says what the table has.
     """
-    rows = table[table["metric"] == metric]
+    rows = table[table["metric"] == quantity.metric]
     if rows.empty:
-        has = ", ".join(sorted(table["metric"].unique()))
-        raise UsageError(f"the table has no metric `{metric}`", hint=f"it has {has}")
-    for column, wanted in {"position": "all", "stage": "surgery", **where}.items():
+        found = ", ".join(sorted(table["metric"].unique()))
+        raise UsageError(f"the table has no metric `{quantity.metric}`", hint=f"it has {found}")
+    asked = {"position": "all", "stage": "surgery", "stat": quantity.stat, **where}
+    for column, wanted in asked.items():
         if wanted is None:
             continue
-        many = isinstance(wanted, (list, tuple, set))
-        kept = rows[rows[column].isin(list(wanted) if many else [wanted])]
+        several = isinstance(wanted, (list, tuple, set))
+        kept = rows[rows[column].isin(list(wanted) if several else [wanted])]
         if kept.empty:
-            has = ", ".join(str(v) for v in rows[column].unique())
+            found = ", ".join(str(v) for v in rows[column].unique())
             raise UsageError(
-                f"the table has no `{metric}` with {column}={wanted}", hint=f"it has {has}"
+                f"the table has no `{quantity.metric}` with {column}={wanted}",
+                hint=f"it has {found}",
             )
         rows = kept
-    rows = rows[rows["step"] == rows["step"].max()]
-    if stat is None:
-        stats = list(rows["stat"].unique())
-        stat = next((s for s in STATS if s in stats), stats[0])
-    return rows[rows["stat"] == stat]
+    return rows[rows["step"] == rows["step"].max()]
 
 
-def has(table: pd.DataFrame, metric: str, **where: Any) -> bool:
+def has(table: pd.DataFrame, quantity: Quantity, **where: Any) -> bool:
     """Whether `pick` would find rows."""
     try:
-        pick(table, metric, **where)
+        pick(table, quantity, **where)
     except UsageError:
         return False
     return True
 
 
 def students(table: pd.DataFrame) -> list[str]:
-    """The swap first, then the controls as the table has them; without the floor."""
-    found = [s for s in dict.fromkeys(table["student"]) if s not in ("swap", "floor")]
-    return ["swap", *found] if (table["student"] == "swap").any() else found
+    """The swap first, then the controls; without the floor."""
+    order = ("swap", *CONTROLS)
+    found = set(table["student"]) - {"floor"}
+    return sorted(found, key=lambda s: (order.index(s) if s in order else len(order), s))
 
 
 def swapped_layers(table: pd.DataFrame) -> list[int]:
@@ -152,19 +116,18 @@ def layer_count(table: pd.DataFrame) -> int:
     return int(table["layer"].max()) + 1 if table["layer"].notna().any() else 0
 
 
-def floor_of(table: pd.DataFrame, q: Quantity, sites: Sequence[str]) -> float | None:
+def floor_of(table: pd.DataFrame, quantity: Quantity, sites: Sequence[str]) -> float | None:
     """The largest shift at these sites when nothing was changed; None: not measured."""
-    if not has(table, q.metric, student="floor", site=list(sites)):
+    if not has(table, quantity, student="floor", site=list(sites)):
         return None
-    rows = pick(table, q.metric, student="floor", site=list(sites))
-    shifts = np.abs(np.asarray(q.shift(rows["value"].to_numpy()), dtype=float))
+    shifts = pick(table, quantity, student="floor", site=list(sites))["value"].abs()
     shifts = shifts[np.isfinite(shifts)]
-    return float(shifts.max()) if shifts.size else None
+    return float(shifts.max()) if len(shifts) else None
 
 
 def cells(
     table: pd.DataFrame,
-    q: Quantity,
+    quantity: Quantity,
     *,
     student: str = "swap",
     mode: str = "free",
@@ -174,26 +137,28 @@ def cells(
     """Every layer and site of one student, also where nothing was measured.
 
     Returns:
-        Rows student, metric, stat, site, layer, value, lo, hi, n, swapped, shift, floor, kind;
-        kind is value, floor (at or below it), zero (exactly no shift) or missing.
+        Rows student, metric, stat, site, layer, value, lo, hi, n, swapped, floor, kind; kind is
+        value, floor (at or below it), zero (exactly no shift) or missing.
+
+    Raises:
+        UsageError: nothing of it was measured.
     """
-    rows = pick(
-        table, q.metric, student=student, mode=mode, stage=stage, site=list(sites), head=None
-    )
+    rows = pick(table, quantity, student=student, mode=mode, stage=stage, site=list(sites))
+    rows = rows[rows["layer"].notna() & rows["head"].isna()]
     grid = pd.MultiIndex.from_product(
         [[s for s in SITES if s in sites], range(layer_count(table))], names=["site", "layer"]
     ).to_frame(index=False)
     grid["layer"] = grid["layer"].astype("Int16")
-    columns = ["site", "layer", "value", "lo", "hi", "n"]
-    out = grid.merge(rows[columns], on=["site", "layer"], how="left")
+    out = grid.merge(
+        rows[["site", "layer", "value", "lo", "hi", "n"]], on=["site", "layer"], how="left"
+    )
     out.insert(0, "student", student)
-    out.insert(1, "metric", q.metric)
-    out.insert(2, "stat", rows["stat"].iloc[0])
+    out.insert(1, "metric", quantity.metric)
+    out.insert(2, "stat", quantity.stat)
     out["swapped"] = out["layer"].isin(swapped_layers(table))
-    out["shift"] = np.asarray(q.shift(out["value"].to_numpy(dtype=float)), dtype=float)
-    floor = floor_of(table, q, sites)
+    floor = floor_of(table, quantity, sites)
     out["floor"] = np.nan if floor is None else floor
-    size = out["shift"].abs()
+    size = out["value"].abs()
     out["kind"] = np.select(
         [size.isna(), size == 0, size <= (floor or 0.0)], ["missing", "zero", "floor"], "value"
     )

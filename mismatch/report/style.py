@@ -13,6 +13,7 @@ import io
 import textwrap
 from collections.abc import Callable, Sequence
 from functools import wraps
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
@@ -46,7 +47,16 @@ _STUDENTS = {
     "identity": ("#56b4e9", "X"),
     "floor": ("#777777", "_"),
 }
-_SPARE = (("#e69f00", "<"), ("#332288", ">"), ("#882255", "h"), ("#44aa99", "p"))
+_SPARE = (
+    ("#e69f00", "<"),
+    ("#0072b2", "s"),
+    ("#009e73", "^"),
+    ("#cc79a7", "v"),
+    ("#332288", ">"),
+    ("#56b4e9", "D"),
+    ("#882255", "h"),
+    ("#44aa99", "p"),
+)
 
 _RC = {
     "font.family": "DejaVu Sans",  # comes with matplotlib: the same figure on every machine
@@ -116,6 +126,13 @@ def frame(figure: Figure, title: str, caption: str) -> None:
     )
 
 
+def panel_title(ax: Axes, label: str, summary: str = "") -> None:
+    """The name of a panel at its left, and what it asks in small type at its right if it fits."""
+    ax.set_title(label, pad=5, fontweight="bold")
+    if len(label) * 1.3 + len(summary) < ax.figure.get_figwidth() * 17:
+        ax.set_title(summary, loc="right", pad=5, fontsize=6.5, color=FAINT)
+
+
 def number(value: float | None) -> str:
     """Three significant digits, without an exponent between 0.001 and 10 million."""
     if value is None or pd.isna(value):
@@ -141,7 +158,7 @@ def spread(heights: Sequence[float], gap: float) -> list[float]:
     moved = [float(h) for h in heights]
     for _ in range(200):
         still = True
-        for low, high in zip(order, order[1:], strict=False):
+        for low, high in pairwise(order):
             short = gap - (moved[high] - moved[low])
             if short > 1e-6:
                 moved[low] -= short / 2
@@ -154,6 +171,7 @@ def spread(heights: Sequence[float], gap: float) -> list[float]:
 
 def label_ends(ax: Axes, ends: Sequence[tuple[float, float, str, str]]) -> None:
     """Write names at the right ends of lines. Each end is (x, y, text, colour), in data units."""
+    ax.figure.draw_without_rendering()  # the layout must stand before places are measured
     transform = ax.transData
     points = [transform.transform((x, y)) for x, y, _, _ in ends]
     gap = 9 * ax.figure.dpi / 72
@@ -164,7 +182,10 @@ def label_ends(ax: Axes, ends: Sequence[tuple[float, float, str, str]]) -> None:
         ax.annotate(
             text,
             (x, y),
-            xytext=((right - point[0]) * 72 / ax.figure.dpi + 5, (height - point[1]) * 72 / ax.figure.dpi),
+            xytext=(
+                (right - point[0]) * 72 / ax.figure.dpi + 5,
+                (height - point[1]) * 72 / ax.figure.dpi,
+            ),
             textcoords="offset points",
             color=colour,
             va="center",

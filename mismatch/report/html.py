@@ -1,0 +1,311 @@
+"""report.html: one file that opens anywhere, offline. The verdict first, then what it rests on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from mismatch.errors import UsageError
+from mismatch.files import write_atomic
+from mismatch.report import controls, heatmap, position, profile, style
+from mismatch.report import quantity as q
+from mismatch.report.page import Html, document, grid, join, pairs, picture, tag
+from mismatch.report.summary import count, total, verdict, worst_sites
+from mismatch.run import Run, load_run
+
+
+@dataclass(frozen=True)
+class Plate:
+    """One figure of the report: what draws it, what gives its numbers, and how to read it."""
+
+    name: str
+    title: str
+    function: Callable[..., Figure]
+    numbers: Callable[..., pd.DataFrame]
+    reading: str
+    planned: bool = False
+    """The drawing asks for the plan."""
+
+    def draw(self, run: Run) -> Figure:
+        plan = {"plan": run.plan} if self.planned else {}
+        return self.function(run.table, dictionary=run.dictionary, **plan)
+
+    def data(self, run: Run) -> pd.DataFrame:
+        return self.numbers(run.table, dictionary=run.dictionary)
+
+
+PLATES = (
+    Plate(
+        "output_shift",
+        "Output shift beside the controls",
+        controls.output_shift,
+        controls.output_data,
+        "Left: how far each student's prediction is from the teacher's. zero deletes the part, mean "
+        "replaces it by its average: a swap that is not to their left has not yet earned its place. "
+        "Right: the same as paired differences; a whisker that crosses 0 does not tell them apart.",
+    ),
+    Plate(
+        "shift_heatmap",
+        "Where the shift is",
+        heatmap.heatmap,
+        heatmap.heatmap_data,
+        "Read each panel from left (input) to right (output), and from top to bottom in the order in "
+        "which a block computes. Darker is further from the teacher. White before the swap is the "
+        "proof that only the swap acts. attn_out and mlp_out are what a block adds; resid_mid and "
+        "resid_post are the stream after it was added. A dark update over a pale stream is a large "
+        "error of a small correction.",
+    ),
+    Plate(
+        "depth_profile",
+        "Does it heal or grow?",
+        profile.depth_profile,
+        profile.depth_profile_data,
+        "Each line starts at the first layer that differs. A falling line: the layers behind repair "
+        "the stream. A rising line: they amplify. Compare the swap with zero and mean at the same "
+        "layer. rel_l2 is about vectors, lens_kl about what they predict; they may disagree.",
+    ),
+    Plate(
+        "position",
+        "Which tokens suffer",
+        position.by_position,
+        position.by_position_data,
+        "A line that rises to the right means that late tokens suffer more: context or position was "
+        "lost. A jump at a dotted line comes from the border of a segment.",
+        planned=True,
+    ),
+)
+
+
+def write_figures(run: Run) -> list[Path]:
+    """Write every figure that the table allows into figures/, as png, svg, csv and json.
+
+    Raises:
+        RunError: a file cannot be written.
+    """
+    written = []
+    for plate in PLATES:
+        try:
+            figure, data = plate.draw(run), plate.data(run)
+        except UsageError:  # the table lacks its metric: the page says so
+            continue
+        made = {
+            "title": plate.title,
+            "reading": plate.reading,
+            "run_id": run.run_id,
+            "from": "metrics.parquet",
+            "by": f"{plate.function.__module__}.{plate.function.__name__}",
+            "versions": run.manifest.get("versions", {}),
+        }
+        written += style.save(figure, run.path / "figures", plate.name, data, made)
+    return written
+
+
+def write_html(run_dir: Path | str, output: Path | str | None = None) -> Path:
+    """Write the report of a finished run.
+
+    Args:
+        run_dir: the run folder.
+        output: the file; default: report.html in the run folder.
+
+    Raises:
+        RunError: no run there, or the file cannot be written.
+    """
+    run = load_run(run_dir)
+    path = Path(output) if output is not None else run.path / "report.html"
+    data = page(run).encode()
+    write_atomic(path, lambda file: file.write(data))
+    return path
+
+
+def page(run: Run) -> str:
+    """The report as text."""
+    return document(
+        f"mismatch: {run.run_id}",
+        tag("h1", f"mismatch trace of {run.manifest.get('model', 'a model')}"),
+        tag("p", f"{run.manifest.get('swap', '')} · run {run.run_id}", class_="faint"),
+        _state(run),
+        tag("p", verdict(run.table, run.dictionary), class_="verdict"),
+        _output(run),
+        tag("h2", "What was replaced"),
+        _plan(run),
+        tag("h2", "Findings"),
+        _findings(run),
+        tag("h2", "Figures"),
+        *(_plate(plate, run) for plate in PLATES),
+        tag("h2", "Worst sites"),
+        _worst(run),
+        tag("h2", "Floors, and which tokens count"),
+        _floors(run),
+        tag("h2", "What each metric is, and what it cannot see"),
+        _glossary(run),
+        tag("h2", "How to do it again"),
+        _again(run),
+        tag("h2", "Environment"),
+        _environment(run),
+    )
+
+
+def _state(run: Run) -> Html:
+    status = run.manifest.get("status")
+    if status == "done":
+        return Html("")
+    return tag("p", f"This run is not finished: its status is {status}.", class_="warning")
+
+
+def _output(run: Run) -> Html:
+    try:
+        data = controls.output_data(run.table, dictionary=run.dictionary)
+    except UsageError as missing:
+        return tag("p", missing.message)
+    rows = [
+        (
+            f"swap − {r.against}" if r.against else r.student,
+            style.number(r.value),
+            f"[{style.number(r.lo)}, {style.number(r.hi)}]" if pd.notna(r.lo) else "-",
+            f"{r.n:,}",
+        )
+        for r in data.itertuples()
+    ]
+    heads = ("output KL, nats per token", "mean", "95 % interval over documents", "tokens")
+    marked = [i for i, r in enumerate(data.itertuples()) if r.student == "swap" and not r.against]
+    return grid(heads, rows, numbers=(1, 2, 3), marked=marked)
+
+
+def _findings(run: Run) -> Html:
+    if not run.findings:
+        return tag("p", "None.")
+    return join(
+        tag(
+            "div",
+            tag("h3", tag("span", f["severity"], class_="tag"), f["title"]),
+            tag("p", f["text"]),
+            tag("pre", f["next"]) if f.get("next") else Html(""),
+            class_=f"finding {f['severity']}",
+        )
+        for f in run.findings
+    )
+
+
+def _plan(run: Run) -> Html:
+    clauses = run.plan.get("clauses", [])
+    if not clauses:
+        return tag("p", "The plan was not written.")
+    rows = [
+        (
+            c["path"],
+            f"{c['old']} → {c['new']}",
+            f"{c['mechanism']}({', '.join(f'{k}={v}' for k, v in c.get('args', {}).items())})",
+            *(count(total(c.get(k))) for k in ("inherited", "new_parameters", "dropped")),
+        )
+        for c in clauses
+    ]
+    heads = ("where", "module", "mechanism", "inherited", "new", "dropped")
+    notes = dict.fromkeys(note for c in clauses for note in c.get("notes", []))
+    limits = dict.fromkeys(
+        f"{c['mechanism']}: {c['identity']}" for c in clauses if c.get("identity")
+    )
+    return join(
+        [
+            grid(heads, rows, numbers=(3, 4, 5)),
+            *(tag("p", text, class_="warning") for text in run.plan.get("warnings", [])),
+            *(tag("p", note) for note in notes),
+            *(tag("p", f"Equal to the teacher at: {limit}", class_="faint") for limit in limits),
+            tag("details", tag("summary", "tensors by name"), *(_tensors(c) for c in clauses)),
+        ]
+    )
+
+
+def _tensors(clause: dict[str, Any]) -> Html:
+    kinds = ("inherited", "new_parameters", "dropped")
+    rows = [
+        (kind.replace("_parameters", ""), name, f"{int(size):,}")
+        for kind in kinds
+        for name, size in (clause.get(kind) or {}).items()
+    ]
+    return join([tag("h3", clause["path"]), grid(("", "tensor", "numbers"), rows, numbers=(2,))])
+
+
+def _plate(plate: Plate, run: Run) -> Html:
+    try:
+        figure = plate.draw(run)
+    except UsageError as missing:
+        return join([tag("h3", plate.title), tag("p", f"Not drawn: {missing.message}.")])
+    caption = f"{plate.reading} Numbers: figures/{plate.name}.csv"
+    return join([tag("h3", plate.title), picture(figure, plate.title, caption)])
+
+
+def _worst(run: Run) -> Html:
+    worst = worst_sites(run.table, dictionary=run.dictionary)
+    if worst.empty:
+        return tag("p", "No site is above the floor.")
+    numbers = [c for c in worst if c not in ("layer", "site", "swapped")]
+    rows = [
+        (row["layer"], row["site"], *(style.number(row[c]) for c in numbers))
+        for _, row in worst.iterrows()
+    ]
+    words = "Free running, by rel_l2; swapped layers in colour. "
+    if "share_of_mean" in numbers:
+        words += "share of mean: 1 = as bad as replacing the part by its mean."
+    places = range(2, 2 + len(numbers))
+    marked = [i for i, swapped in enumerate(worst["swapped"]) if swapped]
+    heads = ("layer", "site", *(c.replace("_", " ") for c in numbers))
+    return join([tag("p", words), grid(heads, rows, numbers=places, marked=marked)])
+
+
+def _floors(run: Run) -> Html:
+    rows = []
+    facts = run.dictionary.get("metrics", {})
+    for metric in dict.fromkeys(run.table["metric"]):
+        quantity = q.quantity(metric, run.dictionary)
+        floor = q.floor_of(run.table, quantity, list(run.table["site"].unique()))
+        tokens = _TOKENS.get(str(facts.get(metric, {}).get("mask")), "see its card")
+        rows.append((metric, "not measured" if floor is None else style.number(floor), tokens))
+    words = (
+        "The floor is what a metric reads at most when nothing changed: the teacher against itself in "
+        "another batch shape. A shift at or below it is none."
+    )
+    heads = ("metric", "floor", "tokens that count")
+    return join([tag("p", words), grid(heads, rows, numbers=(1,))])
+
+
+_TOKENS = {
+    "valid": "all real tokens",
+    "bulk": "real tokens without position 0 and massive ones",
+    "sample": "a sample of the real tokens without position 0 and massive ones",
+    "has_target": "real tokens that have a next token",
+}
+
+
+def _glossary(run: Run) -> Html:
+    metrics = run.dictionary.get("metrics", {})
+    if not metrics:
+        return tag("p", "The run has no metrics.json.")
+    rows = [
+        (tag("code", name), facts.get("summary", ""), facts.get("blind", "not said"))
+        for name, facts in metrics.items()
+    ]
+    cards = [
+        tag("details", tag("summary", tag("code", name)), tag("pre", facts.get("text", "")))
+        for name, facts in metrics.items()
+    ]
+    return join([grid(("metric", "what it asks", "what it cannot see"), rows), *cards])
+
+
+def _again(run: Run) -> Html:
+    return join(
+        [
+            tag("pre", run.manifest.get("command", "")),
+            tag("p", "The same settings, resolved: config.yaml in the run folder."),
+            tag("pre", f"mismatch trace --config {run.path.name}/config.yaml"),
+        ]
+    )
+
+
+def _environment(run: Run) -> Html:
+    left_out = ("command", "model", "swap", "run_id")
+    return pairs({k: v for k, v in run.manifest.items() if k not in left_out and v is not None})
