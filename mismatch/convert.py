@@ -117,7 +117,11 @@ def _smollm2_tokenizer(field: Any, out: Path) -> None:
     control = 3  # gguf.TokenType.CONTROL
     kinds = field("tokenizer.ggml.token_type")
     tokenizer.add_special_tokens(
-        [AddedToken(t, normalized=False) for t, kind in zip(tokens, kinds) if kind == control]
+        [
+            AddedToken(t, normalized=False)
+            for t, kind in zip(tokens, kinds, strict=True)
+            if kind == control
+        ]
     )
     write_tokenizer(
         out,

@@ -52,7 +52,7 @@ class Documents:
     def select(self, keep: Iterable[bool], part: str) -> Documents:
         """The documents whose flag is true, under the name `source:part`."""
         pairs = [(n, t) for n, t, k in zip(self.names, self.texts, keep, strict=True) if k]
-        names, texts = zip(*pairs) if pairs else ((), ())
+        names, texts = zip(*pairs, strict=True) if pairs else ((), ())
         return Documents(f"{self.source}:{part}", names, texts, self.note)
 
 
@@ -72,10 +72,7 @@ def read(data: str | Path | Iterable[str] | Documents) -> Documents:
     if not isinstance(data, str | Path):
         return _from_strings(list(data))
     path = Path(data).expanduser()
-    if path.exists():
-        documents = _from_path(path, str(data))
-    else:
-        documents = _from_name(str(data))
+    documents = _from_path(path, str(data)) if path.exists() else _from_name(str(data))
     return _not_empty(documents)
 
 
@@ -112,7 +109,7 @@ def _from_path(path: Path, source: str) -> Documents:
             hint="parquet, csv and others: write the text column as .jsonl, "
             'one {"text": ...} a line',
         )
-    names, texts = zip(*pairs) if pairs else ((), ())
+    names, texts = zip(*pairs, strict=True) if pairs else ((), ())
     return Documents(source, names, texts)
 
 
@@ -229,8 +226,9 @@ def split(documents: Documents) -> tuple[Documents, Documents]:
 
 def assert_disjoint(calibration: Documents, evaluation: Documents) -> None:
     """Raises DataError when a text is in both, whatever its name."""
-    at = dict(zip(calibration.hashes, calibration.names))
-    shared = [(at[h], n) for h, n in zip(evaluation.hashes, evaluation.names) if h in at]
+    at = dict(zip(calibration.hashes, calibration.names, strict=True))
+    pairs = zip(evaluation.hashes, evaluation.names, strict=True)
+    shared = [(at[digest], name) for digest, name in pairs if digest in at]
     if shared:
         (a, b), count = shared[0], len(shared)
         raise DataError(

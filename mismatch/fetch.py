@@ -13,6 +13,7 @@ No torch, numpy or transformers is imported here; the converters are imported wh
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import functools
 import hashlib
@@ -235,8 +236,9 @@ def _publish(out: Path, folder: Path, package: Package) -> Path:
 
 
 def _card(package: Package) -> dict[str, object]:
-    keys = "name kind project version wheel_sha256 data_sha256 format licence what".split()
-    return {key: getattr(package, key) for key in keys}
+    """What SOURCE.json says; `cached` compares `data_sha256` and `format`."""
+    left_out = ("members", "convert", "megabytes", "platform")
+    return {k: v for k, v in dataclasses.asdict(package).items() if k not in left_out}
 
 
 def _members(root: Path, package: Package) -> list[str]:

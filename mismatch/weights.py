@@ -164,7 +164,7 @@ def fingerprint(folder: Path, files: list[Path]) -> str:
     with ThreadPoolExecutor() as pool:  # hashlib releases the lock
         digests = list(pool.map(_file_digest, paths))
     whole = hashlib.sha256()
-    for path, digest in zip(paths, digests):
+    for path, digest in zip(paths, digests, strict=True):
         whole.update(f"{digest}  {path.name}\n".encode())
     return whole.hexdigest()
 

@@ -76,10 +76,6 @@ def build(family: str, seed: int = 0, **changes: Any) -> nn.Module:
     return model.eval().requires_grad_(False)
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "slow: needs SmolLM2 or wiki; run with -m slow")
-
-
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if "slow" in config.getoption("-m"):
         return

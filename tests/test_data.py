@@ -26,7 +26,8 @@ def test_a_text_file_is_one_document(tmp_path):
     path = tmp_path / "a.txt"
     path.write_bytes("\ufeffone\r\ntwo — three".encode())
     found = data.read(path)
-    assert found.texts == ("one\ntwo — three",) and found.names == ("a.txt",)
+    assert found.texts == ("one\ntwo — three",)
+    assert found.names == ("a.txt",)
     assert found.source == str(path)
 
 
@@ -50,7 +51,8 @@ def test_a_folder_is_read_in_name_order_and_only_text_in_it(tmp_path):
 
 def test_strings(tmp_path):
     found = data.read(["one", "two"])
-    assert found.texts == ("one", "two") and len(found) == 2
+    assert found.texts == ("one", "two")
+    assert len(found) == 2
     assert data.read(found) is found
 
 
@@ -146,9 +148,11 @@ MANY = tuple(f"document number {i}" for i in range(200))
 
 def test_one_source_is_divided_by_hash():
     first, second = data.calibration_and_evaluation(MANY, MANY)
-    assert len(first) + len(second) == 200 and not set(first.texts) & set(second.texts)
+    assert len(first) + len(second) == 200
+    assert not set(first.texts) & set(second.texts)
     assert 20 < len(first) < 60  # a fifth
-    assert first.source == "strings:calibration" and second.source == "strings:evaluation"
+    assert first.source == "strings:calibration"
+    assert second.source == "strings:evaluation"
     shuffled, _ = data.calibration_and_evaluation(MANY[::-1], MANY[::-1])
     assert set(shuffled.texts) == set(first.texts)  # order does not matter
     fewer, _ = data.split(data.read(MANY[:50]))
@@ -163,7 +167,8 @@ def test_the_same_text_twice_falls_on_one_side():
 @pytest.mark.parametrize("texts", [("a", "b"), ("c", "d", "e")])
 def test_a_small_set_leaves_neither_side_empty(texts):
     first, second = data.split(data.read(list(texts)))
-    assert len(first) >= 1 and len(second) >= 1
+    assert len(first) >= 1
+    assert len(second) >= 1
 
 
 def test_one_document_cannot_be_divided():
@@ -173,7 +178,8 @@ def test_one_document_cannot_be_divided():
 
 def test_different_sources_are_taken_as_they_are(speeches):
     first, second = data.calibration_and_evaluation("sotu", ["something else"])
-    assert first.source == "sotu:early" and second.texts == ("something else",)
+    assert first.source == "sotu:early"
+    assert second.texts == ("something else",)
 
 
 def test_a_shared_text_is_found_under_another_name():

