@@ -260,6 +260,11 @@ class Layout:
         return self.model.get_submodule(self.family.head).weight.shape[0]
 
     @property
+    def embedding_device(self) -> Any:
+        """Where token ids must be; under accelerate blocks may be elsewhere."""
+        return self._of_decoder(self.family.embed).weight.device
+
+    @property
     def parallel(self) -> bool:
         return is_parallel(self.family, self.config)
 

@@ -106,3 +106,33 @@ def _wrong(layout: Layout, layer: int, site: str, what: str) -> LayoutError:
         f"layout `{layout.family.name}` does not fit this {type(layout.model).__name__}: {site} of layer {layer} {what}",
         hint="was the model changed before it came here? `mismatch` wants the untouched model",
     )
+
+
+def prove_student(teacher: Layout, student: Layout, first: int | None) -> None:
+    """Prove on a few tokens that nothing in front of the swap changed, so that the prefix may be shared.
+
+    The student runs whole; every site before block `first` must be bit-equal to the teacher's, and its suffix from the
+    stored stream must be bit-equal to its own whole run.
+
+    Raises:
+        LayoutError: a site before the swap differs.
+    """
+    if first is None or first == 0:
+        return
+    device = next(teacher.model.parameters()).device
+    ids = torch.randint(0, teacher.vocab, (1, TOKENS), generator=torch.Generator().manual_seed(0)).to(device)
+    wanted = [t for layer in range(first) for t in taps(teacher, layer)]
+    ours: dict[Tap, Tensor] = {}
+    theirs: dict[Tap, Tensor] = {}
+    with torch.no_grad():
+        hooks.run(teacher, ids, wanted, ours.__setitem__)
+        whole = hooks.run(student, ids, wanted, theirs.__setitem__)
+        for tap in wanted:
+            if not torch.equal(ours[tap], theirs[tap]):
+                raise _wrong(student, tap.layer, tap.site, f"changed, although the first swap is at layer {first}")
+        suffix = hooks.run(student, ids, (), ours.__setitem__, start=first, stream=ours[wanted[-1]])
+        if not torch.equal(suffix, whole):
+            raise LayoutError(
+                f"the swapped model run from block {first} differs from its whole run by "
+                f"{(suffix - whole).abs().max():.3g}: a part carries state from one call to the next"
+            )

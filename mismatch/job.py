@@ -1,0 +1,232 @@
+"""One trace as a job: text, swap and controls, the loop, then table, findings, figures and report."""
+
+from __future__ import annotations
+
+import copy
+import resource
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from mismatch import data as texts
+from mismatch import models, registry, report, spec, table
+from mismatch.checking import plan_dict, plan_warnings
+from mismatch.collect import FLOOR, Collector
+from mismatch.config import TraceConfig
+from mismatch.controls import control_specs
+from mismatch.diagnose import Evidence, Finding, diagnose
+from mismatch.layout import Layout
+from mismatch.loop import measure
+from mismatch.operating import Teacher, calibrated_swap
+from mismatch.ranks import Ranks
+from mismatch.result import Result
+from mismatch.run import Run, RunFolder, run_id
+from mismatch.state import State
+from mismatch.surgery import Student
+from mismatch.tracing import hooks
+from mismatch.windows import Windows, windows
+
+
+@dataclass
+class Job:
+    """Everything one trace needs. `run()` does it.
+
+    Args:
+        config: the settings.
+        teacher: the untouched model.
+        data: held-out text, as `mismatch.data.read` takes it.
+        student: a student that is there already; None swaps as the config says.
+        folder: the run folder, on the first rank; None writes nothing.
+        path: of the run folder, on every rank.
+        ranks: who we are among how many.
+        progress: a bar on stderr.
+    """
+
+    config: TraceConfig
+    teacher: Teacher
+    data: Any
+    student: Student | None = None
+    folder: RunFolder | None = None
+    path: Path | None = None
+    ranks: Ranks = field(default_factory=Ranks)
+    progress: bool = False
+
+    def run(self) -> Result:
+        """Do the trace.
+
+        Raises:
+            KeyboardInterrupt: stopped at a batch border; `.run_dir` is set when the run can be resumed.
+            MismatchError: what else can go wrong; the run folder then says `failed`.
+        """
+        started = time.monotonic()
+        try:
+            result = self._run(started)
+        except KeyboardInterrupt as stop:
+            if self.folder is not None:
+                self.folder.finish("interrupted")
+                stop.run_dir = self.folder.path
+            raise
+        except Exception as error:
+            if self.folder is not None:
+                self.folder.log(f"failed: {error}")
+                self.folder.finish("failed", error=str(error))
+            raise
+        return result
+
+    def _run(self, started: float) -> Result:
+        config, teacher = self.config, self.teacher
+        calibration, held_out = texts.calibration_and_evaluation(config.calibration, self.data)
+        cut = windows(held_out, teacher.tokenizer, config.seq_len, config.tokens, config.seed)
+        students = self._students(calibration)
+        swap = students[0]
+        collector = Collector(
+            teacher.layout,
+            {s.name: s.layout for s in students},
+            config.metrics or tuple(registry.metrics().names()),
+            n_docs=cut.n_docs,
+            n_pos=cut.seq_len,
+            sample=min(1.0, config.moment_tokens / cut.tokens),
+            seed=config.seed,
+        )
+        prints = {"settings": config.fingerprint(), "model": teacher.info.sha256, "text": cut.fingerprint}
+        prints["ranks"] = str(self.ranks.world)
+        if self.folder is not None:
+            self.folder.write_plan(plan_dict(swap.plan, plan_warnings(swap.plan, cut.seq_len)))
+            self.folder.update(fingerprints=prints, model_info=teacher.info.as_dict())
+        loaded = time.monotonic()
+        with self._bar(cut) as advance:
+            measure(
+                teacher.layout,
+                students,
+                collector,
+                cut,
+                batch_size=config.batch_size,
+                reference=self._reference(),
+                ranks=self.ranks,
+                state=None if self.path is None else State(self.path / "state" / f"rank{self.ranks.rank}"),
+                fingerprint=prints,
+                progress=advance,
+                run=_backend(config.backend),
+            )
+        if not self.ranks.first:
+            # Only the first rank holds the whole; the others have done their share.
+            return Result(Run(self.path, {"run_id": "", "status": "done"}), [])
+        swapped = {s.name: s.plan.layers for s in students} | {FLOOR: ()}
+        rows = collector.rows(swapped)
+        return self._finish(rows, swap, cut, held_out, {"setup": loaded - started, "run": time.monotonic() - loaded})
+
+    def _students(self, calibration: texts.Documents) -> list[Student]:
+        config, teacher = self.config, self.teacher
+        options = {
+            "calibration": calibration,
+            "tokens": config.calibration_tokens,
+            "seq_len": config.seq_len,
+            "batch_size": config.batch_size,
+            "seed": config.seed,
+        }
+        swap = self.student or calibrated_swap(teacher, config.swap_spec, **options)
+        controls = control_specs(config.controls, swap.plan)
+        return [swap, *(calibrated_swap(teacher, s, name=name, **options) for name, s in controls.items())]
+
+    def _reference(self) -> Layout | None:
+        """The model in float32, for the floor of a run in another format."""
+        teacher = self.teacher
+        if teacher.model.dtype == torch.float32 or not self.ranks.first:
+            return None
+        device = teacher.layout.embedding_device
+        try:
+            if teacher.info.path:
+                model = models.load(teacher.info.path, dtype="float32", device=device).model
+            else:
+                model = copy.deepcopy(teacher.model).float()
+        except (torch.OutOfMemoryError, models.ModelError):
+            # The floor is then that of another batch shape alone, and the manifest says so.
+            return None
+        return Layout(model, teacher.layout.family)
+
+    def _bar(self, cut: Windows) -> Any:
+        shown = self.progress and self.ranks.first
+        return _Bar(cut, shown)
+
+    def _finish(
+        self, rows: list[dict[str, Any]], swap: Student, cut: Windows, held_out: texts.Documents, seconds: dict[str, float]
+    ) -> Result:
+        config = self.config
+        plan = plan_dict(swap.plan, plan_warnings(swap.plan, cut.seq_len))
+        facts = {
+            "model_info": self.teacher.info.as_dict(),
+            "dtype": str(self.teacher.model.dtype).removeprefix("torch."),
+            "device": str(self.teacher.layout.embedding_device),
+            "attention": self.teacher.model.config._attn_implementation,
+            "seed": config.seed,
+            "text": {
+                "source": held_out.source,
+                "note": held_out.note,
+                "documents": cut.n_docs,
+                "windows": len(cut),
+                "tokens": cut.tokens,
+                "fingerprint": cut.fingerprint,
+            },
+            "ranks": self.ranks.world,
+            "seconds": {name: round(value, 1) for name, value in seconds.items()},
+            "peak_memory_bytes": _peak(),
+        }
+        if self.folder is None:
+            name = run_id(config.model, spec.format(config.swap_spec), config.to_dict())
+            frame = table.as_table([row | {"run_id": name} for row in rows])
+            run = Run.in_memory(frame, {"run_id": name, "status": "done", **facts}, plan, config.to_dict())
+            return Result(run, self._diagnose(frame, plan, swap))
+        folder = self.folder
+        frame = folder.write_table(rows)
+        findings = self._diagnose(frame, plan, swap)
+        folder.write_findings([finding.as_dict() for finding in findings])
+        folder.finish("done", **facts)
+        report.write_figures(report.load_run(folder.path))
+        report.write_html(folder.path)
+        return Result(report.load_run(folder.path), findings)
+
+    def _diagnose(self, frame: Any, plan: dict[str, Any], swap: Student) -> list[Finding]:
+        return diagnose(
+            Evidence(frame, swap.plan.layers, self.teacher.layout.n_layers, self.config.model, tuple(plan["clauses"]))
+        )
+
+
+class _Bar:
+    """A progress bar over documents' windows; silent when nobody looks."""
+
+    def __init__(self, cut: Windows, shown: bool) -> None:
+        self.bar = tqdm(
+            total=len(cut),
+            desc=f"{cut.n_docs} documents",
+            unit="window",
+            file=sys.stderr,
+            disable=None if shown else True,
+        )
+
+    def __enter__(self) -> Callable[[int], None]:
+        return lambda count: self.bar.update(count)
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.close()
+
+
+def _backend(name: str) -> Callable[..., torch.Tensor]:
+    if name == "hooks":
+        return hooks.run
+    from mismatch.tracing import nnsight_backend
+
+    return nnsight_backend.run
+
+
+def _peak() -> int:
+    """Largest memory of this process so far, in bytes (the GPU's, when there is one)."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return size if sys.platform == "darwin" else size * 1024

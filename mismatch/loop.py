@@ -1,0 +1,158 @@
+"""Run the text through teacher and students, batch by batch, and keep only sums.
+
+The loop knows how to stop and go on: the state (all accumulators and the number of the next batch) is saved at batch
+borders, so a run that was killed goes on from the last border and ends with the same bytes as one that was not.
+"""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from mismatch.collect import Collector
+from mismatch.layout import Layout
+from mismatch.ranks import Ranks
+from mismatch.state import State
+from mismatch.surgery import Student
+from mismatch.tracing import hooks
+from mismatch.tracing.stream import Runner, stream
+from mismatch.windows import Windows
+
+SAVE_EVERY = 20.0  # seconds between two saves of the state: cheap beside the work, little to lose
+FLOOR = "floor"
+
+
+def measure(
+    teacher: Layout,
+    students: Sequence[Student],
+    collector: Collector,
+    windows: Windows,
+    *,
+    batch_size: int,
+    reference: Layout | None = None,
+    ranks: Ranks = Ranks(),
+    state: State | None = None,
+    fingerprint: Mapping[str, Any] | None = None,
+    progress: Callable[[int], None] = lambda windows: None,
+    run: Callable[..., torch.Tensor] = hooks.run,
+) -> Collector:
+    """Fill the collector from every window; on several ranks, each from its share.
+
+    Args:
+        teacher: layout of the untouched model.
+        students: the swap and its controls.
+        collector: empty.
+        windows: the text.
+        batch_size: windows per forward pass.
+        reference: the same model in float32 when the teacher is not: then the floor is what the format itself brings;
+            None measures the teacher against itself in another batch shape.
+        ranks: who we are among how many.
+        state: where to save, and what to go on from; None saves nothing.
+        fingerprint: of all that must be equal when a run goes on.
+        progress: told how many windows were done since it was last told.
+        run: the tracing backend.
+
+    Returns:
+        The collector, merged over all ranks on the first one.
+
+    Raises:
+        KeyboardInterrupt: after the batch in flight was finished and the state saved.
+    """
+    runners = [runner_of(student) for student in students]
+    first = _resume(collector, state, fingerprint, progress, batch_size, len(windows))
+    with _polite() as stopping:
+        saved = time.monotonic()
+        for index, batch in enumerate(windows.batches(batch_size)):
+            if index < first or not ranks.mine(index):
+                continue
+            device = teacher.embedding_device
+            ids = torch.from_numpy(batch.ids).to(device)
+            docs = torch.from_numpy(batch.doc).to(device)
+            numbers = range(index * batch_size, index * batch_size + len(ids))
+            with collector.batch(ids, docs, numbers) as met:
+                stream(teacher, runners, ids, met, run=run)
+            if index == 0:
+                _floor(teacher, reference, collector, ids, docs, run)
+            progress(len(ids))
+            due = stopping() or time.monotonic() - saved > SAVE_EVERY
+            if state is not None and due:
+                state.save(collector.state(), {"next": index + 1}, fingerprint or {})
+                saved = time.monotonic()
+            if stopping():
+                raise KeyboardInterrupt
+    parts = ranks.to_first(collector.state())
+    for part in (parts or [])[1:]:
+        collector.merge(collector.fresh().load(part))
+    return collector
+
+
+def runner_of(student: Student) -> Runner:
+    """What the stream needs to know of a student."""
+    return Runner(
+        student.name,
+        student.layout,
+        student.plan.first,
+        student.plan.layers,
+        student.whole_blocks(),
+    )
+
+
+def _floor(
+    teacher: Layout,
+    reference: Layout | None,
+    collector: Collector,
+    ids: torch.Tensor,
+    docs: torch.Tensor,
+    run: Callable[..., torch.Tensor],
+) -> None:
+    """The first window once more, alone: what every metric reads when nothing was swapped."""
+    if reference is None:
+        with collector.batch(ids, docs, range(len(ids)), only=FLOOR) as met:
+            stream(teacher, [Runner(FLOOR, teacher, 0, rows=1)], ids, met, forced=False, run=run)
+    else:
+        with collector.batch(ids[:1], docs[:1], range(1), only=FLOOR, teacher=reference) as met:
+            stream(reference, [Runner(FLOOR, teacher, 0)], ids[:1], met, forced=False, run=run)
+
+
+def _resume(
+    collector: Collector,
+    state: State | None,
+    fingerprint: Mapping[str, Any] | None,
+    progress: Callable[[int], None],
+    batch_size: int,
+    n_windows: int,
+) -> int:
+    found = None if state is None else state.load(fingerprint or {})
+    if found is None:
+        return 0
+    arrays, info = found
+    collector.load(arrays)
+    progress(min(info["next"] * batch_size, n_windows))
+    return info["next"]
+
+
+@contextmanager
+def _polite() -> Iterator[Callable[[], bool]]:
+    """Ctrl-C and SIGTERM ask to stop at the next batch border; a second one stops at once."""
+    asked = False
+
+    def ask(_number: int, _frame: Any) -> None:
+        nonlocal asked
+        if asked:
+            raise KeyboardInterrupt
+        asked = True
+
+    try:
+        before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not the main thread: signals are somebody else's
+        before = {}
+    try:
+        yield lambda: asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

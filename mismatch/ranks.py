@@ -1,0 +1,72 @@
+"""One process, or several that torchrun started: each takes its share of the batches, the first one writes.
+
+    torchrun --nproc-per-node 2 -m mismatch trace --model ... --swap ...
+
+Rank r of w takes batches r, r + w, r + 2w, ...; accumulators merge at the end (gloo between CPUs, nccl between GPUs).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import distributed
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Who this process is among how many."""
+
+    rank: int = 0
+    world: int = 1
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    def mine(self, index: int) -> bool:
+        """Whether batch `index` is this rank's."""
+        return index % self.world == self.rank
+
+    def from_first(self, value: Any) -> Any:
+        """The first rank's value, on every rank. Values are pickled: they come from our own processes only."""
+        if self.world == 1:
+            return value
+        box = [value]
+        distributed.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def to_first(self, value: Any) -> list[Any] | None:
+        """Every rank's value, in rank order, on the first rank; None elsewhere."""
+        if self.world == 1:
+            return [value]
+        boxes: list[Any] | None = [None] * self.world if self.first else None
+        distributed.gather_object(value, boxes, dst=0)
+        return boxes
+
+    def device(self, asked: str) -> str | None:
+        """The device of this rank: its own GPU under torchrun, what was asked for otherwise (None = choose)."""
+        if self.world > 1 and asked in ("auto", "cuda") and torch.cuda.is_available():
+            return f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % torch.cuda.device_count()}"
+        return None if asked == "auto" else asked
+
+
+@contextmanager
+def joined() -> Iterator[Ranks]:
+    """Join the process group that torchrun set up, if any, for as long as the context lives."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or distributed.is_initialized():
+        known = distributed.is_available() and distributed.is_initialized()
+        yield Ranks(distributed.get_rank(), distributed.get_world_size()) if known else Ranks()
+        return
+    gpu = torch.cuda.is_available()
+    if gpu:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    distributed.init_process_group("nccl" if gpu else "gloo")
+    try:
+        yield Ranks(distributed.get_rank(), distributed.get_world_size())
+    finally:
+        distributed.destroy_process_group()

@@ -1,0 +1,68 @@
+"""What a trace gives back: the table, the findings, and pictures of them. No torch."""
+
+from __future__ import annotations
+
+import html
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+
+from mismatch import report
+from mismatch.diagnose import Finding
+from mismatch.run import Run
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True)
+class Result:
+    """One finished trace, in memory or in a run folder."""
+
+    run: Run
+    findings: list[Finding]
+
+    @property
+    def table(self) -> pd.DataFrame:
+        """The long table: one number a row (see `mismatch.table`)."""
+        return self.run.table
+
+    @property
+    def plan(self) -> dict[str, Any]:
+        """What was replaced, inherited, new and dropped."""
+        return self.run.plan
+
+    @property
+    def run_dir(self) -> Path | None:
+        """The run folder; None when nothing was written."""
+        return self.run.path
+
+    def summary(self) -> str:
+        """What `mismatch trace` prints at the end."""
+        found = [finding.as_dict() for finding in self.findings]
+        return report.summary(self.table, self.plan, found, dictionary=self.run.dictionary)
+
+    def heatmap(self, metric: Any = None, site: Any = None, **options: Any) -> Figure:
+        """The shift of every layer and site; see `mismatch.report.heatmap`."""
+        return report.heatmap(self.table, metric, site, dictionary=self.run.dictionary, **options)
+
+    def depth_profile(self, **options: Any) -> Figure:
+        """How the shift grows or heals behind the swap, beside its controls."""
+        return report.depth_profile(self.table, dictionary=self.run.dictionary, **options)
+
+    def by_position(self, **options: Any) -> Figure:
+        """The output shift by token position."""
+        return report.by_position(self.table, self.plan, dictionary=self.run.dictionary, **options)
+
+    def to_html(self, path: str | Path) -> Path:
+        """Write the report: one self-contained file."""
+        return report.write_page(self.run, Path(path))
+
+    def __repr__(self) -> str:
+        where = "" if self.run_dir is None else f", {self.run_dir}"
+        return f"Result({self.run.run_id}, {len(self.table)} numbers, {len(self.findings)} findings{where})"
+
+    def _repr_html_(self) -> str:
+        return f"<pre>{html.escape(self.summary())}</pre>"
