@@ -38,7 +38,7 @@ class CKA(Metric):
 
     def read(self, state: Moments) -> list[Reading]:
         both, teacher, student = state.hsics()
-        value = math.nan
-        if teacher > 0 and student > 0:
-            value = 1.0 if state.equal else both / math.sqrt(teacher * student)
+        defined = teacher > 0 and student > 0
+        value = both / math.sqrt(teacher * student) if defined else math.nan
+        value = 1.0 if state.equal else value
         return [Reading("value", value, n=state.n), Reading("shift", 1 - value, n=state.n)]

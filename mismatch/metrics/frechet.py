@@ -35,8 +35,7 @@ class Frechet(Metric):
 
     def read(self, state: Moments) -> list[Reading]:
         spread = state.teacher.trace
-        if not spread > 0:
-            return [Reading("value", math.nan, n=state.n), Reading("null", math.nan, n=state.n)]
+        spread = spread if spread > 0 else math.nan
         value = 0.0 if state.equal else frechet2(state.teacher, state.student) / spread
         null = state.view.null("frechet", frechet2) / spread
         return [Reading("value", value, n=state.n), Reading("null", null, n=state.n)]

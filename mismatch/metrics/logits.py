@@ -130,8 +130,8 @@ def _far(t: Tensor, s: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
     """The same where expm1(d) would overflow: with q = exp(s) for d > 1, where nothing cancels."""
     p, q = t.exp(), s.exp()
     near_kl, near_js = _near(p, torch.expm1(d.clamp(max=1.0)), d.clamp(max=1.0))
-    softplus = torch.nn.functional.softplus(d)  # log(1 + e^d)
-    far_js = (q * d - (p + q) * (softplus - math.log(2.0))) * 0.5
+    log2, softplus = math.log(2.0), torch.nn.functional.softplus  # log(1 + e^d)
+    far_js = (q * (log2 - softplus(-d)) - p * (softplus(d) - log2)) * 0.5
     return torch.where(d > 1.0, q - p - d * p, near_kl), torch.where(d > 1.0, far_js, near_js)
 
 

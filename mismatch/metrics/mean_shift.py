@@ -31,9 +31,7 @@ class MeanShift(Metric):
 
     def read(self, state: Moments) -> list[Reading]:
         spread = state.teacher.trace
-        value = math.nan
-        if spread > 0:
-            value = (
-                0.0 if state.equal else math.sqrt(mean_gap2(state.teacher, state.student) / spread)
-            )
+        gap2 = mean_gap2(state.teacher, state.student)
+        value = math.sqrt(gap2 / spread) if spread > 0 else math.nan
+        value = 0.0 if state.equal else value
         return [Reading("value", value, n=state.n)]

@@ -96,16 +96,15 @@ class Groups:
     """What a minibatch metric reads: teacher and one student of one site."""
 
     def __init__(self, teacher: TeacherGroups, pair: PairGroups) -> None:
-        self.teacher, self.pair, self.equal = teacher, pair, pair.equal
+        self.teacher, self.pair = teacher, pair
         self.n = int(pair.tokens.sum())
+        self.equal = pair.equal and self.n > 0
 
     def cka(self, seed: int = 0) -> tuple[float, float, float]:
         """Value, lo, hi of sum HSIC_u(x, y) / sqrt(sum HSIC_u(x, x) sum HSIC_u(y, y))."""
         used = self.pair.tokens > 0
         sums = np.stack([self.pair.sums[0], self.teacher.own, self.pair.sums[1]])[:, used]
-        value = float(_ratio(sums.sum(1)[:, None])[0])
-        if self.equal and not math.isnan(value):
-            value = 1.0
+        value = 1.0 if self.equal else float(_ratio(sums.sum(1)[:, None])[0])
         if used.sum() < 2:
             return value, math.nan, math.nan
         if self.equal:

@@ -240,8 +240,8 @@ class Moments:
     def __init__(self, teacher: TeacherMoments | TeacherView, pair: PairMoments) -> None:
         self.view = teacher if isinstance(teacher, TeacherView) else TeacherView(teacher)
         self.pair = pair
-        self.equal = pair.equal
         self.n = pair.student.n
+        self.equal = pair.equal and self.n > 0
 
     @property
     def teacher(self) -> Gaussian:
