@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import html
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from mismatch import models, registry, report, spec, surgery
+from mismatch import models, registry, spec, surgery
 from mismatch.config import TraceConfig
 from mismatch.controls import control_specs
 from mismatch.errors import UsageError
 from mismatch.estimate import Estimate, estimate
 from mismatch.layout import Layout, family_of
+from mismatch.report.summary import plan_lines
 from mismatch.surgery import Plan, Student
 
 
@@ -31,7 +33,7 @@ class Check:
         controls = f"; controls {', '.join(c.controls)}" if c.controls else ""
         lines = [
             f"model   {c.model} ({c.dtype})",
-            *(f"swap    {line}" for line in report.plan_lines(plan_dict(self.plan))),
+            *(f"swap    {line}" for line in plan_lines(plan_dict(self.plan))),
             f"text    {c.data}, {c.tokens} tokens in windows of {c.seq_len}{controls}",
             *self.estimate.lines(),
             *(f"warning: {text}" for text in self.warnings),
@@ -47,8 +49,6 @@ class Check:
         }
 
     def _repr_html_(self) -> str:
-        import html
-
         return f"<pre>{html.escape(self.text())}</pre>"
 
 

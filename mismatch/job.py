@@ -15,7 +15,7 @@ import torch
 from tqdm import tqdm
 
 from mismatch import data as texts
-from mismatch import models, registry, report, spec, table
+from mismatch import models, registry, spec, table
 from mismatch.checking import plan_dict, plan_warnings
 from mismatch.collect import FLOOR, Collector
 from mismatch.config import TraceConfig
@@ -25,8 +25,9 @@ from mismatch.layout import Layout
 from mismatch.loop import measure
 from mismatch.operating import Teacher, calibrated_swap
 from mismatch.ranks import Ranks
+from mismatch.report import write_figures, write_html
 from mismatch.result import Result
-from mismatch.run import Run, RunFolder, run_id
+from mismatch.run import Run, RunFolder, load_run, run_id
 from mismatch.state import State
 from mismatch.surgery import Student
 from mismatch.tracing import hooks
@@ -187,9 +188,9 @@ class Job:
         findings = self._diagnose(frame, plan, swap)
         folder.write_findings([finding.as_dict() for finding in findings])
         folder.finish("done", **facts)
-        report.write_figures(report.load_run(folder.path))
-        report.write_html(folder.path)
-        return Result(report.load_run(folder.path), findings)
+        write_figures(load_run(folder.path))
+        write_html(folder.path)
+        return Result(load_run(folder.path), findings)
 
     def _diagnose(self, frame: Any, plan: dict[str, Any], swap: Student) -> list[Finding]:
         return diagnose(

@@ -72,6 +72,12 @@ def read_config(
     return config, Source(source.name, folder, source.note)
 
 
+def skeleton(config: transformers.PretrainedConfig) -> nn.Module:
+    """The model of a config without its weights, on the meta device: for plans and shapes."""
+    with torch.device("meta"):
+        return transformers.AutoModelForCausalLM.from_config(config).eval()
+
+
 def load(
     name_or_path: str | Path,
     *,

@@ -9,8 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from mismatch import report
 from mismatch.diagnose import Finding
+from mismatch.files import write_atomic
+from mismatch.report.heatmap import heatmap
+from mismatch.report.html import page
+from mismatch.report.position import by_position
+from mismatch.report.profile import depth_profile
+from mismatch.report.summary import summary
 from mismatch.run import Run
 
 if TYPE_CHECKING:
@@ -42,23 +47,25 @@ class Result:
     def summary(self) -> str:
         """What `mismatch trace` prints at the end."""
         found = [finding.as_dict() for finding in self.findings]
-        return report.summary(self.table, self.plan, found, dictionary=self.run.dictionary)
+        return summary(self.table, self.plan, found, dictionary=self.run.dictionary)
 
     def heatmap(self, metric: Any = None, site: Any = None, **options: Any) -> Figure:
         """The shift of every layer and site; see `mismatch.report.heatmap`."""
-        return report.heatmap(self.table, metric, site, dictionary=self.run.dictionary, **options)
+        return heatmap(self.table, metric, site, dictionary=self.run.dictionary, **options)
 
     def depth_profile(self, **options: Any) -> Figure:
         """How the shift grows or heals behind the swap, beside its controls."""
-        return report.depth_profile(self.table, dictionary=self.run.dictionary, **options)
+        return depth_profile(self.table, dictionary=self.run.dictionary, **options)
 
     def by_position(self, **options: Any) -> Figure:
         """The output shift by token position."""
-        return report.by_position(self.table, self.plan, dictionary=self.run.dictionary, **options)
+        return by_position(self.table, self.plan, dictionary=self.run.dictionary, **options)
 
     def to_html(self, path: str | Path) -> Path:
         """Write the report: one self-contained file."""
-        return report.write_page(self.run, Path(path))
+        path = Path(path)
+        write_atomic(path, lambda file: file.write(page(self.run).encode()))
+        return path
 
     def __repr__(self) -> str:
         where = "" if self.run_dir is None else f", {self.run_dir}"

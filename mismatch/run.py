@@ -217,9 +217,9 @@ class RunFolder:
 
 @dataclass(frozen=True)
 class Run:
-    """A run folder that is being read."""
+    """A run folder that is being read; `path` is None for a run that was not written."""
 
-    path: Path
+    path: Path | None
     manifest: dict[str, Any]
     plan: dict[str, Any] = field(default_factory=dict)
     findings: list[dict[str, Any]] = field(default_factory=list)
@@ -234,6 +234,19 @@ class Run:
             RunError: the run has none yet, or it cannot be read.
         """
         return tables.from_parquet(read_bytes(self.path / "metrics.parquet"))
+
+    @classmethod
+    def in_memory(
+        cls,
+        table: pd.DataFrame,
+        manifest: dict[str, Any],
+        plan: dict[str, Any],
+        config: dict[str, Any],
+    ) -> Run:
+        """A finished run that was not written."""
+        run = cls(None, manifest, plan, [], config, tables.dictionary(table["metric"]))
+        run.__dict__["table"] = table  # what the cached property would have read
+        return run
 
     @property
     def run_id(self) -> str:
