@@ -372,3 +372,31 @@ def test_the_public_names_are_there_and_lazy():
         "for name in mismatch.__all__: getattr(mismatch, name)\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_report_and_compare_hand_on_what_was_asked(capsys, monkeypatch):
+    from mismatch import report
+
+    calls = []
+
+    def write(*args, **rest):
+        calls.append((args, rest))
+        return Path("page.html")
+
+    monkeypatch.setattr(report, "write_html", write)
+    monkeypatch.setattr(report, "compare", write)
+    assert cli.main(["report", "runs/a"]) == 0
+    assert cli.main(["report", "runs/a", "--output", "x.html"]) == 0
+    assert cli.main(["compare", "runs/a", "runs/b", "--any-data"]) == 0
+    assert capsys.readouterr().out == "page.html\n" * 3
+    both = [Path("runs/a"), Path("runs/b")]
+    assert calls == [
+        ((Path("runs/a"), None), {}),
+        ((Path("runs/a"), Path("x.html")), {}),
+        ((both, Path("comparison.html")), {"any_data": True}),
+    ]
+
+
+def test_a_report_of_nothing_is_an_error(capsys, tmp_path):
+    assert cli.main(["report", str(tmp_path / "no_run")]) == 1
+    assert capsys.readouterr().err.startswith("error: ")

@@ -84,7 +84,9 @@ def report(args: Namespace) -> int:
 def compare(args: Namespace) -> int:
     from mismatch.report import compare as together
 
-    _print_file(together([Path(run) for run in args.runs], Path(args.output)), args)
+    _print_file(
+        together([Path(run) for run in args.runs], Path(args.output), any_data=args.any_data), args
+    )
     return 0
 
 

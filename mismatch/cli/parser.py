@@ -163,6 +163,9 @@ def _tree() -> tuple[Parser, dict[str, Parser]]:
     compare.add_argument(
         "--output", metavar="FILE", default="comparison.html", help="default: %(default)s"
     )
+    compare.add_argument(
+        "--any-data", action="store_true", help="also compare runs on different text"
+    )
     listing = command("list", "List what there is.")
     listing.add_argument("what", choices=tuple(LISTS), metavar="WHAT", help=", ".join(LISTS))
     explain = command("explain", "Say what a mechanism, a metric, a site or an error is.")
