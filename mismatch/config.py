@@ -105,7 +105,9 @@ class TraceConfig:
     @property
     def folder(self) -> Path | None:
         """The run folder that was asked for; None leaves its name to the run."""
-        return Path(self.output) if self.output else Path("runs", self.run_name) if self.run_name else None
+        if self.output:
+            return Path(self.output)
+        return Path("runs", self.run_name) if self.run_name else None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON and YAML."""
@@ -185,7 +187,9 @@ class _Loader(yaml.SafeLoader):
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
             if key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"`{key}` is there twice", key_node.start_mark)
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"`{key}` is there twice", key_node.start_mark
+                )
             seen.add(key)
         return super().construct_mapping(node, deep)
 
@@ -200,7 +204,9 @@ def _read(path: Path) -> dict[str, Any]:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = "" if mark is None else f", line {mark.line + 1}"
-        raise ConfigError(f"the config {path} is not YAML{line}: {getattr(error, 'problem', error)}") from error
+        raise ConfigError(
+            f"the config {path} is not YAML{line}: {getattr(error, 'problem', error)}"
+        ) from error
     if not isinstance(found, dict):
         raise ConfigError(
             f"the config {path} must be a list of `key: value`, got {type(found).__name__}",
@@ -209,7 +215,9 @@ def _read(path: Path) -> dict[str, Any]:
     values = {}
     for key, value in found.items():
         if key not in fields():
-            raise ConfigError(f"unknown key `{key}` in {path}", hint=did_you_mean(str(key), fields()))
+            raise ConfigError(
+                f"unknown key `{key}` in {path}", hint=did_you_mean(str(key), fields())
+            )
         arg = fields()[key]
         if key == "swap":
             value = _swaps(value, path)
@@ -224,12 +232,15 @@ def _swaps(value: Any, path: Path) -> Any:
     items = value if isinstance(value, list) else [value]
     texts = []
     for item in items:
-        if isinstance(item, dict) and all(isinstance(text, str) for text in (*item, *item.values())):
+        if isinstance(item, dict) and all(
+            isinstance(text, str) for text in (*item, *item.values())
+        ):
             texts += [f"{target}:{call}" for target, call in item.items()]
         elif isinstance(item, str):
             texts.append(item)
         else:
             raise ConfigError(
-                f"`swap` in {path} must be text, got {item!r}", hint='write `swap: ["layer12:infini"]`'
+                f"`swap` in {path} must be text, got {item!r}",
+                hint='write `swap: ["layer12:infini"]`',
             )
     return texts
