@@ -151,6 +151,13 @@ class Wrapper(Mechanism):
         return self.original(*args, **kwargs)
 
 
+def innermost(module: nn.Module) -> nn.Module:
+    """What is left when every wrapper is taken off: the host's own module, or the replacement."""
+    while isinstance(module, Wrapper):
+        module = module.original
+    return module
+
+
 def tensor_kind(original: nn.Module) -> dict[str, Any]:
     """`dtype` and `device` for new tensors: those of the original's first floating-point parameter."""
     for parameter in original.parameters():

@@ -5,7 +5,7 @@
 Behind it the layers receive the mean they expect and no information; what `mean` still breaks is what the part computes,
 what only `zero` breaks is a constant that a bias could carry. The same vector goes to every position, position 0
 included. The original still runs, for shapes and cache. Inherited: everything, unused. New: the mean (d values, a buffer,
-not trained).
+not trained). Dropped: nothing.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from mismatch.errors import SurgeryError
-from mismatch.mechanisms.base import Context, Wrapper
+from mismatch.mechanisms.base import Context, Wrapper, innermost
 
 # A bfloat16 cos^2 + sin^2 is off by less than this; YaRN's factor is 1.1 and more.
 ROUNDING = 0.02
@@ -45,14 +45,12 @@ class NoPE(Wrapper):
         SurgeryError: this attention has no rotary embedding.
         """
         super().__init__(original, config, context)
-        innermost = original
-        while isinstance(innermost, Wrapper):
-            innermost = innermost.original
-        takes = inspect.signature(innermost.forward).parameters
-        rotates = "position_embeddings" in takes or hasattr(innermost, "rotate")
-        if not rotates or not getattr(innermost, "use_rope", True):
+        attention = innermost(original)
+        takes = inspect.signature(attention.forward).parameters
+        rotates = "position_embeddings" in takes or hasattr(attention, "rotate")
+        if not rotates or not getattr(attention, "use_rope", True):
             raise SurgeryError(
-                f"{context.where}: {type(innermost).__name__} has no rotary embedding to take away",
+                f"{context.where}: {type(attention).__name__} has no rotary embedding to take away",
                 hint="nope works where positions enter by rotation of queries and keys",
             )
 

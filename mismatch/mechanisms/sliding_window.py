@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from mismatch.errors import SurgeryError
-from mismatch.mechanisms.base import Context, Wrapper
+from mismatch.mechanisms.base import Context, Mechanism, Wrapper, innermost
 from mismatch.mechanisms.calling import cache_in, hidden_in
 
 
@@ -42,10 +42,18 @@ class SlidingWindow(Wrapper):
 
     def __init__(self, original: nn.Module, config: SlidingWindowConfig, context: Context) -> None:
         """Raises:
-        SurgeryError: sinks over an attention that has a window of its own and drops old keys.
+        SurgeryError: a mechanism below that reads no mask; or sinks over an attention that has a window of its own
+            and drops old keys.
         """
         super().__init__(original, config, context)
-        own = getattr(original, "sliding_window", None) or _window_of_config(original)
+        attention = innermost(original)
+        if isinstance(attention, Mechanism):
+            raise SurgeryError(
+                f"{context.where}: `{type(attention).__name__}` decides by itself what it attends to; a mask would "
+                "change nothing",
+                hint="put sliding_window over the model's own attention",
+            )
+        own = _window(attention)
         if own is not None and config.sinks > 0:
             raise SurgeryError(
                 f"{context.where}: this attention has its own window of {own} tokens, and its cache drops what lies "
@@ -106,11 +114,8 @@ class SlidingWindow(Wrapper):
         return first[:, j][:, None, None]
 
 
-def _window_of_config(original: nn.Module) -> int | None:
-    """Mistral and Phi-3 read their window from the config, for every layer."""
-    innermost = original
-    while isinstance(innermost, Wrapper):
-        innermost = innermost.original
-    if type(innermost).__name__ not in ("MistralAttention", "Phi3Attention"):
-        return None
-    return getattr(innermost.config, "sliding_window", None)
+def _window(attention: nn.Module) -> int | None:
+    """The attention's own window; Mistral and Phi-3 read theirs from the config, for every layer."""
+    if type(attention).__name__ in ("MistralAttention", "Phi3Attention"):
+        return getattr(attention.config, "sliding_window", None)
+    return getattr(attention, "sliding_window", None)

@@ -9,7 +9,7 @@ from mismatch.errors import SurgeryError
 from mismatch.layout import Layout
 from mismatch.mechanisms.base import Context, Host
 from mismatch.mechanisms.projections import AttentionParts
-from tests.mechanisms.tiny import FAMILIES, N_LAYERS, tiny, tokens
+from tiny_models import FAMILIES, N_LAYERS, tiny, tokens
 
 
 class Rebuilt(AttentionParts):

@@ -1,0 +1,243 @@
+"""What every mechanism of the table owes to the model it stands in, at any layer of any family."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+from tiny_models import FAMILIES, N_LAYERS, in_chunks, part, positions, swap, tiny, tokens
+
+from mismatch.mechanisms import MECHANISMS
+from mismatch.registry import mechanisms
+
+CALLS = {
+    "dyt": "dyt",
+    "identity": "identity",
+    "infini": "infini(segment=8, update=delta, feature_map=learned)",
+    "mean": "mean",
+    "nope": "nope",
+    "parallel": "parallel(infini(segment=8, sinks=2), alpha=0.5)",
+    "random": "random",
+    "skip": "skip",
+    "sliding_window": "sliding_window(window=5)",
+    "zero": "zero",
+}
+LENGTH = 21
+SOME = ("llama", "gemma3", "gpt2", "gpt_neox")  # where the families differ most
+ATTENTION = ("infini", "sliding_window", "nope", "parallel")  # what a family's attention can break
+
+
+@pytest.fixture(scope="module")
+def teacher():
+    """`teacher(family)`: one model per family for the whole file; nothing here changes it."""
+    return functools.cache(tiny)
+
+
+def text(name: str, layer: int) -> str:
+    return f"layer{layer}:{CALLS[name]}"
+
+
+def slot(name: str) -> str:
+    return mechanisms().card(name).facts["slots"][0]
+
+
+def fits(family: str, name: str, layer: int = 1) -> bool:
+    if name != "nope":
+        return True
+    return family != "gpt2" and not (family == "smollm3" and layer == 1)
+
+
+def some():
+    return [
+        pytest.param(family, name, id=f"{family}-{name}")
+        for family in SOME
+        for name in CALLS
+        if fits(family, name)
+    ]
+
+
+def cases(families=SOME):
+    """Every mechanism on the families given, those of the attention on all."""
+    return [
+        pytest.param(family, name, id=f"{family}-{name}")
+        for family in FAMILIES
+        for name in CALLS
+        if (family in families or name in ATTENTION) and fits(family, name)
+    ]
+
+
+def test_every_mechanism_of_the_table_is_tested():
+    assert CALLS.keys() == MECHANISMS.keys()
+
+
+@pytest.mark.parametrize("name", MECHANISMS)
+def test_card(name):
+    card = mechanisms().card(name)
+    assert card.summary.startswith(f"{name}: ")
+    assert {"slots", "identity", "state", "source"} <= card.facts.keys()
+    assert all(arg.doc for arg in card.args)
+    for word in ("Inherited", "New", "dropped"):
+        assert word.lower() in card.text.lower()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family, name", cases())
+def test_same_shape_dtype_and_finite(family, name, dtype):
+    if dtype == torch.bfloat16 and family not in SOME:
+        pytest.skip("one dtype is enough here")
+    model = tiny(family).to(dtype)
+    ids = tokens(2, LENGTH)
+    student = swap(model, text(name, 1))
+    got = student.model(ids).logits
+    assert got.shape == model(ids).logits.shape
+    assert got.dtype == dtype
+    assert got.isfinite().all()
+    assert all(p.dtype == dtype for p in student.model.parameters())
+
+
+@pytest.mark.parametrize("family, name", cases())
+def test_causal(teacher, family, name):
+    model = swap(teacher(family), text(name, 1)).model
+    ids = tokens(2, LENGTH)
+    other = ids.clone()
+    other[:, 13:] = tokens(2, LENGTH, seed=5)[:, 13:]
+    a, b = model(ids).logits, model(other).logits
+    torch.testing.assert_close(a[:, :13], b[:, :13], atol=1e-6, rtol=0)
+    assert (a[:, 13:] - b[:, 13:]).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("family, name", some())
+def test_gradients_are_finite_and_reach_every_new_tensor(family, name):
+    model = tiny(family).requires_grad_(True)
+    student = swap(model, text(name, 1))
+    student.model(tokens(2, LENGTH)).logits.pow(2).mean().backward()
+    assert all(p.grad.isfinite().all() for p in student.model.parameters() if p.grad is not None)
+    fresh = student.plan.clauses[0].new_parameters
+    new = {n: p for n, p in part(student, slot=slot(name)).named_parameters() if n in fresh}
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in new.values()), new.keys()
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_built_twice_from_one_seed_it_is_the_same(name):
+    model = tiny("llama")
+    a, b = (swap(model, text(name, 1), seed=7).model.state_dict() for _ in range(2))
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("family, name", cases())
+def test_a_padded_row_is_the_row_alone(teacher, family, name, side):
+    model = swap(teacher(family), text(name, 1)).model
+    ids, pads = tokens(3, LENGTH), (0, 4, 9)
+    mask = torch.ones_like(ids)
+    batch = ids.clone()
+    for row, pad in enumerate(pads):
+        real = slice(pad, None) if side == "left" else slice(None, LENGTH - pad)
+        mask[row] = 0
+        mask[row, real] = 1
+        batch[row, mask[row] == 0] = 0
+        batch[row, real] = ids[row, : LENGTH - pad]
+    padded = model(batch, attention_mask=mask, position_ids=positions(mask)).logits
+    for row, pad in enumerate(pads):
+        alone = model(ids[row : row + 1, : LENGTH - pad]).logits[0]
+        torch.testing.assert_close(padded[row][mask[row] == 1], alone, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("layer", range(N_LAYERS))
+@pytest.mark.parametrize("family, name", cases())
+def test_fed_in_chunks_or_token_by_token_it_is_the_whole(teacher, family, name, layer):
+    if not fits(family, name, layer) or (layer != 0 and family not in SOME):
+        pytest.skip("no rotary embedding in this layer, or a family of which layer 0 is enough")
+    model = swap(teacher(family), text(name, layer)).model
+    ids = tokens(2, LENGTH)
+    whole = model(ids).logits
+    for size in (1, 6):
+        torch.testing.assert_close(in_chunks(model, ids, size), whole, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("layer", (0, N_LAYERS - 1))
+@pytest.mark.parametrize("family, name", some())
+def test_generate_with_beams_and_left_padding_equals_generate_without_cache(teacher, family, name, layer):
+    if not fits(family, name, layer):
+        pytest.skip("this layer has no rotary embedding")
+    model = swap(teacher(family), text(name, layer)).model
+    ids, mask = tokens(2, 11), torch.ones(2, 11, dtype=torch.long)
+    ids[0, :3] = mask[0, :3] = 0
+    settings = {"max_new_tokens": 9, "num_beams": 3, "do_sample": False, "pad_token_id": 0}
+    settings |= {"output_scores": True, "return_dict_in_generate": True}
+    cached = model.generate(ids, attention_mask=mask, use_cache=True, **settings)
+    plain = model.generate(ids, attention_mask=mask, use_cache=False, **settings)
+    assert torch.equal(cached.sequences, plain.sequences)
+    for a, b in zip(cached.scores, plain.scores, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("family, name", some())
+def test_no_memory_between_calls_and_none_in_the_state_dict(teacher, family, name):
+    model = swap(teacher(family), text(name, 0)).model
+    ids, names = tokens(2, LENGTH), list(model.state_dict())
+    first = model(ids).logits
+    in_chunks(model, ids, 5)
+    assert torch.equal(model(ids).logits, first)
+    assert list(model.state_dict()) == names
+
+
+@pytest.mark.parametrize("family, name", cases())
+def test_the_teacher_stays_itself_and_undo_brings_it_back(teacher, family, name):
+    model = teacher(family)
+    ids = tokens(2, LENGTH)
+    before = model(ids).logits
+    student = swap(model, text(name, 1))
+    if name != "identity":
+        assert not torch.equal(student.model(ids).logits, before)
+    assert torch.equal(model(ids).logits, before)
+    student.undo()
+    assert torch.equal(student.model(ids).logits, before)
+
+
+@pytest.mark.parametrize("family, name", some())
+def test_builds_without_weights(family, name):
+    with torch.device("meta"):
+        model = tiny(family)
+    student = swap(model, text(name, 1))
+    assert all(p.device.type == "meta" for p in student.model.parameters())
+
+
+@pytest.mark.parametrize("family, name", some())
+def test_weights_survive_a_save_and_a_load(family, name):
+    ids = tokens(2, LENGTH)
+    student = swap(tiny(family), text(name, 1)).model
+    with torch.no_grad():
+        for weight in student.parameters():
+            weight.mul_(1.01)
+    again = swap(tiny(family, seed=3), text(name, 1), seed=3).model
+    again.load_state_dict(student.state_dict())
+    assert torch.equal(again(ids).logits, student(ids).logits)
+
+
+@pytest.mark.parametrize(
+    "limit",
+    [
+        "layer1:identity",
+        "layer1.block:identity",
+        "norms:identity",
+        "layer1:sliding_window(window=21)",
+        "layer1:parallel(infini(segment=8))",
+        "layer1.mlp:parallel(random)",
+    ],
+)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_at_its_identity_limit_the_student_is_the_teacher_to_the_bit(teacher, family, limit):
+    model = teacher(family)
+    ids = tokens(2, LENGTH)
+    assert torch.equal(swap(model, limit).model(ids).logits, model(ids).logits)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_infini_with_one_segment_is_the_teacher(teacher, family):
+    model = teacher(family)
+    ids = tokens(2, LENGTH)
+    student = swap(model, "all:infini(segment=21, first_segment=local)").model
+    torch.testing.assert_close(student(ids).logits, model(ids).logits, atol=1e-5, rtol=0)
