@@ -32,7 +32,7 @@ METRICS = {
 }
 
 
-def load_metric(name: str) -> type:
+def load_metric(name: str) -> Any:
     """The class of a metric, of the table or registered by another package (imports torch).
 
     Raises:

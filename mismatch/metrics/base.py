@@ -88,7 +88,7 @@ class TokenMetric(Metric):
     state = "tokens"
     stats: ClassVar[dict[str, tuple[str, str]]]
 
-    def values(self, pair: Pair | LogitPair) -> dict[str, Tensor]:
+    def values(self, pair: Any) -> dict[str, Tensor]:
         """Column -> number per token (`batch pos`, or `tokens` for a `LogitPair`)."""
         raise NotImplementedError
 

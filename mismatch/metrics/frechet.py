@@ -8,7 +8,7 @@ Unit: share of the teacher's total variance. Range: [0, inf). Null: value 0 (sam
 Teacher and student see the same tokens, so the floor of `value` is 0 and not `null`; `null` says
 how much the number would be worth on different text. Unusable as an absolute under about 20 d tokens.
 Leaves out position 0 and massive tokens (one of them is most of the variance) and uses a sample
-of the rest. nan with fewer than 2 tokens on a side. No interval.
+of the rest. `null` is nan where one half has fewer than 2 tokens. No interval.
 Source: Heusel et al. 2017 (arXiv 1706.08500), eq. 6; Bhatia et al. 2019 for Bures.
 """
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mismatch.errors import UsageError
 from mismatch.metrics import load_metric
-from mismatch.metrics.base import GROUP, LogitPair, Pair, Reading, massive_tokens
+from mismatch.metrics.base import GROUP, LogitPair, Pair, PairMoments, Reading, massive_tokens
 from mismatch.metrics.meter import StudentMeter, TeacherMeter
 from mismatch.metrics.pairs import wide
 
@@ -70,8 +70,6 @@ def measure(
     pair = Pair(teacher, student, docs, valid, bulk, bulk, before)
     meter = TeacherMeter([name], d, group=group)
     if name == "cka" and student.shape[2] != d:
-        from mismatch.metrics.base import PairMoments
-
         out.parts["moments"] = PairMoments(d, student.shape[2])
     meter.update(pair)
     out.update(pair)

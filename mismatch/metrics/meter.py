@@ -11,6 +11,7 @@ Metrics that share a state share it here too: seven metrics read one `PairMoment
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, Self
 
 import numpy as np
 
@@ -38,12 +39,12 @@ class _Meter:
 
     def __init__(self, names: Sequence[str]) -> None:
         self.metrics: dict[str, Metric] = {name: load_metric(name)() for name in names}
-        self.parts: dict = {}
+        self.parts: dict[str, Any] = {}
 
     def needs(self, state: str) -> bool:
         return any(metric.state == state for metric in self.metrics.values())
 
-    def merge(self, other: _Meter):
+    def merge(self, other: _Meter) -> Self:
         if self.parts.keys() != other.parts.keys():
             raise RunError(
                 f"parts of two runs do not fit: {sorted(self.parts)} and {sorted(other.parts)}",
@@ -60,7 +61,7 @@ class _Meter:
             for key, array in part.state().items()
         }
 
-    def load(self, state: dict[str, np.ndarray]):
+    def load(self, state: dict[str, np.ndarray]) -> Self:
         for name, part in self.parts.items():
             head = f"{name}/"
             mine = {key[len(head) :]: state[key] for key in state if key.startswith(head)}
@@ -127,12 +128,13 @@ class StudentMeter(_Meter):
                 self.parts[name].update(pair)
 
     def read(
-        self, teacher: TeacherMeter | None = None, view: TeacherView | None = None
+        self, teacher: TeacherMeter | Any = None, view: TeacherView | None = None
     ) -> list[tuple[str, Reading]]:
         """All numbers, as (metric name, reading). `view`: `teacher.view()`, if shared."""
-        states: dict = {}
+        states: dict[str, Any] = {}
         if "moments" in self.parts:
-            states["moments"] = Moments(view or teacher.view(), self.parts["moments"])
+            view = view or teacher.parts["moments"]
+            states["moments"] = Moments(view, self.parts["moments"])
         if "minibatch" in self.parts:
             states["minibatch"] = Groups(teacher.parts["minibatch"], self.parts["minibatch"])
         out = []

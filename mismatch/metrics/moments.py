@@ -13,6 +13,7 @@ Memory: 2 d^2 float64 for the teacher, 2 d^2 per student, whatever the number of
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cached_property
 
 import numpy as np
@@ -32,6 +33,16 @@ class CrossSums:
     n; mx, my: means; cross: sum u v' (`dx dy`); a, b: sum a, sum b; ab: sum a b; av: sum a v;
     bu: sum b u. The last three move the sum a b to another centre when parts are merged.
     """
+
+    n: int
+    mx: Tensor
+    my: Tensor
+    cross: Tensor
+    a: Tensor
+    b: Tensor
+    ab: Tensor
+    av: Tensor
+    bu: Tensor
 
     def __init__(self, dx: int, dy: int, device: torch.device | str = "cpu") -> None:
         shapes = {"mx": (dx,), "my": (dy,), "cross": (dx, dy), "av": (dy,), "bu": (dx,)}
@@ -227,7 +238,7 @@ class TeacherView:
     def hsic(self) -> float:
         return self.sums.hsic
 
-    def null(self, name: str, distance) -> float:
+    def null(self, name: str, distance: Callable[[Gaussian, Gaussian], float]) -> float:
         """`distance(even, odd)`, worked out once per site and name."""
         if name not in self.nulls:
             self.nulls[name] = distance(self.even, self.odd)

@@ -79,7 +79,7 @@ class TeacherSide:
 
     @cached_property
     def before_norm(self) -> Tensor:
-        return _norm(self.before)
+        return _norm(self.before)  # type: ignore[arg-type]  # update_size asks only where it is
 
     @cached_property
     def peaks(self) -> tuple[Tensor, Tensor]:
@@ -155,7 +155,7 @@ class Pair:
     @cached_property
     def before_norm(self) -> Tensor:
         """`batch pos`: norm of the stream that the student's update is added to."""
-        return _norm(self.before[1])
+        return _norm(self.before[1])  # type: ignore[index]
 
     @cached_property
     def distance(self) -> Tensor:

@@ -95,6 +95,17 @@ def test_masked_tokens_change_nothing(name, equal):
     assert str(clean.read()) == str(dirty.read())
 
 
+@pytest.mark.parametrize("name", [n for n in VECTORS if load_metric(n).mask == "sample"])
+def test_second_moments_use_the_sample_alone(name):
+    pair = make(name, 5)
+    clean = Both(name).update(pair).read()
+    teacher, student = pair.teacher.clone(), pair.student.clone()
+    teacher[~pair.sample], student[~pair.sample] = 25_000.0, float("nan")
+    dirty = Pair(teacher, student, pair.docs, pair.valid, pair.bulk, pair.sample)
+    assert str(Both(name).update(dirty).read()) == str(clean)
+    assert clean[0].n == int(pair.sample.sum()) < int(pair.bulk.sum())
+
+
 def test_tokens_without_a_target_leave_nll_alone():
     pair = make("nll", 3)
     clean = Both("nll").update(pair).numbers()
