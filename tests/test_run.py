@@ -46,7 +46,11 @@ def some_rows():
 @pytest.fixture
 def folder(tmp_path):
     return RunFolder.create(
-        "smollm2", SETTINGS["swap"], SETTINGS, output=tmp_path / "run", command=["mismatch", "trace"]
+        "smollm2",
+        SETTINGS["swap"],
+        SETTINGS,
+        output=tmp_path / "run",
+        command=["mismatch", "trace"],
     )
 
 
@@ -93,7 +97,7 @@ def test_plain_pandas_reads_the_table_with_its_types(folder):
 
 
 def test_two_numbers_for_one_address_are_refused():
-    with pytest.raises(RunError, match="two numbers for one address: .*'layer': 3"):
+    with pytest.raises(RunError, match=r"two numbers for one address: .*'layer': 3"):
         table.as_table([row(value=1.0), row(value=2.0)])
 
 
@@ -257,7 +261,7 @@ class FullDisk:
         monkeypatch.setattr(files, "open", self.open, raising=False)
 
     def open(self, path, mode):
-        file = builtins.open(path, mode)
+        file = builtins.open(path, mode)  # noqa: SIM115
         plain, room = file.write, self.room
 
         class Handle:
@@ -289,7 +293,7 @@ def test_a_full_disk_names_the_file_and_leaves_the_last_state(folder, monkeypatc
             lambda: folder.write_table(some_rows()[:3]),
             lambda: folder.update(status="done"),
         ):
-            with pytest.raises(RunError, match="could not write .*No space left") as caught:
+            with pytest.raises(RunError, match=r"could not write .*No space left") as caught:
                 attempt()
             assert "free some space" in caught.value.hint
     after = {p: p.read_bytes() for p in folder.path.rglob("*") if p.is_file()}

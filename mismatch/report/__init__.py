@@ -7,7 +7,7 @@ summary(table, ...)     the end of a trace in a terminal
 """
 
 from mismatch.report.comparison import compare
-from mismatch.report.html import write_figures, write_html
+from mismatch.report.html import write_html
 from mismatch.report.summary import summary, verdict
 
-__all__ = ["compare", "summary", "verdict", "write_figures", "write_html"]
+__all__ = ["compare", "summary", "verdict", "write_html"]

@@ -146,7 +146,7 @@ def page(runs: Sequence[Run], *, same_data: bool = True) -> str:
 
 def _plate(title: str, draw: Callable[[], Figure], reading: str) -> Html:
     try:
-        return join([tag("h3", title), picture(draw(), title, reading)])
+        return join([tag("h3", title), picture(style.to_bytes(draw(), "svg"), title, reading)])
     except UsageError as missing:
         return join([tag("h3", title), tag("p", f"Not drawn: {missing.message}.")])
 

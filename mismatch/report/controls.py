@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullFormatter
 
 from mismatch.report import quantity as q
 from mismatch.report import style
@@ -96,6 +96,7 @@ def output_shift(
         axes[0].set_xscale("log")
         axes[0].set_xlim(means["value"].min() / 1.6, means["value"].max() * 3)  # room for numbers
         axes[0].xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
+        axes[0].xaxis.set_minor_formatter(NullFormatter())
     else:
         _reach(axes[0], float(means[["value", "hi"]].max().max()) * 1.25, 0)
     axes[0].set_title("each student", fontweight="bold")

@@ -34,7 +34,7 @@ def colour_norm(panels: Sequence[pd.DataFrame], signed: bool) -> Normalize:
     A distance: log, up to the largest; its lower end is the floor, or where the floor is further
     down than `DECADES` the smallest value within those. A signed quantity: linear, centred at 0.
     """
-    cells = pd.concat(panels)
+    cells = pd.concat(panels, ignore_index=True)
     size = cells["value"].abs()
     size = size[np.isfinite(size) & (size > 0)]
     top = float(size.max()) if len(size) else 1.0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,17 +81,42 @@ PLATES = (
 )
 
 
-def write_figures(run: Run) -> list[Path]:
-    """Write every figure that the table allows into figures/, as png, svg, csv and json.
+def write_html(run_dir: Path | str, output: Path | str | None = None) -> Path:
+    """Write the report of a finished run, and its figures into figures/.
+
+    Args:
+        run_dir: the run folder.
+        output: write the page there and leave the run folder as it is; default: report.html in it.
+
+    Raises:
+        RunError: no run there, or a file cannot be written.
+    """
+    run = load_run(run_dir)
+    folder = run.path / "figures" if output is None else None
+    path = run.path / "report.html" if output is None else Path(output)
+    data = page(run, draw(run, folder)).encode()
+    write_atomic(path, lambda file: file.write(data))
+    return path
+
+
+def draw(run: Run, folder: Path | None = None) -> dict[str, bytes | str]:
+    """Draw every plate; in a folder, also as png, svg, csv and json.
+
+    Returns:
+        For each plate its svg, or a sentence that says why the table does not allow it.
 
     Raises:
         RunError: a file cannot be written.
     """
-    written = []
+    drawn: dict[str, bytes | str] = {}
     for plate in PLATES:
         try:
             figure, data = plate.draw(run), plate.data(run)
-        except UsageError:  # the table lacks its metric: the page says so
+        except UsageError as missing:
+            drawn[plate.name] = missing.message
+            continue
+        if folder is None:
+            drawn[plate.name] = style.to_bytes(figure, "svg")
             continue
         made = {
             "title": plate.title,
@@ -101,29 +126,12 @@ def write_figures(run: Run) -> list[Path]:
             "by": f"{plate.function.__module__}.{plate.function.__name__}",
             "versions": run.manifest.get("versions", {}),
         }
-        written += style.save(figure, run.path / "figures", plate.name, data, made)
-    return written
+        drawn[plate.name] = style.save(figure, folder, plate.name, data, made)
+    return drawn
 
 
-def write_html(run_dir: Path | str, output: Path | str | None = None) -> Path:
-    """Write the report of a finished run.
-
-    Args:
-        run_dir: the run folder.
-        output: the file; default: report.html in the run folder.
-
-    Raises:
-        RunError: no run there, or the file cannot be written.
-    """
-    run = load_run(run_dir)
-    path = Path(output) if output is not None else run.path / "report.html"
-    data = page(run).encode()
-    write_atomic(path, lambda file: file.write(data))
-    return path
-
-
-def page(run: Run) -> str:
-    """The report as text."""
+def page(run: Run, drawn: Mapping[str, bytes | str]) -> str:
+    """The report as text, with the figures that `draw` gave."""
     return document(
         f"mismatch: {run.run_id}",
         tag("h1", f"mismatch trace of {run.manifest.get('model', 'a model')}"),
@@ -136,7 +144,7 @@ def page(run: Run) -> str:
         tag("h2", "Findings"),
         _findings(run),
         tag("h2", "Figures"),
-        *(_plate(plate, run) for plate in PLATES),
+        *(_plate(plate, drawn[plate.name]) for plate in PLATES),
         tag("h2", "Worst sites"),
         _worst(run),
         tag("h2", "Floors, and which tokens count"),
@@ -230,13 +238,11 @@ def _tensors(clause: dict[str, Any]) -> Html:
     return join([tag("h3", clause["path"]), grid(("", "tensor", "numbers"), rows, numbers=(2,))])
 
 
-def _plate(plate: Plate, run: Run) -> Html:
-    try:
-        figure = plate.draw(run)
-    except UsageError as missing:
-        return join([tag("h3", plate.title), tag("p", f"Not drawn: {missing.message}.")])
+def _plate(plate: Plate, drawn: bytes | str) -> Html:
+    if isinstance(drawn, str):
+        return join([tag("h3", plate.title), tag("p", f"Not drawn: {drawn}.")])
     caption = f"{plate.reading} Numbers: figures/{plate.name}.csv"
-    return join([tag("h3", plate.title), picture(figure, plate.title, caption)])
+    return join([tag("h3", plate.title), picture(drawn, plate.title, caption)])
 
 
 def _worst(run: Run) -> Html:
@@ -290,10 +296,11 @@ def _glossary(run: Run) -> Html:
         for name, facts in metrics.items()
     ]
     cards = [
-        tag("details", tag("summary", tag("code", name)), tag("pre", facts.get("text", "")))
+        join([tag("h3", name), tag("pre", facts.get("text", ""))])
         for name, facts in metrics.items()
     ]
-    return join([grid(("metric", "what it asks", "what it cannot see"), rows), *cards])
+    whole = tag("details", tag("summary", "definitions, units, sources"), *cards)
+    return join([grid(("metric", "what it asks", "what it cannot see"), rows), whole])
 
 
 def _again(run: Run) -> Html:

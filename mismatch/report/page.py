@@ -8,10 +8,6 @@ from html import escape
 from importlib.resources import files
 from typing import Any
 
-from matplotlib.figure import Figure
-
-from mismatch.report.style import to_bytes
-
 
 class Html(str):
     """Text that is HTML already."""
@@ -70,9 +66,9 @@ def _flat(value: Any) -> str:
     return str(value)
 
 
-def picture(figure: Figure, alt: str, caption: str) -> Html:
+def picture(svg: bytes, alt: str, caption: str) -> Html:
     """A figure inside the page: vector, as data, on white paper in dark mode too."""
-    data = base64.b64encode(to_bytes(figure, "svg")).decode()
+    data = base64.b64encode(svg).decode()
     image = Html(f'<img alt="{safe(alt)}" src="data:image/svg+xml;base64,{data}">')
     return tag("figure", tag("div", image, class_="scroll"), tag("figcaption", caption))
 

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from mismatch.report import quantity as q
 from mismatch.report import style
@@ -113,6 +113,7 @@ def _draw(ax: Axes, data: pd.DataFrame, borders: list[int]) -> None:
     if len(usual) and usual.max() > WIDE * usual.min():
         ax.set_yscale("log")
         ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
+        ax.yaxis.set_minor_formatter(NullFormatter())
     elif len(usual):
         ax.set_ylim(bottom=min(0.0, float(data[["value", "lo"]].min().min())))
     else:

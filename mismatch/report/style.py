@@ -83,7 +83,7 @@ _RC = {
     "savefig.dpi": 200,
     "hatch.linewidth": 0.5,
     "svg.hashsalt": "mismatch",  # same figure, same bytes
-    "axes.unicode_minus": True,
+    "text.parse_math": False,  # a `$` in a name is a dollar
 }
 
 P = ParamSpec("P")
@@ -116,19 +116,20 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def frame(figure: Figure, title: str, caption: str) -> None:
-    """Title above and caption below, wrapped to the width of the figure."""
-    width = figure.get_figwidth()
-    figure.suptitle(
-        textwrap.fill(title, int(width * 13.5)), x=0.008, ha="left", fontsize=9, fontweight="bold"
-    )
-    figure.supxlabel(
-        textwrap.fill(caption, int(width * 18)), x=0.008, ha="left", fontsize=6.5, color=FAINT
-    )
+    """Title above and caption below, wrapped to the width; the figure grows by their lines."""
+    width, height = figure.get_size_inches()
+    title = textwrap.fill(title, int(width * 11.5))
+    caption = textwrap.fill(caption, int(width * 17.5))
+    more = title.count("\n") * 0.15 + max(caption.count("\n") - 1, 0) * 0.115
+    figure.set_size_inches(width, height + more)
+    figure.suptitle(title, x=0.008, ha="left", fontsize=9, fontweight="bold")
+    figure.supxlabel(caption, x=0.008, ha="left", fontsize=6.5, color=FAINT)
 
 
 def panel_title(ax: Axes, label: str, summary: str = "") -> None:
     """The name of a panel at its left, and what it asks in small type at its right if it fits."""
-    ax.set_title(label, pad=5, fontweight="bold")
+    room = int(ax.figure.get_figwidth() * 10)
+    ax.set_title(textwrap.fill(label, room), pad=5, fontweight="bold")
     if len(label) * 1.3 + len(summary) < ax.figure.get_figwidth() * 17:
         ax.set_title(summary, loc="right", pad=5, fontsize=6.5, color=FAINT)
 
@@ -205,13 +206,15 @@ def to_bytes(figure: Figure, kind: str) -> bytes:
 
 def save(
     figure: Figure, folder: Path | str, name: str, data: pd.DataFrame, made: dict[str, Any]
-) -> list[Path]:
+) -> bytes:
     """Write a figure as name.png, .svg, .csv (the data in it) and .json (how it was made).
+
+    Returns:
+        The svg, to put it into a page.
 
     Raises:
         RunError: a file cannot be written.
     """
-    folder = Path(folder)
     contents = {
         "png": to_bytes(figure, "png"),
         "svg": to_bytes(figure, "svg"),
@@ -219,5 +222,6 @@ def save(
         "json": json_text({"figure": name, "rows": len(data), **made}).encode(),
     }
     for kind, content in contents.items():
-        write_atomic(folder / f"{name}.{kind}", lambda file, content=content: file.write(content))
-    return [folder / f"{name}.{kind}" for kind in contents]
+        path = Path(folder) / f"{name}.{kind}"
+        write_atomic(path, lambda file, content=content: file.write(content))
+    return contents["svg"]

@@ -5,25 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from mismatch.table import SITES, as_table
+from mismatch.table import SITES, as_table, dictionary
 
-FACTS = {
-    "rel_l2": {"summary": "Relative L2 distance.", "unit": "", "range": "[0, inf)", "null": 0},
-    "cka": {"summary": "Debiased linear CKA.", "unit": "", "range": "(-inf, 1]", "null": 1},
-    "norm_ratio": {"summary": "Norm ratio.", "unit": "ratio", "range": "[0, inf)", "null": 1},
-    "frechet": {"summary": "Frechet distance.", "unit": "variance", "range": "[0, inf)", "null": 0},
-    "lens_kl": {"summary": "Logit-lens KL.", "unit": "nats", "range": "[0, inf)", "null": 0},
-    "kl": {"summary": "Output KL.", "unit": "nats/token", "range": "[0, inf)", "null": 0},
-}
-for _name, _facts in FACTS.items():
-    _facts.update(
-        better="lower",
-        blind=f"what {_name} cannot see",
-        source="a paper",
-        text=f"{_facts['summary']}\n\nIts equation.",
-        mask="bulk",
-    )
-DICTIONARY = {"schema_version": 1, "columns": {}, "metrics": FACTS}
+DICTIONARY = dictionary(["rel_l2", "cka", "norm_ratio", "frechet", "lens_kl", "kl"])
 
 BINS = ["0", "1-3", "4-15", "16-63", "64-127", "128-255", "256-511", "512-1023"]
 SIZE = {"swap": 1.0, "zero": 0.85, "mean": 0.7, "random": 9.0, "floor": 3e-6}
@@ -108,10 +92,10 @@ def synthetic(
                 if student == "floor":
                     shift = 3e-6 * floor * (0.5 + 0.5 * rng.random())
                 add(student, layer, site, "rel_l2", shift)
-                add(student, layer, site, "cka", 1 - 0.3 * shift**2)
-                add(student, layer, site, "norm_ratio", float(np.exp2(-shift + 0.4 * shift * order)))
+                add(student, layer, site, "cka", 0.3 * shift**2, stat="shift")
+                add(student, layer, site, "norm_ratio", 0.4 * shift * order - shift)
                 if site not in ("attn_out", "mlp_out"):
-                    add(student, layer, site, "frechet", 0.1 * shift**2)
+                    add(student, layer, site, "frechet", 0.1 * shift**2, stat="value")
                 if site == "resid_post":
                     add(student, layer, site, "lens_kl", KL[student] * (shift / size) * 4, rel=0.1)
         add(student, pd.NA, "logits", "kl", KL[student] * (floor if student == "floor" else 1))
@@ -139,8 +123,5 @@ def synthetic(
 def identity(layers: int = 6) -> pd.DataFrame:
     """Nothing moved: every shift is exactly at its null."""
     table = synthetic(layers, swapped=(2,))
-    null = table["metric"].map(lambda m: float(FACTS[m]["null"]))
-    minus = table["stat"].str.contains("minus")
-    for column in ("value", "lo", "hi"):
-        table[column] = null.where(~minus, 0.0)
+    table[["value", "lo", "hi"]] = 0.0
     return table

@@ -1,0 +1,218 @@
+"""Report, comparison and summary: what they say, and that nothing in them can act."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+from html.parser import HTMLParser
+
+import pytest
+import synthetic as s
+
+from mismatch.errors import RunError, UsageError
+from mismatch.report import compare, summary, verdict, write_html
+from mismatch.report.comparison import labels, together
+from mismatch.report.page import Html, tag
+from mismatch.report.summary import columns, plan_lines, worst_sites
+from mismatch.run import RunFolder, load_run
+
+EVIL = '<script>alert("$x^$")</script>'
+
+
+def make(path, table=None, swap="layer12:infini(segment=256)", findings=None, **manifest):
+    folder = RunFolder.create("smollm2", swap, {"swap": swap}, output=path, command=["mismatch"])
+    folder.write_plan(s.PLAN)
+    folder.write_findings(s.FINDINGS if findings is None else findings)
+    folder.write_table(s.synthetic(layers=4, swapped=(1,)) if table is None else table)
+    folder.finish("done", **{"data_fingerprint": "ab12", **manifest})
+    return folder.path
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory):
+    return make(tmp_path_factory.mktemp("runs") / "one")
+
+
+@pytest.fixture(scope="module")
+def text(run_dir):
+    return write_html(run_dir).read_text()
+
+
+class Reader(HTMLParser):
+    """The tags, the addresses and the words of a page; complains about unbalanced tags."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.addresses, self.words, self.open = [], [], [], []
+        self.feed(text)
+        assert not self.open
+
+    def handle_starttag(self, name, attributes):
+        self.tags.append(name)
+        self.addresses += [v for k, v in attributes if k in ("src", "href", "srcset", "action")]
+        if name not in ("meta", "img"):
+            self.open.append(name)
+
+    def handle_endtag(self, name):
+        assert self.open.pop() == name
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+
+def test_the_report_is_one_file_that_loads_nothing(text):
+    page = Reader(text)
+    assert len(page.addresses) == page.tags.count("img") == 4
+    assert all(a.startswith("data:image/svg+xml;base64,") for a in page.addresses)
+    assert "link" not in page.tags
+    assert "script" not in page.tags
+    assert not re.search(r"url\(|@import", text)
+    assert "default-src 'none'" in text
+
+
+def test_the_verdict_comes_first_and_all_parts_are_there(text):
+    order = ["The swap moves the output by", "What was replaced", "Findings", "Figures",
+             "Worst sites", "Floors", "cannot see", "How to do it again", "Environment"]  # fmt: skip
+    places = [text.index(words) for words in order]
+    assert places == sorted(places)
+    words = " ".join(Reader(text).words)
+    assert "0.0612" in words
+    assert "[0.0575, 0.0649]" in words
+    assert "mismatch explain infini" in words
+    assert "model.layers.12.self_attn" in words
+    for metric in ("cka", "rel_l2"):
+        assert s.DICTIONARY["metrics"][metric]["blind"].split(";")[0] in words
+
+
+def test_text_from_outside_is_escaped(tmp_path):
+    finding = {"severity": EVIL, "title": EVIL, "text": EVIL, "evidence": {}, "next": EVIL}
+    table = s.synthetic(layers=3, swapped=(1,))
+    path = make(
+        tmp_path / "evil", table, EVIL, findings=[finding], documents={EVIL: EVIL}, error=[EVIL]
+    )
+    page = Reader(write_html(path).read_text())
+    assert "script" not in page.tags
+    assert sum(EVIL in words for words in page.words) >= 7
+    together = Reader(compare([path, path], tmp_path / "c.html").read_text())
+    assert "script" not in together.tags
+
+
+def test_attributes_are_escaped():
+    assert (
+        tag("p", Html("<b>"), title='"><script>') == '<p title="&quot;&gt;&lt;script&gt;"><b></p>'
+    )
+
+
+def test_a_table_without_controls_floor_or_metrics_still_gives_a_report(tmp_path):
+    table = s.synthetic(layers=4, swapped=(1,), controls=()).query(
+        "student == 'swap' and metric == 'norm_ratio'"
+    )
+    page = write_html(make(tmp_path / "bare", table), tmp_path / "elsewhere.html").read_text()
+    assert "The output shift was not measured." in page
+    assert page.count("Not drawn: ") == 3
+    assert not (tmp_path / "bare" / "report.html").exists()
+    assert not (tmp_path / "bare" / "figures").exists()
+
+
+def test_the_report_of_no_run_is_an_error(tmp_path):
+    with pytest.raises(RunError, match="no run in"):
+        write_html(tmp_path)
+
+
+def test_the_figures_of_a_run_are_written_with_their_numbers(run_dir, text):
+    names = {p.name for p in (run_dir / "figures").iterdir()}
+    plates = ("output_shift", "shift_heatmap", "depth_profile", "position")
+    assert names == {f"{p}.{kind}" for p in plates for kind in ("png", "svg", "csv", "json")}
+    for plate in plates:
+        svg = (run_dir / "figures" / f"{plate}.svg").read_bytes()
+        assert base64.b64encode(svg).decode() in text
+    made = json.loads((run_dir / "figures" / "position.json").read_text())
+    assert made["by"] == "mismatch.report.position.by_position"
+    assert made["run_id"] in text
+
+
+def test_the_verdict_follows_the_interval_of_the_difference():
+    table = s.synthetic(layers=4, swapped=(1,))
+    assert verdict(table) == (
+        "The swap moves the output by 0.0612 [0.0575, 0.0649] nats per token: "
+        "worse than deleting the part (0.0537) and replacing it by its mean (0.0475)."
+    )
+    at = table["stat"] == "mean_minus_zero"
+    table.loc[at, ["lo", "hi"]] = [-0.001, 0.01]
+    assert "not told apart from deleting the part (0.0537), worse than replacing" in verdict(table)
+    table.loc[at, ["lo", "hi"]] = [-0.02, -0.01]
+    assert "better than deleting the part (0.0537)" in verdict(table)
+
+
+def test_the_verdict_of_no_shift():
+    assert verdict(s.identity()) == "The swap changes nothing: the output KL is exactly 0."
+    assert "not more than the floor" in verdict(s.synthetic(layers=4, swapped=(1,), floor=1e6))
+    assert "No control was run" in verdict(s.synthetic(layers=4, swapped=(1,), controls=()))
+
+
+def test_the_worst_sites_are_the_largest_of_the_table():
+    table = s.synthetic()
+    worst = worst_sites(table)
+    swap = table[(table["student"] == "swap") & (table["metric"] == "rel_l2")]
+    swap = swap[swap["site"] != "resid_pre"]
+    assert list(worst["rel_l2"]) == sorted(swap["value"], reverse=True)[:10]
+    first = worst.iloc[0]
+    mean = table[
+        (table["student"] == "mean") & (table["metric"] == "rel_l2")
+        & (table["layer"] == first["layer"]) & (table["site"] == first["site"])
+    ]  # fmt: skip
+    assert first["share_of_mean"] == pytest.approx(first["rel_l2"] / mean["value"].item())
+    assert worst_sites(s.identity()).empty
+
+
+def test_the_summary_is_aligned_and_ends_with_the_path(tmp_path):
+    text = summary(s.synthetic(), s.PLAN, s.FINDINGS, tmp_path)
+    lines = text.splitlines()
+    assert lines[-1] == str(tmp_path)
+    assert "layer 12 attn: LlamaAttention -> infini(segment=256, update=linear)" in text
+    assert "inherited 442.4k, new 9, dropped 0" in text
+    start = lines.index("output shift, nats per token") + 1
+    block = lines[start : start + 7]
+    assert len({len(row) for row in block}) == 1
+    assert block[1].split() == ["swap", "0.0612", "[0.0575,", "0.0649]"]
+    assert any(row.startswith("  swap - zero") and "+0.00750" in row for row in block)
+    assert "  HIGH   The swap is no better than deleting the attention" in lines
+    assert "\x1b" not in text
+
+
+def test_columns_are_aligned():
+    assert columns([["a", "1"], ["bbb", "22"]]) == "  a     1\n  bbb  22"
+
+
+def test_the_plan_of_a_final_norm_has_no_layer():
+    clause = {**s.PLAN["clauses"][0], "layer": None, "slot": "final_norm", "args": {}}
+    assert plan_lines({"clauses": [clause]})[0].startswith("final final_norm: LlamaAttention ->")
+
+
+def test_runs_are_compared_on_one_page(tmp_path, run_dir):
+    other = make(tmp_path / "two", s.synthetic(layers=4, swapped=(2,)), swap="layer5:zero")
+    page = Reader(compare([run_dir, other], tmp_path / "c.html").read_text())
+    assert page.tags.count("img") == 3
+    words = " ".join(page.words)
+    assert "layer12:infini(segment=256)" in words
+    assert "layer5:zero" in words
+
+
+def test_runs_on_different_data_are_refused_unless_told(tmp_path, run_dir):
+    other = make(tmp_path / "two", data_fingerprint="ffff")
+    with pytest.raises(UsageError, match="saw different data") as caught:
+        compare([run_dir, other], tmp_path / "c.html")
+    assert "ab12" in str(caught.value)
+    assert "ffff" in str(caught.value)
+    assert not (tmp_path / "c.html").exists()
+    page = compare([run_dir, other], tmp_path / "c.html", any_data=True).read_text()
+    assert "These runs saw different data" in page
+    with pytest.raises(UsageError, match="1 run given"):
+        compare([run_dir])
+
+
+def test_runs_with_one_swap_are_told_apart_by_their_folders(tmp_path, run_dir):
+    runs = [load_run(run_dir), load_run(make(tmp_path / "two"))]
+    assert labels(runs) == [f"layer12:infini(segment=256) [{name}]" for name in ("one", "two")]
+    assert set(together(runs)["student"]) == {*labels(runs), "floor"}
