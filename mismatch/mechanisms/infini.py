@@ -43,6 +43,9 @@ from mismatch.mechanisms.calling import cache_in, hidden_in
 from mismatch.mechanisms.projections import AttentionParts
 from mismatch.mechanisms.segments import Grid, SegmentState, entry
 
+# A smaller sigma(Q) z is no memory of this query; dividing by it would overflow the gradient in float32.
+EMPTY = 1e-20
+
 
 @dataclass(frozen=True)
 class InfiniConfig:
@@ -204,7 +207,7 @@ def retrieve(phi: Tensor, memory: Tensor, norm: Tensor) -> Tensor:
     """Eq. 7: `... pos features`, `... features D`, `... features` -> `... pos D`; 0 from an empty memory."""
     weight = phi @ norm.unsqueeze(-1)
     # Filled in BEFORE the division: a `where` around 0 / 0 hides the NaN of the value, not that of its gradient.
-    return (phi @ memory) / weight.masked_fill(weight == 0, 1.0)
+    return (phi @ memory) / weight.masked_fill(weight < EMPTY, 1.0)
 
 
 def linear(phi: Tensor, v: Tensor, memory: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,65 @@
+"""Infini-attention as the definition reads: one row, one head, one token at a time, float64. Slow, and nothing shared
+with the fast path but the projections."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def sigma(x: Tensor, feature_map: str) -> Tensor:
+    if feature_map == "elu":
+        return torch.nn.functional.elu(x) + 1
+    return torch.softmax(torch.cat([x, -x]), 0)
+
+
+def reference(
+    q: Tensor, k: Tensor, v: Tensor, q_rot: Tensor, k_rot: Tensor, gate: Tensor, *,
+    segment: int, scaling: float, update: str = "linear", feature_map: str = "elu",
+    sinks: int = 0, first_segment: str = "blend",
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """One row of real tokens.
+
+    Args:
+        q, q_rot: `H pos D`; k, v, k_rot: `KV pos D`, without and with rotation.
+        gate: `H`.
+
+    Returns:
+        heads `H pos D`, and memory `KV features D`, norm `KV features` of the complete segments.
+    """
+    q, k, v, q_rot, k_rot, gate = (x.double() for x in (q, k, v, q_rot, k_rot, gate))
+    n_heads, length, _ = q.shape
+    group = n_heads // k.shape[0]
+    out = [[None] * length for _ in range(n_heads)]
+    memories, norms = [], []
+    for kv in range(k.shape[0]):
+        features = len(sigma(k[kv, 0], feature_map))
+        memory = torch.zeros(features, v.shape[-1], dtype=torch.float64)
+        norm = torch.zeros(features, dtype=torch.float64)
+        for start in range(0, length, segment):
+            end = min(start + segment, length)
+            for t in range(start, end):
+                for h in range(kv * group, (kv + 1) * group):
+                    seen = [j for j in range(min(sinks, start))] + list(range(start, t + 1))
+                    logits = torch.stack([scaling * q_rot[h, t] @ k_rot[kv, j] for j in seen])
+                    local = torch.softmax(logits, 0) @ v[kv, seen]
+                    g = torch.sigmoid(gate[h])
+                    if start == 0:
+                        keeps = 1.0 if first_segment == "local" else 1 - g
+                        out[h][t] = keeps * local
+                    else:
+                        phi = sigma(q[h, t], feature_map)
+                        out[h][t] = g * (phi @ memory) / (phi @ norm) + (1 - g) * local
+            if end - start == segment:
+                before, before_norm = memory, norm
+                for t in range(start, end):
+                    phi = sigma(k[kv, t], feature_map)
+                    known = 0.0
+                    if update == "delta" and start > 0:
+                        known = (phi @ before) / (phi @ before_norm)
+                    memory = memory + torch.outer(phi, v[kv, t] - known)
+                    norm = norm + phi
+        memories.append(memory)
+        norms.append(norm)
+    heads = torch.stack([torch.stack(row) for row in out])
+    return heads, torch.stack(memories), torch.stack(norms)
