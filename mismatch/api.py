@@ -1,8 +1,8 @@
 """What a user calls from Python.
 
-    teacher = mismatch.load("smollm2")
-    student = mismatch.swap(teacher, "layer12:infini(segment=64)")
-    result = mismatch.trace(teacher, student, data="wiki", tokens=8192)
+teacher = mismatch.load("smollm2")
+student = mismatch.swap(teacher, "layer12:infini(segment=64)")
+result = mismatch.trace(teacher, student, data="wiki", tokens=8192)
 """
 
 from __future__ import annotations
@@ -27,7 +27,18 @@ from mismatch.run import RunFolder, check_output
 from mismatch.surgery import Student
 from mismatch.tracing import probe
 
-__all__ = ["Check", "Result", "Student", "Teacher", "check", "load", "open_nnsight", "swap", "trace", "trace_command"]
+__all__ = [
+    "Check",
+    "Result",
+    "Student",
+    "Teacher",
+    "check",
+    "load",
+    "open_nnsight",
+    "swap",
+    "trace",
+    "trace_command",
+]
 
 
 def load(source: Any, **options: Any) -> Teacher:
@@ -99,7 +110,12 @@ def open_nnsight(student: Student | Teacher) -> Any:
 
 
 def trace(
-    model: Any, student: Student | None = None, *, data: Any = "wiki", progress: bool = False, **settings: Any
+    model: Any,
+    student: Student | None = None,
+    *,
+    data: Any = "wiki",
+    progress: bool = False,
+    **settings: Any,
 ) -> Result:
     """Measure how far a swapped model is from the original, site by site.
 
@@ -117,8 +133,12 @@ def trace(
         MismatchError: see `mismatch.errors`.
     """
     if (student is None) == ("swap" not in settings):
-        raise UsageError("a trace needs one student", hint='give `student`, or `swap="layer12:infini"`')
-    given = {key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()}
+        raise UsageError(
+            "a trace needs one student", hint='give `student`, or `swap="layer12:infini"`'
+        )
+    given = {
+        key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()
+    }
     if student is not None:
         given["swap"] = student.plan.spec
     if isinstance(given["swap"], str):
@@ -138,7 +158,11 @@ def trace(
 
 
 def trace_command(
-    config: TraceConfig, *, resume: Path | None = None, overwrite: bool = False, progress: bool = True
+    config: TraceConfig,
+    *,
+    resume: Path | None = None,
+    overwrite: bool = False,
+    progress: bool = True,
 ) -> Result:
     """What `mismatch trace` does. Everything that can be refused is refused before weights are loaded.
 
@@ -153,7 +177,7 @@ def trace_command(
         KeyboardInterrupt: with `.run_dir` when the run can be resumed.
     """
     with joined() as ranks:
-        if resume is None and ranks.first and (planned := _planned(config)) is not None:
+        if resume is None and ranks.first and (planned := config.folder) is not None:
             check_output(planned, overwrite=overwrite)
         checked = check(config)
         texts.calibration_and_evaluation(config.calibration, config.data)
@@ -167,19 +191,12 @@ def trace_command(
         return Job(config, teacher, config.data, None, folder, path, ranks, progress).run()
 
 
-def _planned(config: TraceConfig) -> Path | None:
-    """The run folder, where the user named it."""
-    if config.output is not None:
-        return Path(config.output)
-    return None if config.run_name is None else Path("runs") / config.run_name
-
-
 def _create(config: TraceConfig, overwrite: bool = False) -> RunFolder:
     return RunFolder.create(
         config.model,
         spec.format(config.swap_spec),
         config.to_dict(),
-        output=_planned(config),
+        output=config.folder,
         overwrite=overwrite,
     )
 

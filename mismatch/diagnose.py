@@ -67,7 +67,11 @@ class Evidence:
         """The updates that the swapped slots feed."""
         sites = []
         for slot in self.slots():
-            sites.append("mlp_out" if slot in ("mlp", "norm2", "norm2_post", "gate_proj", "up_proj", "down_proj") else "attn_out")
+            sites.append(
+                "mlp_out"
+                if slot in ("mlp", "norm2", "norm2_post", "gate_proj", "up_proj", "down_proj")
+                else "attn_out"
+            )
         return tuple(dict.fromkeys(sites))
 
 
@@ -83,20 +87,39 @@ def worth_it(e: Evidence) -> Finding | None:
         return None
     floor = e.kl("floor")
     floor_value = 0.0 if floor is None else float(floor.value)
-    numbers: dict[str, float | str] = {"kl": swap.value, "kl_lo": swap.lo, "kl_hi": swap.hi, "floor": floor_value}
+    numbers: dict[str, float | str] = {
+        "kl": swap.value,
+        "kl_lo": swap.lo,
+        "kl_hi": swap.hi,
+        "floor": floor_value,
+    }
     if swap.value <= floor_value:
         return Finding(
-            "info", "no shift", f"The output does not change: KL {swap.value:.2g} nats, at the floor.", numbers
+            "info",
+            "no shift",
+            f"The output does not change: KL {swap.value:.2g} nats, at the floor.",
+            numbers,
         )
     said = f"KL {swap.value:.3g} nats per token [{swap.lo:.3g}, {swap.hi:.3g}]"
     if zero is None or not zero.value > 0:
-        return Finding("medium", "the output shifts", f"{said}; no deletion control was run to judge it by.", numbers)
+        return Finding(
+            "medium",
+            "the output shifts",
+            f"{said}; no deletion control was run to judge it by.",
+            numbers,
+        )
     share = swap.value / zero.value
     difference = e.kl(stat="mean_minus_zero")
     numbers |= {"kl_zero": zero.value, "share_of_zero": share}
     if difference is None or not np.isfinite(difference.lo):
-        return Finding("medium", "the output shifts", f"{said}; {share:.0%} of what deleting costs.", numbers)
-    numbers |= {"minus_zero": difference.value, "minus_zero_lo": difference.lo, "minus_zero_hi": difference.hi}
+        return Finding(
+            "medium", "the output shifts", f"{said}; {share:.0%} of what deleting costs.", numbers
+        )
+    numbers |= {
+        "minus_zero": difference.value,
+        "minus_zero_lo": difference.lo,
+        "minus_zero_hi": difference.hi,
+    }
     paired = f"swap minus zero {difference.value:+.3g} [{difference.lo:+.3g}, {difference.hi:+.3g}]"
     if difference.lo > 0:
         return Finding(
@@ -139,8 +162,8 @@ def local_error(e: Evidence) -> Finding | None:
         return Finding(
             "high",
             f"layer {layer}: the update misses its target by more than its own size",
-            f"On the teacher's own input, {site} of layer {layer} is off by {worst.value:.2f} times its norm; an update "
-            "of zero would be off by 1.",
+            f"On the teacher's own input, {site} of layer {layer} is off by {worst.value:.2f} times its norm; an "
+            "update of zero would be off by 1.",
             numbers,
         )
     return Finding(
@@ -166,8 +189,8 @@ def scale(e: Evidence) -> Finding | None:
     return Finding(
         "medium" if abs(worst.value) > 1 else "low",
         f"layer {layer}: the update is {factor:.2f} times its size",
-        f"{site} of layer {layer} has {factor:.2f} times the norm of the original (geometric mean over tokens). Scale and "
-        "mean are what a closed-form correction mends first.",
+        f"{site} of layer {layer} has {factor:.2f} times the norm of the original (geometric mean over tokens). "
+        "Scale and mean are what a closed-form correction mends first.",
         {"layer": layer, "site": site, "norm_factor": factor},
     )
 
@@ -186,8 +209,8 @@ def depth(e: Evidence) -> Finding | None:
     return Finding(
         "medium" if growth > 2 else "info",
         f"the shift {word} behind the swap",
-        f"The stream is off by {first_row.value:.3f} of its norm leaving layer {after} and by {last_row.value:.3f} leaving "
-        f"layer {last} ({growth:.2f} times).",
+        f"The stream is off by {first_row.value:.3f} of its norm leaving layer {after} and by {last_row.value:.3f} "
+        f"leaving layer {last} ({growth:.2f} times).",
         {"rel_l2_after_swap": first_row.value, "rel_l2_last": last_row.value, "growth": growth},
     )
 
@@ -195,8 +218,12 @@ def depth(e: Evidence) -> Finding | None:
 def late_tokens(e: Evidence) -> Finding | None:
     t = e.table
     rows = t[
-        (t.student == "swap") & (t["mode"] == "free") & (t.metric == "kl") & (t.site == "logits")
-        & (t.stat == "mean") & (t.position != "all")
+        (t.student == "swap")
+        & (t["mode"] == "free")
+        & (t.metric == "kl")
+        & (t.site == "logits")
+        & (t.stat == "mean")
+        & (t.position != "all")
     ]
     if len(rows) < 3:
         return None
@@ -214,7 +241,12 @@ def late_tokens(e: Evidence) -> Finding | None:
             if grows
             else "The first tokens lose most: look at the sink (position 0) and at an empty memory."
         ),
-        {"kl_early": early.value, "kl_late": late.value, "early": early.position, "late": late.position},
+        {
+            "kl_early": early.value,
+            "kl_late": late.value,
+            "early": early.position,
+            "late": late.position,
+        },
     )
 
 
@@ -231,8 +263,8 @@ def premise(e: Evidence) -> Finding | None:
     return Finding(
         "medium",
         f"layer {layer} is not a small correction",
-        f"{site} of the original has {worst.value:.2f} times the norm of the stream it is added to: an error here is an error "
-        "of the stream.",
+        f"{site} of the original has {worst.value:.2f} times the norm of the stream it is added to: an error here "
+        "is an error of the stream.",
         {"layer": layer, "site": site, "update_size": worst.value},
     )
 
@@ -252,5 +284,10 @@ def _parallel(e: Evidence) -> str | None:
     clause = e.clauses[0]
     if clause["mechanism"] == "parallel" or clause["slot"] in ("final_norm", "rope"):
         return None
-    where = f"layer{clause['layer']}" if len(e.swapped) == 1 else f"layers[{','.join(map(str, e.swapped))}]"
-    return f'mismatch trace --model {e.model} --swap "{where}.{clause["slot"]}:parallel({clause["mechanism"]}, alpha=0.1)"'
+    where = (
+        f"layer{clause['layer']}"
+        if len(e.swapped) == 1
+        else f"layers[{','.join(map(str, e.swapped))}]"
+    )
+    swap = f"{where}.{clause['slot']}:parallel({clause['mechanism']}, alpha=0.1)"
+    return f'mismatch trace --model {e.model} --swap "{swap}"'

@@ -95,7 +95,11 @@ class Job:
             sample=min(1.0, config.moment_tokens / cut.tokens),
             seed=config.seed,
         )
-        prints = {"settings": config.fingerprint(), "model": teacher.info.sha256, "text": cut.fingerprint}
+        prints = {
+            "settings": config.fingerprint(),
+            "model": teacher.info.sha256,
+            "text": cut.fingerprint,
+        }
         prints["ranks"] = str(self.ranks.world)
         if self.folder is not None:
             self.folder.write_plan(plan_dict(swap.plan, plan_warnings(swap.plan, cut.seq_len)))
@@ -110,7 +114,9 @@ class Job:
                 batch_size=config.batch_size,
                 reference=self._reference(),
                 ranks=self.ranks,
-                state=None if self.path is None else State(self.path / "state" / f"rank{self.ranks.rank}"),
+                state=None
+                if self.path is None
+                else State(self.path / "state" / f"rank{self.ranks.rank}"),
                 fingerprint=prints,
                 progress=advance,
                 run=_backend(config.backend),
@@ -120,7 +126,9 @@ class Job:
             return Result(Run(self.path, {"run_id": "", "status": "done"}), [])
         swapped = {s.name: s.plan.layers for s in students} | {FLOOR: ()}
         rows = collector.rows(swapped)
-        return self._finish(rows, swap, cut, held_out, {"setup": loaded - started, "run": time.monotonic() - loaded})
+        return self._finish(
+            rows, swap, cut, held_out, {"setup": loaded - started, "run": time.monotonic() - loaded}
+        )
 
     def _students(self, calibration: texts.Documents) -> list[Student]:
         config, teacher = self.config, self.teacher
@@ -133,7 +141,10 @@ class Job:
         }
         swap = self.student or calibrated_swap(teacher, config.swap_spec, **options)
         controls = control_specs(config.controls, swap.plan)
-        return [swap, *(calibrated_swap(teacher, s, name=name, **options) for name, s in controls.items())]
+        return [
+            swap,
+            *(calibrated_swap(teacher, s, name=name, **options) for name, s in controls.items()),
+        ]
 
     def _reference(self) -> Layout | None:
         """The model in float32, for the floor of a run in another format."""
@@ -156,7 +167,12 @@ class Job:
         return _Bar(cut, shown)
 
     def _finish(
-        self, rows: list[dict[str, Any]], swap: Student, cut: Windows, held_out: texts.Documents, seconds: dict[str, float]
+        self,
+        rows: list[dict[str, Any]],
+        swap: Student,
+        cut: Windows,
+        held_out: texts.Documents,
+        seconds: dict[str, float],
     ) -> Result:
         config = self.config
         plan = plan_dict(swap.plan, plan_warnings(swap.plan, cut.seq_len))
@@ -181,7 +197,9 @@ class Job:
         if self.folder is None:
             name = run_id(config.model, spec.format(config.swap_spec), config.to_dict())
             frame = table.as_table([row | {"run_id": name} for row in rows])
-            run = Run.in_memory(frame, {"run_id": name, "status": "done", **facts}, plan, config.to_dict())
+            run = Run.in_memory(
+                frame, {"run_id": name, "status": "done", **facts}, plan, config.to_dict()
+            )
             return Result(run, self._diagnose(frame, plan, swap))
         folder = self.folder
         frame = folder.write_table(rows)
@@ -194,7 +212,13 @@ class Job:
 
     def _diagnose(self, frame: Any, plan: dict[str, Any], swap: Student) -> list[Finding]:
         return diagnose(
-            Evidence(frame, swap.plan.layers, self.teacher.layout.n_layers, self.config.model, tuple(plan["clauses"]))
+            Evidence(
+                frame,
+                swap.plan.layers,
+                self.teacher.layout.n_layers,
+                self.config.model,
+                tuple(plan["clauses"]),
+            )
         )
 
 

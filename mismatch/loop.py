@@ -16,7 +16,7 @@ import torch
 
 from mismatch.collect import Collector
 from mismatch.layout import Layout
-from mismatch.ranks import Ranks
+from mismatch.ranks import ALONE, Ranks
 from mismatch.state import State
 from mismatch.surgery import Student
 from mismatch.tracing import hooks
@@ -35,7 +35,7 @@ def measure(
     *,
     batch_size: int,
     reference: Layout | None = None,
-    ranks: Ranks = Ranks(),
+    ranks: Ranks = ALONE,
     state: State | None = None,
     fingerprint: Mapping[str, Any] | None = None,
     progress: Callable[[int], None] = lambda windows: None,

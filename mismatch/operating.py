@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from mismatch import models, spec, surgery
 from mismatch import data as texts
+from mismatch import models, spec, surgery
 from mismatch.checking import placed
 from mismatch.layout import Layout
 from mismatch.surgery import Student

@@ -55,6 +55,9 @@ class Ranks:
         return None if asked == "auto" else asked
 
 
+ALONE = Ranks()
+
+
 @contextmanager
 def joined() -> Iterator[Ranks]:
     """Join the process group that torchrun set up, if any, for as long as the context lives."""

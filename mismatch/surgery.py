@@ -1,9 +1,9 @@
 """Replace parts of a model, know exactly what was replaced, and put everything back.
 
-The student is a second module tree over the SAME tensors: a deep copy whose parameters and buffers are shared. The teacher
-is never touched, both run side by side, and no weight exists twice. Surgery replaces modules, never adds hooks to change a
-value (nnsight reads values before hooks). The one hook that is added carries the 2-D padding mask to mechanisms, because
-transformers hands none to the layers of an unpadded batch.
+The student is a second module tree over the SAME tensors: a deep copy whose parameters and buffers are shared. The
+teacher is never touched, both run side by side, and no weight exists twice. Surgery replaces modules, never adds hooks
+to change a value (nnsight reads values before hooks). The one hook that is added carries the 2-D padding mask to
+mechanisms, because transformers hands none to the layers of an unpadded batch.
 """
 
 from __future__ import annotations
@@ -62,14 +62,6 @@ class Plan:
         """The first replaced layer; None when only the final norm is replaced."""
         return min(self.layers, default=None)
 
-    def lines(self) -> list[str]:
-        """One line per mechanism and slot: where, what became what, and what happened to the parameters."""
-        groups: dict[tuple, list[Replaced]] = {}
-        for clause in self.clauses:
-            key = (clause.slot, clause.mechanism, str(clause.args), clause.old)
-            groups.setdefault(key, []).append(clause)
-        return [_line(group) for group in groups.values()]
-
 
 @dataclass
 class Student:
@@ -91,7 +83,9 @@ class Student:
 
     def whole_blocks(self) -> frozenset[int]:
         """Layers whose block was replaced as a whole: what is inside them is not what is added to the stream."""
-        return frozenset(c.layer for c in self.plan.clauses if c.slot == "block" and c.layer is not None)
+        return frozenset(
+            c.layer for c in self.plan.clauses if c.slot == "block" and c.layer is not None
+        )
 
 
 def graft(model: nn.Module) -> nn.Module:
@@ -132,9 +126,10 @@ def operate(
     for index, placement in enumerate(placements):
         path = student.layout.slot_path(placement.layer, placement.slot)
         original = model.get_submodule(path)
-        key = (placement.layer, placement.slot, placement.call)
 
-        def build(call: Call, module: nn.Module, place: Placement = placement, at: int = index) -> nn.Module:
+        def build(
+            call: Call, module: nn.Module, place: Placement = placement, at: int = index
+        ) -> nn.Module:
             context = Context(
                 layer=place.layer,
                 slot=place.slot,
@@ -166,7 +161,9 @@ def construct(call: Call, original: nn.Module, context: Context) -> nn.Module:
         SurgeryError: the mechanism's own error, or any other exception, named with mechanism, layer and slot.
     """
     cls = mechanisms().get(call.name)
-    where = f"`{call.name}` at {'final_norm' if context.layer is None else f'layer {context.layer}'}"
+    where = (
+        f"`{call.name}` at {'final_norm' if context.layer is None else f'layer {context.layer}'}"
+    )
     try:
         return cls(original, cls.Config(**call.arguments()), context)
     except MismatchError:
@@ -217,25 +214,3 @@ def _audit(placement: Placement, path: str, original: nn.Module, new: nn.Module)
         state=type(new).state,
         notes=tuple(new.notes()),
     )
-
-
-def _line(group: list[Replaced]) -> str:
-    first = group[0]
-    args = ", ".join(f"{k}={v}" for k, v in first.args.items())
-    layers = [c.layer for c in group if c.layer is not None]
-    where = "final_norm" if not layers else f"layer {layers[0]}" if len(layers) == 1 else (
-        f"{len(layers)} layers ({', '.join(map(str, layers))})"
-    )
-    counts = ", ".join(
-        f"{word} {_human(sum(sum(getattr(c, kind).values()) for c in group))}"
-        for word, kind in (("inherited", "inherited"), ("new", "new_parameters"), ("dropped", "dropped"))
-    )
-    slot = "" if where == "final_norm" else f" {first.slot}"
-    return f"{where}{slot}: {first.old} -> {first.new}({args})   {counts}"
-
-
-def _human(n: int) -> str:
-    for unit, size in (("B", 10**9), ("M", 10**6), ("k", 10**3)):
-        if n >= size:
-            return f"{n / size:.3g}{unit}"
-    return str(n)

@@ -45,7 +45,14 @@ def calibrate(
         for (layer, slot, _), calibrator in wanted.items():
             at = last if layer is None else layer
 
-            def show(_module: Any, args: Any, kwargs: Any, out: Any, sees: Sees = calibrator, at: int = at) -> None:
+            def show(
+                _module: Any,
+                args: Any,
+                kwargs: Any,
+                out: Any,
+                sees: Sees = calibrator,
+                at: int = at,
+            ) -> None:
                 given = args[0] if args else kwargs["hidden_states"]
                 sees.update(given, tensor_of(out), bulk[at].to(given.device))
 

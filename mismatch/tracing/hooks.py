@@ -57,7 +57,7 @@ def tapping(layout: Layout, taps: Sequence[Tap], visit: Visit) -> Iterator[None]
         yield
 
 
-def _hook(tap: Tap, module: nn.Module, visit: Visit):  # noqa: ANN202 (torch's handle type is private)
+def _hook(tap: Tap, module: nn.Module, visit: Visit):
     if tap.side == "out":
         return module.register_forward_hook(lambda _m, _a, out: visit(tap, tensor_of(out)))
 
@@ -68,9 +68,7 @@ def _hook(tap: Tap, module: nn.Module, visit: Visit):  # noqa: ANN202 (torch's h
 
 
 @contextmanager
-def skipping(
-    layout: Layout, start: int, stop: int | None, stream: Tensor | None
-) -> Iterator[None]:
+def skipping(layout: Layout, start: int, stop: int | None, stream: Tensor | None) -> Iterator[None]:
     """Blocks outside `[start, stop)` pass on what they are given; block `start - 1` gives the stored `stream`.
 
     The skipped modules stay in place (a model may read attributes of them); only their `forward` is shadowed.

@@ -1,8 +1,8 @@
 """The same run on nnsight 0.8, for researchers who work in it. The only file that imports nnsight.
 
-Traps that shaped it (measured): a wrapper built before surgery silently reads the OLD module, so a fresh one is built for
-every run; values must be read in forward order; the `with` body must stand on its own lines in a file on disk; importing
-nnsight patches `Tensor.backward`, so it is imported late, and only when asked for.
+Traps that shaped it (measured): a wrapper built before surgery silently reads the OLD module, so a fresh one is
+built for every run; values must be read in forward order; the `with` body must stand on its own lines in a file on
+disk; importing nnsight patches `Tensor.backward`, so it is imported late, and only when asked for.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 Names and shapes are not enough: a module can have the right name and feed nothing. So on a few tokens:
 1. every site fires exactly once per forward, as `batch pos d_model`;
-2. the parts add up: resid_mid = resid_pre + attn_out, resid_post = resid_mid + mlp_out, and one block's resid_post is the
-   next one's resid_pre;
+2. the parts add up: resid_mid = resid_pre + attn_out, resid_post = resid_mid + mlp_out, and one block's resid_post
+   is the next one's resid_pre;
 3. the head on the final states gives the model's own logits, bit for bit;
 4. the suffix from the middle block, given the stored stream, gives the same final states, bit for bit;
 5. a change of attn_out, of mlp_out and of resid_post moves the logits.
@@ -38,7 +38,9 @@ def prove(layout: Layout) -> None:
             raise _wrong(layout, tap.layer, tap.site, "fires more than once per forward")
         if value.shape != (*ids.shape, layout.d_model):
             wanted = (*ids.shape, layout.d_model)
-            raise _wrong(layout, tap.layer, tap.site, f"has shape {tuple(value.shape)}, not {wanted}")
+            raise _wrong(
+                layout, tap.layer, tap.site, f"has shape {tuple(value.shape)}, not {wanted}"
+            )
         values[tap.layer, tap.site] = value
 
     every = [t for layer in range(layout.n_layers) for t in taps(layout, layer)]
@@ -66,7 +68,9 @@ def prove(layout: Layout) -> None:
                 )
         for tap in taps(layout, middle):
             if tap.side == "out" and not _moves(layout, ids, tap, final):
-                raise _wrong(layout, tap.layer, tap.site, "can be changed without changing the output")
+                raise _wrong(
+                    layout, tap.layer, tap.site, "can be changed without changing the output"
+                )
 
 
 def _adds_up(layout: Layout, values: dict[tuple[int, str], Tensor]) -> None:
@@ -96,14 +100,17 @@ def _moves(layout: Layout, ids: Tensor, tap: Tap, final: Tensor) -> bool:
 
     handle = tap.module(layout).register_forward_hook(nudge)
     try:
-        return not torch.equal(layout.decoder(input_ids=ids, use_cache=False).last_hidden_state, final)
+        return not torch.equal(
+            layout.decoder(input_ids=ids, use_cache=False).last_hidden_state, final
+        )
     finally:
         handle.remove()
 
 
 def _wrong(layout: Layout, layer: int, site: str, what: str) -> LayoutError:
     return LayoutError(
-        f"layout `{layout.family.name}` does not fit this {type(layout.model).__name__}: {site} of layer {layer} {what}",
+        f"layout `{layout.family.name}` does not fit this {type(layout.model).__name__}: "
+        f"{site} of layer {layer} {what}",
         hint="was the model changed before it came here? `mismatch` wants the untouched model",
     )
 
@@ -120,7 +127,9 @@ def prove_student(teacher: Layout, student: Layout, first: int | None) -> None:
     if first is None or first == 0:
         return
     device = next(teacher.model.parameters()).device
-    ids = torch.randint(0, teacher.vocab, (1, TOKENS), generator=torch.Generator().manual_seed(0)).to(device)
+    ids = torch.randint(
+        0, teacher.vocab, (1, TOKENS), generator=torch.Generator().manual_seed(0)
+    ).to(device)
     wanted = [t for layer in range(first) for t in taps(teacher, layer)]
     ours: dict[Tap, Tensor] = {}
     theirs: dict[Tap, Tensor] = {}
@@ -129,7 +138,12 @@ def prove_student(teacher: Layout, student: Layout, first: int | None) -> None:
         whole = hooks.run(student, ids, wanted, theirs.__setitem__)
         for tap in wanted:
             if not torch.equal(ours[tap], theirs[tap]):
-                raise _wrong(student, tap.layer, tap.site, f"changed, although the first swap is at layer {first}")
+                raise _wrong(
+                    student,
+                    tap.layer,
+                    tap.site,
+                    f"changed, although the first swap is at layer {first}",
+                )
         suffix = hooks.run(student, ids, (), ours.__setitem__, start=first, stream=ours[wanted[-1]])
         if not torch.equal(suffix, whole):
             raise LayoutError(

@@ -2,12 +2,13 @@
 
 ```
 teacher   block 0 .. block k-1 | block k .. block L-1  final         all of it, once
-student                          block k .. block L-1  final         starts from the teacher's stream entering block k
-forced                           block k, block j, ...               each swapped block alone on the teacher's own stream
+student                          block k .. block L-1  final         from the teacher's stream entering k
+forced                           block k, block j, ...               each swapped block on the teacher's stream
 ```
-Blocks before the first swapped one are the same modules over the same tensors, so running them again could only repeat
-the teacher: handing the stored stream to block k is bit-exact (proved on every loaded model by `mismatch.tracing.probe`).
-The teacher's values of this one batch, from block k on, live until every student has met them; nothing lives longer.
+Blocks before the first swapped one are the same modules over the same tensors, so running them again could only
+repeat the teacher: handing the stored stream to block k is bit-exact (proved on every model by
+`mismatch.tracing.probe`). The teacher's values of this batch, from block k on, live until every student has met
+them; nothing lives longer.
 """
 
 from __future__ import annotations
@@ -112,7 +113,9 @@ class _Pairing:
     def free(self, ids: Tensor, run: Callable[..., Tensor]) -> None:
         runner = self.runner
         ids = ids if runner.rows is None else ids[: runner.rows]
-        wanted = [t for layer in range(runner.start(), runner.layout.n_layers) for t in self._taps(layer)]
+        wanted = [
+            t for layer in range(runner.start(), runner.layout.n_layers) for t in self._taps(layer)
+        ]
 
         def pair(tap: Tap, value: Tensor) -> None:
             self._meet("free", tap.layer, tap.site, value)
@@ -158,7 +161,9 @@ class _Pairing:
         _check_finite(value, self.runner.name, layer, site)
         stored = self.kept[layer, site]
         if layer is not None and stored._version != self.versions[layer, site]:
-            raise RunError(f"the teacher's {site} of layer {layer} was changed in place after it was stored")
+            raise RunError(
+                f"the teacher's {site} of layer {layer} was changed in place after it was stored"
+            )
         stored = stored if self.runner.rows is None else stored[: self.runner.rows]
         self.met(Meeting(self.runner.name, mode, layer, site, stored, value))
 
