@@ -53,23 +53,34 @@ def _same_data(runs: Sequence[Run]) -> bool:
     return len({str(run.manifest.get("data_fingerprint")) for run in runs}) == 1
 
 
+def letter(index: int) -> str:
+    """A, B, ... Z, AA, AB: what a run is called in the figures."""
+    return (letter(index // 26 - 1) if index >= 26 else "") + chr(ord("A") + index % 26)
+
+
 def labels(runs: Sequence[Run]) -> list[str]:
-    """A name for each run: its swap; with model or folder where that is needed to tell them apart."""
-    names = [str(run.manifest.get("swap", run.run_id)) for run in runs]
-    if len({run.manifest.get("model") for run in runs}) > 1:
-        names = [f"{r.manifest.get('model')} {n}" for r, n in zip(runs, names, strict=True)]
+    """`A layer12:infini`: letter and swap, with the model where there are several."""
+    several = len({run.manifest.get("model") for run in runs}) > 1
     return [
-        f"{name} [{run.path.name}]" if names.count(name) > 1 else name
-        for run, name in zip(runs, names, strict=True)
+        " ".join(
+            str(word)
+            for word in (
+                letter(i),
+                run.manifest.get("model") if several else "",
+                run.manifest.get("swap", run.run_id),
+            )
+            if word
+        )
+        for i, run in enumerate(runs)
     ]
 
 
 def together(runs: Sequence[Run]) -> pd.DataFrame:
-    """The swaps of all runs as students of one table, each under its label; and their floors."""
+    """The swaps of all runs as students of one table, each under its letter; and their floors."""
     parts = []
-    for run, label in zip(runs, labels(runs), strict=True):
+    for i, run in enumerate(runs):
         kept = run.table[run.table["student"].isin(["swap", "floor"])]
-        parts.append(kept.assign(student=kept["student"].replace("swap", label)))
+        parts.append(kept.assign(student=kept["student"].replace("swap", letter(i))))
     return pd.concat(parts, ignore_index=True)
 
 
@@ -135,10 +146,16 @@ def page(runs: Sequence[Run], *, same_data: bool = True) -> str:
         *(_plate(*plate) for plate in plates),
         tag("h2", "Runs"),
         grid(
-            ("run", "folder", "model", "command"),
+            ("", "run", "folder", "model", "command"),
             [
-                (r.run_id, r.path.name, r.manifest.get("model"), r.manifest.get("command"))
-                for r in runs
+                (
+                    letter(i),
+                    r.run_id,
+                    r.path.name,
+                    r.manifest.get("model"),
+                    r.manifest.get("command"),
+                )
+                for i, r in enumerate(runs)
             ],
         ),
     )
@@ -171,7 +188,9 @@ def _output(run: Run) -> dict[str, str]:
         return {}
     rows = q.pick(run.table, quantity, **where).set_index("student")
     return {
-        student: style.interval(*rows.loc[student, ["value", "lo", "hi"]])
+        student: style.number(rows.loc[student, "value"])
+        if student == "floor"
+        else style.interval(*rows.loc[student, ["value", "lo", "hi"]])
         for student in who
         if student in rows.index
     }

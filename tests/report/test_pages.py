@@ -212,7 +212,10 @@ def test_runs_on_different_data_are_refused_unless_told(tmp_path, run_dir):
         compare([run_dir])
 
 
-def test_runs_with_one_swap_are_told_apart_by_their_folders(tmp_path, run_dir):
-    runs = [load_run(run_dir), load_run(make(tmp_path / "two"))]
-    assert labels(runs) == [f"layer12:infini(segment=256) [{name}]" for name in ("one", "two")]
-    assert set(together(runs)["student"]) == {*labels(runs), "floor"}
+def test_runs_have_letters(tmp_path, run_dir):
+    runs = [load_run(run_dir)] * 28
+    assert labels(runs)[:2] == [f"{name} layer12:infini(segment=256)" for name in "AB"]
+    assert labels(runs)[27] == "AB layer12:infini(segment=256)"
+    assert set(together(runs[:2])["student"]) == {"A", "B", "floor"}
+    other = load_run(make(tmp_path / "two", model="gpt2"))
+    assert labels([runs[0], other])[1] == "B gpt2 layer12:infini(segment=256)"
