@@ -79,7 +79,7 @@ class RunFolder:
 
     @property
     def run_id(self) -> str:
-        return self.manifest["run_id"]
+        return str(self.manifest["run_id"])
 
     @classmethod
     def create(
@@ -233,6 +233,8 @@ class Run:
         Raises:
             RunError: the run has none yet, or it cannot be read.
         """
+        if self.path is None:
+            raise RunError("this run was not written, and its table was not kept")
         return tables.from_parquet(read_bytes(self.path / "metrics.parquet"))
 
     @classmethod
@@ -250,11 +252,7 @@ class Run:
 
     @property
     def run_id(self) -> str:
-        return self.manifest["run_id"]
-
-    def writer(self) -> RunFolder:
-        """To add a report or figures to a finished run."""
-        return RunFolder(self.path, dict(self.manifest))
+        return str(self.manifest["run_id"])
 
 
 def load_run(path: Path | str) -> Run:

@@ -37,9 +37,9 @@ def compare(
     loaded = [load_run(run) for run in runs]
     same = _same_data(loaded)
     if not same and not any_data:
-        lines = [f"  {r.path}: {r.manifest.get('data_fingerprint')}" for r in loaded]
+        lines = [f"  {run.path}: {_text(run)}" for run in loaded]
         raise UsageError(
-            "these runs saw different data (data_fingerprint):\n" + "\n".join(lines),
+            "these runs saw different data (fingerprint of the text):\n" + "\n".join(lines),
             hint="trace them on the same --data, --tokens and --seq-len, "
             "or compare them all the same with any_data",
         )
@@ -50,7 +50,12 @@ def compare(
 
 
 def _same_data(runs: Sequence[Run]) -> bool:
-    return len({str(run.manifest.get("data_fingerprint")) for run in runs}) == 1
+    return len({_text(run) for run in runs}) == 1
+
+
+def _text(run: Run) -> str:
+    """The fingerprint of the text that a run saw; its own id where it has none."""
+    return str(run.manifest.get("fingerprints", {}).get("text", run.run_id))
 
 
 def letter(index: int) -> str:
@@ -151,7 +156,7 @@ def page(runs: Sequence[Run], *, same_data: bool = True) -> str:
                 (
                     letter(i),
                     r.run_id,
-                    r.path.name,
+                    r.path.name if r.path else "-",
                     r.manifest.get("model"),
                     r.manifest.get("command"),
                 )

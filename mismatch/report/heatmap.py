@@ -51,10 +51,9 @@ def colours(cells: pd.DataFrame, norm: Normalize, signed: bool) -> np.ndarray:
     """RGBA of each cell. What is not a value has a colour that is not on the scale."""
     scale = mpl.colormaps[style.SIGNED_MAP if signed else style.DISTANCE_MAP]
     value = cells["value"].to_numpy(dtype=float)
-    shown = np.where(cells["kind"] == "value", value, norm.vmax if not signed else 0.0)
-    if not signed:
-        shown = np.maximum(shown, norm.vmin)
-    rgba = scale(np.asarray(norm(np.where(np.isfinite(shown), shown, norm.vmax)), dtype=float))
+    low, high = float(norm.vmin or 0.0), float(norm.vmax or 1.0)
+    shown = np.clip(np.where(cells["kind"] == "value", value, high), low, high)
+    rgba = scale(np.ma.getdata(norm(shown)))
     for kind, colour in (("zero", style.ZERO), ("floor", style.FLOOR), ("missing", style.MISSING)):
         rgba[(cells["kind"] == kind).to_numpy()] = to_rgba(colour)
     return rgba
@@ -103,7 +102,7 @@ def heatmap(
         quantity, cells = panels[0]
         draw_panel(ax, cells, quantity, colour_norm([cells], quantity.signed))
         ax.set_xlabel("layer")
-        return ax.figure
+        return style.figure_of(ax)
     rows = panels[0][1]["row"].nunique()
     figure = style.new_figure(width, 0.95 + len(panels) * (0.46 + 0.165 * rows))
     axes = figure.subplots(len(panels), 1, squeeze=False)[:, 0]
@@ -180,7 +179,7 @@ def draw_panel(
         np.arange(len(rows) + 1) - 0.5,
         rgba,
         edgecolors="white",
-        linewidth=0.4 if ax.figure.get_figwidth() / layers > 0.15 else 0.1,
+        linewidth=0.4 if style.figure_of(ax).get_figwidth() / layers > 0.15 else 0.1,
     )
     missing = (cells["kind"] == "missing").to_numpy().reshape(len(rows), layers)
     for row, layer in np.argwhere(missing):
@@ -230,7 +229,7 @@ def _colour_bar(ax: Axes, cells: pd.DataFrame, quantity: Quantity, norm: Normali
     )
     floor = float(cells["floor"].max()) if cells["floor"].notna().any() else 0.0
     extend = "neither" if signed or floor == 0 else "min"
-    bar = ax.figure.colorbar(
+    bar = style.figure_of(ax).colorbar(
         ScalarMappable(norm, scale),
         ax=ax,
         extend=extend,

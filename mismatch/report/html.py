@@ -92,8 +92,8 @@ def write_html(run_dir: Path | str, output: Path | str | None = None) -> Path:
         RunError: no run there, or a file cannot be written.
     """
     run = load_run(run_dir)
-    folder = run.path / "figures" if output is None else None
-    path = run.path / "report.html" if output is None else Path(output)
+    folder = Path(run_dir) / "figures" if output is None else None
+    path = Path(run_dir) / "report.html" if output is None else Path(output)
     data = page(run, draw(run, folder)).encode()
     write_atomic(path, lambda file: file.write(data))
     return path
@@ -241,7 +241,7 @@ def _tensors(clause: dict[str, Any]) -> Html:
 def _plate(plate: Plate, drawn: bytes | str) -> Html:
     if isinstance(drawn, str):
         return join([tag("h3", plate.title), tag("p", f"Not drawn: {drawn}.")])
-    caption = f"{plate.reading} Numbers: figures/{plate.name}.csv"
+    caption = f"{plate.reading} Numbers, in the run folder: figures/{plate.name}.csv"
     return join([tag("h3", plate.title), picture(drawn, plate.title, caption)])
 
 
@@ -304,6 +304,8 @@ def _glossary(run: Run) -> Html:
 
 
 def _again(run: Run) -> Html:
+    if run.path is None:
+        return tag("p", "This run was traced from Python and not written to a folder.")
     return join(
         [
             tag("pre", run.manifest.get("command", "")),

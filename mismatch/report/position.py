@@ -74,7 +74,7 @@ def by_position(
     """
     data = by_position_data(table, metric, site, stage=stage, dictionary=dictionary)
     quantity = q.quantity(metric, dictionary)
-    figure = ax.figure if ax is not None else style.new_figure(width, 2.7)
+    figure = style.figure_of(ax) if ax is not None else style.new_figure(width, 2.7)
     axis = ax if ax is not None else figure.subplots()
     if ax is None:
         lengths = " and ".join(str(s) for s in segments(plan))
@@ -126,7 +126,7 @@ def _draw(ax: Axes, data: pd.DataFrame, borders: list[int]) -> None:
         [((a + 1) * (b + 2)) ** 0.5 for a, b in zip(bins["start"], bins["end"], strict=True)],
         [str(p).replace("-", "\u2013") for p in bins["position"]],
     )
-    if ax.figure.get_figwidth() < 5:
+    if style.figure_of(ax).get_figwidth() < 5:
         ax.tick_params(axis="x", rotation=45)
     ax.xaxis.minorticks_off()
     ax.tick_params(axis="x", length=0)

@@ -51,7 +51,7 @@ def depth_profile(
     if ax is not None:
         _draw(ax, table, q.quantity(names[0], dictionary), site, mode, stage)
         ax.set_xlabel("layer")
-        return ax.figure
+        return style.figure_of(ax)
     figure = style.new_figure(width, 0.8 + 1.95 * len(names))
     axes = figure.subplots(len(names), 1, sharex=True, squeeze=False)[:, 0]
     style.frame(
@@ -154,7 +154,7 @@ def _draw(
             layer, 0, marker="^", ms=6, color=style.OUTLINE, clip_on=False, zorder=5,
             transform=ax.get_xaxis_transform(),
         )  # fmt: skip
-    room = swapped[0] / layers * ax.figure.get_figwidth() if swapped else 0.0
+    room = swapped[0] / layers * style.figure_of(ax).get_figwidth() if swapped else 0.0
     if not shown or room > 1:  # inch
         middle = (swapped[0] - 0.5) / 2 if shown else (layers - 1) / 2
         where = "before the swap" if shown else "at every layer"

@@ -12,10 +12,10 @@ from __future__ import annotations
 import io
 import textwrap
 from collections.abc import Callable, Sequence
-from functools import wraps
+from functools import partial, wraps
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import IO, Any, ParamSpec, TypeVar
 
 import matplotlib as mpl
 import pandas as pd
@@ -23,6 +23,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from mismatch.errors import UsageError
 from mismatch.files import json_text, write_atomic
 
 WIDTH = 7.0
@@ -58,7 +59,7 @@ _SPARE = (
     ("#44aa99", "p"),
 )
 
-_RC = {
+_RC: Any = {
     "font.family": "DejaVu Sans",  # comes with matplotlib: the same figure on every machine
     "font.size": 8,
     "axes.titlesize": 8,
@@ -115,6 +116,14 @@ def new_figure(width: float, height: float) -> Figure:
     return figure
 
 
+def figure_of(ax: Axes) -> Figure:
+    """The whole figure that an axis is in."""
+    figure = ax.get_figure(root=True)
+    if figure is None:
+        raise UsageError("this axis is in no figure", hint="make it with figure.subplots()")
+    return figure
+
+
 def frame(figure: Figure, title: str, caption: str) -> None:
     """Title above and caption below, wrapped to the width; the figure grows by their lines."""
     width, height = figure.get_size_inches()
@@ -128,9 +137,9 @@ def frame(figure: Figure, title: str, caption: str) -> None:
 
 def panel_title(ax: Axes, label: str, summary: str = "") -> None:
     """The name of a panel at its left, and what it asks in small type at its right if it fits."""
-    room = int(ax.figure.get_figwidth() * 10)
+    room = int(figure_of(ax).get_figwidth() * 10)
     ax.set_title(textwrap.fill(label, room), pad=5, fontweight="bold")
-    if len(label) * 1.3 + len(summary) < ax.figure.get_figwidth() * 17:
+    if len(label) * 1.3 + len(summary) < figure_of(ax).get_figwidth() * 17:
         ax.set_title(summary, loc="right", pad=5, fontsize=6.5, color=FAINT)
 
 
@@ -172,7 +181,7 @@ def spread(heights: Sequence[float], gap: float) -> list[float]:
 
 def label_ends(ax: Axes, ends: Sequence[tuple[float, float, str, str]]) -> None:
     """Write names at the right ends of lines. Each end is (x, y, text, colour), in data units."""
-    ax.figure.draw_without_rendering()  # the layout must stand before places are measured
+    figure_of(ax).draw_without_rendering()  # the layout must stand before places are measured
     transform = ax.transData
     points = [transform.transform((x, y)) for x, y, _, _ in ends]
     gap = 9 * ax.figure.dpi / 72
@@ -215,7 +224,7 @@ def save(
     Raises:
         RunError: a file cannot be written.
     """
-    contents = {
+    contents: dict[str, bytes] = {
         "png": to_bytes(figure, "png"),
         "svg": to_bytes(figure, "svg"),
         "csv": data.to_csv(index=False, lineterminator="\n").encode(),
@@ -223,5 +232,9 @@ def save(
     }
     for kind, content in contents.items():
         path = Path(folder) / f"{name}.{kind}"
-        write_atomic(path, lambda file, content=content: file.write(content))
+        write_atomic(path, partial(_put, content))
     return contents["svg"]
+
+
+def _put(content: bytes, file: IO[bytes]) -> None:
+    file.write(content)

@@ -25,7 +25,7 @@ def make(path, table=None, swap="layer12:infini(segment=256)", findings=None, **
     folder.write_plan(s.PLAN)
     folder.write_findings(s.FINDINGS if findings is None else findings)
     folder.write_table(s.synthetic(layers=4, swapped=(1,)) if table is None else table)
-    folder.finish("done", **{"data_fingerprint": "ab12", **manifest})
+    folder.finish("done", **{"fingerprints": {"text": "ab12"}, **manifest})
     return folder.path
 
 
@@ -200,7 +200,7 @@ def test_runs_are_compared_on_one_page(tmp_path, run_dir):
 
 
 def test_runs_on_different_data_are_refused_unless_told(tmp_path, run_dir):
-    other = make(tmp_path / "two", data_fingerprint="ffff")
+    other = make(tmp_path / "two", fingerprints={"text": "ffff"})
     with pytest.raises(UsageError, match="saw different data") as caught:
         compare([run_dir, other], tmp_path / "c.html")
     assert "ab12" in str(caught.value)
