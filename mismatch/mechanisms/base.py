@@ -1,14 +1,17 @@
 """What every mechanism is, and what surgery hands to it.
 
-A *mechanism* takes the place of one part of a pretrained model (attention, MLP, norm, block). It is called exactly as
-that part was called and returns the same structure, so that the rest of the model does not notice. There are two kinds:
+A *mechanism* takes the place of one part of a pretrained model (attention, MLP, norm, block). It is
+called exactly as that part was called and returns the same structure, so that the rest of the model
+does not notice. There are two kinds:
 
-    Mechanism   a replacement: builds its own forward, and inherits what it can of the original. An inherited tensor
-                IS the original's Parameter (the same object), never a copy; a new one takes its dtype and device
+    Mechanism   a replacement: builds its own forward, and inherits what it can of the original. An
+                inherited tensor IS the original's Parameter (the same object), never a copy; a new
+                one takes its dtype and device
     Wrapper     keeps the original inside, calls it, and changes what goes in or what comes out
 
-A mechanism file reads alone: equation, source, what is inherited / new / dropped, identity limit, state. Mechanism
-files do not import one another; what they share is here, in `calling.py`, in `projections.py` and in `segments.py`.
+A mechanism file reads alone: equation, source, what is inherited / new / dropped, identity limit,
+state. Mechanism files do not import one another; what they share is here, in `calling.py`, in
+`projections.py` and in `segments.py`.
 """
 
 from __future__ import annotations
@@ -24,10 +27,11 @@ from mismatch.errors import SurgeryError
 
 
 class Host:
-    """What a part must know of the running forward and is not told by its caller: which tokens are padding.
+    """What a part must know of the running forward and its caller does not say: the padding.
 
-    Surgery owns one Host per student and sets `mask` in a forward pre-hook on the decoder. Llama-like models hand an
-    unpadded batch no mask at all, and a padded batch a 4-D mask from which the padding cannot be read back.
+    Surgery owns one Host per student and sets `mask` in a forward pre-hook on the decoder.
+    Llama-like models hand an unpadded batch no mask at all, and a padded batch a 4-D mask from
+    which the padding cannot be read back.
     """
 
     def __init__(self) -> None:
@@ -36,15 +40,16 @@ class Host:
 
     @property
     def mask(self) -> Tensor | None:
-        """The 2-D attention mask of the running forward, `batch total`, 1 = real token; None = no padding."""
+        """The 2-D attention mask of the running forward, `batch total`, 1 = real token; None = no
+        padding."""
         return self._mask
 
     @mask.setter
     def mask(self, mask: Tensor | None) -> None:
         if mask is not None and mask.ndim != 2:
             raise SurgeryError(
-                f"the model was called with a {mask.ndim}-D attention mask {tuple(mask.shape)}; swapped parts read "
-                "padding from a 2-D mask [batch, tokens]",
+                f"the model was called with a {mask.ndim}-D attention mask {tuple(mask.shape)}; "
+                "swapped parts read padding from a 2-D mask [batch, tokens]",
                 hint="pass the tokenizer's attention_mask",
             )
         self._mask = mask
@@ -52,21 +57,24 @@ class Host:
         self._real = None if mask is None or bool(mask.all()) else mask.bool()
 
     def full(self) -> Tensor | None:
-        """Bool `batch total` over cached and new tokens, True = real; None when every token is real."""
+        """Bool `batch total` over cached and new tokens, True = real; None when every token is
+        real."""
         return self._real
 
     def padding(self, query_len: int) -> Tensor | None:
-        """Bool `batch query_len` over the new tokens, True = real token; None when every token is real."""
+        """Bool `batch query_len` over the new tokens, True = real token; None when every token is
+        real."""
         return None if self._real is None else self._real[:, -query_len:]
 
 
 @runtime_checkable
 class Calibrator(Protocol):
-    """Measures the ORIGINAL part on calibration text before a mechanism is built from what it measured."""
+    """Measures the ORIGINAL part on calibration text before a mechanism is built from what it
+    measured."""
 
     def update(self, inputs: Tensor, outputs: Tensor, keep: Tensor) -> None:
-        """Take one batch: `inputs`, `outputs` of the part, `batch pos d`; `keep` bool `batch pos`, the bulk tokens
-        (real, not position 0, not massive)."""
+        """Take one batch: `inputs`, `outputs` of the part, `batch pos d`; `keep` bool `batch pos`,
+        the bulk tokens (real, not position 0, not massive)."""
 
 
 @dataclass
@@ -82,7 +90,8 @@ class Context:
         host: what the running forward tells (padding).
         seed: base of every random draw; draws also depend on layer and slot, never on build order.
         calibration: the calibrator after its pass, or None (always None on the meta device).
-        build: `build(call, original) -> Mechanism` for a mechanism that nests another; from surgery.
+        build: `build(call, original) -> Mechanism` for a mechanism that nests another; from
+            surgery.
     """
 
     layer: int | None
@@ -107,7 +116,8 @@ class Context:
 
 
 class Mechanism(nn.Module):
-    """A replacement for one part. Subclasses set the class attributes as literals: `explain` reads them by `ast`."""
+    """A replacement for one part. Subclasses set the class attributes as literals: `explain` reads
+    them by `ast`."""
 
     Config: ClassVar[type]
     slots: ClassVar[tuple[str, ...]]  # where it may go; the first is the default
@@ -127,7 +137,8 @@ class Mechanism(nn.Module):
         return None
 
     def notes(self) -> tuple[str, ...]:
-        """What a reader of the plan must know about this mechanism in this place; no line = nothing."""
+        """What a reader of the plan must know about this mechanism in this place; no line =
+        nothing."""
         return ()
 
     def extra_repr(self) -> str:
@@ -135,7 +146,8 @@ class Mechanism(nn.Module):
 
 
 class Wrapper(Mechanism):
-    """Keeps the original and calls it. Unknown attributes are looked up on the original, as the host may do."""
+    """Keeps the original and calls it. Unknown attributes are looked up on the original, as the
+    host may do."""
 
     def __init__(self, original: nn.Module, config: Any, context: Context) -> None:
         super().__init__(original, config, context)
@@ -159,7 +171,8 @@ def innermost(module: nn.Module) -> nn.Module:
 
 
 def tensor_kind(original: nn.Module) -> dict[str, Any]:
-    """`dtype` and `device` for new tensors: those of the original's first floating-point parameter."""
+    """`dtype` and `device` for new tensors: those of the original's first floating-point
+    parameter."""
     for parameter in original.parameters():
         if parameter.is_floating_point():
             return {"dtype": parameter.dtype, "device": parameter.device}
@@ -167,7 +180,7 @@ def tensor_kind(original: nn.Module) -> dict[str, Any]:
 
 
 def need_calibration(original: nn.Module, context: Context, name: str) -> Any:
-    """The calibrator handed in by surgery; None only on the meta device, where placeholders are enough.
+    """The calibrator handed in by surgery; None on the meta device, where placeholders will do.
 
     Raises:
         SurgeryError: real weights, but no calibration.
@@ -175,6 +188,6 @@ def need_calibration(original: nn.Module, context: Context, name: str) -> Any:
     if context.calibration is None and tensor_kind(original)["device"].type != "meta":
         raise SurgeryError(
             f"`{name}` at {context.where} is built from a calibration pass, and none was run",
-            hint="build it through mismatch.swap or mismatch.trace with calibration text (data=...)",
+            hint="build it through mismatch.swap or mismatch.trace, with calibration text",
         )
     return context.calibration

@@ -2,8 +2,8 @@
 
 | part | called with | returns |
 |---|---|---|
-| attention | `hidden_states`, `attention_mask`, `position_ids`, `past_key_values`, `position_embeddings` as keywords | 2-tuple |
-| attention, gpt2 / gpt_neox | `hidden_states` positional; the cache is called `layer_past` in gpt_neox | 2-tuple |
+| attention | keywords `hidden_states attention_mask position_ids past_key_values` ... | 2-tuple |
+| attention, gpt2 and gpt_neox | `hidden_states` positional; gpt_neox says `layer_past` | 2-tuple |
 | block | `hidden_states` positional, the rest as for attention | Tensor |
 | mlp, norms, projections | one Tensor, positional | Tensor |
 """
@@ -18,7 +18,8 @@ CACHE_NAMES = ("past_key_values", "layer_past")
 
 
 def hidden_in(args: tuple, kwargs: dict[str, Any]) -> Tensor:
-    """The stream that goes into a part, `batch pos d`: the first positional argument or `hidden_states`."""
+    """The stream that goes into a part, `batch pos d`: the first positional argument or
+    `hidden_states`."""
     return args[0] if args else kwargs["hidden_states"]
 
 

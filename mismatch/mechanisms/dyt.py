@@ -2,13 +2,24 @@
 
     y = gamma * tanh(alpha x) + beta
 
-Source: Zhu et al., arXiv 2503.10622 (eq. 4). alpha is one learnable number per norm, no statistic of the token is taken.
-A norm divides each token by its own rms, so near 0 DyT equals it for tokens whose rms is 1 / alpha; the paper's 0.5 is for
-a model trained from scratch. Here alpha is measured on the norm's own input over calibration text: ALPHA_DOC
+Source: Zhu et al., arXiv 2503.10622 (eq. 4). alpha is one learnable number per norm, no statistic
+of the token is taken. A norm divides each token by its own rms, so near 0 DyT equals it for tokens
+whose rms is 1 / alpha; the paper's 0.5 is for a model trained from scratch. Here alpha = 1 / rms of
+the norm's own input over bulk calibration tokens (real, not position 0, not massive). Measured on
+SmolLM2-135M, layer 12, 3 x 512 tokens of Wikipedia, KL in nats by choice of alpha:
 
-Inherited (inherit=true): gamma, and a LayerNorm's beta; gemma stores gamma - 1 and is read so. New: alpha (1 value), and
-with inherit=false gamma = 1, beta = 0. Dropped: eps, and the division. Massive tokens (norms of thousands) saturate the
-tanh: that is the mechanism, not an accident of the swap.
+    alpha                        norm1   norm2
+    1 / rms                      .0594   .0486
+    mean of 1 / token rms        .0593   .0488
+    1 / median token rms         .0594   .0486
+    least squares to the norm    .0594   .0563
+    2 / rms                      .0738   .1324
+    1 / mean |x|                 .0754   .1327
+    0.5 (the paper's)            .1079   .2801
+
+Inherited (inherit=true): gamma, and a LayerNorm's beta; gemma stores gamma - 1 and is read so. New:
+alpha (1 value), and with inherit=false gamma = 1, beta = 0. Dropped: eps, and the division. Massive
+tokens (norms of thousands) saturate the tanh: that is the mechanism, not an accident of the swap.
 """
 
 from __future__ import annotations
@@ -52,7 +63,9 @@ class InputScale:
             SurgeryError: no token was seen, or every input was 0.
         """
         if self.squares == 0:
-            raise SurgeryError("the calibration text has no usable token", hint="give a longer text")
+            raise SurgeryError(
+                "the calibration text has no usable token", hint="give a longer text"
+            )
         return (self.count / self.squares) ** 0.5
 
 
@@ -67,12 +80,15 @@ class DyT(Mechanism):
 
     def __init__(self, original: nn.Module, config: DyTConfig, context: Context) -> None:
         """Raises:
-        SurgeryError: the original is not a norm with a gain, or alpha has to be measured and was not.
+        SurgeryError: the original is not a norm with a gain, or alpha has to be measured and was
+            not.
         """
         super().__init__(original, config, context)
         weight = getattr(original, "weight", None)
         if not isinstance(weight, nn.Parameter) or weight.ndim != 1:
-            raise SurgeryError(f"{context.where}: {type(original).__name__} is not a norm with a gain")
+            raise SurgeryError(
+                f"{context.where}: {type(original).__name__} is not a norm with a gain"
+            )
         kind = tensor_kind(original)
         bias = getattr(original, "bias", None)
         self.offset = gain_offset(original)
@@ -94,7 +110,9 @@ class DyT(Mechanism):
     def forward(self, x: Tensor) -> Tensor:
         """`... d` in and out; computed in float32 at least, as the norms are."""
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        y = torch.tanh(self.alpha.to(wide.dtype) * wide) * (self.offset + self.weight.to(wide.dtype))
+        y = torch.tanh(self.alpha.to(wide.dtype) * wide) * (
+            self.offset + self.weight.to(wide.dtype)
+        )
         y = y if self.bias is None else y + self.bias.to(wide.dtype)
         return y.to(x.dtype)
 

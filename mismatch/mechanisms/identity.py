@@ -2,8 +2,8 @@
 
     y = original(x)
 
-If any number of a trace with `identity` is not its null value, then the plumbing changes the model, not the mechanism.
-Inherited: everything. New, dropped: nothing.
+If any number of a trace with `identity` is not its null value, then the plumbing changes the model,
+not the mechanism. Inherited: everything. New, dropped: nothing.
 """
 
 from __future__ import annotations

@@ -1,32 +1,39 @@
-"""infini: Infini-attention, segment-local softmax attention plus a compressive memory of all earlier segments.
+"""infini: segment-local attention plus a compressive memory of all earlier segments.
 
-Source: arXiv 2404.07143v2 (Munkhdalai, Faruqui, Gopal), section 2.1 to 2.3. For segment s of N tokens, per head,
-sigma = ELU + 1 element-wise:
+Source: arXiv 2404.07143v2 (Munkhdalai, Faruqui, Gopal), section 2.1 to 2.3. For segment s of N
+tokens, per head, sigma = ELU + 1 element-wise:
 
-    A_dot = softmax(scaling Q K^T) V      causal, inside the segment                                (eq. 6)
-    A_mem = sigma(Q) M / (sigma(Q) z)     the memory BEFORE this segment                            (eq. 7)
-    M <- M + sigma(K)^T V                 update=linear                                             (eq. 8)
-    M <- M + sigma(K)^T (V - sigma(K) M / (sigma(K) z))      update=delta                           (eq. 9)
-    z <- z + sum_t sigma(K_t)             under both rules
-    A = sigmoid(gate) A_mem + (1 - sigmoid(gate)) A_dot      one gate per query head                (eq. 10)
+    A_dot = softmax(scaling Q K^T) V         causal, inside the segment                   (eq. 6)
+    A_mem = sigma(Q) M / (sigma(Q) z)        the memory BEFORE this segment               (eq. 7)
+    M <- M + sigma(K)^T V                    update=linear                                (eq. 8)
+    M <- M + sigma(K)^T (V - sigma(K) M / (sigma(K) z))      update=delta                 (eq. 9)
+    z <- z + sum_t sigma(K_t)                under both rules
+    A = sigmoid(gate) A_mem + (1 - sigmoid(gate)) A_dot      one gate per query head      (eq. 10)
 
-The memory is read, then written, once per segment, with queries and keys that carry no position; A_dot has the model's
-own rotary embedding, scaling, softcap and sliding window (the paper prints softmax(QK^T / sqrt(d_model)); a swap must
-keep what the module was trained with). Gradients flow through the memory into all earlier segments.
+The memory is read, then written, once per segment, with queries and keys that carry no position;
+A_dot has the model's own rotary embedding, scaling, softcap and sliding window (the paper prints
+softmax(QK^T / sqrt(d_model)); a swap must keep what the module was trained with). Gradients flow
+through the memory into all earlier segments.
 
 What the paper leaves open, as decided here:
-  empty memory     M = z = 0 reads as 0. first_segment=blend is the paper's text: the first segment's output is
-                   (1 - sigmoid(gate)) A_dot, half of it at gate 0. first_segment=local leaves it whole: no gate while z = 0
-  GQA              one memory per kv head; query head h reads that of kv head h // (H / KV), as in the softmax
-  padding          segments count from the first real token of a row; pads are not written, read or attended
-  last segment     a part of a segment is attended and is not yet in the memory
-  dtype            M, z and the blend in float32 at least (z overflows float16 after some 4,000 tokens)
-  sinks            the first `sinks` real tokens stay visible to the softmax of every later segment (not in the paper;
-                   in layer 12 of SmolLM2 the lost attention sink is most of the damage)
-  feature_map      elu (the paper), softmax([x, -x]) over 2 D features, or learned: softmax([Wx, -Wx]), W a D x D matrix per
-                   query head for queries and per kv head for keys, identity at first (Hedgehog, arXiv 2402.04347)
 
-Inherited: every projection, bias and query/key norm. New: H gates (and the learned maps). Dropped: nothing.
+    empty memory  M = z = 0 reads as 0. first_segment=blend is the paper's text: the first segment's
+                  output is (1 - sigmoid(gate)) A_dot, half of it at gate 0. first_segment=local
+                  leaves it whole: no gate while z = 0
+    GQA           one memory per kv head; query head h reads that of kv head h // (H / KV), as in
+                  the softmax
+    padding       segments count from the first real token of a row; pads are not written, read or
+                  attended
+    last segment  a part of a segment is attended and is not yet in the memory
+    dtype         M, z and the blend in float32 at least (z overflows float16 after 4,000 tokens)
+    sinks         the first `sinks` real tokens stay visible to the softmax of every later segment
+                  (not in the paper; in layer 12 of SmolLM2 the lost sink is most of the damage)
+    feature_map   elu (the paper); softmax([x, -x]) over 2 D features; learned: softmax([Wx, -Wx]),
+                  W a D x D matrix per query head for queries and per kv head for keys, identity
+                  at first (Hedgehog, arXiv 2402.04347)
+
+Inherited: every projection, bias and query/key norm. New: H gates (and the learned maps). Dropped:
+nothing.
 """
 
 from __future__ import annotations
@@ -43,7 +50,7 @@ from mismatch.mechanisms.calling import cache_in, hidden_in
 from mismatch.mechanisms.projections import AttentionParts
 from mismatch.mechanisms.segments import Grid, SegmentState, entry
 
-# A smaller sigma(Q) z is no memory of this query; dividing by it would overflow the gradient in float32.
+# A smaller sigma(Q) z is no memory of this query; dividing by it would overflow float32 gradients.
 EMPTY = 1e-20
 
 
@@ -52,7 +59,8 @@ class InfiniConfig:
     segment: Annotated[int, ">= 1"] = 256
     """Tokens per segment. A text that fits into one never reads the memory."""
     update: Literal["linear", "delta"] = "linear"
-    """How a segment is written: added (eq. 8), or added minus what its keys already return (eq. 9)."""
+    """How a segment is written: added (eq. 8), or added minus what its keys already return (eq.
+    9)."""
     gate_init: float = 0.0
     """Gate of every head before training; sigmoid(gate) is the share of the memory."""
     feature_map: Literal["elu", "softmax", "learned"] = "elu"
@@ -60,7 +68,8 @@ class InfiniConfig:
     sinks: Annotated[int, ">= 0"] = 0
     """First tokens of the text that every later segment goes on attending to."""
     first_segment: Literal["blend", "local"] = "blend"
-    """While the memory is empty: blend it all the same (the paper), or take local attention alone."""
+    """While the memory is empty: blend it all the same (the paper), or take local attention
+    alone."""
 
 
 class Infini(AttentionParts):
@@ -70,8 +79,9 @@ class Infini(AttentionParts):
     slots = ("attn",)
     identity = "segment >= length, and gate_init -> -inf or first_segment=local"
     state = (
-        "per row and kv head one matrix (features x D) and one vector (features) in float32, whatever the length; "
-        "keys, values and keys without position of at most segment - 1 tokens; the sinks' keys and values"
+        "per row and kv head one matrix (features x D) and one vector (features) in float32, "
+        "whatever the length; keys, values and keys without position of at most segment - 1 "
+        "tokens; the sinks' keys and values"
     )
     source = "arXiv 2404.07143v2, section 2, eq. 6-10"
 
@@ -89,8 +99,8 @@ class Infini(AttentionParts):
         if self.settings.first_segment == "blend":
             share = torch.sigmoid(torch.tensor(-self.settings.gate_init)).item()
             notes.append(
-                f"first segment: the memory is empty and the blend keeps {share:.2f} of local attention "
-                "(first_segment=local keeps all of it)"
+                f"first segment: the memory is empty and the blend keeps {share:.2f} of local "
+                "attention (first_segment=local keeps all of it)"
             )
         if self.window is not None and self.window < self.settings.segment:
             notes.append(f"local attention keeps the module's own window of {self.window} tokens")
@@ -103,7 +113,9 @@ class Infini(AttentionParts):
         keep = self.context.host.padding(x.shape[1])
         if keep is not None and keep.shape != x.shape[:2]:
             raise SurgeryError(
-                f"{self.context.where}: padding mask {tuple(keep.shape)} for an input {tuple(x.shape[:2])}"
+                f"{self.context.where}: padding mask {tuple(keep.shape)} for an input "
+                f"{tuple(x.shape[:2])}",
+                hint="a part of the model was called by itself after a padded batch",
             )
         grid = Grid(state.seen, keep, *x.shape[:2], self.settings.segment, x.device)
         q, k, v = self.qkv(x)
@@ -113,9 +125,13 @@ class Infini(AttentionParts):
         k_rot_grid = grid.place(k_rot, opened.get("open_k_rot"))
         v_grid = grid.place(v, opened.get("open_v"))
         sinks = self._sinks(k_rot, v, grid, opened)
-        local = self._local(grid.place(q_rot)[..., grid.queries, :], k_rot_grid, v_grid, sinks, grid)
+        local = self._local(
+            grid.place(q_rot)[..., grid.queries, :], k_rot_grid, v_grid, sinks, grid
+        )
         with torch.autocast(x.device.type, enabled=False):
-            read, memory = self._memory(grid.place(q)[..., grid.queries, :], k_grid, v_grid, grid, opened)
+            read, memory = self._memory(
+                grid.place(q)[..., grid.queries, :], k_grid, v_grid, grid, opened
+            )
             heads = self._blend(read, local, grid)
         if cache is not None:
             opened = {"open_k": k_grid, "open_k_rot": k_rot_grid, "open_v": v_grid}
@@ -151,7 +167,8 @@ class Infini(AttentionParts):
     def _sinks(
         self, k: Tensor, v: Tensor, grid: Grid, rows: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """Keys (rotated) and values of the first `sinks` real tokens, `batch KV sinks D`; empty where there are none."""
+        """Keys (rotated) and values of the first `sinks` real tokens, `batch KV sinks D`; empty
+        where there are none."""
         if self.settings.sinks == 0:
             return {}
         found = {}
@@ -166,7 +183,8 @@ class Infini(AttentionParts):
     def _memory(
         self, q: Tensor, k: Tensor, v: Tensor, grid: Grid, rows: dict[str, Tensor]
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """A_mem, `batch H S queries D`, and the memory after the last complete segment of each row."""
+        """A_mem, `batch H S queries D`, and the memory after the last complete segment of each
+        row."""
         wide = torch.promote_types(v.dtype, torch.float32)
         closed = grid.closed
         phi_k = self._positive(k[:, :, :closed].to(wide), "map_k")
@@ -199,14 +217,17 @@ class Infini(AttentionParts):
 
 
 def elu_plus_one(x: Tensor) -> Tensor:
-    """ELU(x) + 1, as x + 1 and exp(x): `elu(x) + 1` rounds to 0 below -17 in float32, and z must stay > 0."""
+    """ELU(x) + 1, as x + 1 and exp(x): `elu(x) + 1` rounds to 0 below -17 in float32, and z must
+    stay > 0."""
     return torch.where(x > 0, x + 1, x.clamp(max=0).exp())
 
 
 def retrieve(phi: Tensor, memory: Tensor, norm: Tensor) -> Tensor:
-    """Eq. 7: `... pos features`, `... features D`, `... features` -> `... pos D`; 0 from an empty memory."""
+    """Eq. 7: `... pos features`, `... features D`, `... features` -> `... pos D`; 0 from an empty
+    memory."""
     weight = phi @ norm.unsqueeze(-1)
-    # Filled in BEFORE the division: a `where` around 0 / 0 hides the NaN of the value, not that of its gradient.
+    # Filled in BEFORE the division: a `where` around 0 / 0 hides the NaN of the value and not that
+    # of its gradient.
     return (phi @ memory) / weight.masked_fill(weight < EMPTY, 1.0)
 
 
@@ -219,7 +240,8 @@ def linear(phi: Tensor, v: Tensor, memory: Tensor, norm: Tensor) -> tuple[Tensor
         memory, norm: before the first, `batch KV features D` and `batch KV features`.
 
     Returns:
-        memory and norm BEFORE segment 0, 1, ..., S: `batch KV S+1 features D` and `batch KV S+1 features`.
+        memory and norm BEFORE segment 0, 1, ..., S: `batch KV S+1 features D` and `batch KV S+1
+        features`.
     """
     added = torch.cat([memory[:, :, None], phi.transpose(-1, -2) @ v], dim=2)
     counted = torch.cat([norm[:, :, None], phi.sum(-2)], dim=2)
@@ -227,8 +249,9 @@ def linear(phi: Tensor, v: Tensor, memory: Tensor, norm: Tensor) -> tuple[Tensor
 
 
 def delta(phi: Tensor, v: Tensor, memory: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
-    """Eq. 9, segment after segment; arguments and result as for `linear`. All N reads of a segment see the memory before
-    it. Writing a known pair again leaves the memory as it is, but z still grows: the paper's rule halves what it reads."""
+    """Eq. 9, segment after segment; arguments and result as for `linear`. All N reads of a segment
+    see the memory before it. Writing a known pair again leaves the memory as it is, but z still
+    grows: the paper's rule halves what it reads."""
     memories, norms = [memory], [norm]
     for s in range(phi.shape[2]):
         known = retrieve(phi[:, :, s], memories[-1], norms[-1])

@@ -1,11 +1,11 @@
-"""mean: the part's output is replaced by its mean over calibration text. The control "delete it, keep its bias".
+"""mean: the part's output becomes its mean over calibration text. The control "keep only the bias".
 
     y = m,   m = E[original(x)] over bulk tokens (real, not position 0, not massive)
 
-Behind it the layers receive the mean they expect and no information; what `mean` still breaks is what the part computes,
-what only `zero` breaks is a constant that a bias could carry. The same vector goes to every position, position 0
-included. The original still runs, for shapes and cache. Inherited: everything, unused. New: the mean (d values, a buffer,
-not trained). Dropped: nothing.
+Behind it the layers receive the mean they expect and no information; what `mean` still breaks is
+what the part computes, what only `zero` breaks is a constant that a bias could carry. The same
+vector goes to every position, position 0 included. The original still runs, for shapes and cache.
+Inherited: everything, unused. New: the mean (d values, a buffer, not trained). Dropped: nothing.
 """
 
 from __future__ import annotations

@@ -2,11 +2,12 @@
 
     cos := 1, sin := 0        so that rotate(q, k) = q, k
 
-Source: Kazemnejad et al., arXiv 2305.19466 (NoPE). Only what the rotary embedding carried is lost; the causal mask still
-tells early from late. The attention factor of YaRN and longrope rides on cos and sin and is no position, so it is
-kept: cos := factor. One layer or all of them; the other layers keep theirs. Refused where there is nothing to take
-away: gpt2 (learned positions, added once to the embeddings) and layers that have no rotary embedding (smollm3).
-Inherited: everything. New, dropped: nothing.
+Source: Kazemnejad et al., arXiv 2305.19466 (NoPE). Only what the rotary embedding carried is lost;
+the causal mask still tells early from late. The attention factor of YaRN and longrope rides on cos
+and sin and is no position, so it is kept: cos := factor. One layer or all of them; the other layers
+keep theirs. Refused where there is nothing to take away: gpt2 (learned positions, added once to the
+embeddings) and layers that have no rotary embedding (smollm3). Inherited: everything. New, dropped:
+nothing.
 """
 
 from __future__ import annotations
@@ -61,7 +62,8 @@ class NoPE(Wrapper):
 
 
 def identity_rotation(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """cos and sin of no rotation, in their shapes; the attention factor (the length of (cos, sin)) stays."""
+    """cos and sin of no rotation, in their shapes; the attention factor (the length of (cos, sin))
+    stays."""
     factor = torch.hypot(cos[:1, :1, :1].float(), sin[:1, :1, :1].float())
     factor = torch.where((factor - 1).abs() < ROUNDING, 1.0, factor)
     return torch.ones_like(cos) * factor.to(cos.dtype), torch.zeros_like(sin)

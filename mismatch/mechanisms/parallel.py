@@ -1,12 +1,13 @@
-"""parallel: the original stays, and another mechanism is added beside it, scaled by one learnable number.
+"""parallel: the original stays, and another mechanism is added beside it, scaled by one number.
 
     y = original(x) + alpha * inner(x)
 
-`layer12:parallel(infini, alpha=0)` starts as the untouched model, to the bit, and lets training decide how much of the
-new part it wants. `inner` is built from the same original and inherits its tensors: both paths then share the projections,
-and training one trains the other (freeze them to train the new tensors alone). Each path keeps its own state: the cache
-entry of the layer becomes a pair. Inherited: the original, and what `inner` inherits. New: alpha, and what is new in
-`inner`. Dropped: nothing.
+`layer12:parallel(infini, alpha=0)` starts as the untouched model, to the bit, and lets training
+decide how much of the new part it wants. `inner` is built from the same original and inherits its
+tensors: both paths then share the projections, and training one trains the other (freeze them to
+train the new tensors alone). Each path keeps its own state: the cache entry of the layer becomes a
+pair. Inherited: the original, and what `inner` inherits. New: alpha, and what is new in `inner`.
+Dropped: nothing.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ class Parallel(Wrapper):
         super().__init__(original, config, context)
         if context.build is None:
             raise SurgeryError(
-                f"`parallel` at {context.where} nests `{config.inner}`, and nobody said how to build it",
+                f"`parallel` at {context.where} nests `{config.inner}`, and nothing can build it",
                 hint="build it through mismatch.swap",
             )
         self.inner = context.build(config.inner, original)
@@ -74,7 +75,8 @@ class Parallel(Wrapper):
 def _with_state(
     path: nn.Module, cache: Any, layer: int, pair: PairLayer, side: str, args: tuple, kwargs: dict
 ) -> Any:
-    """Run one path on a view of the cache in which this layer's entry is its own side of the pair."""
+    """Run one path on a view of the cache in which this layer's entry is its own side of the
+    pair."""
     view = Cache(layers=[*cache.layers])
     view.layers[layer] = getattr(pair, side)
     output = path(*args, **with_cache(kwargs, view))
@@ -83,7 +85,8 @@ def _with_state(
 
 
 class PairLayer(CacheLayerMixin):
-    """Cache entry of two paths. To the model it is the original's entry, `outer`; the second is `inner`."""
+    """Cache entry of two paths. To the model it is the original's entry, `outer`; the second is
+    `inner`."""
 
     def __init__(self, outer: CacheLayerMixin, inner: CacheLayerMixin) -> None:
         self.outer = outer
@@ -156,10 +159,13 @@ def _pair(cache: Any, layer: int) -> PairLayer:
         return found
     if found.get_seq_length() > 0:
         raise SurgeryError(
-            f"layer {layer} of this cache ({type(found).__name__}) was written by a model without `parallel`",
+            f"layer {layer} of this cache ({type(found).__name__}) was written by a model without "
+            "`parallel`",
             hint="a cache belongs to one model: start the student with an empty one",
         )
-    # The inner path starts from an entry of the same kind, so that an inner attention finds what it expects.
-    second = type(found)(sliding_window=found.sliding_window) if found.is_sliding else DynamicLayer()
+    # The inner path starts from an entry of the same kind, which is what an attention expects.
+    second = (
+        type(found)(sliding_window=found.sliding_window) if found.is_sliding else DynamicLayer()
+    )
     cache.layers[layer] = PairLayer(found, second)
     return cache.layers[layer]

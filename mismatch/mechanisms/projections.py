@@ -2,15 +2,17 @@
 
 Softmax attention of every supported family is
 
-    q, k, v = qkv(x)                 projections, biases, query/key norms; BEFORE any position encoding
-    q, k    = rotate(q, k, cos/sin)  the family's own rotary embedding (partial rotary, layers without)
-    a       = attend(q, k, v, mask)  softmax(cap(scaling q k^T)) v, query head h reads kv head h // (H / KV)
+    q, k, v = qkv(x)                 projections, biases, query/key norms; BEFORE any position
+    q, k    = rotate(q, k, cos/sin)  the family's own rotary embedding (partial; layers without)
+    a       = attend(q, k, v, mask)  softmax(cap(scaling q k^T)) v; query head h reads kv head
+                                     h // (H / KV)
     y       = project(a)             output projection
 
-and `AttentionParts` takes these pieces out of the module that is replaced, by looking at which attributes it has: the
-projections and norms stay the original's modules under the original's names, so their parameters are inherited. Whatever
-it cannot account for is refused: another class of attention, a parameter it does not know, learned sinks, attention
-that is not causal. That rebuilding softmax attention from the pieces gives the original is a test, for every family.
+and `AttentionParts` takes these pieces out of the module that is replaced, by looking at which
+attributes it has: the projections and norms stay the original's modules under the original's names,
+so their parameters are inherited. Whatever it cannot account for is refused: another class of
+attention, a parameter it does not know, learned sinks, attention that is not causal. That
+rebuilding softmax attention from the pieces gives the original is a test, for every family.
 
 | pieces | families |
 |---|---|
@@ -36,7 +38,7 @@ from mismatch.mechanisms.base import Context, Mechanism
 # names of the modules that make q, k, v; then the one that makes the output
 SEPARATE = (("q_proj", "k_proj", "v_proj"), "o_proj")
 FUSED = {"qkv_proj": "o_proj", "query_key_value": "dense", "c_attn": "c_proj"}
-# These two read their window from the config, for every layer; the others have an attribute per module.
+# These two read their window from the config, for every layer; the others have one per module.
 WINDOW_IN_CONFIG = ("MistralAttention", "Phi3Attention")
 
 
@@ -98,7 +100,7 @@ class AttentionParts(Mechanism):
         """q, k, v flat: `batch pos heads*D`."""
         if len(self._inputs) == 3:
             q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
-            # olmo2 normalises over all heads at once, before they are split; qwen3 and gemma3 each head.
+            # olmo2 normalises over all heads at once, qwen3 and gemma3 each head.
             return (self.q_norm(q), self.k_norm(k), v) if self._wide_norm else (q, k, v)
         fused = getattr(self, self._inputs[0])(x)
         if self._inputs[0] == "query_key_value":
@@ -120,7 +122,8 @@ class AttentionParts(Mechanism):
 
         Args:
             q, k: as from `qkv`.
-            position_embeddings: (cos, sin), each `batch pos rotary`; unused where the family or this layer has no rotary.
+            position_embeddings: (cos, sin), each `batch pos rotary`; unused where the family or
+                this layer has no rotary.
         """
         return (q, k) if self._rotary is None else self._rotary(q, k, *position_embeddings)
 
@@ -130,7 +133,8 @@ class AttentionParts(Mechanism):
         Args:
             q: `batch H queries D`.
             k, v: `batch KV keys D`.
-            mask: bool, `batch or 1, 1, queries, keys`, True = may be read; None = causal, queries == keys.
+            mask: bool, `batch or 1, 1, queries, keys`, True = may be read; None = causal, queries
+                == keys.
 
         Returns:
             `batch H queries D`, dtype of `v`.
@@ -170,14 +174,16 @@ def _named_parts(original: nn.Module, context: Context) -> tuple[tuple[str, ...]
         if hasattr(original, fused) and hasattr(original, output):
             return (fused,), output
     raise SurgeryError(
-        f"{context.where}: {type(original).__name__} is not an attention whose projections are known; looked for "
-        f"{' '.join(SEPARATE[0])} {SEPARATE[1]}, " + ", ".join(f"{a} {b}" for a, b in FUSED.items()),
-        hint="put the mechanism into the `attn` slot of a supported family, directly and not over another swap",
+        f"{context.where}: {type(original).__name__} is not an attention whose projections are "
+        f"known; looked for {' '.join(SEPARATE[0])} {SEPARATE[1]}, "
+        + ", ".join(f"{a} {b}" for a, b in FUSED.items()),
+        hint="put the mechanism into the `attn` slot of a supported family",
     )
 
 
 def _refuse_unknown(original: nn.Module, parts: nn.Module, context: Context) -> None:
-    """Anything that changes the original's result and is not carried over is an error, never a silent loss."""
+    """Anything that changes the original's result and is not carried over is an error, never a
+    silent loss."""
     if isinstance(original, Mechanism):
         raise SurgeryError(
             f"{context.where}: the attention was already replaced by `{type(original).__name__}`",
@@ -187,15 +193,22 @@ def _refuse_unknown(original: nn.Module, parts: nn.Module, context: Context) -> 
     lost = [name for name, p in original.named_parameters() if id(p) not in known]
     if lost:
         raise SurgeryError(
-            f"{context.where}: {type(original).__name__} has parameters this mechanism would drop: {', '.join(lost)}",
-            hint="supported: llama mistral qwen2 qwen3 gemma2 gemma3 olmo2 phi3 smollm3 gpt2 gpt_neox",
+            f"{context.where}: {type(original).__name__} has parameters this mechanism would drop: "
+            + ", ".join(lost),
+            hint="supported: llama mistral qwen2 qwen3 gemma2 gemma3 olmo2 phi3 smollm3 gpt2 "
+            "gpt_neox",
         )
-    if getattr(original, "is_causal", True) is not True or getattr(original, "is_cross_attention", False):
-        raise SurgeryError(f"{context.where}: {type(original).__name__} is not causal self-attention")
+    if getattr(original, "is_causal", True) is not True or getattr(
+        original, "is_cross_attention", False
+    ):
+        raise SurgeryError(
+            f"{context.where}: {type(original).__name__} is not causal self-attention"
+        )
 
 
 def _rotary(original: nn.Module) -> Callable[..., tuple[Tensor, Tensor]] | None:
-    """The rotary function of the family's own file; None for gpt2 and for layers without (smollm3)."""
+    """The rotary function of the family's own file; None for gpt2 and for layers without
+    (smollm3)."""
     if not getattr(original, "use_rope", True):
         return None
     return getattr(sys.modules[type(original).__module__], "apply_rotary_pos_emb", None)

@@ -2,9 +2,10 @@
 
     w' ~ N(mean(w), std(w)),   per tensor of the original, independent entries
 
-Redrawn with the original's own mean and standard deviation (not an initialiser's), so that what differs is what was
-learned and not the scale. Draws depend on the seed, the place and the tensor's name only. Inherited: the code and the
-buffers. New: every parameter. Dropped: the original's parameters.
+Redrawn with the original's own mean and standard deviation (not an initialiser's), so that what
+differs is what was learned and not the scale. Draws depend on the seed, the place and the tensor's
+name only. Inherited: the code and the buffers. New: every parameter. Dropped: the original's
+parameters.
 """
 
 from __future__ import annotations
@@ -44,7 +45,8 @@ class Random(Wrapper):
 
 
 def redraw(original: nn.Module, key: str) -> nn.Module:
-    """A copy of `original` with every floating-point parameter drawn anew; `key` seeds the draws."""
+    """A copy of `original` with every floating-point parameter drawn anew; `key` seeds the
+    draws."""
     fresh = copy.deepcopy(original)
     with torch.no_grad():
         for name, weight in fresh.named_parameters():

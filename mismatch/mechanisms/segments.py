@@ -1,15 +1,17 @@
-"""Tokens in segments of N, whatever the padding and however they are fed; and the cache entry that carries the open one.
+"""Tokens in segments of N, however they are padded and fed; and the cache entry of the open one.
 
-A segment-wise mechanism gives the same output whether a text comes whole, in chunks or token by token, alone or in a
-padded batch, only if segments are counted from the first REAL token of each row. So tokens are laid on a grid: row by row
-the real tokens that the open segment already holds, then the new ones, cut into segments of N. Pads are on no grid; rows
-of one batch may stand at different places of their segments.
+A segment-wise mechanism gives the same output whether a text comes whole, in chunks or token by
+token, alone or in a padded batch, only if segments are counted from the first REAL token of each
+row. So tokens are laid on a grid: row by row the real tokens that the open segment already holds,
+then the new ones, cut into segments of N. Pads are on no grid; rows of one batch may stand at
+different places of their segments.
 
-    grid columns   0 ........ fill | fill ....... fill + new | nothing        (fill < N, S segments of N)
-                   open segment      new tokens of this call
+    grid columns   0 ........ fill | fill ....... fill + new | nothing
+                   open segment      new tokens of this call          (fill < N, S segments of N)
 
-What `generate()` does to a cache (reorder beams, repeat, select, reset) is done here to every row of the state. It
-reports the true number of tokens, because transformers takes positions and mask sizes from layer 0's entry.
+What `generate()` does to a cache (reorder beams, repeat, select, reset) is done here to every row
+of the state. It reports the true number of tokens, because transformers takes positions and mask
+sizes from layer 0's entry.
 """
 
 from __future__ import annotations
@@ -45,7 +47,8 @@ class SegmentState(CacheLayerMixin):
         self.is_initialized = False
 
     def advance(self, new: Tensor, length: int, rows: dict[str, Tensor]) -> None:
-        """Count `new` real tokens per row and `length` positions, and keep the rows for the next call."""
+        """Count `new` real tokens per row and `length` positions, and keep the rows for the next
+        call."""
         self.seen = new if self.seen is None else self.seen + new
         self.length += length
         self.rows = rows
@@ -76,7 +79,7 @@ class SegmentState(CacheLayerMixin):
     def crop(self, tokens_to_remove: int) -> None:
         if tokens_to_remove != 0:
             raise SurgeryError(
-                "this cache cannot be cropped: a segment that went into the memory cannot be taken out again",
+                "this cache cannot be cropped: a segment that went into the memory stays there",
                 hint="generate without assisted decoding, prompt lookup or contrastive search",
             )
 
@@ -87,10 +90,14 @@ class SegmentState(CacheLayerMixin):
         """Nothing: see `offload`."""
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        raise NotImplementedError("a segment state is written by its mechanism, not through `update`")
+        raise NotImplementedError(
+            "a segment state is written by its mechanism, not through `update`"
+        )
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        raise NotImplementedError("a segment state is written by its mechanism, not through `update`")
+        raise NotImplementedError(
+            "a segment state is written by its mechanism, not through `update`"
+        )
 
 
 def entry(cache: Any, layer_idx: int) -> SegmentState:
@@ -111,8 +118,8 @@ def entry(cache: Any, layer_idx: int) -> SegmentState:
         )
     if not isinstance(layer, DynamicLayer) or layer.get_seq_length() > 0:
         raise SurgeryError(
-            f"layer {layer_idx} of this cache ({type(layer).__name__}, {layer.get_seq_length()} tokens) was written "
-            "by another attention",
+            f"layer {layer_idx} of this cache ({type(layer).__name__}, {layer.get_seq_length()} "
+            "tokens) was written by another attention",
             hint="a cache belongs to one model: start the student with an empty one",
         )
     cache.layers[layer_idx] = SegmentState()
@@ -125,14 +132,22 @@ class Grid:
     Attributes:
         count: S, segments on the grid.
         width: columns of a segment: N, or fewer where one segment holds everything.
-        queries: the columns of a segment that hold a new token: a slice, all of them when count > 1.
+        queries: the columns of a segment that hold a new token: a slice, all of them when count >
+            1.
         done: int64 `batch` on the CPU, segments of the grid that are complete in each row.
         closed: max of `done`.
-        start: int64 `batch`, the number (from the row's first real token) of the grid's first column.
+        start: int64 `batch`, the number (from the row's first real token) of the grid's first
+            column.
     """
 
     def __init__(
-        self, seen: Tensor | None, keep: Tensor | None, batch: int, length: int, size: int, device: Any
+        self,
+        seen: Tensor | None,
+        keep: Tensor | None,
+        batch: int,
+        length: int,
+        size: int,
+        device: Any,
     ) -> None:
         """
         Args:
@@ -157,24 +172,30 @@ class Grid:
         self.queries = slice(min(first, self.width - 1), self.width)
         same = keep is None and bool((self.fill == self.fill[0]).all())
         self.offset: int | None = int(self.fill[0]) if same else None
-        rank = torch.arange(length).expand(batch, -1).to(device) if keep is None else keep.cumsum(1) - 1
+        rank = (
+            torch.arange(length).expand(batch, -1).to(device)
+            if keep is None
+            else keep.cumsum(1) - 1
+        )
         self.keep, self.rank = keep, rank
 
     def _columns(self, base: Tensor, width: int) -> Tensor:
-        """int64 `batch pos`: `base + rank` of each token, and `width` (one past the end) for pads and what lies beyond."""
+        """int64 `batch pos`: `base + rank` of each token, and `width` (one past the end) for pads
+        and what lies beyond."""
         column = (base.to(self.rank.device)[:, None] + self.rank).clamp(max=width)
         return column if self.keep is None else column.masked_fill(~self.keep, width)
 
     def scatter(self, into: Tensor, x: Tensor, base: Tensor) -> Tensor:
-        """Tokens into columns of their rows: `into` `batch heads columns D` with x `batch heads pos D` at base + rank.
-        Tokens that fall beyond the last column are left out."""
+        """Tokens into columns of their rows: `into` `batch heads columns D` with x `batch heads pos
+        D` at base + rank. Tokens that fall beyond the last column are left out."""
         width = into.shape[2]
         column = self._columns(base, width)[:, None, :, None].expand_as(x)
         room = torch.cat([into, into.new_zeros(*into.shape[:2], 1, into.shape[3])], dim=2)
         return room.scatter(2, column, x)[:, :, :width]
 
     def place(self, x: Tensor, opened: Tensor | None = None) -> Tensor:
-        """`batch heads pos D` -> `batch heads S width D`, behind what the open segment holds (`batch heads any D`)."""
+        """`batch heads pos D` -> `batch heads S width D`, behind what the open segment holds
+        (`batch heads any D`)."""
         columns = self.count * self.width
         if opened is None:
             opened = x.new_zeros(*x.shape[:2], 0, x.shape[3])
@@ -186,7 +207,8 @@ class Grid:
         return flat.unflatten(2, (self.count, self.width))
 
     def take(self, y: Tensor) -> Tensor:
-        """Grid rows back to tokens: `batch heads S queries D` -> `batch heads pos D`; pads get zeros."""
+        """Grid rows back to tokens: `batch heads S queries D` -> `batch heads pos D`; pads get
+        zeros."""
         flat = y.flatten(2, 3)
         skipped = self.queries.start
         if self.offset is not None:
@@ -196,8 +218,8 @@ class Grid:
         return _fit(flat, width + 1).gather(2, column.expand(-1, y.shape[1], -1, y.shape[-1]))
 
     def rest(self, placed: Tensor) -> Tensor:
-        """What the open segment of each row holds after this call: `batch heads columns D`, columns = the most of any
-        row; columns behind a row's own tokens hold anything."""
+        """What the open segment of each row holds after this call: `batch heads columns D`, columns
+        = the most of any row; columns behind a row's own tokens hold anything."""
         flat, most = placed.flatten(2, 3), int(self.left.max())
         if self.offset is not None:
             # Cloned: a view would keep the whole grid of this call alive in the cache.
@@ -211,7 +233,8 @@ class Grid:
         return (self.start[:, None] + self.size * torch.arange(self.count)).to(device)
 
     def after(self, stack: Tensor) -> Tensor:
-        """Of states before segment 0 .. closed (`batch heads closed+1 ...`) each row's last: `batch heads ...`."""
+        """Of states before segment 0 .. closed (`batch heads closed+1 ...`) each row's last: `batch
+        heads ...`."""
         if self.offset is not None:
             return stack[:, :, self.closed].clone()
         row = torch.arange(stack.shape[0], device=stack.device)

@@ -2,8 +2,8 @@
 
     y = x
 
-The premise of a residual stream is that one layer is a small correction; `skip` measures how small. The block still
-runs, for shapes and cache. Inherited: everything, unused. New, dropped: nothing.
+The premise of a residual stream is that one layer is a small correction; `skip` measures how small.
+The block still runs, for shapes and cache. Inherited: everything, unused. New, dropped: nothing.
 """
 
 from __future__ import annotations

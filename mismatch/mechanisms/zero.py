@@ -2,9 +2,10 @@
 
     y = 0
 
-On `attn` and `mlp` nothing is added to the stream; on a norm the part behind it gets zeros; on `block` the whole stream
-becomes zero (use `skip` to leave a block out). The original still runs: shapes, cache and positions stay right, so only
-the values are ablated. Inherited: everything, unused. New, dropped: nothing.
+On `attn` and `mlp` nothing is added to the stream; on a norm the part behind it gets zeros; on
+`block` the whole stream becomes zero (use `skip` to leave a block out). The original still runs:
+shapes, cache and positions stay right, so only the values are ablated. Inherited: everything,
+unused. New, dropped: nothing.
 """
 
 from __future__ import annotations

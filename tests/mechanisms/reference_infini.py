@@ -1,5 +1,7 @@
-"""Infini-attention as the definition reads: one row, one head, one token at a time, float64. Slow, and nothing shared
-with the fast path but the projections."""
+"""Infini-attention as the definition reads: one row, one head, one token at a time, float64.
+
+Slow, and it shares nothing with the fast path but the projections.
+"""
 
 from __future__ import annotations
 

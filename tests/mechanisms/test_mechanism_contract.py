@@ -159,7 +159,9 @@ def test_fed_in_chunks_or_token_by_token_it_is_the_whole(teacher, family, name, 
 
 @pytest.mark.parametrize("layer", (0, N_LAYERS - 1))
 @pytest.mark.parametrize("family, name", some())
-def test_generate_with_beams_and_left_padding_equals_generate_without_cache(teacher, family, name, layer):
+def test_generate_with_beams_and_left_padding_equals_generate_without_cache(
+    teacher, family, name, layer
+):
     if not fits(family, name, layer):
         pytest.skip("this layer has no rotary embedding")
     model = swap(teacher(family), text(name, layer)).model

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tiny_models import FAMILIES, N_LAYERS, tiny, tokens
 
 from mismatch.errors import SurgeryError
 from mismatch.layout import Layout
 from mismatch.mechanisms.base import Context, Host
 from mismatch.mechanisms.projections import AttentionParts
-from tiny_models import FAMILIES, N_LAYERS, tiny, tokens
 
 
 class Rebuilt(AttentionParts):
@@ -60,12 +60,16 @@ def test_parameters_are_the_originals_under_the_same_names():
 def test_an_attention_with_an_unknown_parameter_is_refused():
     original = Layout.of(tiny("llama")).blocks[1].self_attn
     original.sinks = torch.nn.Parameter(torch.zeros(4))
-    with pytest.raises(SurgeryError, match=r"layer1\.attn: LlamaAttention has parameters .* drop: sinks"):
+    with pytest.raises(
+        SurgeryError, match=r"layer1\.attn: LlamaAttention has parameters .* drop: sinks"
+    ):
         AttentionParts(original, None, context(1))
 
 
 def test_what_is_no_attention_is_refused():
-    with pytest.raises(SurgeryError, match="looked for q_proj k_proj v_proj o_proj, qkv_proj o_proj"):
+    with pytest.raises(
+        SurgeryError, match="looked for q_proj k_proj v_proj o_proj, qkv_proj o_proj"
+    ):
         AttentionParts(Layout.of(tiny("llama")).blocks[1].mlp, None, context(1))
 
 

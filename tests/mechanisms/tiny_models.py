@@ -1,7 +1,8 @@
-"""Random models of every supported family with what a mechanism must carry over switched on, and surgery in one call.
+"""Random models of every supported family with what a mechanism must carry over switched on, and
+surgery in one call.
 
-Beyond the shared `tiny` fixture: windows shorter than the texts, softcaps, biases, partial rotary embedding, layers without
-one, a scaling of their own. A piece that is lost shows.
+Beyond the shared `tiny` fixture: windows shorter than the texts, softcaps, biases, partial rotary
+embedding, layers without one, a scaling of their own. A piece that is lost shows.
 """
 
 from __future__ import annotations
@@ -43,12 +44,17 @@ EXTRA: dict[str, dict[str, Any]] = {
     "qwen2": {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1},
     "qwen3": {},
     "gemma2": {**GEMMA, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 20.0},
-    "gemma3": {**GEMMA, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
+    "gemma3": {
+        **GEMMA,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    },
     "olmo2": {},
     "phi3": {"partial_rotary_factor": 0.5, "sliding_window": 8},
     "smollm3": {"no_rope_layers": [1, 0, 1]},
     "gpt2": {"scale_attn_by_inverse_layer_idx": True, "attn_pdrop": 0.0, "resid_pdrop": 0.0},
-    "gpt_neox": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+    "gpt_neox": {
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
+    },
 }
 MODEL_TYPE = {"gemma3": "gemma3_text", "mistral_window": "mistral"}
 FAMILIES = tuple(EXTRA)
@@ -56,12 +62,14 @@ FAMILIES = tuple(EXTRA)
 
 def tiny(family: str, attn: str = "sdpa", seed: int = 0, **changes: Any) -> nn.Module:
     """A random model in eval mode, float32. Gemma2's softcap exists under eager attention only."""
-    config = AutoConfig.for_model(MODEL_TYPE.get(family, family), **{**COMMON, **EXTRA[family], **changes})
+    config = AutoConfig.for_model(
+        MODEL_TYPE.get(family, family), **{**COMMON, **EXTRA[family], **changes}
+    )
     torch.manual_seed(seed)
     attn = "eager" if family == "gemma2" else attn
     model = AutoModelForCausalLM.from_config(config, attn_implementation=attn).eval()
     with torch.no_grad():  # norms and biases are born as ones and zeros, and would hide a lost one
-        for name, weight in model.named_parameters():
+        for weight in model.parameters():
             if weight.ndim == 1:
                 weight.add_(torch.randn_like(weight) * 0.2)
     return model
@@ -96,7 +104,9 @@ def part(student: Student, layer: int = 1, slot: str = "attn") -> nn.Module:
     return student.model.get_submodule(student.layout.slot_path(layer, slot))
 
 
-def in_chunks(model: nn.Module, ids: torch.Tensor, size: int, mask: torch.Tensor | None = None) -> torch.Tensor:
+def in_chunks(
+    model: nn.Module, ids: torch.Tensor, size: int, mask: torch.Tensor | None = None
+) -> torch.Tensor:
     """Logits of a text that is fed piece by piece through the cache."""
     cache, out = DynamicCache(config=model.config), []
     for start in range(0, ids.shape[1], size):
