@@ -1,4 +1,4 @@
-"""On the real model, single-layer swaps are ordered as what they take away (SmolLM2-135M, layer 12)."""
+"""On the real model, swaps of layer 12 are ordered as what they take away (SmolLM2-135M)."""
 
 from __future__ import annotations
 
