@@ -16,8 +16,9 @@ from tqdm import tqdm
 
 from mismatch import data as texts
 from mismatch import models, registry, spec, table
+from mismatch.address import FLOOR
 from mismatch.checking import plan_dict, plan_warnings
-from mismatch.collect import FLOOR, Collector
+from mismatch.collect import Collector
 from mismatch.config import TraceConfig
 from mismatch.controls import control_specs
 from mismatch.diagnose import Evidence, Finding, diagnose
@@ -25,7 +26,7 @@ from mismatch.layout import Layout
 from mismatch.loop import measure
 from mismatch.operating import Teacher, calibrated_swap
 from mismatch.ranks import Ranks
-from mismatch.report import write_figures, write_html
+from mismatch.report import write_html
 from mismatch.result import Result
 from mismatch.run import Run, RunFolder, load_run, run_id
 from mismatch.state import State
@@ -206,7 +207,6 @@ class Job:
         findings = self._diagnose(frame, plan, swap)
         folder.write_findings([finding.as_dict() for finding in findings])
         folder.finish("done", **facts)
-        write_figures(load_run(folder.path))
         write_html(folder.path)
         return Result(load_run(folder.path), findings)
 

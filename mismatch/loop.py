@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from mismatch.address import FLOOR
 from mismatch.collect import Collector
 from mismatch.layout import Layout
 from mismatch.ranks import ALONE, Ranks
@@ -24,7 +25,7 @@ from mismatch.tracing.stream import Runner, stream
 from mismatch.windows import Windows
 
 SAVE_EVERY = 20.0  # seconds between two saves of the state: cheap beside the work, little to lose
-FLOOR = "floor"
+
 
 
 def measure(

@@ -12,7 +12,7 @@ import pandas as pd
 from mismatch.diagnose import Finding
 from mismatch.files import write_atomic
 from mismatch.report.heatmap import heatmap
-from mismatch.report.html import page
+from mismatch.report.html import draw, page
 from mismatch.report.position import by_position
 from mismatch.report.profile import depth_profile
 from mismatch.report.summary import summary
@@ -59,12 +59,12 @@ class Result:
 
     def by_position(self, **options: Any) -> Figure:
         """The output shift by token position."""
-        return by_position(self.table, self.plan, dictionary=self.run.dictionary, **options)
+        return by_position(self.table, plan=self.plan, dictionary=self.run.dictionary, **options)
 
     def to_html(self, path: str | Path) -> Path:
         """Write the report: one self-contained file."""
         path = Path(path)
-        write_atomic(path, lambda file: file.write(page(self.run).encode()))
+        write_atomic(path, lambda file: file.write(page(self.run, draw(self.run)).encode()))
         return path
 
     def __repr__(self) -> str:
