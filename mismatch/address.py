@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-MAIN, FLOOR = "main", "floor"
+MAIN, FLOOR, SWAP = "main", "floor", "swap"
 
 
 @dataclass(frozen=True, order=True)
@@ -19,6 +19,10 @@ class Address:
 
     def __str__(self) -> str:
         return f"{self.scope}|{self.student}|{self.mode}|{self.layer}|{self.site}"
+
+    def of_teacher(self) -> Address:
+        """The teacher's own values at the same place, shared by all students and modes."""
+        return Address(self.scope, TEACHER, "free", self.layer, self.site)
 
     @classmethod
     def parse(cls, text: str) -> Address:

@@ -65,26 +65,26 @@ class Batch:
         rows = len(meeting.value)
         if meeting.site == "final":
             self.finals[meeting.student], self.final = meeting.value, meeting.teacher
-        elif meeting.site == "resid_post" and meeting.mode == "free" and self.collector.names("lens"):
+        elif meeting.site == "resid_post" and meeting.mode == "free":
             kept = self.lens.setdefault(meeting.layer, {})
             kept[TEACHER] = self._lens_rows(meeting.teacher)
             kept[meeting.student] = self._lens_rows(meeting.value)
-        names = self.collector.names(meeting.site)
-        if not names:
-            return
-        pair = self._pair(meeting, rows)
         layer = NO_LAYER if meeting.layer is None else meeting.layer
-        d = meeting.value.shape[-1]
         address = Address(self.scope, meeting.student, meeting.mode, layer, meeting.site)
-        self.collector.meter(address, names, d).update(pair)
+        pair = self._pair(meeting, rows, address)
+        self.collector.meter(address, meeting.value.shape[-1]).update(pair)
 
-    def _pair(self, meeting: Meeting, rows: int) -> Pair:
+    def _pair(self, meeting: Meeting, rows: int, address: Address) -> Pair:
         place = (meeting.layer, meeting.site)
         wanted = before(self.teacher, meeting.site)
         given = self.streams.get((meeting.student, meeting.mode))
-        stream = given[1:] if wanted is not None and given is not None and given[0] == wanted else None
+        stream = (
+            given[1:] if wanted is not None and given is not None and given[0] == wanted else None
+        )
         if place in self.pairs:
-            return self.pairs[place].with_student(meeting.value, None if stream is None else stream[1])
+            return self.pairs[place].with_student(
+                meeting.value, None if stream is None else stream[1]
+            )
         valid = self.valid[:rows].to(meeting.value.device)
         bulk = valid & ~massive(meeting.teacher, valid)
         bulk[:, 0] = False
@@ -92,10 +92,7 @@ class Batch:
         docs = self.docs[:rows].to(bulk.device)
         pair = Pair(meeting.teacher, meeting.value, docs, valid, bulk, sample, stream)
         self.pairs[place] = pair
-        layer = NO_LAYER if meeting.layer is None else meeting.layer
-        own = Address(self.scope, TEACHER, "free", layer, meeting.site)
-        names = self.collector.names(meeting.site)
-        self.collector.teacher_meter(own, names, meeting.value.shape[-1]).update(pair)
+        self.collector.teacher_meter(address.of_teacher(), meeting.value.shape[-1]).update(pair)
         return pair
 
     def _lens_rows(self, stream: Tensor) -> Tensor:
@@ -107,7 +104,7 @@ class Batch:
         self.pairs.clear()
         self.streams.clear()
         with torch.no_grad():
-            if self.finals and self.collector.names("logits"):
+            if self.finals:
                 self._logits()
             for layer, kept in self.lens.items():
                 self._lens(layer, kept)
@@ -143,11 +140,10 @@ class Batch:
         at: str,
     ) -> None:
         """Chunk by chunk: final states, `batch pos d_model`, to log-probabilities, to every metric `at`."""
-        names = self.collector.names(at)
+        if not self.collector.names(TEACHER, layer, at):
+            return
         flat = {name: state.flatten(0, 1) for name, state in states.items()}
         target, doc, position = targets.flatten(), docs.flatten(), positions.flatten()
-        site = "resid_post" if at == "lens" else "logits"
-        mode = "lens" if at == "lens" else "free"
         for start in range(0, len(target), CHUNK):
             part = slice(start, start + CHUNK)
             teacher = _log_probs(self.teacher, flat[TEACHER][part])
@@ -159,13 +155,17 @@ class Batch:
                 student = _log_probs(self.students[name], state[part]).to(here)
                 pair = (
                     LogitPair(
-                        teacher, student, target[part].to(here), doc[part].to(here), position[part].to(here)
+                        teacher,
+                        student,
+                        target[part].to(here),
+                        doc[part].to(here),
+                        position[part].to(here),
                     )
                     if pair is None
                     else pair.with_student(student)
                 )
-                address = Address(self.scope, name, mode, layer, site)
-                self.collector.meter(address, names).update(pair)
+                address = Address(self.scope, name, "free", layer, at)
+                self.collector.meter(address).update(pair)
 
 
 def _log_probs(layout: Layout, final: Tensor) -> Tensor:

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
-from mismatch.address import MAIN, NO_LAYER, TEACHER, Address
+from mismatch.address import MAIN, NO_LAYER, SWAP, TEACHER, Address
 from mismatch.batch import Batch
 from mismatch.layout import Layout
 from mismatch.metrics import load_metric
@@ -32,39 +32,31 @@ class Collector:
     Args:
         teacher: layout of the untouched model.
         students: layout of each student by name (swap, controls).
+        swapped: the swapped layers of each student; sites before the first one read exactly the null.
         metrics: names.
-        n_docs, n_pos: documents of the run, tokens per window.
+        n_docs, n_pos, n_tokens: documents of the run, tokens per window, tokens in all.
         sample: share of the tokens that feed the metrics of second moments.
         seed: of the sample, of the lens tokens and of the bootstrap.
     """
 
     teacher: Layout
     students: Mapping[str, Layout]
+    swapped: Mapping[str, Sequence[int]]
     metrics: Sequence[str]
     n_docs: int
     n_pos: int
+    n_tokens: int
     sample: float = 1.0
     seed: int = 0
     meters: dict[Address, StudentMeter] = field(default_factory=dict, repr=False)
     teachers: dict[Address, TeacherMeter] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
-        self._at: dict[str, tuple[str, ...]] = {}
-        for name in self.metrics:
-            at = load_metric(name).at
-            self._at[at] = (*self._at.get(at, ()), name)
+        self._fed = {name: load_metric(name) for name in self.metrics}
 
     def fresh(self) -> Collector:
         """An empty one with the same settings."""
-        return Collector(
-            self.teacher,
-            self.students,
-            self.metrics,
-            self.n_docs,
-            self.n_pos,
-            self.sample,
-            self.seed,
-        )
+        return replace(self, meters={}, teachers={})
 
     @contextmanager
     def batch(
@@ -90,24 +82,40 @@ class Collector:
         yield batch.met
         batch.finish()
 
-    def meter(self, address: Address, names: Sequence[str], d: int = 0) -> StudentMeter:
+    def meter(self, address: Address, d: int = 0) -> StudentMeter:
+        """The sums at an address, made when first asked for."""
         if address not in self.meters:
+            names = self.names(address.student, address.layer, address.site)
             self.meters[address] = StudentMeter(
                 names, d, n_docs=self.n_docs, n_pos=self.n_pos, seed=self.seed
             )
         return self.meters[address]
 
-    def teacher_meter(self, address: Address, names: Sequence[str], d: int) -> TeacherMeter:
+    def teacher_meter(self, address: Address, d: int) -> TeacherMeter:
+        """The teacher's own sums at an address: what any student needs of them there."""
         if address not in self.teachers:
+            student = SWAP if address.scope == MAIN else address.scope
+            names = self.names(student, address.layer, address.site)
             self.teachers[address] = TeacherMeter(names, d, seed=self.seed)
         return self.teachers[address]
 
-    def names(self, site: str) -> tuple[str, ...]:
-        """The metrics that are fed at a site."""
-        if site in ("logits", "lens"):
-            return self._at.get(site, ())
-        update = self._at.get("update", ()) if site in ("attn_out", "mlp_out") else ()
-        return (*self._at.get("stream", ()), *update)
+    def names(self, student: str, layer: int, site: str) -> tuple[str, ...]:
+        """The metrics that are fed at a site of a student.
+
+        Metrics of full covariances cost d^2 to hold and d^3 to read, so they are taken of the swap alone: in the stream
+        behind each block, in the final states, and in what the swapped layers themselves add.
+        """
+        update = site in ("attn_out", "mlp_out")
+        own = update and layer in self.swapped.get(student, ())
+        moments = student == SWAP and (own or site in ("resid_post", "final"))
+        at = {"logits": ("logits",), "lens": ("lens",)}.get(
+            site, ("stream", "update") if update else ("stream",)
+        )
+        return tuple(
+            name
+            for name, metric in self._fed.items()
+            if metric.at in at and (metric.state != "moments" or moments)
+        )
 
     def merge(self, other: Collector) -> Collector:
         """Add another part of the same run."""
@@ -136,59 +144,40 @@ class Collector:
         for text, arrays in groups.items():
             address = Address.parse(text)
             d = self.teacher.d_model
-            names = self.names("lens" if address.mode == "lens" else address.site)
             if address.student == TEACHER:
-                self.teacher_meter(address, names, d).load(arrays)
+                self.teacher_meter(address, d).load(arrays)
             else:
-                self.meter(address, names, 0 if address.site == "logits" else d).load(arrays)
+                self.meter(address, 0 if address.site in ("logits", "lens") else d).load(arrays)
         return self
 
-    def rows(self, swapped: Mapping[str, Sequence[int]]) -> list[dict[str, Any]]:
-        """The table, without run id.
-
-        Args:
-            swapped: the swapped layers of each student; sites before the first one read exactly the null, because
-                they are the teacher's own.
-        """
+    def rows(self) -> list[dict[str, Any]]:
+        """The table, without run id."""
         rows: list[dict[str, Any]] = []
-        views: dict[Address, Any] = {}
         for address, meter in sorted(self.meters.items()):
-            own = Address(address.scope, TEACHER, "free", address.layer, address.site)
-            teacher = self.teachers.get(own)
-            if teacher is not None and own not in views:
-                views[own] = teacher.view()
-            for metric, reading in meter.read(teacher, views.get(own)):
-                rows.append(_row(address, metric, reading, swapped.get(address.student, ())))
-        for student, layers in swapped.items():
-            if student in self.students:
-                rows += self._before(student, layers)
-                rows += self._resid_pre(student, rows, layers)
+            teacher = self.teachers.get(address.of_teacher())
+            rows += [self._row(address, *found) for found in meter.read(teacher)]
+        for student in self.students:
+            rows += self._before(student)
+            rows += self._resid_pre(student, rows)
         return [*rows, *self._differences()]
 
-    def _before(self, student: str, layers: Sequence[int]) -> Iterator[dict[str, Any]]:
+    def _before(self, student: str) -> Iterator[dict[str, Any]]:
         """Sites in front of the swap: null by construction (and proved on a probe)."""
-        first = min(layers, default=self.teacher.n_layers)
-        tokens = sum(
-            int(m.parts[name].n)
-            for a, m in self.meters.items()
-            if (a.student, a.site) == (student, "logits")
-            for name in list(m.parts)[:1]
-        )
+        first = min(self.swapped[student], default=self.teacher.n_layers)
         sites = [s for s in BLOCK_SITES if not (s == "resid_mid" and self.teacher.parallel)]
-        for layer in range(first + 1):
+        for layer in range(min(first + 1, self.teacher.n_layers)):
             for site in sites if layer < first else ("resid_pre",):
                 address = Address(MAIN, student, "free", layer, site)
-                lens = self.names("lens") if site == "resid_post" else ()
-                for metric in (*self.names(site), *lens):
-                    for stat, value in load_metric(metric).null.items():
-                        reading = Reading(stat, value, value, value, tokens)
-                        yield _row(address, metric, reading, layers)
+                lens = self.names(student, layer, "lens") if site == "resid_post" else ()
+                for metric in (*self.names(student, layer, site), *lens):
+                    for stat, value in self._fed[metric].null.items():
+                        yield self._row(
+                            address, metric, Reading(stat, value, value, value, self.n_tokens)
+                        )
 
-    def _resid_pre(
-        self, student: str, rows: list[dict[str, Any]], layers: Sequence[int]
-    ) -> list[dict[str, Any]]:
+    def _resid_pre(self, student: str, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """The stream entering a block is the one leaving the block before: the same numbers."""
-        stream = set(self._at.get("stream", ()))
+        layers = self.swapped[student]
         first = min(layers, default=self.teacher.n_layers)
         return [
             row
@@ -201,18 +190,33 @@ class Collector:
             if row["student"] == student
             and row["mode"] == "free"
             and row["site"] == "resid_post"
-            and row["metric"] in stream
+            and self._fed[row["metric"]].at == "stream"
             and first <= row["layer"] < self.teacher.n_layers - 1
         ]
+
+    def _row(self, address: Address, metric: str, reading: Reading) -> dict[str, Any]:
+        layer = None if address.layer == NO_LAYER else address.layer
+        return {
+            "mode": address.mode,
+            "student": address.student,
+            "layer": layer,
+            "site": "resid_post" if address.site == "lens" else address.site,
+            "position": reading.position,
+            "metric": metric,
+            "stat": reading.stat,
+            "value": reading.value,
+            "lo": reading.lo,
+            "hi": reading.hi,
+            "n": reading.n,
+            "swapped": layer in self.swapped.get(address.student, ()),
+        }
 
     def _differences(self) -> Iterator[dict[str, Any]]:
         """Swap minus each control on the same tokens, by paired bootstrap over documents."""
         place = {s: Address(MAIN, s, "free", NO_LAYER, "logits") for s in self.students}
-        if "swap" not in place or place["swap"] not in self.meters:
-            return
-        own = self.meters[place["swap"]]
+        own = self.meters.get(place[SWAP])
         for control, address in place.items():
-            if control == "swap" or address not in self.meters:
+            if control == SWAP or own is None or address not in self.meters:
                 continue
             for metric, column in (("kl", "kl"), ("nll", "shift")):
                 if metric in own.parts:
@@ -223,22 +227,4 @@ class Collector:
                         stat=f"mean_minus_{control}",
                         seed=self.seed,
                     )
-                    yield _row(place["swap"], metric, reading, ())
-
-
-def _row(address: Address, metric: str, reading: Reading, layers: Sequence[int]) -> dict[str, Any]:
-    layer = None if address.layer == NO_LAYER else address.layer
-    return {
-        "mode": "free" if address.mode == "lens" else address.mode,
-        "student": address.student,
-        "layer": layer,
-        "site": address.site,
-        "position": reading.position,
-        "metric": metric,
-        "stat": reading.stat,
-        "value": reading.value,
-        "lo": reading.lo,
-        "hi": reading.hi,
-        "n": reading.n,
-        "swapped": layer in layers,
-    }
+                    yield self._row(place[SWAP], metric, reading)

@@ -16,7 +16,6 @@ from tqdm import tqdm
 
 from mismatch import data as texts
 from mismatch import models, registry, spec, table
-from mismatch.address import FLOOR
 from mismatch.checking import plan_dict, plan_warnings
 from mismatch.collect import Collector
 from mismatch.config import TraceConfig
@@ -90,9 +89,11 @@ class Job:
         collector = Collector(
             teacher.layout,
             {s.name: s.layout for s in students},
+            {s.name: s.plan.layers for s in students},
             config.metrics or tuple(registry.metrics().names()),
             n_docs=cut.n_docs,
             n_pos=cut.seq_len,
+            n_tokens=cut.tokens,
             sample=min(1.0, config.moment_tokens / cut.tokens),
             seed=config.seed,
         )
@@ -125,10 +126,12 @@ class Job:
         if not self.ranks.first:
             # Only the first rank holds the whole; the others have done their share.
             return Result(Run(self.path, {"run_id": "", "status": "done"}), [])
-        swapped = {s.name: s.plan.layers for s in students} | {FLOOR: ()}
-        rows = collector.rows(swapped)
         return self._finish(
-            rows, swap, cut, held_out, {"setup": loaded - started, "run": time.monotonic() - loaded}
+            collector.rows(),
+            swap,
+            cut,
+            held_out,
+            {"setup": loaded - started, "run": time.monotonic() - loaded},
         )
 
     def _students(self, calibration: texts.Documents) -> list[Student]:

@@ -271,10 +271,11 @@ def caption(table: pd.DataFrame, panels: Sequence[pd.DataFrame]) -> str:
     if q.swapped_layers(table):
         words.append("Outline and triangle: swapped layer.")
     floors = pd.concat(panels)["floor"]
-    words.append(
-        "Floor: the largest reading of the teacher against itself in another batch shape."
-        if floors.notna().any()
-        else "The floor was not measured."
-    )
+    if floors.isna().all():
+        words.append("The floor was not measured.")
+    elif not floors.any():
+        words.append("Floor (the teacher against itself in another batch shape): exactly 0.")
+    else:
+        words.append("Floor: the largest reading of the teacher against itself, other batch shape.")
     words.append(f"Run {' '.join(table['run_id'].unique())}.")
     return " ".join(words)

@@ -79,11 +79,12 @@ def by_position(
     if ax is None:
         lengths = " and ".join(str(s) for s in segments(plan))
         marks = f" Dotted: borders of segments of {lengths} tokens." if lengths else ""
+        zeros = " Hollow at the foot: exactly 0." if (data["value"] == 0).any() else ""
         style.frame(
             figure,
             f"Output shift by token position: {quantity.label}, free, {stage}",
             "Bars: range of positions; markers: mean; whiskers: 95 % interval over documents."
-            f"{marks} Run {' '.join(table['run_id'].unique())}.",
+            f"{marks}{zeros} Run {' '.join(table['run_id'].unique())}.",
         )
     _draw(axis, data, segments(plan))
     axis.set_ylabel(quantity.label)
@@ -119,6 +120,9 @@ def _draw(ax: Axes, data: pd.DataFrame, borders: list[int]) -> None:
     else:
         ax.set_ylim(-0.05, 1)
         ax.set_yticks([0])
+    if ax.get_yscale() == "log":
+        for student in who:
+            _mark_zeros(ax, data[(data["student"] == student) & (data["value"] == 0)], student, who)
     bins = data.drop_duplicates("position").sort_values("start")
     low, high = float(bins["start"].iloc[0]) + 1, float(bins["end"].iloc[-1]) + 2
     ax.set_xlim(low * 0.97, high * 1.02)
@@ -139,3 +143,15 @@ def _draw(ax: Axes, data: pd.DataFrame, borders: list[int]) -> None:
                 border + 1, color=style.FAINT, lw=0.8, ls=":", zorder=1, gid=f"segment-{border}"
             )
     style.label_ends(ax, ends)
+
+
+def _mark_zeros(ax: Axes, rows: pd.DataFrame, student: str, who: list[str]) -> None:
+    """A log axis has no place for 0: a hollow mark at its foot."""
+    colour, marker = style.look(student, who)
+    share = (who.index(student) + 1) / (len(who) + 1)
+    left, right = np.log2(rows["start"] + 1.0), np.log2(rows["end"] + 2.0)
+    ax.plot(
+        2 ** (left + (right - left) * share), np.zeros(len(rows)), ls="none", marker=marker, ms=4.2,
+        mfc="white", mec=colour, mew=0.9, clip_on=False, zorder=5, gid=f"zeros-{student}",
+        transform=ax.get_xaxis_transform(),
+    )  # fmt: skip

@@ -142,7 +142,8 @@ def _draw(
         if quantity.signed:
             ax.axhline(0, lw=0.6, color=style.FAINT)
         else:
-            _log_scale(ax, np.concatenate(shown))
+            bands = lines.loc[lines["student"] != "floor", ["lo", "hi"]].to_numpy().ravel()
+            _log_scale(ax, np.concatenate([*shown, bands[np.isfinite(bands)]]))
             _draw_floor(ax, q.floor_of(table, quantity, [site]), np.concatenate(shown), layers)
         style.label_ends(ax, ends)
     else:
@@ -193,8 +194,8 @@ def _draw_floor(ax: Axes, floor: float | None, values: np.ndarray, layers: int) 
             textcoords="offset points", ha="right", fontsize=6.5, color=style.FAINT,
         )  # fmt: skip
     else:
+        words = f"floor {style.number(floor)}, far below \u2193" if floor else "floor exactly 0"
         ax.annotate(
-            f"floor {style.number(floor)}, far below \u2193", (1, 0), xycoords="axes fraction",
-            xytext=(-2, 3), textcoords="offset points", ha="right", fontsize=6.5,
-            color=style.FAINT,
+            words, (0, 0), xycoords="axes fraction", xytext=(4, 4), textcoords="offset points",
+            fontsize=6.5, color=style.FAINT,
         )  # fmt: skip

@@ -144,12 +144,12 @@ def panel_title(ax: Axes, label: str, summary: str = "") -> None:
 
 
 def number(value: float | None) -> str:
-    """Three significant digits, without an exponent between 0.001 and 10 million."""
+    """Three significant digits, without an exponent between 0.0001 and 10 million."""
     if value is None or pd.isna(value):
         return "-"
     if value == 0:
         return "0"
-    if not 1e-3 <= abs(value) < 1e7:
+    if not 1e-4 <= abs(value) < 1e7:
         return f"{value:.2g}".replace("e-0", "e-").replace("e+0", "e")
     digits = f"{value:#.3g}" if abs(value) < 1000 else f"{value:.0f}"
     return digits.rstrip(".")

@@ -194,6 +194,16 @@ def test_the_position_figure_draws_the_numbers_and_the_borders(table):
     assert (mine["value"], mine["lo"], mine["hi"]) == (found["value"], found["lo"], found["hi"])
 
 
+def test_an_exact_zero_keeps_its_mark_on_a_log_axis():
+    table = s.synthetic(controls=("random",))
+    first = (table["student"] == "swap") & table["position"].isin(["0", "1-3"])
+    table.loc[first, ["value", "lo", "hi"]] = 0.0
+    axis = position.by_position(table, **D).axes[0]
+    assert axis.get_yscale() == "log"
+    assert len(line(axis, "zeros-swap").get_xdata()) == 2
+    assert len(line(axis, "zeros-random").get_xdata()) == 0
+
+
 def test_the_output_figure_holds_means_differences_and_floor(table):
     data = controls.output_data(table)
     assert list(data["student"]) == ["swap", "zero", "mean", "swap", "swap", "floor"]
@@ -267,7 +277,7 @@ def test_drawing_leaves_the_settings_of_matplotlib_alone(table):
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(0, "0"), (0.06123, "0.0612"), (-3.519, "-3.52"), (2.1e-7, "2.1e-7"), (123456.0, "123456"),
+    [(0, "0"), (0.06123, "0.0612"), (-3.519, "-3.52"), (2.1e-7, "2.1e-7"), (0.00059, "0.000590"), (123456.0, "123456"),
      (float("nan"), "-"), (100.0, "100"), (1e9, "1e9")],
 )  # fmt: skip
 def test_numbers_have_three_digits(value, text):
