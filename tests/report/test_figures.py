@@ -202,6 +202,7 @@ def test_an_exact_zero_keeps_its_mark_on_a_log_axis():
     assert axis.get_yscale() == "log"
     assert len(line(axis, "zeros-swap").get_xdata()) == 2
     assert len(line(axis, "zeros-random").get_xdata()) == 0
+    assert axis.get_ylim()[0] > 1e-3
 
 
 def test_the_output_figure_holds_means_differences_and_floor(table):
