@@ -133,8 +133,9 @@ def _draw(ax: Axes, data: pd.DataFrame, borders: list[int]) -> None:
     ax.tick_params(axis="x", length=0)
     if ax.get_yscale() == "log":
         ax.set_ylim(_positive_range(data))
-        for student in who:
-            _mark_zeros(ax, data[(data["student"] == student) & (data["value"] == 0)], student, who)
+        for student, rows in data[data["value"] == 0].groupby("student"):
+            _mark_zeros(ax, rows, str(student), who)
+        ends = [(x, max(y, ax.get_ylim()[0]), name, colour) for x, y, name, colour in ends]
     ax.set_xlabel("token position in the document window (log scale)")
     ax.grid(axis="y", lw=0.4, color="#e6e6e6")
     ax.set_axisbelow(True)
