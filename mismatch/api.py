@@ -13,12 +13,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mismatch import data as texts
 from mismatch import models, spec
-from mismatch.checking import Check, check
-from mismatch.config import TraceConfig
+from mismatch.checking import Check, check, check_context, check_settings, read_text
+from mismatch.config import TraceConfig, fields
 from mismatch.errors import UsageError
-from mismatch.job import Job
+from mismatch.job import Job, settings
 from mismatch.layout import Layout
 from mismatch.operating import Teacher, calibrated_swap
 from mismatch.ranks import Ranks, joined
@@ -140,7 +139,7 @@ def trace(
         key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()
     }
     if student is not None:
-        given["swap"] = student.plan.spec
+        given["swap"] = _swap_of(student)
     if isinstance(given["swap"], str):
         given["swap"] = (given["swap"],)
     named = isinstance(model, (str, Path))
@@ -149,12 +148,24 @@ def trace(
         data=str(data) if isinstance(data, (str, Path)) else "given texts",
         **given,
     )
-    teacher = load(model, **_load_options(config, Ranks())) if named else load(model)
-    if not named:
-        config = dataclasses.replace(config, model=teacher.info.name)
-    folder = _create(config) if config.output is not None or config.run_name is not None else None
+    if config.folder is not None:
+        check_output(config.folder)
+    if named:
+        check(config)
+        teacher = load(model, **_load_options(config, Ranks()))
+    else:
+        teacher = load(model)
+        config = _as_loaded(config, teacher)
+        check_context(teacher.model.config, config)
+    if student is not None and not _shares(student, teacher):
+        raise UsageError(
+            "the student was not made from this teacher: they share no weights",
+            hint="swap the teacher that you hand to trace, and hand over both",
+        )
+    text = read_text(config, data, teacher.tokenizer, swapped=student is not None)
+    folder = None if config.folder is None else _create(config)
     path = None if folder is None else folder.path
-    return Job(config, teacher, data, student, folder, path, progress=progress).run()
+    return Job(config, teacher, text, student, folder, path, progress=progress).run()
 
 
 def trace_command(
@@ -176,11 +187,13 @@ def trace_command(
         MismatchError: see `mismatch.errors`.
         KeyboardInterrupt: with `.run_dir` when the run can be resumed.
     """
-    with joined() as ranks:
-        if resume is None and ranks.first and (planned := config.folder) is not None:
+    with joined(config.device) as ranks:
+        if resume is not None:
+            check_settings(resume, config)
+        elif ranks.first and (planned := config.folder) is not None:
             check_output(planned, overwrite=overwrite)
         checked = check(config)
-        texts.calibration_and_evaluation(config.calibration, config.data)
+        text = read_text(config, config.data, _tokenizer(config))
         if progress and ranks.first:
             print(checked.text(), file=sys.stderr)
         teacher = load(config.model, **_load_options(config, ranks))
@@ -188,17 +201,46 @@ def trace_command(
         if ranks.first:
             folder = RunFolder.resume(resume) if resume is not None else _create(config, overwrite)
         path = ranks.from_first(None if folder is None else folder.path)
-        return Job(config, teacher, config.data, None, folder, path, ranks, progress).run()
+        return Job(config, teacher, text, None, folder, path, ranks, progress).run()
 
 
 def _create(config: TraceConfig, overwrite: bool = False) -> RunFolder:
     return RunFolder.create(
         config.model,
         spec.format(config.swap_spec),
-        config.to_dict(),
+        settings(config),
         output=config.folder,
         overwrite=overwrite,
     )
+
+
+def _tokenizer(config: TraceConfig) -> Any:
+    """The tokenizer alone: text that cannot be used is then refused before weights are loaded."""
+    _, source = models.read_config(
+        config.model, revision=config.revision, trust_remote_code=config.trust_remote_code
+    )
+    return models.load_tokenizer(source.folder, config.trust_remote_code)
+
+
+def _as_loaded(config: TraceConfig, teacher: Teacher) -> TraceConfig:
+    """The settings of a model that came loaded: its own name and number format."""
+    known = teacher.info.dtype in (fields()["dtype"].choices or ())
+    dtype = teacher.info.dtype if known else config.dtype
+    return dataclasses.replace(config, model=teacher.info.name, dtype=dtype)
+
+
+def _swap_of(student: Student) -> str:
+    if not student.plan.clauses:
+        raise UsageError(
+            "the student holds no swap any more: it was undone", hint="swap the teacher again"
+        )
+    return student.plan.spec
+
+
+def _shares(student: Student, teacher: Teacher) -> bool:
+    """Whether the student is the teacher's own: its embedding is the very same tensor."""
+    ours, theirs = (m.get_input_embeddings().weight for m in (teacher.model, student.model))
+    return ours is theirs
 
 
 def _load_options(config: TraceConfig, ranks: Ranks) -> dict[str, Any]:

@@ -6,16 +6,29 @@ import dataclasses
 import html
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from mismatch import data as texts
 from mismatch import models, registry, spec, surgery
-from mismatch.config import TraceConfig
+from mismatch.config import ELSEWHERE, TraceConfig, load
 from mismatch.controls import control_specs
-from mismatch.errors import UsageError
+from mismatch.errors import OutputError, UsageError
 from mismatch.estimate import Estimate, estimate
 from mismatch.layout import Layout, family_of
 from mismatch.report.summary import plan_lines
+from mismatch.run import check_resume
 from mismatch.surgery import Plan, Student
+from mismatch.windows import Windows, windows
+
+
+@dataclass(frozen=True)
+class Text:
+    """What is measured on, cut into windows, and what mechanisms may calibrate on (None: none of them does)."""
+
+    held_out: texts.Documents
+    calibration: texts.Documents | None
+    cut: Windows
 
 
 @dataclass(frozen=True)
@@ -62,18 +75,73 @@ def check(config: TraceConfig) -> Check:
         config.model, revision=config.revision, trust_remote_code=config.trust_remote_code
     )
     family_of(model_config)
-    limit = getattr(model_config, "max_position_embeddings", None)
-    if limit is not None and config.seq_len > limit:
-        raise UsageError(
-            f"--seq-len {config.seq_len} is longer than the context of {config.model}: {limit} tokens",
-            hint=f"take --seq-len {limit} or less",
-        )
+    check_context(model_config, config)
     skeleton = Layout.of(models.skeleton(model_config))
     students = [_on_meta(skeleton, config.swap_spec)]
     controls = control_specs(config.controls, students[0].plan)
     students += [_on_meta(skeleton, control) for control in controls.values()]
     needs = estimate(skeleton, [student.plan.first for student in students], config)
     return Check(students[0].plan, needs, config, plan_warnings(students[0].plan, config.seq_len))
+
+
+def check_context(model_config: Any, config: TraceConfig) -> None:
+    """Whether a window fits into what the model was made for.
+
+    Raises:
+        UsageError: it does not.
+    """
+    limit = getattr(model_config, "max_position_embeddings", None)
+    if limit is not None and config.seq_len > limit:
+        raise UsageError(
+            f"--seq-len {config.seq_len} is longer than the context of {config.model}: {limit} tokens",
+            hint=f"take --seq-len {limit} or less",
+        )
+
+
+def check_settings(run: Path, config: TraceConfig) -> None:
+    """Whether the unfinished run in a folder may go on with these settings.
+
+    Raises:
+        RunError: no run there.
+        OutputError: that run is done, or was started with other settings; says which.
+    """
+    check_resume(run)
+    then, now = load(run / "config.yaml").to_dict(), config.to_dict()
+    fields = [name for name in now if name not in ELSEWHERE and then[name] != now[name]]
+    if fields:
+        lines = [f"  {name}: {then[name]!r} then, {now[name]!r} now" for name in fields]
+        raise OutputError(
+            f"the run in {run} was started with other settings:\n" + "\n".join(lines),
+            hint="resume it with the same settings, or start a new run without --resume",
+        )
+
+
+def read_text(config: TraceConfig, data: Any, tokenizer: Any, *, swapped: bool = False) -> Text:
+    """Read the held-out text and cut it. The calibration text is read only if something calibrates on it.
+
+    Args:
+        config: the settings.
+        data: held-out text, as `mismatch.data.read` takes it.
+        tokenizer: of the model.
+        swapped: the swap is there already; only the controls may still calibrate.
+
+    Raises:
+        DataError: text that is missing, unreadable, empty, shorter than a window, or in both texts.
+    """
+    if _calibrates(config, swapped) or config.calibration == config.data:
+        calibration, held_out = texts.calibration_and_evaluation(config.calibration, data)
+    else:
+        calibration, held_out = None, texts.read(data)
+    cut = windows(held_out, tokenizer, config.seq_len, config.tokens, config.seed)
+    return Text(held_out, calibration, cut)
+
+
+def _calibrates(config: TraceConfig, swapped: bool) -> bool:
+    clauses = [] if swapped else spec.check(config.swap_spec).clauses
+    calls = [call for clause in clauses for call in clause.call.nested()]
+    calls += [spec.Call(control) for control in config.controls]
+    found = [(registry.mechanisms().get(call.name), call) for call in calls]
+    return any(cls.calibrator(cls.Config(**call.arguments())) is not None for cls, call in found)
 
 
 def placed(parsed: spec.Spec, layout: Layout) -> tuple[spec.Placement, ...]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
-from torch import Tensor
+from torch import Tensor, nn
 
 from mismatch.address import MAIN, NO_LAYER, SWAP, TEACHER, Address
 from mismatch.batch import Batch
@@ -165,10 +165,12 @@ class Collector:
         """Sites in front of the swap: null by construction (and proved on a probe)."""
         first = min(self.swapped[student], default=self.teacher.n_layers)
         sites = [s for s in BLOCK_SITES if not (s == "resid_mid" and self.teacher.parallel)]
+        # A student with another final norm reads another lens out of the same stream.
+        same = _same_module(self.students[student].final_norm, self.teacher.final_norm)
         for layer in range(min(first + 1, self.teacher.n_layers)):
             for site in sites if layer < first else ("resid_pre",):
                 address = Address(MAIN, student, "free", layer, site)
-                lens = self.names(student, layer, "lens") if site == "resid_post" else ()
+                lens = self.names(student, layer, "lens") if site == "resid_post" and same else ()
                 for metric in (*self.names(student, layer, site), *lens):
                     for stat, value in self._fed[metric].null.items():
                         yield self._row(
@@ -228,3 +230,9 @@ class Collector:
                         seed=self.seed,
                     )
                     yield self._row(place[SWAP], metric, reading)
+
+
+def _same_module(a: nn.Module, b: nn.Module) -> bool:
+    """Whether two module trees hold one and the same module: of one class over the same tensors."""
+    pairs = zip(a.parameters(), b.parameters(), strict=True)
+    return type(a) is type(b) and all(x is y for x, y in pairs)

@@ -6,7 +6,8 @@ import copy
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,13 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from mismatch import data as texts
 from mismatch import models, registry, spec, table
-from mismatch.checking import plan_dict, plan_warnings
+from mismatch.checking import Text, plan_dict, plan_warnings
 from mismatch.collect import Collector
-from mismatch.config import TraceConfig
+from mismatch.config import ELSEWHERE, TraceConfig
 from mismatch.controls import control_specs
 from mismatch.diagnose import Evidence, Finding, diagnose
+from mismatch.errors import MismatchError, RunError
 from mismatch.layout import Layout
 from mismatch.loop import measure
 from mismatch.operating import Teacher, calibrated_swap
@@ -31,7 +32,6 @@ from mismatch.run import Run, RunFolder, load_run, run_id
 from mismatch.state import State
 from mismatch.surgery import Student
 from mismatch.tracing import hooks
-from mismatch.windows import Windows, windows
 
 
 @dataclass
@@ -41,7 +41,7 @@ class Job:
     Args:
         config: the settings.
         teacher: the untouched model.
-        data: held-out text, as `mismatch.data.read` takes it.
+        text: what to measure and to calibrate on.
         student: a student that is there already; None swaps as the config says.
         folder: the run folder, on the first rank; None writes nothing.
         path: of the run folder, on every rank.
@@ -51,7 +51,7 @@ class Job:
 
     config: TraceConfig
     teacher: Teacher
-    data: Any
+    text: Text
     student: Student | None = None
     folder: RunFolder | None = None
     path: Path | None = None
@@ -75,16 +75,17 @@ class Job:
             raise
         except Exception as error:
             if self.folder is not None:
-                self.folder.log(f"failed: {error}")
-                self.folder.finish("failed", error=str(error))
+                # On a full disk this fails too; what went wrong first is what the user must hear.
+                with suppress(RunError):
+                    self.folder.finish("failed", error=str(error))
+                    self.folder.log(f"failed: {error}")
             raise
         return result
 
     def _run(self, started: float) -> Result:
         config, teacher = self.config, self.teacher
-        calibration, held_out = texts.calibration_and_evaluation(config.calibration, self.data)
-        cut = windows(held_out, teacher.tokenizer, config.seq_len, config.tokens, config.seed)
-        students = self._students(calibration)
+        cut = self.text.cut
+        students = self._students()
         swap = students[0]
         collector = Collector(
             teacher.layout,
@@ -107,8 +108,8 @@ class Job:
             self.folder.write_plan(plan_dict(swap.plan, plan_warnings(swap.plan, cut.seq_len)))
             self.folder.update(fingerprints=prints, model_info=teacher.info.as_dict())
         loaded = time.monotonic()
-        with self._bar(cut) as advance:
-            measure(
+        with self._bar() as advance:
+            self._measure(
                 teacher.layout,
                 students,
                 collector,
@@ -116,28 +117,41 @@ class Job:
                 batch_size=config.batch_size,
                 reference=self._reference(),
                 ranks=self.ranks,
-                state=None
-                if self.path is None
-                else State(self.path / "state" / f"rank{self.ranks.rank}"),
+                state=self._state(),
                 fingerprint=prints,
                 progress=advance,
                 run=_backend(config.backend),
             )
-        if not self.ranks.first:
-            # Only the first rank holds the whole; the others have done their share.
-            return Result(Run(self.path, {"run_id": "", "status": "done"}), [])
-        return self._finish(
-            collector.rows(),
-            swap,
-            cut,
-            held_out,
-            {"setup": loaded - started, "run": time.monotonic() - loaded},
-        )
+        result = None
+        if self.ranks.first:
+            seconds = {"setup": loaded - started, "run": time.monotonic() - loaded}
+            result = self._finish(collector.rows(), swap, seconds)
+        if self.ranks.world == 1:
+            return result
+        # Only the first rank holds the whole; the others read what it wrote.
+        findings = self.ranks.from_first(None if result is None else result.findings)
+        return Result(load_run(self.path), findings)
 
-    def _students(self, calibration: texts.Documents) -> list[Student]:
+    def _measure(self, *args: Any, **options: Any) -> None:
+        """`measure`; a failure of another rank than the first is told here, for torchrun then ends the first one."""
+        try:
+            measure(*args, **options)
+        except MismatchError as error:
+            if not self.ranks.first:
+                print(f"error (rank {self.ranks.rank}): {error}", file=sys.stderr)
+            raise
+
+    def _state(self) -> State | None:
+        """Where this rank saves: beside the run, the first rank in front, the others below."""
+        if self.path is None:
+            return None
+        folder = self.path / "state"
+        return State(folder if self.ranks.first else folder / f"rank{self.ranks.rank}")
+
+    def _students(self) -> list[Student]:
         config, teacher = self.config, self.teacher
         options = {
-            "calibration": calibration,
+            "calibration": self.text.calibration,
             "tokens": config.calibration_tokens,
             "seq_len": config.seq_len,
             "batch_size": config.batch_size,
@@ -152,33 +166,44 @@ class Job:
 
     def _reference(self) -> Layout | None:
         """The model in float32, for the floor of a run in another format."""
-        teacher = self.teacher
+        teacher, config = self.teacher, self.config
         if teacher.model.dtype == torch.float32 or not self.ranks.first:
             return None
         device = teacher.layout.embedding_device
         try:
             if teacher.info.path:
-                model = models.load(teacher.info.path, dtype="float32", device=device).model
+                model = models.load(
+                    teacher.info.path,
+                    dtype="float32",
+                    device=device,
+                    trust_remote_code=config.trust_remote_code,
+                    allow_pickle=config.allow_pickle,
+                ).model
             else:
                 model = copy.deepcopy(teacher.model).float()
         except (torch.OutOfMemoryError, models.ModelError):
-            # The floor is then that of another batch shape alone, and the manifest says so.
-            return None
+            return None  # the floor is then that of another batch shape alone
         return Layout(model, teacher.layout.family)
 
-    def _bar(self, cut: Windows) -> Any:
-        shown = self.progress and self.ranks.first
-        return _Bar(cut, shown)
+    @contextmanager
+    def _bar(self) -> Iterator[Callable[[int], None]]:
+        """A progress bar over this rank's windows; silent when nobody looks."""
+        cut, size = self.text.cut, self.config.batch_size
+        mine = [batch for i, batch in enumerate(cut.batches(size)) if self.ranks.mine(i)]
+        bar = tqdm(
+            total=sum(len(batch.ids) for batch in mine),
+            desc=f"{cut.n_docs} documents",
+            unit="window",
+            file=sys.stderr,
+            disable=None if self.progress and self.ranks.first else True,
+        )
+        with bar:
+            yield bar.update
 
     def _finish(
-        self,
-        rows: list[dict[str, Any]],
-        swap: Student,
-        cut: Windows,
-        held_out: texts.Documents,
-        seconds: dict[str, float],
+        self, rows: list[dict[str, Any]], swap: Student, seconds: dict[str, float]
     ) -> Result:
-        config = self.config
+        config, cut, held_out = self.config, self.text.cut, self.text.held_out
         plan = plan_dict(swap.plan, plan_warnings(swap.plan, cut.seq_len))
         facts = {
             "model_info": self.teacher.info.as_dict(),
@@ -199,10 +224,10 @@ class Job:
             "peak_memory_bytes": _peak(),
         }
         if self.folder is None:
-            name = run_id(config.model, spec.format(config.swap_spec), config.to_dict())
+            name = run_id(config.model, spec.format(config.swap_spec), settings(config))
             frame = table.as_table([row | {"run_id": name} for row in rows])
             run = Run.in_memory(
-                frame, {"run_id": name, "status": "done", **facts}, plan, config.to_dict()
+                frame, {"run_id": name, "status": "done", **facts}, plan, settings(config)
             )
             return Result(run, self._diagnose(frame, plan, swap))
         folder = self.folder
@@ -225,23 +250,9 @@ class Job:
         )
 
 
-class _Bar:
-    """A progress bar over documents' windows; silent when nobody looks."""
-
-    def __init__(self, cut: Windows, shown: bool) -> None:
-        self.bar = tqdm(
-            total=len(cut),
-            desc=f"{cut.n_docs} documents",
-            unit="window",
-            file=sys.stderr,
-            disable=None if shown else True,
-        )
-
-    def __enter__(self) -> Callable[[int], None]:
-        return lambda count: self.bar.update(count)
-
-    def __exit__(self, *_: object) -> None:
-        self.bar.close()
+def settings(config: TraceConfig) -> dict[str, Any]:
+    """What config.yaml holds and the run id hashes: all that changes a number, not where the run lies."""
+    return {name: value for name, value in config.to_dict().items() if name not in ELSEWHERE}
 
 
 def _backend(name: str) -> Callable[..., torch.Tensor]:

@@ -16,6 +16,7 @@ import torch
 
 from mismatch.address import FLOOR
 from mismatch.collect import Collector
+from mismatch.errors import NumericsError
 from mismatch.layout import Layout
 from mismatch.ranks import ALONE, Ranks
 from mismatch.state import State
@@ -25,7 +26,6 @@ from mismatch.tracing.stream import Runner, stream
 from mismatch.windows import Windows
 
 SAVE_EVERY = 20.0  # seconds between two saves of the state: cheap beside the work, little to lose
-
 
 
 def measure(
@@ -63,22 +63,26 @@ def measure(
 
     Raises:
         KeyboardInterrupt: after the batch in flight was finished and the state saved.
+        NumericsError: NaN or infinity; names student, layer, site and the first batch.
     """
     runners = [runner_of(student) for student in students]
-    first = _resume(collector, state, fingerprint, progress, batch_size, len(windows))
+    mine = [(i, batch) for i, batch in enumerate(windows.batches(batch_size)) if ranks.mine(i)]
+    first = _resume(collector, state, fingerprint)
+    progress(sum(len(batch.ids) for i, batch in mine if i < first))
     with _polite() as stopping:
         saved = time.monotonic()
-        for index, batch in enumerate(windows.batches(batch_size)):
-            if index < first or not ranks.mine(index):
+        for index, batch in mine:
+            if index < first:
                 continue
             device = teacher.embedding_device
             ids = torch.from_numpy(batch.ids).to(device)
             docs = torch.from_numpy(batch.doc).to(device)
             numbers = range(index * batch_size, index * batch_size + len(ids))
-            with collector.batch(ids, docs, numbers) as met:
-                stream(teacher, runners, ids, met, run=run)
-            if index == 0:
-                _floor(teacher, reference, collector, ids, docs, run)
+            with _naming(index, numbers):
+                with collector.batch(ids, docs, numbers) as met:
+                    stream(teacher, runners, ids, met, run=run)
+                if index == 0:
+                    _floor(teacher, reference, collector, ids, docs, run)
             progress(len(ids))
             due = stopping() or time.monotonic() - saved > SAVE_EVERY
             if state is not None and due:
@@ -86,6 +90,9 @@ def measure(
                 saved = time.monotonic()
             if stopping():
                 raise KeyboardInterrupt
+        if state is not None and ranks.world > 1:
+            # While this rank waits for the others, one of them may fail and end all.
+            state.save(collector.state(), {"next": len(windows)}, fingerprint or {})
     parts = ranks.to_first(collector.state())
     for part in (parts or [])[1:]:
         collector.merge(collector.fresh().load(part))
@@ -124,17 +131,24 @@ def _resume(
     collector: Collector,
     state: State | None,
     fingerprint: Mapping[str, Any] | None,
-    progress: Callable[[int], None],
-    batch_size: int,
-    n_windows: int,
 ) -> int:
+    """Fill the collector from the last save; the number of the batch to go on with."""
     found = None if state is None else state.load(fingerprint or {})
     if found is None:
         return 0
     arrays, info = found
     collector.load(arrays)
-    progress(min(info["next"] * batch_size, n_windows))
     return info["next"]
+
+
+@contextmanager
+def _naming(index: int, numbers: range) -> Iterator[None]:
+    """Say in which batch a number first was not finite."""
+    try:
+        yield
+    except NumericsError as error:
+        where = f"first in batch {index}, windows {numbers[0]}-{numbers[-1]}"
+        raise NumericsError(f"{error.message} ({where})", hint=error.hint) from error
 
 
 @contextmanager

@@ -59,13 +59,17 @@ ALONE = Ranks()
 
 
 @contextmanager
-def joined() -> Iterator[Ranks]:
-    """Join the process group that torchrun set up, if any, for as long as the context lives."""
+def joined(device: str = "auto") -> Iterator[Ranks]:
+    """Join the process group that torchrun set up, if any, for as long as the context lives.
+
+    Args:
+        device: where the models go; the processes talk over nccl only if that is a GPU.
+    """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or distributed.is_initialized():
         known = distributed.is_available() and distributed.is_initialized()
         yield Ranks(distributed.get_rank(), distributed.get_world_size()) if known else Ranks()
         return
-    gpu = torch.cuda.is_available()
+    gpu = torch.cuda.is_available() and device.startswith(("auto", "cuda"))
     if gpu:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     distributed.init_process_group("nccl" if gpu else "gloo")

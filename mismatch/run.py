@@ -142,14 +142,8 @@ class RunFolder:
             OutputError: that run is done.
         """
         path = Path(path)
-        manifest = _read_manifest(path)
-        if manifest["status"] == "done":
-            raise OutputError(
-                f"the run in {path} is done: there is nothing to resume",
-                hint=f"read it: mismatch report {path}",
-            )
-        folder = cls(path, manifest)
-        folder.update(status="running", resumed=manifest.get("resumed", 0) + 1)
+        folder = cls(path, check_resume(path))
+        folder.update(status="running", resumed=folder.manifest.get("resumed", 0) + 1)
         return folder
 
     def update(self, **fields: Any) -> None:
@@ -302,6 +296,23 @@ def check_output(path: Path | str, *, overwrite: bool = False) -> None:
             f"{path} is not a run folder and is not overwritten: {found}",
             hint="give --output another path",
         )
+
+
+def check_resume(path: Path | str) -> dict[str, Any]:
+    """The manifest of an unfinished run: to be asked before any work is done.
+
+    Raises:
+        RunError: no run there.
+        OutputError: that run is done.
+    """
+    path = Path(path)
+    manifest = _read_manifest(path)
+    if manifest["status"] == "done":
+        raise OutputError(
+            f"the run in {path} is done: there is nothing to resume",
+            hint=f"read it: mismatch report {path}",
+        )
+    return manifest
 
 
 def _clear(path: Path) -> None:

@@ -20,7 +20,7 @@ from mismatch.report import quantity as q
 from mismatch.report import style
 from mismatch.report.quantity import Quantity
 
-PANELS = ("rel_l2", "cka", "norm_ratio", "frechet")
+PANELS = ("rel_l2", "cka_minibatch", "norm_ratio")
 """The metrics of the default figure, of those that the table has."""
 
 DECADES = (2, 3)

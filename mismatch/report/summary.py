@@ -14,7 +14,7 @@ from mismatch.report import quantity as q
 from mismatch.report.controls import output_data
 from mismatch.report.style import interval, number
 
-WORST = ("rel_l2", "cka", "norm_ratio")
+WORST = ("rel_l2", "cka_minibatch", "norm_ratio")
 """The columns of the table of worst sites; the first one ranks them."""
 
 

@@ -7,7 +7,7 @@ import pandas as pd
 
 from mismatch.table import SITES, as_table, dictionary
 
-DICTIONARY = dictionary(["rel_l2", "cka", "norm_ratio", "frechet", "lens_kl", "kl"])
+DICTIONARY = dictionary(["rel_l2", "cka_minibatch", "norm_ratio", "frechet", "lens_kl", "kl"])
 
 BINS = ["0", "1-3", "4-15", "16-63", "64-127", "128-255", "256-511", "512-1023"]
 SIZE = {"swap": 1.0, "zero": 0.85, "mean": 0.7, "random": 9.0, "floor": 3e-6}
@@ -92,7 +92,7 @@ def synthetic(
                 if student == "floor":
                     shift = 3e-6 * floor * (0.5 + 0.5 * rng.random())
                 add(student, layer, site, "rel_l2", shift)
-                add(student, layer, site, "cka", 0.3 * shift**2, stat="shift")
+                add(student, layer, site, "cka_minibatch", 0.3 * shift**2, stat="shift")
                 add(student, layer, site, "norm_ratio", 0.4 * shift * order - shift)
                 if site not in ("attn_out", "mlp_out"):
                     add(student, layer, site, "frechet", 0.1 * shift**2, stat="value")

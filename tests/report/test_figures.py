@@ -142,7 +142,7 @@ def test_a_panel_is_drawn_into_the_axis_of_the_caller(table):
     figure = Figure()
     axis = figure.subplots()
     assert heatmap.heatmap(table, "rel_l2", ax=axis, **D) is figure
-    with pytest.raises(UsageError, match="4 metrics do not fit on one axis"):
+    with pytest.raises(UsageError, match="3 metrics do not fit on one axis"):
         heatmap.heatmap(table, ax=axis, **D)
 
 

@@ -81,7 +81,7 @@ def test_the_verdict_comes_first_and_all_parts_are_there(text):
     assert "[0.0575, 0.0649]" in words
     assert "mismatch explain infini" in words
     assert "model.layers.12.self_attn" in words
-    for metric in ("cka", "rel_l2"):
+    for metric in ("cka_minibatch", "rel_l2"):
         assert s.DICTIONARY["metrics"][metric]["blind"].split(";")[0] in words
 
 
