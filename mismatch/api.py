@@ -69,7 +69,7 @@ def swap(
     swap: str | Sequence[str],
     *,
     calibration: Any = "sotu",
-    calibration_tokens: int = 4096,
+    calibration_tokens: int = 2048,
     seq_len: int = 1024,
     batch_size: int = 4,
     seed: int = 0,

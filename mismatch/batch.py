@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from mismatch.address import NO_LAYER, TEACHER, Address
+from mismatch.address import FLOOR, MAIN, NO_LAYER, TEACHER, Address
 from mismatch.layout import Layout
 from mismatch.metrics.base import LogitPair, Pair
 from mismatch.tracing.sites import before, massive
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from mismatch.collect import Collector
 
 CHUNK = 256  # tokens that go through the head at once
-LENS_TOKENS = 8  # tokens of each window that go through the head at every layer
+LENS_TOKENS = 4  # tokens of each window that go through the head at every layer
 
 
 class Batch:
@@ -38,18 +38,13 @@ class Batch:
         ids: Tensor,
         docs: Tensor,
         numbers: Sequence[int],
-        scope: str,
         teacher: Layout,
-        students: Mapping[str, Layout],
     ) -> None:
-        self.collector, self.ids, self.docs, self.scope = collector, ids, docs, scope
-        self.teacher, self.students = teacher, students
-        self.pairs: dict[tuple[int | None, str], Pair] = {}
+        self.collector, self.ids, self.docs, self.teacher = collector, ids, docs, teacher
+        self.pairs: dict[Address, Pair] = {}
         self.streams: dict[tuple[str, str], tuple[str, Tensor, Tensor]] = {}
-        self.finals: dict[str, Tensor] = {}
-        self.final: Tensor | None = None
+        self.finals: dict[str, dict[str, Tensor]] = {}
         self.lens: dict[int, dict[str, Tensor]] = {}
-        self.valid = torch.ones_like(ids, dtype=torch.bool)
         drawn = [_drawn(collector.seed, number, ids.shape[1]) for number in numbers]
         self.drawn = torch.stack(drawn).to(ids.device) < collector.sample
         # The smallest draws of each window are its lens tokens: also independent of the batching.
@@ -57,115 +52,140 @@ class Batch:
 
     def met(self, meeting: Meeting) -> None:
         """One site of one student."""
-        key = (meeting.student, meeting.mode)
         if meeting.site in ("resid_pre", "resid_mid"):
-            self.streams[key] = (meeting.site, meeting.teacher, meeting.value)
+            stream = (meeting.site, meeting.teacher, meeting.value)
+            self.streams[meeting.student, meeting.mode] = stream
         if meeting.site == "resid_pre":
             return  # the same numbers as resid_post of the block before
-        rows = len(meeting.value)
+        scope = FLOOR if meeting.student == FLOOR else MAIN
         if meeting.site == "final":
-            self.finals[meeting.student], self.final = meeting.value, meeting.teacher
-        elif meeting.site == "resid_post" and meeting.mode == "free":
-            kept = self.lens.setdefault(meeting.layer, {})
-            kept[TEACHER] = self._lens_rows(meeting.teacher)
+            finals = self.finals.setdefault(scope, {TEACHER: meeting.teacher})
+            finals[meeting.student] = meeting.value
+        elif meeting.site == "resid_post" and meeting.mode == "free" and scope == MAIN:
+            kept = self.lens.setdefault(meeting.layer, {TEACHER: self._lens_rows(meeting.teacher)})
             kept[meeting.student] = self._lens_rows(meeting.value)
         layer = NO_LAYER if meeting.layer is None else meeting.layer
-        address = Address(self.scope, meeting.student, meeting.mode, layer, meeting.site)
-        pair = self._pair(meeting, rows, address)
-        self.collector.meter(address, meeting.value.shape[-1]).update(pair)
+        address = Address(scope, meeting.student, meeting.mode, layer, meeting.site)
+        self.collector.meter(address, meeting.value.shape[-1]).update(self._pair(meeting, address))
 
-    def _pair(self, meeting: Meeting, rows: int, address: Address) -> Pair:
-        place = (meeting.layer, meeting.site)
-        wanted = before(self.teacher, meeting.site)
-        given = self.streams.get((meeting.student, meeting.mode))
-        stream = (
-            given[1:] if wanted is not None and given is not None and given[0] == wanted else None
-        )
-        if place in self.pairs:
-            return self.pairs[place].with_student(
-                meeting.value, None if stream is None else stream[1]
-            )
-        valid = self.valid[:rows].to(meeting.value.device)
-        bulk = valid & ~massive(meeting.teacher, valid)
+    def _pair(self, meeting: Meeting, address: Address) -> Pair:
+        """Teacher beside student; what depends on the teacher alone is worked out once for all students."""
+        site, *stream = self.streams.get((meeting.student, meeting.mode), (None,))
+        added = site is not None and site == before(self.teacher, meeting.site)
+        own = address.of_teacher()
+        if own in self.pairs:
+            return self.pairs[own].with_student(meeting.value, stream[1] if added else None)
+        rows, pos, d = meeting.value.shape
+        device = meeting.teacher.device
+        valid = torch.ones(rows, pos, dtype=torch.bool, device=device)
+        bulk = ~massive(meeting.teacher, valid)
         bulk[:, 0] = False
-        sample = bulk & self.drawn[:rows].to(bulk.device)
-        docs = self.docs[:rows].to(bulk.device)
-        pair = Pair(meeting.teacher, meeting.value, docs, valid, bulk, sample, stream)
-        self.pairs[place] = pair
-        self.collector.teacher_meter(address.of_teacher(), meeting.value.shape[-1]).update(pair)
+        sample = bulk & self.drawn[:rows, :pos].to(device)
+        docs = self.docs[:rows].to(device)
+        pair = Pair(
+            meeting.teacher,
+            meeting.value,
+            docs,
+            valid,
+            bulk,
+            sample,
+            tuple(stream) if added else None,
+        )
+        self.pairs[own] = pair
+        self.collector.teacher_meter(own, d).update(pair)
         return pair
 
     def _lens_rows(self, stream: Tensor) -> Tensor:
-        at = self.lens_at[: len(stream)].to(stream.device)
-        return stream.gather(1, at[..., None].expand(-1, -1, stream.shape[-1]))
+        at = self.lens_at.to(stream.device)
+        return stream.gather(1, at[..., None].expand(-1, -1, stream.shape[-1])).flatten(0, 1)
 
     def finish(self) -> None:
         """The logits of every student, then the lens, then nothing of this batch is left."""
         self.pairs.clear()
         self.streams.clear()
         with torch.no_grad():
-            if self.finals:
-                self._logits()
-            for layer, kept in self.lens.items():
-                self._lens(layer, kept)
+            if self.collector.names(TEACHER, NO_LAYER, "logits"):
+                for scope, finals in self.finals.items():
+                    self._logits(scope, finals)
+            if self.collector.names(TEACHER, NO_LAYER, "lens"):
+                self._lens()
 
-    def _logits(self) -> None:
-        rows = len(self.final)
-        ids = self.ids[:rows]
-        targets = torch.full_like(ids, -1)
-        targets[:, :-1] = ids[:, 1:]
-        positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
-        docs = self.docs[:rows, None].expand_as(ids)
-        self._through_the_head(
-            {TEACHER: self.final, **self.finals}, targets, docs, positions, NO_LAYER, "logits"
-        )
-
-    def _lens(self, layer: int, kept: dict[str, Tensor]) -> None:
-        rows = len(kept[TEACHER])
-        at = self.lens_at[:rows]
-        states = {
-            name: (self.teacher if name == TEACHER else self.students[name]).final_norm(stream)
-            for name, stream in kept.items()
-        }
-        docs = self.docs[:rows, None].expand_as(at)
-        self._through_the_head(states, torch.full_like(at, -1), docs, at, layer, "lens")
-
-    def _through_the_head(
-        self,
-        states: Mapping[str, Tensor],
-        targets: Tensor,
-        docs: Tensor,
-        positions: Tensor,
-        layer: int,
-        at: str,
-    ) -> None:
-        """Chunk by chunk: final states, `batch pos d_model`, to log-probabilities, to every metric `at`."""
-        if not self.collector.names(TEACHER, layer, at):
-            return
-        flat = {name: state.flatten(0, 1) for name, state in states.items()}
-        target, doc, position = targets.flatten(), docs.flatten(), positions.flatten()
-        for start in range(0, len(target), CHUNK):
+    def _logits(self, scope: str, finals: Mapping[str, Tensor]) -> None:
+        rows, pos, _ = finals[TEACHER].shape
+        ids = self.ids[:rows, :pos]
+        # The token that follows; the last token of a window has none, unless the window was cropped.
+        following = torch.full_like(self.ids, -1)
+        following[:, :-1] = self.ids[:, 1:]
+        targets = following[:rows, :pos].flatten()
+        positions = torch.arange(pos, device=ids.device).expand_as(ids).flatten()
+        docs = self.docs[:rows, None].expand_as(ids).flatten()
+        flat = {name: final.flatten(0, 1) for name, final in finals.items()}
+        for start in range(0, len(targets), CHUNK):
             part = slice(start, start + CHUNK)
-            teacher = _log_probs(self.teacher, flat[TEACHER][part])
-            here = teacher.device
-            pair: LogitPair | None = None
-            for name, state in flat.items():
-                if name == TEACHER:
-                    continue
-                student = _log_probs(self.students[name], state[part]).to(here)
-                pair = (
-                    LogitPair(
-                        teacher,
-                        student,
-                        target[part].to(here),
-                        doc[part].to(here),
-                        position[part].to(here),
+            states = {name: state[part] for name, state in flat.items()}
+            tokens = (targets[part], docs[part], positions[part])
+            self._compare(scope, "logits", [NO_LAYER], states, tokens)
+
+    def _lens(self) -> None:
+        """Several layers at a time: a few rows a layer would leave the head's large matrix idle."""
+        docs = self.docs[:, None].expand_as(self.lens_at).flatten()
+        positions = self.lens_at.flatten()
+        together = max(1, CHUNK // len(docs))
+        alike: dict[tuple[str, ...], list[int]] = {}  # layers that the same students reached
+        for layer, kept in sorted(self.lens.items()):
+            alike.setdefault(tuple(kept), []).append(layer)
+        for names, layers in alike.items():
+            for start in range(0, len(layers), together):
+                some = layers[start : start + together]
+                states = {
+                    name: self._layout(name).final_norm(
+                        torch.cat([self.lens[at][name] for at in some])
                     )
-                    if pair is None
-                    else pair.with_student(student)
-                )
-                address = Address(self.scope, name, "free", layer, at)
-                self.collector.meter(address).update(pair)
+                    for name in names
+                }
+                tokens = (torch.full_like(docs, -1), docs, positions)
+                repeated = tuple(t.repeat(len(some)) for t in tokens)
+                self._compare(MAIN, "lens", some, states, repeated)
+
+    def _compare(
+        self,
+        scope: str,
+        at: str,
+        layers: Sequence[int],
+        states: Mapping[str, Tensor],
+        tokens: tuple[Tensor, ...],
+    ) -> None:
+        """Final states through the head, and every student beside the teacher.
+
+        Args:
+            scope: of the addresses.
+            at: "logits" or "lens".
+            layers: the rows of `states` are those of these layers, one after the other, equally many each.
+            states: by student, the teacher's included, `tokens d_model`.
+            tokens: target, document and position of each row.
+        """
+        teacher = _log_probs(self.teacher, states[TEACHER])
+        device, size = teacher.device, len(teacher) // len(layers)
+        target, doc, position = (t.to(device) for t in tokens)
+        pairs: dict[int, LogitPair] = {}
+        for name, state in states.items():
+            if name == TEACHER:
+                continue
+            student = _log_probs(self._layout(name), state).to(device)
+            for index, layer in enumerate(layers):
+                part = slice(index * size, (index + 1) * size)
+                if layer in pairs:
+                    pairs[layer] = pairs[layer].with_student(student[part])
+                else:
+                    facts = (target[part], doc[part], position[part])
+                    pairs[layer] = LogitPair(teacher[part], student[part], *facts)
+                self.collector.meter(Address(scope, name, "free", layer, at)).update(pairs[layer])
+
+    def _layout(self, name: str) -> Layout:
+        """Of a student; the teacher's own for itself; the run's teacher is the student of the floor."""
+        if name == TEACHER:
+            return self.teacher
+        return self.collector.teacher if name == FLOOR else self.collector.students[name]
 
 
 def _log_probs(layout: Layout, final: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from mismatch.address import MAIN, NO_LAYER, SWAP, TEACHER, Address
+from mismatch.address import FLOOR, MAIN, NO_LAYER, SWAP, TEACHER, Address
 from mismatch.batch import Batch
 from mismatch.layout import Layout
 from mismatch.metrics import load_metric
@@ -23,6 +23,9 @@ from mismatch.metrics.base import Reading, paired_difference
 from mismatch.metrics.meter import StudentMeter, TeacherMeter
 from mismatch.tracing.sites import BLOCK_SITES
 from mismatch.tracing.stream import Meeting
+
+COMPARED = ("kl", "nll", "lens_kl", "rel_l2", "norm_ratio", "cosine", "update_size")
+"""The metrics that controls get too."""
 
 
 @dataclass
@@ -65,7 +68,6 @@ class Collector:
         docs: Tensor,
         numbers: Sequence[int],
         *,
-        only: str | None = None,
         teacher: Layout | None = None,
     ) -> Iterator[Callable[[Meeting], None]]:
         """Take one batch: yields what wants to be told of each meeting; the logits follow at the end.
@@ -74,11 +76,9 @@ class Collector:
             ids: int64 `batch pos`.
             docs: int64 `batch`, document of each window.
             numbers: of the windows in the whole run; they seed the sample, so batching does not matter.
-            only: name of the floor, whose student is the teacher itself.
             teacher: another teacher than the run's (the floor of a low-precision run).
         """
-        layouts = self.students if only is None else {only: self.teacher}
-        batch = Batch(self, ids, docs, numbers, only or MAIN, teacher or self.teacher, layouts)
+        batch = Batch(self, ids, docs, numbers, teacher or self.teacher)
         yield batch.met
         batch.finish()
 
@@ -94,7 +94,7 @@ class Collector:
     def teacher_meter(self, address: Address, d: int) -> TeacherMeter:
         """The teacher's own sums at an address: what any student needs of them there."""
         if address not in self.teachers:
-            student = SWAP if address.scope == MAIN else address.scope
+            student = SWAP if address.scope == MAIN else FLOOR
             names = self.names(student, address.layer, address.site)
             self.teachers[address] = TeacherMeter(names, d, seed=self.seed)
         return self.teachers[address]
@@ -102,8 +102,9 @@ class Collector:
     def names(self, student: str, layer: int, site: str) -> tuple[str, ...]:
         """The metrics that are fed at a site of a student.
 
-        Metrics of full covariances cost d^2 to hold and d^3 to read, so they are taken of the swap alone: in the stream
-        behind each block, in the final states, and in what the swapped layers themselves add.
+        Controls get what is compared with the swap, and no more: they bound its scale. Metrics of full covariances
+        cost d^2 to hold and d^3 to read, so they are taken of the swap alone: in the stream behind each block, in
+        the final states, and in what the swapped layers themselves add.
         """
         update = site in ("attn_out", "mlp_out")
         own = update and layer in self.swapped.get(student, ())
@@ -114,7 +115,9 @@ class Collector:
         return tuple(
             name
             for name, metric in self._fed.items()
-            if metric.at in at and (metric.state != "moments" or moments)
+            if metric.at in at
+            and (metric.state != "moments" or moments)
+            and (student in (SWAP, FLOOR, TEACHER) or name in COMPARED)
         )
 
     def merge(self, other: Collector) -> Collector:

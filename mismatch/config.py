@@ -53,7 +53,7 @@ class TraceConfig:
     """Text for swaps that need calibration. Never overlaps with the held-out text."""
     tokens: Annotated[int, ">= 1"] = 8192
     """Held-out tokens to measure on."""
-    calibration_tokens: Annotated[int, ">= 1"] = 4096
+    calibration_tokens: Annotated[int, ">= 1"] = 2048
     """Tokens to calibrate on."""
     seq_len: Annotated[int, ">= 2"] = 1024
     """Tokens per window. A window never mixes documents."""
@@ -64,7 +64,7 @@ class TraceConfig:
     """Controls that run along on the same tokens; none for no control."""
     metrics: tuple[str, ...] | None = None
     """Metrics to compute; all of them when not given."""
-    moment_tokens: Annotated[int, ">= 1"] = 4096
+    moment_tokens: Annotated[int, ">= 1"] = 2048
     """Tokens that feed the metrics of second moments (cka, frechet, ...)."""
     backend: Literal["hooks", "nnsight"] = "hooks"
     """How sites are read. Both give the same bits."""

@@ -25,6 +25,7 @@ from mismatch.tracing import hooks
 from mismatch.tracing.stream import Runner, stream
 from mismatch.windows import Windows
 
+FLOOR_TOKENS = 256  # of the first window that are run once more in another shape
 SAVE_EVERY = 20.0  # seconds between two saves of the state: cheap beside the work, little to lose
 
 
@@ -78,11 +79,13 @@ def measure(
             ids = torch.from_numpy(batch.ids).to(device)
             docs = torch.from_numpy(batch.doc).to(device)
             numbers = range(index * batch_size, index * batch_size + len(ids))
-            with _naming(index, numbers):
-                with collector.batch(ids, docs, numbers) as met:
-                    stream(teacher, runners, ids, met, run=run)
-                if index == 0:
-                    _floor(teacher, reference, collector, ids, docs, run)
+            # The floor rides on the first batch: its first window once more, alone and shorter.
+            floor = index == 0 and reference is None
+            others = [Runner(FLOOR, teacher, 0, crop=(1, FLOOR_TOKENS))] if floor else []
+            with _naming(index, numbers), collector.batch(ids, docs, numbers) as met:
+                stream(teacher, [*runners, *others], ids, met, run=run)
+            if index == 0 and reference is not None:
+                _format_floor(teacher, reference, collector, ids[:1], docs[:1], run)
             progress(len(ids))
             due = stopping() or time.monotonic() - saved > SAVE_EVERY
             if state is not None and due:
@@ -110,21 +113,17 @@ def runner_of(student: Student) -> Runner:
     )
 
 
-def _floor(
+def _format_floor(
     teacher: Layout,
-    reference: Layout | None,
+    reference: Layout,
     collector: Collector,
     ids: torch.Tensor,
     docs: torch.Tensor,
     run: Callable[..., torch.Tensor],
 ) -> None:
-    """The first window once more, alone: what every metric reads when nothing was swapped."""
-    if reference is None:
-        with collector.batch(ids, docs, range(len(ids)), only=FLOOR) as met:
-            stream(teacher, [Runner(FLOOR, teacher, 0, rows=1)], ids, met, forced=False, run=run)
-    else:
-        with collector.batch(ids[:1], docs[:1], range(1), only=FLOOR, teacher=reference) as met:
-            stream(reference, [Runner(FLOOR, teacher, 0)], ids[:1], met, forced=False, run=run)
+    """What the number format alone brings: the float32 model as the teacher, the run's teacher as the student."""
+    with collector.batch(ids, docs, range(len(ids)), teacher=reference) as met:
+        stream(reference, [Runner(FLOOR, teacher, 0)], ids, met, run=run)
 
 
 def _resume(

@@ -35,8 +35,8 @@ class Runner:
     """The first swapped layer; None when only the final norm is swapped, `0` for a full run."""
     swapped: tuple[int, ...] = ()
     whole_blocks: frozenset[int] = frozenset()
-    rows: int | None = None
-    """Run only so many rows of the batch (the floor: the same documents in another batch shape); None is all."""
+    crop: tuple[int, int] | None = None
+    """Run only so many rows and tokens of the batch (the floor: the same text in another shape); None is all."""
 
     def start(self) -> int:
         return self.layout.n_layers if self.first is None else self.first
@@ -80,18 +80,26 @@ def stream(
         NumericsError: a value is NaN or infinite; names student, layer and site.
         RunError: a module changed a stored value in place, so that a later comparison would be wrong.
     """
-    begin = min((r.start() for r in runners), default=0)
+    whole = [runner for runner in runners if runner.crop is None]
+    begin = min((runner.start() for runner in whole), default=teacher.n_layers)
+    crops = [runner.crop for runner in runners if runner.crop is not None]
     kept: dict[tuple[int | None, str], Tensor] = {}
     versions: dict[tuple[int | None, str], int] = {}
 
     def keep(tap: Tap, value: Tensor) -> None:
         _check_finite(value, "teacher", tap.layer, tap.site)
+        if tap.layer < begin - 1:  # only a cropped runner asks for it
+            value = value[: crops[0][0], : crops[0][1]].clone()
         kept[tap.layer, tap.site] = value
         versions[tap.layer, tap.site] = value._version
 
     with torch.no_grad():
-        wanted = [t for layer in range(begin, teacher.n_layers) for t in taps(teacher, layer)]
-        if begin > 0:
+        wanted = [
+            t
+            for layer in range(0 if crops else begin, teacher.n_layers)
+            for t in taps(teacher, layer)
+        ]
+        if begin > 0 and not crops:
             wanted = [*taps(teacher, begin - 1)[-1:], *wanted]
         kept[None, "final"] = run(teacher, ids, wanted, keep)
         for runner in runners:
@@ -112,7 +120,7 @@ class _Pairing:
 
     def free(self, ids: Tensor, run: Callable[..., Tensor]) -> None:
         runner = self.runner
-        ids = ids if runner.rows is None else ids[: runner.rows]
+        ids = self._cropped(ids)
         wanted = [
             t for layer in range(runner.start(), runner.layout.n_layers) for t in self._taps(layer)
         ]
@@ -151,8 +159,11 @@ class _Pairing:
 
     def _entering(self, layer: int) -> Tensor:
         """The teacher's stream entering a block; the block before it gave it."""
-        stored = self.kept[layer - 1, "resid_post"]
-        return stored if self.runner.rows is None else stored[: self.runner.rows]
+        return self._cropped(self.kept[layer - 1, "resid_post"])
+
+    def _cropped(self, x: Tensor) -> Tensor:
+        crop = self.runner.crop
+        return x if crop is None else x[: crop[0], : crop[1]]
 
     def _taps(self, layer: int) -> tuple[Tap, ...]:
         return taps(self.runner.layout, layer, inner=layer not in self.runner.whole_blocks)
@@ -164,8 +175,7 @@ class _Pairing:
             raise RunError(
                 f"the teacher's {site} of layer {layer} was changed in place after it was stored"
             )
-        stored = stored if self.runner.rows is None else stored[: self.runner.rows]
-        self.met(Meeting(self.runner.name, mode, layer, site, stored, value))
+        self.met(Meeting(self.runner.name, mode, layer, site, self._cropped(stored), value))
 
 
 def _check_finite(value: Tensor, who: str, layer: int | None, site: str) -> None:

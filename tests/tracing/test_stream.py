@@ -85,11 +85,15 @@ def test_final_norm_alone(tiny):
     assert torch.equal(met[0].value, whole)
 
 
-def test_floor_runs_fewer_rows(tiny):
-    teacher = Layout.of(tiny("llama"))
-    met = meetings(teacher, [Runner("floor", teacher, 0, rows=1)], forced=False)
-    assert all(m.value.shape[0] == m.teacher.shape[0] == 1 for m in met)
-    assert max(float((m.value - m.teacher).abs().max()) for m in met) < 1e-5
+def test_floor_runs_a_part_of_the_batch_beside_the_students(tiny):
+    model = tiny("llama")
+    teacher, student = Layout.of(model), operate(model, "layer2:zero")
+    met = meetings(teacher, [runner_of(student), Runner("floor", teacher, 0, crop=(1, 7))])
+    floor = [m for m in met if m.student == "floor"]
+    assert {m.layer for m in floor} == {0, 1, 2, None}
+    assert all(m.value.shape[:2] == m.teacher.shape[:2] == (1, 7) for m in floor)
+    assert max(float((m.value - m.teacher).abs().max()) for m in floor) < 1e-5
+    assert all(m.value.shape[:2] == (2, 20) for m in met if m.student == "swap")
 
 
 def test_nan_is_named(tiny):
