@@ -139,7 +139,7 @@ class Batch:
                 some = layers[start : start + together]
                 states = {
                     name: self._layout(name).final_norm(
-                        torch.cat([self.lens[at][name] for at in some])
+                        torch.cat([self.lens[at][name].to(docs.device) for at in some])
                     )
                     for name in names
                 }
