@@ -24,7 +24,7 @@ from mismatch.metrics.meter import StudentMeter, TeacherMeter
 from mismatch.tracing.sites import BLOCK_SITES
 from mismatch.tracing.stream import Meeting
 
-COMPARED = ("kl", "nll", "lens_kl", "rel_l2", "norm_ratio", "cosine", "update_size")
+COMPARED = ("kl", "nll", "lens_kl", "rel_l2", "norm_ratio", "update_size")
 """The metrics that controls get too."""
 
 
