@@ -67,7 +67,8 @@ def measure(
         NumericsError: NaN or infinity; names student, layer, site and the first batch.
     """
     runners = [runner_of(student) for student in students]
-    mine = [(i, batch) for i, batch in enumerate(windows.batches(batch_size)) if ranks.mine(i)]
+    batches = list(enumerate(windows.batches(batch_size)))
+    mine = [(i, batch) for i, batch in batches if ranks.mine(i)]
     first = _resume(collector, state, fingerprint)
     progress(sum(len(batch.ids) for i, batch in mine if i < first))
     with _polite() as stopping:
@@ -95,7 +96,7 @@ def measure(
                 raise KeyboardInterrupt
         if state is not None and ranks.world > 1:
             # While this rank waits for the others, one of them may fail and end all.
-            state.save(collector.state(), {"next": len(windows)}, fingerprint or {})
+            state.save(collector.state(), {"next": len(batches)}, fingerprint or {})
     parts = ranks.to_first(collector.state())
     for part in (parts or [])[1:]:
         collector.merge(collector.fresh().load(part))
