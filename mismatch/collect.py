@@ -21,7 +21,7 @@ from mismatch.layout import Layout
 from mismatch.metrics import load_metric
 from mismatch.metrics.base import Reading, paired_difference
 from mismatch.metrics.meter import StudentMeter, TeacherMeter
-from mismatch.tracing.sites import BLOCK_SITES
+from mismatch.table import BLOCK_SITES
 from mismatch.tracing.stream import Meeting
 
 COMPARED = ("kl", "nll", "lens_kl", "rel_l2", "norm_ratio", "update_size")

@@ -10,10 +10,12 @@ import torch
 
 from mismatch.config import TraceConfig
 from mismatch.layout import Layout
-from mismatch.tracing.sites import BLOCK_SITES
+from mismatch.table import BLOCK_SITES
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "auto": 4}
-EFFICIENCY = 0.4  # of a large matrix product; measured on SmolLM2, blocks of 1024 tokens, 2 CPU cores
+EFFICIENCY = (
+    0.4  # of a large matrix product; measured on SmolLM2, blocks of 1024 tokens, 2 CPU cores
+)
 
 
 @dataclass(frozen=True)

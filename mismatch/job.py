@@ -107,6 +107,10 @@ class Job:
         if self.folder is not None:
             self.folder.write_plan(plan_dict(swap.plan, plan_warnings(swap.plan, cut.seq_len)))
             self.folder.update(fingerprints=prints, model_info=teacher.info.as_dict())
+            self.folder.log(
+                f"{len(cut)} windows of {cut.n_docs} documents, {len(students)} students"
+            )
+        reference = self._reference()
         loaded = time.monotonic()
         with self._bar() as advance:
             self._measure(
@@ -115,7 +119,7 @@ class Job:
                 collector,
                 cut,
                 batch_size=config.batch_size,
-                reference=self._reference(),
+                reference=reference,
                 ranks=self.ranks,
                 state=self._state(),
                 fingerprint=prints,
@@ -124,8 +128,14 @@ class Job:
             )
         result = None
         if self.ranks.first:
-            seconds = {"setup": loaded - started, "run": time.monotonic() - loaded}
-            result = self._finish(collector.rows(), swap, seconds)
+            seconds = {
+                "setup": round(loaded - started, 1),
+                "run": round(time.monotonic() - loaded, 1),
+            }
+            floor = (
+                "the text in another batch shape" if reference is None else "the model in float32"
+            )
+            result = self._finish(collector.rows(), swap, {"seconds": seconds, "floor": floor})
         if self.ranks.world == 1:
             return result
         # Only the first rank holds the whole; the others read what it wrote.
@@ -201,7 +211,7 @@ class Job:
             yield bar.update
 
     def _finish(
-        self, rows: list[dict[str, Any]], swap: Student, seconds: dict[str, float]
+        self, rows: list[dict[str, Any]], swap: Student, measured: dict[str, Any]
     ) -> Result:
         config, cut, held_out = self.config, self.text.cut, self.text.held_out
         plan = plan_dict(swap.plan, plan_warnings(swap.plan, cut.seq_len))
@@ -220,8 +230,8 @@ class Job:
                 "fingerprint": cut.fingerprint,
             },
             "ranks": self.ranks.world,
-            "seconds": {name: round(value, 1) for name, value in seconds.items()},
             "peak_memory_bytes": _peak(),
+            **measured,
         }
         if self.folder is None:
             name = run_id(config.model, spec.format(config.swap_spec), settings(config))
@@ -236,6 +246,7 @@ class Job:
         folder.write_findings([finding.as_dict() for finding in findings])
         folder.finish("done", **facts)
         write_html(folder.path)
+        folder.log("done")
         return Result(load_run(folder.path), findings)
 
     def _diagnose(self, frame: Any, plan: dict[str, Any], swap: Student) -> list[Finding]:

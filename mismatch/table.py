@@ -27,6 +27,9 @@ SCHEMA_VERSION = 1
 SITES = ("resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post", "final", "logits")
 """Where numbers are taken, in the order of computation."""
 
+BLOCK_SITES = SITES[:5]
+"""Those that every block has."""
+
 
 @dataclass(frozen=True)
 class Column:

@@ -19,9 +19,8 @@ import pandas as pd
 
 from mismatch import registry
 from mismatch.errors import UsageError
-from mismatch.table import SITES
+from mismatch.table import BLOCK_SITES, SITES
 
-BLOCK_SITES = SITES[:5]
 CONTROLS = ("identity", "zero", "mean", "skip", "linear", "random")
 """The order in which controls are listed; others follow by name."""
 

@@ -22,9 +22,6 @@ from torch import Tensor, nn
 
 from mismatch.layout import Layout
 
-BLOCK_SITES = ("resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post")
-SITES = (*BLOCK_SITES, "final", "logits")
-
 
 @dataclass(frozen=True)
 class Tap:
