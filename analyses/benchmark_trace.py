@@ -7,10 +7,10 @@ Time is CPU time of one process with one thread, all ways interleaved in one run
 
 | way | what it does |
 |---|---|
-| `bound` | the work a trace cannot avoid: one teacher forward and one suffix per student, heads included, nothing measured |
+| `bound` | the work a trace cannot avoid: a teacher forward, a suffix per student, heads included; measures nothing |
 | `mismatch` | the whole trace of swap, zero and mean: every metric, intervals, floor, table |
 | `plain` | four whole forwards (teacher, swap, zero, mean), logits kept, nothing measured |
-| `nnsight + pytorch-cka` | two nnsight traces (teacher, swap) that store every site and the logits, then CKA of each site by pytorch-cka and KL; one student only |
+| `nnsight + pytorch-cka` | two nnsight traces (teacher, swap) that store sites and logits, then CKA, KL; one student |
 
 Memory is the peak of a process of its own: `mismatch trace` over 8k and over 64k tokens.
 """
@@ -45,7 +45,9 @@ HERE = Path(__file__).resolve().parent.parent / "figures" / "benchmark_trace"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--quick", action="store_true", help="fewer tokens, no 64k run")
     parser.add_argument("--output", type=Path, default=HERE, help="folder of the results")
     args = parser.parse_args()
@@ -62,15 +64,30 @@ def times(tokens: int, seq_len: int, rounds: int) -> dict[str, list[float]]:
     teacher = mismatch.load("smollm2")
     text = data.read("wiki")
     cut = windows(text, teacher.tokenizer, seq_len, tokens, 0)
-    options = {"calibration": "sotu", "tokens": 2048, "seq_len": seq_len, "batch_size": 4, "seed": 0}
+    options = {
+        "calibration": "sotu",
+        "tokens": 2048,
+        "seq_len": seq_len,
+        "batch_size": 4,
+        "seed": 0,
+    }
     swap = mismatch.swap(teacher, SWAP)
     controls = control_specs(("zero", "mean"), swap.plan)
-    students = [swap, *(calibrated_swap(teacher, s, name=n, **options) for n, s in controls.items())]
+    students = [
+        swap,
+        *(calibrated_swap(teacher, s, name=n, **options) for n, s in controls.items()),
+    ]
     batches = [torch.from_numpy(batch.ids) for batch in cut.batches(4)]
     ways: dict[str, Callable[[], object]] = {
-        "bound": lambda: [bound(teacher.layout, [s.layout for s in students], 12, ids) for ids in batches],
-        "mismatch": lambda: mismatch.trace(teacher, swap, data="wiki", tokens=tokens, seq_len=seq_len),
-        "plain": lambda: [plain([teacher.model, *(s.model for s in students)], ids) for ids in batches],
+        "bound": lambda: [
+            bound(teacher.layout, [s.layout for s in students], 12, ids) for ids in batches
+        ],
+        "mismatch": lambda: mismatch.trace(
+            teacher, swap, data="wiki", tokens=tokens, seq_len=seq_len
+        ),
+        "plain": lambda: [
+            plain([teacher.model, *(s.model for s in students)], ids) for ids in batches
+        ],
         "nnsight + pytorch-cka": lambda: stored(teacher, swap, batches),
     }
     found: dict[str, list[float]] = {name: [] for name in ways}
@@ -92,7 +109,9 @@ def bound(teacher: Layout, students: list[Layout], first: int, ids: torch.Tensor
     kept = {}
     entering = taps(teacher, first - 1)[-1:]
     finals = [hooks.run(teacher, ids, entering, lambda tap, value: kept.__setitem__("h", value))]
-    finals += [hooks.run(s, ids, (), lambda *_: None, start=first, stream=kept["h"]) for s in students]
+    finals += [
+        hooks.run(s, ids, (), lambda *_: None, start=first, stream=kept["h"]) for s in students
+    ]
     for final in finals:
         for chunk in final.flatten(0, 1).split(256):
             teacher.head(chunk)
@@ -140,13 +159,17 @@ def peak(tokens: int) -> int:
         run = Path(folder) / "run"
         command = [sys.executable, "-m", "mismatch", "trace", "--model", "smollm2", "--swap", SWAP]
         command += ["--tokens", str(tokens), "--seq-len", "512", "--calibration-tokens", "1024"]
-        subprocess.run([*command, "--controls", "none", "--quiet", "--output", str(run)], check=True)
+        subprocess.run(
+            [*command, "--controls", "none", "--quiet", "--output", str(run)], check=True
+        )
         size = json.loads((run / "manifest.json").read_text())["peak_memory_bytes"]
     print(f"{tokens} tokens: {size / 1e6:.0f} MB", file=sys.stderr)
     return size
 
 
-def report(folder: Path, seconds: dict[str, list[float]], peaks: dict[int, int], settings: dict) -> None:
+def report(
+    folder: Path, seconds: dict[str, list[float]], peaks: dict[int, int], settings: dict
+) -> None:
     """Table on stdout; csv, json and the picture in `folder`."""
     from matplotlib.figure import Figure
 
@@ -161,13 +184,20 @@ def report(folder: Path, seconds: dict[str, list[float]], peaks: dict[int, int],
         }
         for name, values in seconds.items()
     ]
-    rows += [{"way": f"peak memory, {n} tokens", "megabytes": size / 1e6} for n, size in peaks.items()]
+    rows += [
+        {"way": f"peak memory, {n} tokens", "megabytes": size / 1e6} for n, size in peaks.items()
+    ]
     names = ["way", "cpu_seconds_median", "cpu_seconds_min", "ratio_to_bound", "megabytes"]
     with open(folder / "benchmark_trace.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, names)
         writer.writeheader()
         writer.writerows(rows)
-    made = {"settings": settings, "seconds": seconds, "peaks": peaks, "versions": environment.versions()}
+    made = {
+        "settings": settings,
+        "seconds": seconds,
+        "peaks": peaks,
+        "versions": environment.versions(),
+    }
     (folder / "benchmark_trace.json").write_text(json.dumps(made, indent=2) + "\n")
     figure = Figure(figsize=(7, 2.6), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(2, 1))
@@ -177,16 +207,26 @@ def report(folder: Path, seconds: dict[str, list[float]], peaks: dict[int, int],
     left.axvline(1.25, color="black", linewidth=0.8, linestyle=":")
     for index, row in enumerate(ways):
         left.text(row["ratio_to_bound"], index, f" {row['ratio_to_bound']:.2f}", va="center")
-    left.set(xlabel="CPU time / work that cannot be avoided", title=f"{settings['tokens']} tokens, SmolLM2, {SWAP}")
+    left.set(
+        xlabel="CPU time / work that cannot be avoided",
+        title=f"{settings['tokens']} tokens, SmolLM2, {SWAP}",
+    )
     left.invert_yaxis()
     left.margins(x=0.12)
     left.spines[["top", "right"]].set_visible(False)
-    right.bar([f"{n // 1024}k" for n in peaks], [size / 1e9 for size in peaks.values()], color="#4c78a8")
+    right.bar(
+        [f"{n // 1024}k" for n in peaks], [size / 1e9 for size in peaks.values()], color="#4c78a8"
+    )
     right.set(xlabel="tokens", ylabel="peak memory, GB", title="one student")
     right.spines[["top", "right"]].set_visible(False)
     figure.savefig(folder / "benchmark_trace.png", dpi=200)
     for row in rows:
-        print("  ".join(f"{key}={value:.4g}" if isinstance(value, float) else str(value) for key, value in row.items()))
+        print(
+            "  ".join(
+                f"{key}={value:.4g}" if isinstance(value, float) else str(value)
+                for key, value in row.items()
+            )
+        )
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import argparse
 import json
 import shutil
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pandas as pd
@@ -25,7 +26,9 @@ HERE = Path(__file__).resolve().parent.parent / "figures" / "layer12"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="where the run folders go")
     parser.add_argument("--output", type=Path, default=HERE)
@@ -52,7 +55,7 @@ def main() -> None:
             figures(result.run_dir, args.output)
     table = pd.DataFrame(rows)
     kl = table[table.metric == "kl"].set_index("swap").value
-    holds = all(kl[a] < kl[b] for a, b in zip(ORDER, ORDER[1:]))
+    holds = all(kl[a] < kl[b] for a, b in pairwise(ORDER))
     table.to_csv(args.output / "layer12.csv", index=False)
     made = {"tokens": args.tokens, "order_holds": holds, "versions": environment.versions()}
     (args.output / "layer12.json").write_text(json.dumps(made, indent=2) + "\n")
@@ -65,7 +68,7 @@ def readings(table: pd.DataFrame, swap: str) -> list[dict]:
     """Output KL, NLL difference and top-1 disagreement of every student of a run."""
     found = table[(table.site == "logits") & (table.position == "all") & (table.student != "floor")]
     keep = {"kl": "mean", "nll": "shift", "top1": "mean"}
-    found = found[[keep.get(m) == s for m, s in zip(found.metric, found.stat)]]
+    found = found[found.stat == found.metric.map(keep)]
     return [
         {
             "swap": swap if row.student == "swap" else row.student,

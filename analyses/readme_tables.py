@@ -1,4 +1,4 @@
-"""Write the tables of README.md from the registries: `python analyses/readme_tables.py`. A test asks that they are up to date."""
+"""Write the tables of README.md: `python analyses/readme_tables.py`. A test asks that they are up to date."""
 
 from __future__ import annotations
 
@@ -21,8 +21,16 @@ def mechanism_table() -> str:
         slots = card.facts["slots"]
         shown = ", ".join(slots[:4]) + (", ..." if len(slots) > 4 else "")
         what = card.summary.partition(": ")[2] or card.summary
-        rows.append((f"`{name}`", what.rstrip("."), shown, f"`{args}`" if args else "", card.facts["identity"]))
-    return _table(("mechanism", "what it is", "slots (first is the default)", "arguments", "equals the original when"), rows)
+        shown_args = f"`{args}`" if args else ""
+        rows.append((f"`{name}`", what.rstrip("."), shown, shown_args, card.facts["identity"]))
+    head = (
+        "mechanism",
+        "what it is",
+        "slots (first: default)",
+        "arguments",
+        "equals the original when",
+    )
+    return _table(head, rows)
 
 
 def metric_table() -> str:
@@ -33,7 +41,9 @@ def metric_table() -> str:
         card = registry.card(name)
         question = card.summary.partition(": ")[2] or card.summary
         null = ", ".join(f"{stat} {value:g}" for stat, value in card.facts["null"].items())
-        rows.append((f"`{name}`", question.rstrip("."), card.facts["unit"], null, card.facts["blind"]))
+        rows.append(
+            (f"`{name}`", question.rstrip("."), card.facts["unit"], null, card.facts["blind"])
+        )
     return _table(("metric", "question", "unit", "at equality", "cannot see"), rows)
 
 
@@ -43,9 +53,13 @@ def layer12_table() -> str:
         found = {(row["swap"], row["metric"]): row for row in csv.DictReader(file)}
     rows = []
     for swap in dict.fromkeys(swap for swap, _ in found):
-        cells = [_interval(found[swap, name]) if (swap, name) in found else "" for name in ("kl", "nll")]
+        cells = [
+            _interval(found[swap, name]) if (swap, name) in found else "" for name in ("kl", "nll")
+        ]
         rows.append((f"`{swap}`", *cells))
-    return _table(("layer 12, attention", "KL, nats per token", "NLL difference, nats per token"), rows)
+    return _table(
+        ("layer 12, attention", "KL, nats per token", "NLL difference, nats per token"), rows
+    )
 
 
 def _interval(row: dict[str, str]) -> str:
@@ -60,13 +74,16 @@ def filled(text: str) -> str:
     """README text with every generated table renewed."""
     for name, table in TABLES.items():
         pattern = rf"(<!-- table: {name} -->\n).*?(<!-- end -->)"
-        text = re.sub(pattern, lambda found, table=table: f"{found[1]}{table()}\n{found[2]}", text, flags=re.S)
+        text = re.sub(
+            pattern, lambda found, table=table: f"{found[1]}{table()}\n{found[2]}", text, flags=re.S
+        )
     return text
 
 
 def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
     lines = [head, tuple("---" for _ in head), *rows]
-    return "\n".join("| " + " | ".join(" ".join(cell.split()).replace("|", "\\|") for cell in line) + " |" for line in lines)
+    cells = [[" ".join(cell.split()).replace("|", "\\|") for cell in line] for line in lines]
+    return "\n".join(f"| {' | '.join(line)} |" for line in cells)
 
 
 def _value(default: object) -> str:

@@ -53,7 +53,7 @@ def test_slot_that_the_family_lacks(tiny):
 def test_a_model_changed_beforehand_is_refused(tiny):
     model = tiny("llama")
     del model.model.layers[0].post_attention_layernorm
-    with pytest.raises(LayoutError, match="should have block.post_attention_layernorm"):
+    with pytest.raises(LayoutError, match=r"should have block\.post_attention_layernorm"):
         Layout.of(model)
 
 
