@@ -1,0 +1,101 @@
+"""Findings: each rule speaks when its numbers say so, and is silent when they do not."""
+
+from __future__ import annotations
+
+import pandas as pd
+import pytest
+
+from mismatch.diagnose import Evidence, diagnose, worth_it
+from mismatch.table import as_table
+
+CLAUSES = ({"layer": 2, "slot": "attn", "mechanism": "infini"},)
+
+
+def row(metric, value, lo=None, hi=None, **where):
+    base = {"mode": "free", "student": "swap", "layer": None, "site": "logits", "stat": "mean"}
+    lo, hi = value if lo is None else lo, value if hi is None else hi
+    return {**base, **where, "metric": metric, "value": value, "lo": lo, "hi": hi, "n": 100, "run_id": "r"}
+
+
+def evidence(*rows: dict) -> Evidence:
+    return Evidence(as_table(pd.DataFrame(rows)), (2,), 6, "toy", CLAUSES)
+
+
+def titles(*rows: dict) -> list[str]:
+    return [finding.title for finding in diagnose(evidence(*rows))]
+
+
+def kl(swap, zero, lo, hi):
+    return (
+        row("kl", swap),
+        row("kl", zero, student="zero"),
+        row("kl", swap - zero, lo, hi, stat="mean_minus_zero"),
+        row("kl", 0.0, student="floor"),
+    )
+
+
+@pytest.mark.parametrize(
+    "numbers, title, severity",
+    [
+        ((0.08, 0.05, 0.02, 0.04), "worse than deleting the part", "high"),
+        ((0.05, 0.05, -0.01, 0.01), "no better than deleting the part", "high"),
+        ((0.04, 0.05, -0.02, -0.005), "80% of the damage of deleting the part", "high"),
+        ((0.01, 0.05, -0.05, -0.03), "20% of the damage of deleting the part", "medium"),
+        ((0.002, 0.05, -0.05, -0.04), "4% of the damage of deleting the part", "low"),
+        ((0.0, 0.05, -0.05, -0.05), "no shift", "info"),
+    ],
+)
+def test_the_verdict_rests_on_the_paired_difference(numbers, title, severity):
+    finding = worth_it(evidence(*kl(*numbers)))
+    assert (finding.title, finding.severity) == (title, severity)
+
+
+def test_a_shift_at_the_floor_is_none():
+    rows = (row("kl", 1e-7), row("kl", 2e-7, student="floor"), row("kl", 0.05, student="zero"))
+    assert titles(*rows) == ["no shift"]
+
+
+def test_without_controls_nothing_is_judged():
+    assert titles(row("kl", 0.03)) == ["the output shifts"]
+
+
+def test_the_next_command_keeps_the_original():
+    finding = worth_it(evidence(*kl(0.08, 0.05, 0.02, 0.04)))
+    assert finding.next == 'mismatch trace --model toy --swap "layer2.attn:parallel(infini, alpha=0.1)"'
+
+
+def test_an_update_that_misses_by_more_than_its_size():
+    where = {"layer": 2, "site": "attn_out", "mode": "forced"}
+    assert "layer 2: the update misses its target by more than its own size" in titles(row("rel_l2", 1.4, **where))
+    assert "layer 2: local error 84% of the update" in titles(row("rel_l2", 0.84, **where))
+    assert titles(row("rel_l2", 0.0, **where)) == []
+
+
+def test_scale():
+    where = {"layer": 2, "site": "attn_out", "mode": "forced"}
+    assert titles(row("norm_ratio", 1.0, **where)) == ["layer 2: the update is 2.00 times its size"]
+    assert titles(row("norm_ratio", 0.1, **where)) == []
+
+
+@pytest.mark.parametrize("last, word", [(0.4, "grows"), (0.05, "heals"), (0.1, "stays")])
+def test_depth(last, word):
+    rows = (row("rel_l2", 0.1, layer=2, site="resid_post"), row("rel_l2", last, layer=5, site="resid_post"))
+    assert titles(*rows) == [f"the shift {word} behind the swap"]
+
+
+def test_late_tokens_need_intervals_apart():
+    def at(position, value, half):
+        return row("kl", value, value - half, value + half, position=position)
+
+    apart = [at("0", 0.0, 0.0), at("1-3", 0.01, 0.001), at("64-127", 0.05, 0.005)]
+    assert "late tokens suffer more" in titles(*apart)
+    touching = [at("0", 0.0, 0.0), at("1-3", 0.04, 0.02), at("64-127", 0.05, 0.005)]
+    assert "late tokens suffer more" not in titles(*touching)
+    early = [at("0", 0.0, 0.0), at("1-3", 0.09, 0.001), at("64-127", 0.05, 0.005)]
+    assert "early tokens suffer more" in titles(*early)
+
+
+def test_premise():
+    where = {"layer": 2, "site": "attn_out", "stat": "teacher"}
+    assert titles(row("update_size", 0.6, **where)) == ["layer 2 is not a small correction"]
+    assert titles(row("update_size", 0.15, **where)) == []
