@@ -73,27 +73,21 @@ class Batch:
         site, *stream = self.streams.get((meeting.student, meeting.mode), (None,))
         added = site is not None and site == before(self.teacher, meeting.site)
         own = address.of_teacher()
-        if own in self.pairs:
-            return self.pairs[own].with_student(meeting.value, stream[1] if added else None)
-        rows, pos, d = meeting.value.shape
-        device = meeting.teacher.device
-        valid = torch.ones(rows, pos, dtype=torch.bool, device=device)
-        bulk = ~massive(meeting.teacher, valid)
+        if own not in self.pairs:
+            # Kept with the teacher on both sides: a kept student would live until the end of the batch.
+            entering = (stream[0], stream[0]) if added else None
+            self.pairs[own] = self._teacher_pair(meeting.teacher, entering)
+            self.collector.teacher_meter(own, meeting.value.shape[-1]).update(self.pairs[own])
+        return self.pairs[own].with_student(meeting.value, stream[1] if added else None)
+
+    def _teacher_pair(self, teacher: Tensor, entering: tuple[Tensor, Tensor] | None) -> Pair:
+        rows, pos, _ = teacher.shape
+        valid = torch.ones(rows, pos, dtype=torch.bool, device=teacher.device)
+        bulk = ~massive(teacher, valid)
         bulk[:, 0] = False
-        sample = bulk & self.drawn[:rows, :pos].to(device)
-        docs = self.docs[:rows].to(device)
-        pair = Pair(
-            meeting.teacher,
-            meeting.value,
-            docs,
-            valid,
-            bulk,
-            sample,
-            tuple(stream) if added else None,
-        )
-        self.pairs[own] = pair
-        self.collector.teacher_meter(own, d).update(pair)
-        return pair
+        sample = bulk & self.drawn[:rows, :pos].to(teacher.device)
+        docs = self.docs[:rows].to(teacher.device)
+        return Pair(teacher, teacher, docs, valid, bulk, sample, entering)
 
     def _lens_rows(self, stream: Tensor) -> Tensor:
         at = self.lens_at.to(stream.device)
