@@ -1,4 +1,4 @@
-"""Minibatch linear CKA: CKA for layers too wide for moments.
+"""Minibatch linear CKA: is the geometry between tokens still the same? For wide layers too.
 
 Definition: sum_g HSIC_u(X_g, Y_g) / sqrt(sum_g HSIC_u(X_g, X_g) sum_g HSIC_u(Y_g, Y_g)) over groups
 g of about 256 random tokens of one batch: sums first, then ONE ratio. (The mean of the groups'
