@@ -49,14 +49,16 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--quick", action="store_true", help="fewer tokens, no 64k run")
+    parser.add_argument("--rounds", type=int, default=2, help="rounds of timing")
     parser.add_argument("--output", type=Path, default=HERE, help="folder of the results")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    tokens, seq_len, rounds = (1024, 512, 1) if args.quick else (8192, 1024, 2)
+    tokens, seq_len, rounds = (1024, 512, 1) if args.quick else (8192, 1024, args.rounds)
+    settings = {"tokens": tokens, "seq_len": seq_len, "rounds": rounds}
     seconds = times(tokens, seq_len, rounds)
-    lengths = (1024, 4096) if args.quick else (8192, 65536)
-    peaks = {n: peak(n) for n in lengths}
-    report(args.output, seconds, peaks, {"tokens": tokens, "seq_len": seq_len, "rounds": rounds})
+    report(args.output, seconds, {}, settings)  # so that a run cut short leaves what it has
+    peaks = {n: peak(n) for n in ((1024, 4096) if args.quick else (8192, 65536))}
+    report(args.output, seconds, peaks, settings)
 
 
 def times(tokens: int, seq_len: int, rounds: int) -> dict[str, list[float]]:

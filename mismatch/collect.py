@@ -40,6 +40,7 @@ class Collector:
         n_docs, n_pos, n_tokens: documents of the run, tokens per window, tokens in all.
         sample: share of the tokens that feed the metrics of second moments.
         seed: of the sample, of the lens tokens and of the bootstrap.
+        everywhere: metrics of covariances behind every block.
     """
 
     teacher: Layout
@@ -51,6 +52,7 @@ class Collector:
     n_tokens: int
     sample: float = 1.0
     seed: int = 0
+    everywhere: bool = False
     meters: dict[Address, StudentMeter] = field(default_factory=dict, repr=False)
     teachers: dict[Address, TeacherMeter] = field(default_factory=dict, repr=False)
 
@@ -103,12 +105,16 @@ class Collector:
         """The metrics that are fed at a site of a student.
 
         Controls get what is compared with the swap, and no more: they bound its scale. Metrics of full covariances
-        cost d^2 to hold and d^3 to read, so they are taken of the swap alone: in the stream behind each block, in
-        the final states, and in what the swapped layers themselves add.
+        cost d^2 to hold and d^3 to read, so they are taken of the swap alone: in what the swapped layers add, in the
+        stream behind them, behind the last block and in the final states; behind every block when the user named
+        the metrics (`everywhere`).
         """
         update = site in ("attn_out", "mlp_out")
-        own = update and layer in self.swapped.get(student, ())
-        moments = student == SWAP and (own or site in ("resid_pre", "resid_post", "final"))
+        swapped = layer in self.swapped.get(student, ())
+        behind = site == "resid_post" and (
+            swapped or self.everywhere or layer == self.teacher.n_layers - 1
+        )
+        moments = student == SWAP and (behind or site == "final" or (update and swapped))
         at = {"logits": ("logits",), "lens": ("lens",)}.get(
             site, ("stream", "update") if update else ("stream",)
         )

@@ -63,7 +63,7 @@ class TraceConfig:
     controls: tuple[str, ...] = ("zero", "mean")
     """Controls that run along on the same tokens; none for no control."""
     metrics: tuple[str, ...] | None = None
-    """Metrics to compute; all of them when not given."""
+    """Metrics to compute; all but js when not given. Named metrics of covariances are taken behind every block."""
     moment_tokens: Annotated[int, ">= 1"] = 2048
     """Tokens that feed the metrics of second moments (cka, frechet, ...)."""
     backend: Literal["hooks", "nnsight"] = "hooks"
@@ -95,7 +95,7 @@ class TraceConfig:
                 if name in names[:index]:
                     raise ConfigError(f"the {registry.kind} `{name}` is named twice")
         if self.metrics == ():
-            raise ConfigError("`metrics` is empty", hint="leave it out to compute all of them")
+            raise ConfigError("`metrics` is empty", hint="leave it out to compute the usual ones")
 
     @property
     def swap_spec(self) -> spec.Spec:

@@ -91,12 +91,13 @@ class Job:
             teacher.layout,
             {s.name: s.layout for s in students},
             {s.name: s.plan.layers for s in students},
-            config.metrics or tuple(registry.metrics().names()),
+            config.metrics or default_metrics(),
             n_docs=cut.n_docs,
             n_pos=cut.seq_len,
             n_tokens=cut.tokens,
             sample=min(1.0, config.moment_tokens / cut.tokens),
             seed=config.seed,
+            everywhere=config.metrics is not None,
         )
         prints = {
             "settings": config.fingerprint(),
@@ -259,6 +260,12 @@ class Job:
                 tuple(plan["clauses"]),
             )
         )
+
+
+def default_metrics() -> tuple[str, ...]:
+    """Every metric but those that cost much beside another one that says the same (`default = False`)."""
+    known = registry.metrics()
+    return tuple(name for name in known.names() if known.card(name).facts.get("default", True))
 
 
 def settings(config: TraceConfig) -> dict[str, Any]:

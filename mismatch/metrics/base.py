@@ -18,6 +18,7 @@ in float64 and merge in any order.
     mask         tokens it uses: "valid" (all real ones), "bulk" (without position 0 and massive
                  tokens), "sample" (a part of bulk), "has_target"
     state        "tokens", "moments" or "minibatch"
+    default      False: measured only when it is named
 """
 
 from __future__ import annotations

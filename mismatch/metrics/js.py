@@ -25,6 +25,7 @@ class JS(TokenMetric):
     blind = "how wrong a token is once it is wrong: it saturates at ln 2"
     source = "Lin 1991, eq. 4.1"
     at = "logits"
+    default = False  # costs more than KL, and says much the same
     mask = "valid"
     stats = {"mean": ("js", "mean")}
 
