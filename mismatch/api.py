@@ -113,6 +113,7 @@ def trace(
     student: Student | None = None,
     *,
     data: Any = "wiki",
+    calibration: Any = "sotu",
     progress: bool = False,
     **settings: Any,
 ) -> Result:
@@ -122,6 +123,7 @@ def trace(
         model: the teacher, or what `load` takes.
         student: from `swap`; or give `swap="..."`.
         data: held-out text: a fetched name, a path, or a list of strings.
+        calibration: text for mechanisms and controls that set themselves from it; never overlaps with `data`.
         progress: show a bar on stderr.
         settings: fields of `mismatch.config.TraceConfig`: tokens, seq_len, controls, metrics, output ...
 
@@ -145,7 +147,8 @@ def trace(
     named = isinstance(model, (str, Path))
     config = TraceConfig(
         model=str(model) if named else "a loaded model",
-        data=str(data) if isinstance(data, (str, Path)) else "given texts",
+        data=_named(data),
+        calibration=_named(calibration),
         **given,
     )
     if config.folder is not None:
@@ -162,10 +165,15 @@ def trace(
             "the student was not made from this teacher: they share no weights",
             hint="swap the teacher that you hand to trace, and hand over both",
         )
-    text = read_text(config, data, teacher.tokenizer, swapped=student is not None)
+    text = read_text(config, data, calibration, teacher.tokenizer, swapped=student is not None)
     folder = None if config.folder is None else _create(config)
     path = None if folder is None else folder.path
     return Job(config, teacher, text, student, folder, path, progress=progress).run()
+
+
+def _named(text: Any) -> str:
+    """What the config says of a text: its name or path; texts in memory have none."""
+    return str(text) if isinstance(text, (str, Path)) else "given texts"
 
 
 def trace_command(
@@ -193,7 +201,7 @@ def trace_command(
         elif ranks.first and (planned := config.folder) is not None:
             check_output(planned, overwrite=overwrite)
         checked = check(config)
-        text = read_text(config, config.data, _tokenizer(config))
+        text = read_text(config, config.data, config.calibration, _tokenizer(config))
         if progress and ranks.first:
             print(checked.text(), file=sys.stderr)
         teacher = load(config.model, **_load_options(config, ranks))

@@ -116,24 +116,26 @@ def check_settings(run: Path, config: TraceConfig) -> None:
         )
 
 
-def read_text(config: TraceConfig, data: Any, tokenizer: Any, *, swapped: bool = False) -> Text:
+def read_text(
+    config: TraceConfig, data: Any, calibration: Any, tokenizer: Any, *, swapped: bool = False
+) -> Text:
     """Read the held-out text and cut it. The calibration text is read only if something calibrates on it.
 
     Args:
         config: the settings.
-        data: held-out text, as `mismatch.data.read` takes it.
+        data, calibration: held-out and calibration text, as `mismatch.data.read` takes them.
         tokenizer: of the model.
         swapped: the swap is there already; only the controls may still calibrate.
 
     Raises:
         DataError: text that is missing, unreadable, empty, shorter than a window, or in both texts.
     """
-    if _calibrates(config, swapped) or config.calibration == config.data:
-        calibration, held_out = texts.calibration_and_evaluation(config.calibration, data)
+    if _calibrates(config, swapped) or calibration == data:
+        learnt, held_out = texts.calibration_and_evaluation(calibration, data)
     else:
-        calibration, held_out = None, texts.read(data)
+        learnt, held_out = None, texts.read(data)
     cut = windows(held_out, tokenizer, config.seq_len, config.tokens, config.seed)
-    return Text(held_out, calibration, cut)
+    return Text(held_out, learnt, cut)
 
 
 def _calibrates(config: TraceConfig, swapped: bool) -> bool:

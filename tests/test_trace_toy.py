@@ -11,7 +11,7 @@ from wonderland import command, documents
 
 import mismatch
 from mismatch import cli, config
-from mismatch.errors import NumericsError, OutputError, UsageError
+from mismatch.errors import DataError, NumericsError, OutputError, UsageError
 from mismatch.run import load_run
 from mismatch.table import COLUMNS
 
@@ -33,6 +33,18 @@ def shift(result, student="swap"):
         & (t["position"] == "all")
     ]
     return float(t[t["student"] == student]["value"].item())
+
+
+def test_both_texts_may_be_strings_and_must_differ(teacher):
+    result = mismatch.trace(
+        teacher, swap="layer2:mean", data=TEXTS[:2], calibration=TEXTS[2:], controls=(), **SMALL
+    )
+    assert shift(result) > 0.01
+    assert result.run.config["calibration"] == "given texts"
+    with pytest.raises(DataError, match="share 1 document"):
+        mismatch.trace(
+            teacher, swap="layer2:mean", data=TEXTS[:2], calibration=TEXTS[1:3], controls=(), **SMALL
+        )
 
 
 def test_python(teacher, tmp_path, monkeypatch):
