@@ -1,7 +1,7 @@
 """What does a trace cost, against the model work it cannot avoid and against the way people do it today?
 
-    python analyses/benchmark_trace.py            time, memory and the picture, about 25 minutes on two cores
-    python analyses/benchmark_trace.py --quick    fewer tokens, no 64k run: a look, not a claim
+    python analyses/benchmark_trace.py time       about 40 minutes; wants a quiet machine
+    python analyses/benchmark_trace.py memory     about 10 minutes on two cores
 
 Time is CPU time of one process with one thread, all ways interleaved in one run after a short warm-up.
 
@@ -11,6 +11,8 @@ Time is CPU time of one process with one thread, all ways interleaved in one run
 | `mismatch` | the whole trace of swap, zero and mean: every metric, intervals, floor, table |
 | `plain` | four whole forwards (teacher, swap, zero, mean), logits kept, nothing measured |
 | `nnsight + pytorch-cka` | two nnsight traces (teacher, swap) that store sites and logits, then CKA, KL; one student |
+
+The last way runs over the first 4096 tokens, for more do not fit into memory, and is scaled.
 
 Memory is the peak of a process of its own: `mismatch trace` over 8k and over 64k tokens.
 """
@@ -30,6 +32,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 
 import mismatch
 from mismatch import data, environment
@@ -41,6 +44,8 @@ from mismatch.tracing.sites import taps
 from mismatch.windows import windows
 
 SWAP = "layer12:infini(segment=64)"
+BLUE = "#4c78a8"
+STORED = 4096  # tokens whose activations fit into memory, for the way that stores them
 HERE = Path(__file__).resolve().parent.parent / "figures" / "benchmark_trace"
 
 
@@ -48,17 +53,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--quick", action="store_true", help="fewer tokens, no 64k run")
+    parser.add_argument("--quick", action="store_true", help="fewer tokens: a look, not a claim")
+    parser.add_argument("part", choices=("time", "memory"))
+    parser.add_argument("--tokens", type=int, default=16384, help="of the timing")
     parser.add_argument("--rounds", type=int, default=2, help="rounds of timing")
     parser.add_argument("--output", type=Path, default=HERE, help="folder of the results")
     args = parser.parse_args()
-    torch.set_num_threads(1)
-    tokens, seq_len, rounds = (1024, 512, 1) if args.quick else (8192, 1024, args.rounds)
-    settings = {"tokens": tokens, "seq_len": seq_len, "rounds": rounds}
-    seconds = times(tokens, seq_len, rounds)
-    report(args.output, seconds, {}, settings)  # so that a run cut short leaves what it has
-    peaks = {n: peak(n) for n in ((1024, 4096) if args.quick else (8192, 65536))}
-    report(args.output, seconds, peaks, settings)
+    if args.part == "time":
+        torch.set_num_threads(1)
+    tokens, seq_len, rounds = (1024, 512, 1) if args.quick else (args.tokens, 1024, args.rounds)
+    if args.part == "time":
+        settings = {"tokens": tokens, "seq_len": seq_len, "rounds": rounds}
+        report_times(args.output, times(tokens, seq_len, rounds), settings)
+    else:
+        lengths = (1024, 4096) if args.quick else (8192, 65536)
+        report_memory(args.output, {n: peak(n) for n in lengths})
 
 
 def times(tokens: int, seq_len: int, rounds: int) -> dict[str, list[float]]:
@@ -90,8 +99,9 @@ def times(tokens: int, seq_len: int, rounds: int) -> dict[str, list[float]]:
         "plain": lambda: [
             plain([teacher.model, *(s.model for s in students)], ids) for ids in batches
         ],
-        "nnsight + pytorch-cka": lambda: stored(teacher, swap, batches),
+        "nnsight + pytorch-cka": lambda: stored(teacher, swap, batches[: STORED // (4 * seq_len)]),
     }
+    part = tokens / min(tokens, STORED)
     found: dict[str, list[float]] = {name: [] for name in ways}
     # Imports and allocations of the first use belong to nobody.
     mismatch.trace(teacher, swap, data="wiki", tokens=256, seq_len=256, calibration_tokens=256)
@@ -100,7 +110,8 @@ def times(tokens: int, seq_len: int, rounds: int) -> dict[str, list[float]]:
         for name, way in ways.items():
             start = time.process_time()
             way()
-            found[name].append(time.process_time() - start)
+            spent = time.process_time() - start
+            found[name].append(spent * (part if name.startswith("nnsight") else 1))
             print(f"round {index + 1} {name}: {found[name][-1]:.1f} CPU-s", file=sys.stderr)
     return found
 
@@ -169,66 +180,58 @@ def peak(tokens: int) -> int:
     return size
 
 
-def report(
-    folder: Path, seconds: dict[str, list[float]], peaks: dict[int, int], settings: dict
-) -> None:
-    """Table on stdout; csv, json and the picture in `folder`."""
-    from matplotlib.figure import Figure
-
-    folder.mkdir(parents=True, exist_ok=True)
+def report_times(folder: Path, seconds: dict[str, list[float]], settings: dict) -> None:
+    """Ratio to the work that cannot be avoided, of each way."""
     base = np.array(seconds["bound"])
     rows = [
         {
             "way": name,
-            "cpu_seconds_median": float(np.median(values)),
-            "cpu_seconds_min": float(np.min(values)),
+            "cpu_seconds": float(np.median(values)),
             "ratio_to_bound": float(np.median(np.array(values) / base)),
         }
         for name, values in seconds.items()
     ]
-    rows += [
-        {"way": f"peak memory, {n} tokens", "megabytes": size / 1e6} for n, size in peaks.items()
-    ]
-    names = ["way", "cpu_seconds_median", "cpu_seconds_min", "ratio_to_bound", "megabytes"]
-    with open(folder / "benchmark_trace.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, names)
-        writer.writeheader()
-        writer.writerows(rows)
-    made = {
-        "settings": settings,
-        "seconds": seconds,
-        "peaks": peaks,
-        "versions": environment.versions(),
-    }
-    (folder / "benchmark_trace.json").write_text(json.dumps(made, indent=2) + "\n")
-    figure = Figure(figsize=(7, 2.6), layout="constrained")
-    left, right = figure.subplots(1, 2, width_ratios=(2, 1))
-    ways = rows[: len(seconds)]
-    left.barh([r["way"] for r in ways], [r["ratio_to_bound"] for r in ways], color="#4c78a8")
-    left.axvline(1, color="black", linewidth=0.8)
-    left.axvline(1.25, color="black", linewidth=0.8, linestyle=":")
-    for index, row in enumerate(ways):
-        left.text(row["ratio_to_bound"], index, f" {row['ratio_to_bound']:.2f}", va="center")
-    left.set(
+    figure = Figure(figsize=(6, 2.4), layout="constrained")
+    ax = figure.subplots()
+    ax.barh([row["way"] for row in rows], [row["ratio_to_bound"] for row in rows], color=BLUE)
+    ax.axvline(1, color="black", linewidth=0.8)
+    for index, row in enumerate(rows):
+        ax.text(row["ratio_to_bound"], index, f" {row['ratio_to_bound']:.2f}", va="center")
+    ax.set(
         xlabel="CPU time / work that cannot be avoided",
         title=f"{settings['tokens']} tokens, SmolLM2, {SWAP}",
     )
-    left.invert_yaxis()
-    left.margins(x=0.12)
-    left.spines[["top", "right"]].set_visible(False)
-    right.bar(
-        [f"{n // 1024}k" for n in peaks], [size / 1e9 for size in peaks.values()], color="#4c78a8"
-    )
-    right.set(xlabel="tokens", ylabel="peak memory, GB", title="one student")
-    right.spines[["top", "right"]].set_visible(False)
-    figure.savefig(folder / "benchmark_trace.png", dpi=200)
+    ax.invert_yaxis()
+    ax.margins(x=0.12)
+    keep(figure, folder, "time", rows, {"settings": settings, "seconds": seconds})
+
+
+def report_memory(folder: Path, peaks: dict[int, int]) -> None:
+    """Peak memory by length of the text."""
+    rows = [{"tokens": n, "peak_megabytes": size / 1e6} for n, size in peaks.items()]
+    figure = Figure(figsize=(3.4, 2.6), layout="constrained")
+    ax = figure.subplots()
+    bars = ax.bar([f"{n // 1024}k" for n in peaks], [r["peak_megabytes"] for r in rows], color=BLUE)
+    ax.bar_label(bars, fmt="%.0f")
+    ax.margins(y=0.15)
+    ax.set(xlabel="tokens", ylabel="peak memory of the process, MB", title=f"SmolLM2, {SWAP}")
+    keep(figure, folder, "memory", rows, {})
+
+
+def keep(figure: Figure, folder: Path, name: str, rows: list[dict], facts: dict) -> None:
+    """Picture, its data, how it was made; the table on stdout."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for ax in figure.axes:
+        ax.spines[["top", "right"]].set_visible(False)
+    figure.savefig(folder / f"{name}.png", dpi=200)
+    with open(folder / f"{name}.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    made = {**facts, "versions": environment.versions()}
+    (folder / f"{name}.json").write_text(json.dumps(made, indent=2) + "\n")
     for row in rows:
-        print(
-            "  ".join(
-                f"{key}={value:.4g}" if isinstance(value, float) else str(value)
-                for key, value in row.items()
-            )
-        )
+        print("  ".join(f"{key} {value}" for key, value in row.items()))
 
 
 if __name__ == "__main__":
