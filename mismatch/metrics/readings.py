@@ -4,7 +4,8 @@ The unit of resampling is the document, because the tokens of one document are n
 A mean over tokens is a ratio of two sums over documents (of values, of counts), so a resample is
 one row of multinomial weights and all resamples are one matrix product. Percentile interval
 (Efron and Tibshirani 1993, "An Introduction to the Bootstrap", section 13.3).
-With few documents it is too narrow (at 16 documents a nominal 95 % covers about 91 %).
+With few documents it is too narrow: simulated with normal and log-normal documents, a nominal
+95 % covers 88 % with 8 documents, 90-92 % with 16, 93-94 % with 40.
 """
 
 from __future__ import annotations
