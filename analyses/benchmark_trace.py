@@ -214,7 +214,7 @@ def report_memory(folder: Path, peaks: dict[int, int]) -> None:
     bars = ax.bar([f"{n // 1024}k" for n in peaks], [r["peak_megabytes"] for r in rows], color=BLUE)
     ax.bar_label(bars, fmt="%.0f")
     ax.margins(y=0.15)
-    ax.set(xlabel="tokens", ylabel="peak memory of the process, MB", title=f"SmolLM2, {SWAP}")
+    ax.set(xlabel="tokens", ylabel="peak memory, MB", title=f"SmolLM2\n{SWAP}")
     keep(figure, folder, "memory", rows, {})
 
 
