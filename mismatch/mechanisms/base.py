@@ -10,8 +10,8 @@ does not notice. There are two kinds:
     Wrapper     keeps the original inside, calls it, and changes what goes in or what comes out
 
 A mechanism file reads alone: equation, source, what is inherited / new / dropped, identity limit,
-state. Mechanism files do not import one another; what they share is here, in `calling.py`, in
-`projections.py` and in `segments.py`.
+state. Mechanism files do not import one another; what they share is here, in `calling.py`,
+`projections.py`, `own_state.py` and `segments.py`.
 """
 
 from __future__ import annotations

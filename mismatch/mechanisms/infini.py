@@ -47,8 +47,9 @@ from torch import Tensor, nn
 from mismatch.errors import SurgeryError
 from mismatch.mechanisms.base import Context, tensor_kind
 from mismatch.mechanisms.calling import cache_in, hidden_in
+from mismatch.mechanisms.own_state import OwnState, entry
 from mismatch.mechanisms.projections import AttentionParts
-from mismatch.mechanisms.segments import Grid, SegmentState, entry
+from mismatch.mechanisms.segments import Grid
 
 # A smaller sigma(Q) z is no memory of this query; dividing by it would overflow float32 gradients.
 EMPTY = 1e-20
@@ -109,7 +110,7 @@ class Infini(AttentionParts):
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
         """As the attention it replaces: `batch pos d_model` in, (`batch pos d_model`, None) out."""
         x, cache = hidden_in(args, kwargs), cache_in(kwargs)
-        state = SegmentState() if cache is None else entry(cache, self.layer_idx)
+        state = OwnState() if cache is None else entry(cache, self.layer_idx)
         keep = self.context.host.padding(x.shape[1])
         if keep is not None and keep.shape != x.shape[:2]:
             raise SurgeryError(

@@ -12,7 +12,7 @@ from transformers import DynamicCache
 from mismatch.layout import Layout
 from mismatch.mechanisms.base import Context, Host
 from mismatch.mechanisms.infini import Infini, InfiniConfig
-from mismatch.mechanisms.segments import SegmentState
+from mismatch.mechanisms.own_state import OwnState
 
 N = 8
 OFF, ON = -1e9, 1e9  # gates: local attention alone, memory alone
@@ -50,7 +50,7 @@ def stream(batch, length, seed=0, dtype=torch.float32):
     return torch.randn(batch, length, 24, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-def state_after(infini, x, chunks=None) -> SegmentState:
+def state_after(infini, x, chunks=None) -> OwnState:
     cache, start = DynamicCache(), 0
     for size in chunks or [x.shape[1]]:
         run(infini, x[:, start : start + size], offset=start, cache=cache)
