@@ -216,6 +216,48 @@ def test_a_placement_names_its_clause_and_its_checked_call():
     }
 
 
+def test_numbers_without_a_key_fill_the_fields_in_their_order():
+    call = check(parse("layer2:infini(64, update=delta)")).clauses[0].call
+    assert call.arguments() == {"segment": 64, "update": "delta"}
+    mixed = check(parse("layer2:parallel(infini(64), 0.5)")).clauses[0].call
+    assert str(mixed) == "parallel(infini(segment=64), alpha=0.5)"
+    assert str(parse("layer2:unknown(64, -1, a=2)")) == "layer2:unknown(64, -1, a=2)"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "layer1:parallel(infini, 1, 2)",
+            "`parallel` takes 2 arguments\n  layer1:parallel(infini, 1, 2)\n"
+            "                             ^\n\nhint: arguments: alpha",
+        ),
+        (
+            "layer1:zero(1)",
+            "`zero` takes 0 arguments\n  layer1:zero(1)\n              ^\n\n"
+            "hint: `zero` takes no arguments",
+        ),
+        (
+            "layer1:infini(64, segment=3)",
+            "`infini` got `segment` twice\n  layer1:infini(64, segment=3)\n                    ^",
+        ),
+        (
+            "layer1:infini(0)",
+            "`segment` must be int >= 1, got 0\n  layer1:infini(0)\n                ^",
+        ),
+        (
+            "layer1:infini(64, 2)",
+            "`update` must be one of linear, delta, got 2\n  layer1:infini(64, 2)\n"
+            "                    ^",
+        ),
+    ],
+)
+def test_numbers_without_a_key_that_do_not_fit(text, message):
+    with pytest.raises(SpecError) as caught:
+        check(parse(text))
+    assert str(caught.value) == message
+
+
 ERRORS = [
     ("", "the swap is empty\n\nhint: write `target:mechanism`, such as `layer12:infini`"),
     (
@@ -378,9 +420,17 @@ hint: quote other text: `segment="a b"`""",
                      ^""",
     ),
     (
-        "layer1:infini(64)",
-        """expected `name=value`, got `64`
-  layer1:infini(64)
+        "layer1:infini(segment=64, 2)",
+        """expected `name=value`, got `2`
+  layer1:infini(segment=64, 2)
+                            ^
+
+hint: `mismatch explain infini` shows the names""",
+    ),
+    (
+        "layer1:infini(64x)",
+        """expected `name=value`, got `64x`
+  layer1:infini(64x)
                 ^
 
 hint: `mismatch explain infini` shows the names""",

@@ -7,7 +7,8 @@
     range     = i | i "-" i ["/" step]     i = number | "last"       0-based, both ends included
     mechanism = name ["(" argument ("," argument)* ")"]
     name      = a registered name, or "package.module:Class"
-    argument  = key "=" value, or first a mechanism without a key: parallel(infini(segment=64), alpha=0)
+    argument  = key "=" value. Before those, a mechanism and numbers need no key: parallel(infini(segment=64), alpha=0),
+                sliding_window(64, 1)
     value     = number | true | false | none | word | "quoted" | mechanism with "( )"
 
 | text | meaning |

@@ -34,7 +34,7 @@ TARGETS = ("layer", "layers", "all", "norms", "final_norm")
 
 Value = Union[int, float, bool, str, None, "Call"]
 
-_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?(?![\w.])")
 _WORD = re.compile(r"[A-Za-z_][\w./-]*")
 _IDENTIFIER = re.compile(r"[A-Za-z_]\w*")
 _MECHANISM = re.compile(r"[A-Za-z_][\w.]*(:[A-Za-z_]\w*)?")
@@ -47,7 +47,7 @@ _LITERALS = {"true": True, "false": False, "none": None}
 class Call:
     """A mechanism and what was said about it: `infini(segment=64)`.
 
-    A mechanism given without a key has the key "" until `check` gives it the name of its field.
+    What is given without a key has the key "" until `check` gives it the name of its field.
     """
 
     name: str
@@ -76,7 +76,9 @@ class Call:
             return self.name
         parts = [
             # A mechanism that comes first needs no key: it is the only argument of its type.
-            str(value) if isinstance(value, Call) and index == 0 else f"{key}={_text(value)}"
+            _text(value)
+            if not key or (index == 0 and isinstance(value, Call))
+            else f"{key}={_text(value)}"
             for index, (key, value) in enumerate(self.args)
         ]
         return f"{self.name}({', '.join(parts)})"
@@ -335,14 +337,17 @@ class _Parser:
             self.pos = at
             if self.peek() in ("", ";"):
                 self.fail("`(` is never closed", self.text.rfind("(", 0, at), "close it with `)`")
-            if found is None:
+            if found is None and (
+                not _NUMBER.match(self.text, at) or any(name for name, _ in args)
+            ):
                 self.fail(
                     f"expected `name=value`, got {self.rest()}",
                     at,
                     f"`mismatch explain {of}` shows the names",
                 )
-            key, value_at, value = "", at, self.call()
-            if args:
+            key, value_at = "", at
+            value = self.value(of) if found is None else self.call()
+            if isinstance(value, Call) and args:
                 self.fail(f"expected `name=value`, got `{value}`", at, "a mechanism comes first")
         args.append((key, value))
         columns.append((at, value_at))
@@ -357,7 +362,7 @@ class _Parser:
             body = quoted.group(1) if quoted.group(1) is not None else quoted.group(2)
             return re.sub(r"\\(.)", r"\1", body)
         number = _NUMBER.match(self.text, at)
-        if number is not None and not re.match(r"[\w.]", self.text[number.end() :]):
+        if number is not None:
             self.pos = number.end()
             digits = number.group()
             return int(digits) if re.fullmatch(r"[+-]?\d+", digits) else float(digits)

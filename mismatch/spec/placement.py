@@ -115,22 +115,19 @@ def _card(call: Call, text: str) -> Card:
 def _checked(call: Call, text: str) -> Call:
     card = _card(call, text)
     given: dict[str, Value] = {}
-    for (key, value), (key_at, value_at) in zip(call.args, call.columns, strict=True):
+    columns: dict[str, tuple[int, int]] = {}
+    for index, ((key, value), (key_at, value_at)) in enumerate(
+        zip(call.args, call.columns, strict=True)
+    ):
         arg = card.arg(key)
         if key == "":
-            arg = next((a for a in card.args if a.type == "Call"), None)
-            if arg is None:
-                _fail(
-                    f"`{call.name}` takes named arguments only, got `{value}`",
-                    text,
-                    key_at,
-                    _names(card),
-                )
+            arg = _unnamed(call, card, index, value, text, key_at)
         if arg is None:
             _fail(f"`{call.name}` has no argument `{key}`", text, key_at, _names(card, key))
         if arg.name in given:
             _fail(f"`{call.name}` got `{arg.name}` twice", text, key_at)
         given[arg.name] = _value(arg, value, text, value_at)
+        columns[arg.name] = (key_at, value_at)
     for arg in card.args:
         if arg.default is REQUIRED and arg.name not in given:
             example = (
@@ -147,9 +144,22 @@ def _checked(call: Call, text: str) -> Call:
         for arg in card.args
         if arg.name in given and not _same(given[arg.name], arg.default)
     ]
-    columns = dict(zip((key for key, _ in call.args), call.columns, strict=True))
-    where = tuple(columns.get(key) or columns[""] for key, _ in kept)
+    where = tuple(columns[key] for key, _ in kept)
     return replace(call, args=tuple(kept), columns=where)
+
+
+def _unnamed(call: Call, card: Card, index: int, value: Value, text: str, at: int) -> Arg:
+    """The field that an argument without a key means: a mechanism the one for it, a number that of its place."""
+    if isinstance(value, Call):
+        arg = next((a for a in card.args if a.type == "Call"), None)
+        if arg is None:
+            _fail(
+                f"`{call.name}` takes named arguments only, got `{value}`", text, at, _names(card)
+            )
+        return arg
+    if index >= len(card.args):
+        _fail(f"`{call.name}` takes {len(card.args)} arguments", text, at, _names(card))
+    return card.args[index]
 
 
 def _same(value: object, default: object) -> bool:
