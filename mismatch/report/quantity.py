@@ -49,7 +49,7 @@ def quantity(metric: str, dictionary: Mapping[str, Any] | None = None) -> Quanti
     """
     facts = (dictionary or {}).get("metrics", {}).get(metric)
     if facts is None:
-        card = registry.metrics().card(metric)
+        card = registry.read_card(metric)
         facts = {"summary": card.summary, **card.facts}
     negative = str(facts.get("range", "[0")).strip()[1:2] not in ("0", "")
     return Quantity(
@@ -101,9 +101,9 @@ def has(table: pd.DataFrame, quantity: Quantity, **where: Any) -> bool:
 
 
 def students(table: pd.DataFrame) -> list[str]:
-    """The swap first, then the controls; without the floor."""
+    """The swap first, then the controls; without the floor and the teacher itself."""
     order = ("swap", *CONTROLS)
-    found = set(table["student"]) - {"floor"}
+    found = set(table["student"]) - {"floor", "teacher"}
     return sorted(found, key=lambda s: (order.index(s) if s in order else len(order), s))
 
 

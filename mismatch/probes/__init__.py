@@ -1,0 +1,26 @@
+"""The probes: inputs made to ask one question, put to teacher, student and controls alike.
+
+A metric compares two models on ordinary text, and ordinary text hides what is lost: without RoPE in layer 16 of
+SmolLM2 it costs 0.1 nats, and the second copy of repeated random tokens 7. The table holds strings, so listing and
+explaining probes imports neither them nor torch. To add one: write its file, add its line here; the contract test
+then runs over it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+PROBES = {
+    "induction": "mismatch.probes.induction:Induction",
+}
+
+
+def load_probe(name: str) -> Any:
+    """The class of a probe, of the table or registered by another package (imports torch).
+
+    Raises:
+        UsageError: no probe has this name.
+    """
+    from mismatch.registry import probes
+
+    return probes().get(name)

@@ -1,0 +1,309 @@
+"""What a probe is: inputs made for one question, the same for every model, and numbers per sample.
+
+A probe is built from a `Setting` before any weight is loaded, so that what cannot be asked is refused early; `run`
+puts its inputs to every `Subject` (teacher first, then swap and controls). Its answers are `Measure`s: numerators and
+denominators per sample, so that each mean, and each difference between two models on the same inputs, gets a
+bootstrap interval over samples. A sample is a prompt, a window of text or a random sequence.
+
+Rows of the table: metric = the probe, student = `teacher`, `swap` or a control; stat = what was read.
+`X_minus_teacher` is the paired difference of a student to the teacher, `X_minus_C` of the swap to the control C.
+A stat that was read under conditions carries them: `logprob[length=256,depth=0.1]`. What cannot be asked of a model
+(attention weights of a mechanism that has none) is a row without a value: not applicable, which is not 0.
+
+Facts, read without importing the file:
+
+    headline     the stat that answers the question
+    unit         of the headline
+    range        of the headline
+    better       "higher", "lower" or "none": which direction of the headline means more able
+    chance       in words: what a model that learned nothing, or a shuffled input, reads
+    tells        in words: what the headline shows
+    blind        in words: what it cannot see
+    source       paper, or the measurement it comes from
+    needs        "tokens" (made here), "text" (held-out windows) or "tokenizer"
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import numpy as np
+
+from mismatch.address import SWAP
+from mismatch.errors import UsageError
+from mismatch.layout import Layout
+from mismatch.metrics.readings import interval, resamples
+from mismatch.surgery import Replaced, Student
+from mismatch.table import conditions, under
+
+TEACHER = "teacher"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What the probes of one run share.
+
+    Attributes:
+        words: int64, the ids that random tokens are drawn from: no special ones.
+        text: int64 `windows pos`, held-out text, one window a row, as many documents as there are.
+        tokenizer: of the model; None where no probe needs one.
+        opening: ids in front of random tokens and prompts: what the tokenizer itself puts there.
+        bos: the token that opens random tokens where `opening` is empty; the attention sink. None: none.
+        context: tokens that the model was made for; None = not said.
+        model: its name, for errors.
+        samples: prompts of each kind, random sequences, windows of text that are looked at.
+        batch_size: sequences per forward pass.
+        lengths, depths: of the passkey prompts.
+        layers: the swapped layers of the swap.
+        segment: its segment in tokens, where its mechanism has one.
+        travel: how far the planned training can move a gate; None = no plan was given.
+        seed: of every draw.
+    """
+
+    words: np.ndarray
+    text: np.ndarray
+    tokenizer: Any = None
+    opening: tuple[int, ...] = ()
+    bos: int | None = None
+    context: int | None = None
+    model: str = "the model"
+    samples: int = 8
+    batch_size: int = 4
+    lengths: tuple[int, ...] = (256, 512, 1024)
+    depths: tuple[float, ...] = (0.1, 0.5, 0.9)
+    layers: tuple[int, ...] = ()
+    segment: int | None = None
+    travel: float | None = None
+    seed: int = 0
+
+    def fits(self, length: int, what: str, hint: str) -> None:
+        """Whether so many tokens fit into the model's context.
+
+        Raises:
+            UsageError: they do not.
+        """
+        if self.context is not None and length > self.context:
+            raise UsageError(
+                f"{what} of {length} tokens is longer than the context of {self.model}: "
+                f"{self.context} tokens",
+                hint=hint,
+            )
+
+    def windows(self, what: str, count: int | None = None) -> np.ndarray:
+        """The first `count` windows of text (default: `samples`); fewer when there are not so many.
+
+        Raises:
+            UsageError: fewer than an interval needs.
+        """
+        found = self.text[: count or self.samples]
+        if len(found) < 2:
+            raise UsageError(
+                f"{what} needs at least 2 windows of text for an interval, and there is {len(found)}",
+                hint="give longer text, or a smaller --seq-len",
+            )
+        return found
+
+    def draw(self, name: str) -> np.random.Generator:
+        """The random numbers of one probe: they depend on the seed and its name, not on what else runs."""
+        return np.random.default_rng([self.seed, zlib.crc32(name.encode())])
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model that is asked.
+
+    Attributes:
+        name: `teacher`, `swap` or a control.
+        layout: of its model.
+        start: the first block that is not the teacher's own.
+        clauses: what surgery replaced.
+    """
+
+    name: str
+    layout: Layout
+    start: int
+    clauses: tuple[Replaced, ...] = field(default=(), repr=False)
+
+    @classmethod
+    def teacher(cls, layout: Layout) -> Subject:
+        return cls(TEACHER, layout, layout.n_layers)
+
+    @classmethod
+    def of(cls, student: Student) -> Subject:
+        first = student.plan.first
+        start = student.layout.n_layers if first is None else first
+        return cls(student.name, student.layout, start, student.plan.clauses)
+
+    @property
+    def swapped(self) -> frozenset[int]:
+        """Layers with a replaced part."""
+        return frozenset(c.layer for c in self.clauses if c.layer is not None)
+
+    @property
+    def whole_blocks(self) -> frozenset[int]:
+        """Layers whose block was replaced as a whole: there is no attention in them any more."""
+        return frozenset(c.layer for c in self.clauses if c.slot == "block" and c.layer is not None)
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One number of one model, by samples: sum of `top` over sum of `bottom`.
+
+    Attributes:
+        stat: what was read, with its conditions.
+        top, bottom: float64 `samples`; the same samples in the same order for every model. A sample with `bottom` 0
+            takes no part.
+        n: tokens behind it.
+        site, layer, head, position, mode: its address in the table.
+    """
+
+    stat: str
+    top: np.ndarray
+    bottom: np.ndarray
+    n: int
+    site: str = "logits"
+    layer: int | None = None
+    head: int | None = None
+    position: str = "all"
+    mode: str = "free"
+
+    @classmethod
+    def mean(cls, stat: str, values: Any, **address: Any) -> Measure:
+        """The mean of numbers, `samples` or `samples tokens`."""
+        values = np.asarray(values, dtype=np.float64)
+        values = values.reshape(len(values), -1)
+        return cls(
+            stat,
+            values.sum(1),
+            np.full(len(values), values.shape[1], float),
+            values.size,
+            **address,
+        )
+
+    @classmethod
+    def number(cls, stat: str, value: float, n: int = 0, **address: Any) -> Measure:
+        """One number that is not a mean over samples: it gets no interval."""
+        return cls(stat, np.array([value], float), np.ones(1), n, **address)
+
+    @classmethod
+    def absent(cls, stat: str, **address: Any) -> Measure:
+        """Not applicable to this model."""
+        return cls(stat, np.array([math.nan]), np.ones(1), 0, **address)
+
+    @property
+    def place(self) -> tuple[Any, ...]:
+        """What it must share with the measure of another model to be compared with it."""
+        return (self.stat, self.site, self.layer, self.head, self.position, self.mode)
+
+    def value(self, weights: np.ndarray | None = None) -> Any:
+        """The number, or one for each row of weights over samples (`resamples samples`)."""
+        if weights is None:
+            return float(self.top.sum() / self.bottom.sum()) if self.bottom.any() else math.nan
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return (weights @ self.top) / (weights @ self.bottom)
+
+
+Answers = Mapping[str, Sequence[Measure]]
+"""The measures of each subject by its name."""
+
+
+class Probe:
+    """Base of all probes; see the module's docstring for the facts.
+
+    `__init__` makes the inputs, and refuses what cannot be asked; it needs no model.
+    """
+
+    headline: ClassVar[str]
+    unit: ClassVar[str]
+    range: ClassVar[str]
+    better: ClassVar[str]
+    chance: ClassVar[str]
+    tells: ClassVar[str]
+    blind: ClassVar[str]
+    source: ClassVar[str]
+    needs: ClassVar[str]
+
+    def __init__(self, setting: Setting) -> None:
+        self.setting = setting
+
+    def run(self, subjects: Sequence[Subject]) -> Answers:
+        """Ask every subject; the teacher is the first.
+
+        Raises:
+            NumericsError: an answer is NaN or infinite where it should be a number.
+        """
+        raise NotImplementedError
+
+
+def rows(
+    probe: str, answers: Answers, swapped: Mapping[str, frozenset[int]], seed: int = 0
+) -> list[dict[str, Any]]:
+    """The table's rows of one probe, without run id: each model, and the paired differences.
+
+    Args:
+        probe: its name.
+        answers: of `Probe.run`.
+        swapped: replaced layers of each subject.
+        seed: of the bootstrap.
+    """
+    found: list[dict[str, Any]] = []
+    places = {name: {m.place: m for m in measures} for name, measures in answers.items()}
+    for name, measures in answers.items():
+        for measure in measures:
+            found.append(_row(probe, name, measure.stat, measure, None, swapped, seed))
+            for other in _compared(name, places):
+                base = places[other].get(measure.place)
+                if base is not None and measure.n and base.n:
+                    stat = minus(measure.stat, other)
+                    found.append(_row(probe, name, stat, measure, base, swapped, seed))
+    return found
+
+
+def minus(stat: str, other: str) -> str:
+    """`logprob[depth=0.1]` -> `logprob_minus_teacher[depth=0.1]`."""
+    name, given = conditions(stat)
+    return under(f"{name}_minus_{other}", **given)
+
+
+def _compared(name: str, places: Mapping[str, Any]) -> Iterator[str]:
+    """Whom a subject is compared with: the teacher, and the swap with each control too."""
+    if name != TEACHER:
+        yield TEACHER
+    if name == SWAP:
+        yield from (other for other in places if other not in (SWAP, TEACHER))
+
+
+def _row(
+    probe: str,
+    student: str,
+    stat: str,
+    measure: Measure,
+    base: Measure | None,
+    swapped: Mapping[str, frozenset[int]],
+    seed: int,
+) -> dict[str, Any]:
+    value = measure.value() - (0.0 if base is None else base.value())
+    lo = hi = math.nan
+    if len(measure.top) > 1 and (base is None or len(base.top) == len(measure.top)):
+        weights = resamples(len(measure.top), seed)
+        draws = measure.value(weights) - (0.0 if base is None else base.value(weights))
+        lo, hi = interval(draws)
+    return {
+        "mode": measure.mode,
+        "student": student,
+        "layer": measure.layer,
+        "site": measure.site,
+        "head": measure.head,
+        "position": measure.position,
+        "metric": probe,
+        "stat": stat,
+        "value": value,
+        "lo": lo,
+        "hi": hi,
+        "n": measure.n,
+        "swapped": measure.layer in swapped.get(student, ()),
+    }

@@ -1,0 +1,169 @@
+"""Inputs of the probes that score tokens: ids of one length, and which of them are scored.
+
+    repeated    opening, R random tokens, the same R tokens again              (`induction`, `heads`)
+    passkeys    task, filler, key, filler, question, the key again             (`passkey`)
+
+All prompts of a `Prompts` have one length, so no padding is needed and they run as plain batches. A token at position t
+is scored by its log-probability given tokens 0 .. t-1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from mismatch.errors import UsageError
+from mismatch.probes.base import Setting
+
+REPEAT = 64
+"""Random tokens of a copy: as in the measurements that the fact of `induction` comes from."""
+
+TASK = (
+    "There is an important info hidden inside a lot of irrelevant text. Find it and memorize them. "
+    "I will quiz you about the important information there.\n"
+)
+FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
+NEEDLE = "\nThe pass key is {key}. Remember it. {key} is the pass key.\n"
+QUESTION = "\nWhat is the pass key? The pass key is"
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Prompts of one length.
+
+    Attributes:
+        ids: int64 `samples pos`.
+        scored: bool `samples pos`: the token at this position is a target. Never the first one of a row.
+        distance: tokens from the end of what is to be found to the question; 0 where nothing is.
+        needle: first and last position of what is to be found; None where nothing is.
+    """
+
+    ids: np.ndarray
+    scored: np.ndarray
+    distance: int = 0
+    needle: tuple[int, int] | None = None
+
+    @property
+    def length(self) -> int:
+        return self.ids.shape[1]
+
+    def batches(self, size: int) -> list[Prompts]:
+        """`size` prompts at a time."""
+        return [
+            Prompts(self.ids[i : i + size], self.scored[i : i + size], self.distance, self.needle)
+            for i in range(0, len(self.ids), size)
+        ]
+
+
+def repeated(setting: Setting, count: int, name: str = "induction") -> tuple[np.ndarray, int, int]:
+    """Random tokens, twice.
+
+    Args:
+        setting: words, opening and seed.
+        count: sequences.
+        name: of the probe: seeds the draw.
+
+    Returns:
+        ids int64 `count pos`, the position of the first random token, and R. R is `REPEAT`, less where the
+        model's context is shorter.
+
+    Raises:
+        UsageError: a context without room for twice 8 tokens.
+    """
+    opening = setting.opening or (() if setting.bos is None else (setting.bos,))
+    room = REPEAT if setting.context is None else (setting.context - len(opening)) // 2
+    half = min(REPEAT, room)
+    setting.fits(len(opening) + 16, "a repeated sequence", "this model is too short for the probe")
+    draw = setting.draw(name)
+    # Without replacement where there are enough words: each token then has one place to be found at.
+    once = np.stack(
+        [draw.choice(setting.words, half, replace=len(setting.words) < half) for _ in range(count)]
+    )
+    front = np.tile(np.array(opening, np.int64), (count, 1))
+    return np.concatenate([front, once, once], 1).astype(np.int64), len(opening), half
+
+
+def passkeys(
+    setting: Setting, length: int, depth: float, keys: Sequence[str], hidden: Sequence[str]
+) -> Prompts:
+    """Passkey prompts of exactly `length` tokens, the answer included.
+
+    The protocol of Landmark attention (arXiv 2305.16300) and LongLoRA (arXiv 2309.12307), with the needle at the
+    border of a filler unit, and cut to the length in tokens, so that cells of one length are comparable.
+
+    Args:
+        setting: tokenizer, opening, context.
+        length: tokens of each prompt.
+        depth: share of the filler in front of the needle, 0..1.
+        keys: what is asked for, one a sample.
+        hidden: what stands in the needle; equal to `keys` except for the floor.
+
+    Raises:
+        UsageError: longer than the context, too short for task, needle and question, or a key that the tokenizer
+            does not keep apart from the text around it.
+    """
+    setting.fits(length, "a passkey prompt", "take shorter --lengths")
+    read = _Encoder(setting.tokenizer)
+    unit, question = read(" " + FILLER), read(QUESTION)
+    front = [*setting.opening, *read(TASK)]
+    rows, places, answers = [], [], []
+    for key, inside in zip(keys, hidden, strict=True):
+        answer = read.answer(question, key)
+        needle = read(NEEDLE.format(key=inside))
+        room = length - len(front) - len(needle) - len(question) - len(answer)
+        if room < 0:
+            raise UsageError(
+                f"a passkey prompt of {length} tokens has no room: task, needle and question take "
+                f"{length - room}",
+                hint=f"take --lengths {length - room} or more",
+            )
+        before = round(depth * (room // len(unit))) * len(unit)
+        filler = unit * (room // len(unit) + 1)
+        start = len(front) + before
+        rows.append(front + filler[:before] + needle + filler[: room - before] + question + answer)
+        places.append((start, start + len(needle) - 1))
+        answers.append(len(answer))
+    scored = np.zeros((len(rows), length), bool)
+    for row, (tokens, size) in enumerate(zip(rows, answers, strict=True)):
+        scored[row, length - size :] = [read.shows(token) for token in tokens[length - size :]]
+    end = max(last for _, last in places)
+    asked = length - max(answers)
+    return Prompts(np.array(rows, np.int64), scored, asked - end - 1, (places[0][0], end))
+
+
+class _Encoder:
+    """Text to ids, without special tokens."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        if tokenizer is None:
+            raise UsageError(
+                "a passkey needs the model's tokenizer, and there is none",
+                hint="load the model with its tokenizer: mismatch.load((model, tokenizer))",
+            )
+        self.tokenizer = tokenizer
+
+    def __call__(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False).input_ids)
+
+    def shows(self, token: int) -> bool:
+        """Whether a token is more than white space: only then it must be known to know the key."""
+        return bool(self.tokenizer.decode([token]).strip())
+
+    def answer(self, question: list[int], key: str) -> list[int]:
+        """The tokens of ` key` behind the question.
+
+        Raises:
+            UsageError: the question is read otherwise with the key behind it, or the key does not come back.
+        """
+        whole = self(f"{QUESTION} {key}")
+        answer = whole[len(question) :]
+        back = self.tokenizer.decode(answer).strip() if answer else ""
+        if whole[: len(question)] != question or back != key:
+            raise UsageError(
+                f"the key {key} does not tokenise: behind the question it reads back as `{back}`",
+                hint="this tokenizer cannot spell digits; leave the probe `passkey` out",
+            )
+        return answer
