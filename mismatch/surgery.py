@@ -9,7 +9,8 @@ mechanisms, because transformers hands none to the layers of an unpadded batch.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
@@ -72,14 +73,20 @@ class Student:
     plan: Plan
     tokenizer: Any = None
     name: str = "swap"
+    host: Host = field(default_factory=Host, repr=False)
+    """What the running forward tells the swapped parts."""
     _undo: list[tuple[nn.Module, str, nn.Module]] = field(default_factory=list, repr=False)
 
-    def undo(self) -> None:
-        """Put every original module back, newest first: the logits are then bit-equal to the teacher's."""
-        while self._undo:
+    def undo(self, down_to: int = 0) -> None:
+        """Put every original module back, newest first: the logits are then bit-equal to the teacher's.
+
+        Args:
+            down_to: replacements that stay, of those that were made.
+        """
+        while len(self._undo) > down_to:
             parent, name, original = self._undo.pop()
             setattr(parent, name, original)
-        self.plan = Plan(spec="", clauses=())
+        self.plan = Plan("", self.plan.clauses[:down_to])
 
     def whole_blocks(self) -> frozenset[int]:
         """Layers whose block was replaced as a whole: what is inside them is not what is added to the stream."""
@@ -118,13 +125,54 @@ def operate(
     Raises:
         SurgeryError: a mechanism cannot be built here, or fails on the module it replaces.
     """
+    student = blank(layout, name=name, tokenizer=tokenizer)
+    clauses = replace(student, placements, seed=seed, calibrations=calibrations)
+    student.plan = Plan(spec, clauses)
+    return student
+
+
+def blank(layout: Layout, *, name: str = "swap", tokenizer: Any = None) -> Student:
+    """A student in which nothing is replaced yet."""
     model = graft(layout.model)
-    student = Student(model, Layout(model, layout.family), Plan(spec, ()), tokenizer, name)
-    host = Host()
-    student.layout.decoder.register_forward_pre_hook(_carry_mask(host), with_kwargs=True)
+    student = Student(model, Layout(model, layout.family), Plan("", ()), tokenizer, name)
+    student.layout.decoder.register_forward_pre_hook(_carry_mask(student.host), with_kwargs=True)
+    return student
+
+
+@contextmanager
+def holding(
+    student: Student,
+    placements: Sequence[Placement],
+    *,
+    seed: int = 0,
+    calibrations: Calibrations | None = None,
+) -> Iterator[tuple[Replaced, ...]]:
+    """Replace more parts of a student for as long as the context lives, without another tree.
+
+    One tree serves many swaps, one after the other: a scan over layers. What a swap builds is gone when it is left.
+    """
+    before, plan = len(student._undo), student.plan
+    try:
+        added = replace(student, placements, seed=seed, calibrations=calibrations)
+        student.plan = Plan("", (*plan.clauses, *added))
+        yield added
+    finally:
+        student.undo(before)
+        student.plan = plan
+
+
+def replace(
+    student: Student,
+    placements: Sequence[Placement],
+    *,
+    seed: int = 0,
+    calibrations: Calibrations | None = None,
+) -> tuple[Replaced, ...]:
+    """Put mechanisms into a student's tree, in the order of `placements`; see `operate`."""
+    model, layout = student.model, student.layout
     replaced = []
     for index, placement in enumerate(placements):
-        path = student.layout.slot_path(placement.layer, placement.slot)
+        path = layout.slot_path(placement.layer, placement.slot)
         original = model.get_submodule(path)
 
         def build(
@@ -137,7 +185,7 @@ def operate(
                 d_model=layout.d_model,
                 model_config=model.config,
                 family=layout.family,
-                host=host,
+                host=student.host,
                 seed=seed + 1000 * at,
                 calibration=(calibrations or {}).get((place.layer, place.slot, call)),
                 build=build,
@@ -150,8 +198,7 @@ def operate(
         setattr(model.get_submodule(parent), attribute, new)
         student._undo.append((model.get_submodule(parent), attribute, original))
         replaced.append(_audit(placement, path, original, new))
-    student.plan = Plan(spec, tuple(replaced))
-    return student
+    return tuple(replaced)
 
 
 def construct(call: Call, original: nn.Module, context: Context) -> nn.Module:
