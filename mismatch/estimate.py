@@ -56,10 +56,10 @@ def estimate(skeleton: Layout, first_layers: Sequence[int | None], config: Trace
     batch = config.batch_size * config.seq_len * d * 4
     sums = shown * len(BLOCK_SITES) * d * d * 8 * 2 * (1 + len(starts))
     peak = parameters * size + shown * len(BLOCK_SITES) * batch + 5 * 256 * vocab * 4 + sums
-    return Estimate(parameters * size, peak, flops, flops / (_speed() * EFFICIENCY))
+    return Estimate(parameters * size, peak, flops, flops / (speed() * EFFICIENCY))
 
 
-def _speed() -> float:
+def speed() -> float:
     """Floating-point operations a second of a matrix product on the device that will be used."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     a = torch.ones(768, 768, device=device)

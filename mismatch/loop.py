@@ -71,7 +71,7 @@ def measure(
     mine = [(i, batch) for i, batch in batches if ranks.mine(i)]
     first = _resume(collector, state, fingerprint)
     progress(sum(len(batch.ids) for i, batch in mine if i < first))
-    with _polite() as stopping:
+    with polite() as stopping:
         saved = time.monotonic()
         for index, batch in mine:
             if index < first:
@@ -152,7 +152,7 @@ def _naming(index: int, numbers: range) -> Iterator[None]:
 
 
 @contextmanager
-def _polite() -> Iterator[Callable[[], bool]]:
+def polite() -> Iterator[Callable[[], bool]]:
     """Ctrl-C and SIGTERM ask to stop at the next batch border; a second one stops at once."""
     asked = False
 
