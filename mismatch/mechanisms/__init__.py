@@ -7,8 +7,13 @@ MECHANISMS = {
     # The ones that are asked about.
     "dyt": "mismatch.mechanisms.dyt:DyT",
     "infini": "mismatch.mechanisms.infini:Infini",
+    "linear_attention": "mismatch.mechanisms.linear_attention:LinearAttention",
     "nope": "mismatch.mechanisms.nope:NoPE",
+    "partial_rope": "mismatch.mechanisms.partial_rope:PartialRope",
+    "rope": "mismatch.mechanisms.rope:Rope",
+    "rwkv": "mismatch.mechanisms.rwkv:RWKV",
     "sliding_window": "mismatch.mechanisms.sliding_window:SlidingWindow",
+    "yarn": "mismatch.mechanisms.yarn:Yarn",
     # The controls, which bound the scale.
     "identity": "mismatch.mechanisms.identity:Identity",
     "mean": "mismatch.mechanisms.mean:Mean",

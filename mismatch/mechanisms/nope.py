@@ -12,18 +12,14 @@ nothing.
 
 from __future__ import annotations
 
-import inspect
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mismatch.errors import SurgeryError
-from mismatch.mechanisms.base import Context, Wrapper, innermost
-
-# A bfloat16 cos^2 + sin^2 is off by less than this; YaRN's factor is 1.1 and more.
-ROUNDING = 0.02
+from mismatch.mechanisms.base import Context, Wrapper
+from mismatch.mechanisms.rotary import attention_factor, need_rotary
 
 
 @dataclass(frozen=True)
@@ -46,14 +42,7 @@ class NoPE(Wrapper):
         SurgeryError: this attention has no rotary embedding.
         """
         super().__init__(original, config, context)
-        attention = innermost(original)
-        takes = inspect.signature(attention.forward).parameters
-        rotates = "position_embeddings" in takes or hasattr(attention, "rotate")
-        if not rotates or not getattr(attention, "use_rope", True):
-            raise SurgeryError(
-                f"{context.where}: {type(attention).__name__} has no rotary embedding to take away",
-                hint="nope works where positions enter by rotation of queries and keys",
-            )
+        need_rotary(original, context, "take away")
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         cos, sin = kwargs["position_embeddings"]
@@ -64,6 +53,5 @@ class NoPE(Wrapper):
 def identity_rotation(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """cos and sin of no rotation, in their shapes; the attention factor (the length of (cos, sin))
     stays."""
-    factor = torch.hypot(cos[:1, :1, :1].float(), sin[:1, :1, :1].float())
-    factor = torch.where((factor - 1).abs() < ROUNDING, 1.0, factor)
-    return torch.ones_like(cos) * factor.to(cos.dtype), torch.zeros_like(sin)
+    factor = attention_factor(cos, sin)
+    return torch.ones_like(cos) * factor, torch.zeros_like(sin)

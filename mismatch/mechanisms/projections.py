@@ -82,11 +82,12 @@ class AttentionParts(Mechanism):
         if self._output == "c_proj":  # gpt2 keeps its dropouts as modules
             self._dropout, self._output_dropout = original.attn_dropout.p, original.resid_dropout.p
 
-    def qkv(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def qkv(self, x: Tensor | tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values before position encoding.
 
         Args:
-            x: `batch pos d_model`.
+            x: `batch pos d_model`; or three such, what queries, keys and values are made of (a
+                fused projection then runs three times).
 
         Returns:
             q `batch H pos D`, k and v `batch KV pos D`.
@@ -96,12 +97,15 @@ class AttentionParts(Mechanism):
             q, k = self.q_norm(q), self.k_norm(k)
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
-    def _projected(self, x: Tensor) -> tuple[Tensor, ...]:
+    def _projected(self, x: Tensor | tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, ...]:
         """q, k, v flat: `batch pos heads*D`."""
         if len(self._inputs) == 3:
-            q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+            x_q, x_k, x_v = x if isinstance(x, tuple) else (x, x, x)
+            q, k, v = self.q_proj(x_q), self.k_proj(x_k), self.v_proj(x_v)
             # olmo2 normalises over all heads at once, qwen3 and gemma3 each head.
             return (self.q_norm(q), self.k_norm(k), v) if self._wide_norm else (q, k, v)
+        if isinstance(x, tuple):
+            return tuple(self._projected(part)[i] for i, part in enumerate(x))
         fused = getattr(self, self._inputs[0])(x)
         if self._inputs[0] == "query_key_value":
             per_head = fused.unflatten(-1, (self.n_heads, 3, self.head_dim))
@@ -116,6 +120,11 @@ class AttentionParts(Mechanism):
 
     def _head_split(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.head_dim))
+
+    @property
+    def rotates(self) -> bool:
+        """Whether positions enter by rotation here. A mixer that never calls `rotate` says False."""
+        return self._rotary is not None
 
     def rotate(self, q: Tensor, k: Tensor, position_embeddings: Any) -> tuple[Tensor, Tensor]:
         """Queries and keys with position in them, by the cos and sin that the model hands down.

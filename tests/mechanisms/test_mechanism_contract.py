@@ -15,17 +15,23 @@ CALLS = {
     "dyt": "dyt",
     "identity": "identity",
     "infini": "infini(segment=8, update=delta, feature_map=learned)",
+    "linear_attention": "linear_attention(window=5, sinks=2, decay=learned)",
     "mean": "mean",
     "nope": "nope",
+    "partial_rope": "partial_rope(fraction=0.5)",
     "parallel": "parallel(infini(segment=8, sinks=2), alpha=0.5)",
     "random": "random",
+    "rwkv": "rwkv",
+    "rope": "rope(type=llama3, factor=8, original=16, theta=500)",
     "skip": "skip",
     "sliding_window": "sliding_window(window=5)",
+    "yarn": "yarn(factor=4)",
     "zero": "zero",
 }
 LENGTH = 21
 SOME = ("llama", "gemma3", "gpt2", "gpt_neox")  # where the families differ most
-ATTENTION = ("infini", "sliding_window", "nope", "parallel")  # what a family's attention can break
+ROTARY = ("nope", "partial_rope", "rope", "yarn")  # not for gpt2, nor for layers without rotary
+ATTENTION = ("infini", "linear_attention", "rwkv", "sliding_window", "nope", "parallel")  # what a family's attention can break
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +49,7 @@ def slot(name: str) -> str:
 
 
 def fits(family: str, name: str, layer: int = 1) -> bool:
-    if name != "nope":
+    if name not in ROTARY:
         return True
     return family != "gpt2" and not (family == "smollm3" and layer == 1)
 
