@@ -161,9 +161,20 @@ def docstring(module: str) -> str:
 def fields(target: str) -> tuple[Arg, ...]:
     """The fields of a dataclass "package.module:Class" as arguments, read from its source."""
     module, _, attribute = target.partition(":")
-    tree = ast.parse(_source(module).read_text(encoding="utf-8"))
-    classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
+    classes = _classes(module)
     return _fields(classes[attribute], classes)
+
+
+def _classes(module: str) -> dict[str, ast.ClassDef]:
+    """The classes of a file by name, and those of other files that they inherit from."""
+    tree = ast.parse(_source(module).read_text(encoding="utf-8"))
+    found = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
+    bases = {b.id for node in found.values() for b in node.bases if isinstance(b, ast.Name)}
+    imports = [node for node in tree.body if isinstance(node, ast.ImportFrom) and node.module]
+    for node in imports:
+        if bases & {alias.name for alias in node.names}:
+            found = _classes(node.module) | found
+    return found
 
 
 def of_class(name: str, cls: type) -> Card:

@@ -27,18 +27,17 @@ from mismatch.registry import Registry, did_you_mean, mechanisms, metrics, probe
 ELSEWHERE = ("output", "run_name", "fail_on")
 """Fields that change where a run lies and how it exits, but none of its numbers."""
 
-C = TypeVar("C", bound="SwapConfig")
+C = TypeVar("C", bound="RunConfig")
 
 
-@dataclass(frozen=True)
-class SwapConfig:
-    """What every command says that runs a swapped model beside the original."""
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """What every command says that runs a changed model beside the original."""
+
+    examples = {"model": "--model smollm2"}  # of the fields that must be given
 
     model: str
     """A fetched name, a folder, or a hub id."""
-    swap: tuple[str, ...]
-    """What to replace: target:mechanism, such as "layer12:infini". May be repeated."""
-
     revision: str | None = None
     """Branch, tag or commit of a hub model."""
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32"
@@ -74,14 +73,11 @@ class SwapConfig:
     def __post_init__(self) -> None:
         for name, arg in fields(type(self)).items():
             object.__setattr__(self, name, _accept(arg, getattr(self, name), f"`{name}`"))
-        if not self.swap:
-            raise ConfigError("there is no swap", hint='give one, such as --swap "layer12:infini"')
         if self.output is not None and self.run_name is not None:
             raise ConfigError(
                 f"`output` ({self.output}) and `run_name` ({self.run_name}) both name the run folder",
                 hint="give one of them",
             )
-        spec.check(self.swap_spec)
         self._known(self.controls, mechanisms())
 
     @staticmethod
@@ -90,11 +86,6 @@ class SwapConfig:
             registry.target(name, ConfigError)
             if name in names[:index]:
                 raise ConfigError(f"the {registry.kind} `{name}` is named twice")
-
-    @property
-    def swap_spec(self) -> spec.Spec:
-        """The parsed swap."""
-        return spec.parse(self.swap)
 
     @property
     def folder(self) -> Path | None:
@@ -115,12 +106,39 @@ class SwapConfig:
     def fingerprint(self) -> str:
         """16 hex digits of all that determines the numbers. Two spellings of one swap have one fingerprint."""
         values = {k: v for k, v in self.to_dict().items() if k not in ELSEWHERE}
-        values["swap"] = spec.format(self.swap_spec)
-        text = json.dumps(values, sort_keys=True, ensure_ascii=False)
+        text = json.dumps(values | self.canonical(), sort_keys=True, ensure_ascii=False)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
+    def canonical(self) -> dict[str, str]:
+        """Fields that can be spelt in several ways, in the one way that counts."""
+        return {}
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, kw_only=True)
+class SwapConfig(RunConfig):
+    """A command about one swap."""
+
+    examples = {**RunConfig.examples, "swap": '--swap "layer12:infini"'}
+
+    swap: tuple[str, ...]
+    """What to replace: target:mechanism, such as "layer12:infini". May be repeated."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.swap:
+            raise ConfigError("there is no swap", hint='give one, such as --swap "layer12:infini"')
+        spec.check(self.swap_spec)
+
+    @property
+    def swap_spec(self) -> spec.Spec:
+        """The parsed swap."""
+        return spec.parse(self.swap)
+
+    def canonical(self) -> dict[str, str]:
+        return {"swap": spec.format(self.swap_spec)}
+
+
+@dataclass(frozen=True, kw_only=True)
 class TraceConfig(SwapConfig):
     """What `mismatch trace` is told."""
 
@@ -144,7 +162,7 @@ class TraceConfig(SwapConfig):
             raise ConfigError("`metrics` is empty", hint="leave it out to compute the usual ones")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ProbeConfig(SwapConfig):
     """What `mismatch probe` is told."""
 
@@ -203,9 +221,9 @@ def _reads(kind: type, fits: Callable[[Any], bool], text: str) -> bool:
 
 
 @functools.cache
-def fields(kind: type[SwapConfig] = TraceConfig) -> dict[str, Arg]:
+def fields(kind: type[RunConfig] = TraceConfig) -> dict[str, Arg]:
     """Name, type, bounds, default and text of each field of a command's config."""
-    return {arg.name: arg for arg in card.fields(f"mismatch.config:{kind.__name__}")}
+    return {arg.name: arg for arg in card.fields(f"{kind.__module__}:{kind.__name__}")}
 
 
 def load(
@@ -232,8 +250,9 @@ def load(
             values[name] = _accept(known[name], _from_text(known[name], value), f"`{flag}`")
     for name, arg in known.items():
         if arg.default is REQUIRED and name not in values:
-            example = {"model": "--model smollm2", "swap": '--swap "layer12:infini"'}[name]
-            raise ConfigError(f"there is no {name}", hint=f"give one, such as {example}")
+            raise ConfigError(
+                f"there is no {name}", hint=f"give one, such as {kind.examples[name]}"
+            )
     return kind(**values)
 
 
