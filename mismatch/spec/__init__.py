@@ -9,7 +9,7 @@
     name      = a registered name, or "package.module:Class"
     argument  = key "=" value. Before those, a mechanism and numbers need no key: parallel(infini(segment=64), alpha=0),
                 sliding_window(64, 1)
-    value     = number | true | false | none | word | "quoted" | mechanism with "( )"
+    value     = number | true | false | none | word | "quoted" | "[" word ("," word)* "]" | mechanism with "( )"
 
 | text | meaning |
 |---|---|
@@ -26,7 +26,8 @@ model: how many layers, which slots. A clause that fits only in part is an error
 """
 
 from mismatch.spec.grammar import Call, Clause, Range, Spec, Target, Value, parse
-from mismatch.spec.placement import Placement, check, format, resolve
+from mismatch.spec.lists import Template, layers, parse_layers, templates
+from mismatch.spec.placement import Placement, check, explicit, format, resolve
 
 __all__ = [
     "Call",
@@ -35,9 +36,14 @@ __all__ = [
     "Range",
     "Spec",
     "Target",
+    "Template",
     "Value",
     "check",
+    "explicit",
     "format",
+    "layers",
     "parse",
+    "parse_layers",
     "resolve",
+    "templates",
 ]
