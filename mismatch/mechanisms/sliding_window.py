@@ -1,13 +1,18 @@
-"""sliding_window: the host's own attention under a narrower mask, first tokens kept as sinks.
+"""sliding_window: the host's own attention under a narrower mask, some tokens kept for everybody.
 
-    query i reads key j   iff   j <= i and (i - j < window or j is one of the first `sinks` tokens)
+    query i reads key j   iff   j <= i and ( i - j < window
+                                             or j < sinks
+                                             or global_every > 0 and j mod global_every = 0 )
 
 The window is that of Mistral (arXiv 2310.06825, section 2), the sinks are those of StreamingLLM
-(arXiv 2309.17453, section 3). Only the mask changes: projections, rotary embedding and scores are
-the host's, at their true positions (StreamingLLM renumbers positions inside its cache; within the
-trained length that is not needed). The KV cache is the host's too and is not cut, so this measures
-what a window loses, not what it saves. Padding is respected: sinks are the first REAL tokens of
-each row. Inherited: everything. New, dropped: nothing.
+(arXiv 2309.17453, section 3). Global tokens are every k-th token, read by every later query: the
+causal half of the global attention of Longformer (arXiv 2004.05150, section 3.1) and BigBird (arXiv
+2007.14062, section 2). There a global token also reads everything; here its own query has the
+window of any other, as in the fixed pattern of the Sparse Transformer (arXiv 1904.10509). Only the mask changes: projections, rotary embedding and scores are the host's, at their true
+positions (StreamingLLM renumbers positions inside its cache; within the trained length that is not
+needed). The KV cache is the host's too and is not cut, so this measures what a window loses, not
+what it saves. Padding is respected: j counts from the first REAL token of each row. Inherited:
+everything. New, dropped: nothing.
 """
 
 from __future__ import annotations
@@ -22,6 +27,8 @@ from mismatch.errors import SurgeryError
 from mismatch.mechanisms.base import Context, Mechanism, Wrapper, innermost
 from mismatch.mechanisms.calling import cache_in, hidden_in
 
+WORDS = {"sinks": "sinks", "global_every": "global tokens"}
+
 
 @dataclass(frozen=True)
 class SlidingWindowConfig:
@@ -29,6 +36,8 @@ class SlidingWindowConfig:
     """Tokens that a query reads, itself included."""
     sinks: Annotated[int, ">= 0"] = 0
     """First tokens of the text that every query goes on reading."""
+    global_every: Annotated[int, ">= 0"] = 0
+    """Every so many-th token, the first included, is read by every later query; 0 = none."""
 
 
 class SlidingWindow(Wrapper):
@@ -38,14 +47,16 @@ class SlidingWindow(Wrapper):
     slots = ("attn",)
     identity = "window >= length"
     state = "the host's full KV cache"
-    source = "arXiv 2310.06825, section 2; sinks: arXiv 2309.17453, section 3"
+    source = (
+        "arXiv 2310.06825, section 2; sinks: arXiv 2309.17453, section 3; global tokens: arXiv "
+        "2004.05150, 2007.14062"
+    )
     stacks = True
 
     def __init__(self, original: nn.Module, config: SlidingWindowConfig, context: Context) -> None:
         """Raises:
-        SurgeryError: a mechanism below that reads no mask; or sinks over an attention that has a
-            window of its own
-            and drops old keys.
+        SurgeryError: a mechanism below that reads no mask; or sinks or global tokens over an
+            attention that has a window of its own and drops old keys.
         """
         super().__init__(original, config, context)
         attention = innermost(original)
@@ -56,11 +67,12 @@ class SlidingWindow(Wrapper):
                 hint="put sliding_window over the model's own attention",
             )
         own = _window(attention)
-        if own is not None and config.sinks > 0:
+        kept = {"sinks": config.sinks, "global_every": config.global_every}
+        for name in (name for name, value in kept.items() if value and own is not None):
             raise SurgeryError(
                 f"{context.where}: this attention has its own window of {own} tokens, and its "
-                "cache drops what lies behind: sinks cannot be kept",
-                hint="use sinks=0, or a layer with full attention",
+                f"cache drops what lies behind: {WORDS[name]} cannot be kept",
+                hint=f"use {name}=0, or a layer with full attention",
             )
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -96,8 +108,8 @@ class SlidingWindow(Wrapper):
         i = past + torch.arange(length, device=device)[:, None]
         j = offset + torch.arange(keys, device=device)
         allowed = ((i - j < self.settings.window) & (j <= i))[None, None]
-        if self.settings.sinks:
-            allowed = allowed | (self._sinks(j) & (j <= i))
+        if self.settings.sinks or self.settings.global_every:
+            allowed = allowed | (self._kept(j) & (j <= i))
         if given is None:
             return allowed
         if given.dtype == torch.bool:
@@ -107,14 +119,20 @@ class SlidingWindow(Wrapper):
     def _device(self, given: Tensor | None) -> torch.device:
         return next(self.original.parameters()).device if given is None else given.device
 
-    def _sinks(self, j: Tensor) -> Tensor:
-        """Whether key j is one of the first real tokens of its row: bool `batch or 1, 1, 1,
-        keys`."""
+    def _kept(self, j: Tensor) -> Tensor:
+        """Whether key j is a sink or a global token of its row, counted in real tokens: bool `batch
+        or 1, 1, 1, keys`."""
         real = self.context.host.full()
         if real is None:
-            return (j < self.settings.sinks)[None, None, None]
-        first = real & (real.cumsum(1) <= self.settings.sinks)
-        return first[:, j][:, None, None]
+            return self._for_everybody(j)[None, None, None]
+        kept = real & self._for_everybody(real.cumsum(1) - 1)
+        return kept[:, j][:, None, None]
+
+    def _for_everybody(self, number: Tensor) -> Tensor:
+        """Whether the token of this number in its text is a sink or a global token."""
+        kept = number < self.settings.sinks
+        every = self.settings.global_every
+        return kept | (number % every == 0) if every else kept
 
 
 def _window(attention: nn.Module) -> int | None:

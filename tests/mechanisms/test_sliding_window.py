@@ -11,34 +11,50 @@ from mismatch.errors import SurgeryError
 OWN_WINDOW = ("mistral_window", "gemma2", "gemma3", "qwen2", "phi3")
 
 
-def window_mask(length, window, sinks):
+def window_mask(length, window, sinks, every=0):
     """bool `1 1 length length`, written token by token."""
+    kept = {j for j in range(length) if j < sinks or (every and j % every == 0)}
     rows = [
-        [j <= i and (i - j < window or j < sinks) for j in range(length)] for i in range(length)
+        [j <= i and (i - j < window or j in kept) for j in range(length)] for i in range(length)
     ]
     return torch.tensor(rows)[None, None]
 
 
 @pytest.mark.parametrize("attn", ["sdpa", "eager"])
-@pytest.mark.parametrize("window, sinks", [(1, 0), (1, 1), (5, 0), (5, 2), (5, 7), (19, 1)])
+@pytest.mark.parametrize(
+    "window, sinks, every",
+    [
+        (1, 0, 0),
+        (1, 1, 0),
+        (5, 0, 0),
+        (5, 2, 0),
+        (5, 7, 0),
+        (19, 1, 0),
+        (1, 0, 1),
+        (3, 0, 4),
+        (5, 2, 7),
+    ],
+)
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "qwen3"])
-def test_it_is_the_model_under_a_mask_written_by_hand(family, window, sinks, attn):
+def test_it_is_the_model_under_a_mask_written_by_hand(family, window, sinks, every, attn):
     model, ids = tiny(family, attn), tokens(2, 20)
-    mask = window_mask(20, window, sinks).expand(2, -1, -1, -1)
+    mask = window_mask(20, window, sinks, every).expand(2, -1, -1, -1)
     if attn == "eager":
         mask = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
     wanted = model(ids, attention_mask=mask).logits
-    student = swap(model, f"all:sliding_window(window={window}, sinks={sinks})").model
+    options = f"window={window}, sinks={sinks}, global_every={every}"
+    student = swap(model, f"all:sliding_window({options})").model
     torch.testing.assert_close(student(ids).logits, wanted, atol=1e-5, rtol=0)
     torch.testing.assert_close(in_chunks(student, ids, 6), wanted, atol=1e-4, rtol=0)
     torch.testing.assert_close(in_chunks(student, ids, 1), wanted, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("size", [20, 6, 1])
+@pytest.mark.parametrize("options", ["sinks=2", "global_every=5", "sinks=2, global_every=3"])
 @pytest.mark.parametrize("attn", ["sdpa", "eager"])
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox"])
-def test_sinks_are_the_first_real_tokens(family, attn, size):
-    student = swap(tiny(family, attn), "layer1:sliding_window(window=4, sinks=2)").model
+def test_sinks_and_global_tokens_are_counted_in_real_tokens(family, attn, options, size):
+    student = swap(tiny(family, attn), f"layer1:sliding_window(window=4, {options})").model
     ids, mask = tokens(2, 20), torch.ones(2, 20, dtype=torch.long)
     mask[0, :7] = 0
     padded = in_chunks(student, ids.masked_fill(mask == 0, 0), size, mask)
@@ -59,16 +75,28 @@ def test_over_a_module_with_a_window_the_narrower_one_counts(family):
     torch.testing.assert_close(in_chunks(narrow, ids, 4), narrow(ids).logits, atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize(
+    "option, words", [("sinks=1", "sinks"), ("global_every=4", "global tokens")]
+)
 @pytest.mark.parametrize("family", OWN_WINDOW)
-def test_sinks_over_a_cache_that_drops_them_are_refused(family):
-    with pytest.raises(SurgeryError, match=r"its own window of \d tokens, and its cache drops"):
-        swap(tiny(family), "all:sliding_window(window=3, sinks=1)")
+def test_sinks_and_global_tokens_over_a_cache_that_drops_them_are_refused(family, option, words):
+    with pytest.raises(
+        SurgeryError, match=rf"own window of \d tokens, and .* {words} cannot be kept"
+    ):
+        swap(tiny(family), f"all:sliding_window(window=3, {option})")
+
+
+def test_every_token_global_is_the_model_itself():
+    model, ids = tiny("llama"), tokens(2, 20)
+    student = swap(model, "all:sliding_window(window=1, global_every=1)").model
+    torch.testing.assert_close(student(ids).logits, model(ids).logits, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_window_as_long_as_the_text_changes_no_bit(family):
+    more = "" if family in OWN_WINDOW else ", sinks=2, global_every=3"
     model, ids = tiny(family), tokens(2, 20)
-    student = swap(model, "all:sliding_window(window=20)").model
+    student = swap(model, f"all:sliding_window(window=20{more})").model
     assert torch.equal(student(ids).logits, model(ids).logits)
 
 
