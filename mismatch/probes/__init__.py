@@ -12,6 +12,7 @@ from typing import Any
 
 PROBES = {
     "induction": "mismatch.probes.induction:Induction",
+    "passkey": "mismatch.probes.passkey:Passkey",
 }
 
 

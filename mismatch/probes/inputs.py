@@ -37,14 +37,12 @@ class Prompts:
     Attributes:
         ids: int64 `samples pos`.
         scored: bool `samples pos`: the token at this position is a target. Never the first one of a row.
-        distance: tokens from the end of what is to be found to the question; 0 where nothing is.
-        needle: first and last position of what is to be found; None where nothing is.
+        needle: first and last position of what is to be found.
     """
 
     ids: np.ndarray
     scored: np.ndarray
-    distance: int = 0
-    needle: tuple[int, int] | None = None
+    needle: tuple[int, int]
 
     @property
     def length(self) -> int:
@@ -53,9 +51,14 @@ class Prompts:
     def batches(self, size: int) -> list[Prompts]:
         """`size` prompts at a time."""
         return [
-            Prompts(self.ids[i : i + size], self.scored[i : i + size], self.distance, self.needle)
+            Prompts(self.ids[i : i + size], self.scored[i : i + size], self.needle)
             for i in range(0, len(self.ids), size)
         ]
+
+    def borders(self, segment: int) -> int:
+        """Segment borders between the end of the needle and the first scored token: compressions it must survive."""
+        asked = int(self.scored.any(0).argmax()) - 1  # the token in front of it does the looking up
+        return asked // segment - self.needle[1] // segment
 
 
 def repeated(setting: Setting, count: int, name: str = "induction") -> tuple[np.ndarray, int, int]:
@@ -107,9 +110,9 @@ def passkeys(
     """
     setting.fits(length, "a passkey prompt", "take shorter --lengths")
     read = _Encoder(setting.tokenizer)
-    unit, question = read(" " + FILLER), read(QUESTION)
+    lead, unit, question = read(FILLER), read(" " + FILLER), read(QUESTION)
     front = [*setting.opening, *read(TASK)]
-    rows, places, answers = [], [], []
+    rows, places, scored = [], [], np.zeros((len(keys), length), bool)
     for key, inside in zip(keys, hidden, strict=True):
         answer = read.answer(question, key)
         needle = read(NEEDLE.format(key=inside))
@@ -120,18 +123,15 @@ def passkeys(
                 f"{length - room}",
                 hint=f"take --lengths {length - room} or more",
             )
-        before = round(depth * (room // len(unit))) * len(unit)
-        filler = unit * (room // len(unit) + 1)
-        start = len(front) + before
-        rows.append(front + filler[:before] + needle + filler[: room - before] + question + answer)
+        units = round(depth * (room // len(unit)))
+        before = lead + unit * (units - 1) if units else []
+        behind = (lead + unit * (room // len(unit) + 1))[: max(room - len(before), 0)]
+        start = len(front) + len(before)
+        rows.append(front + before + needle + behind + question + answer)
         places.append((start, start + len(needle) - 1))
-        answers.append(len(answer))
-    scored = np.zeros((len(rows), length), bool)
-    for row, (tokens, size) in enumerate(zip(rows, answers, strict=True)):
-        scored[row, length - size :] = [read.shows(token) for token in tokens[length - size :]]
-    end = max(last for _, last in places)
-    asked = length - max(answers)
-    return Prompts(np.array(rows, np.int64), scored, asked - end - 1, (places[0][0], end))
+        scored[len(rows) - 1, -len(answer) :] = [read.shows(token) for token in answer]
+    first, last = zip(*places, strict=True)
+    return Prompts(np.array(rows, np.int64), scored, (min(first), max(last)))
 
 
 class _Encoder:

@@ -1,0 +1,104 @@
+"""Can the model find one number in a long text? Passkey retrieval over length and depth.
+
+Definition: prompts of exactly L tokens (task, filler, `The pass key is K.`, filler, question), K five random digits, at
+a depth given as the share of the filler in front of it. Read per cell of length and depth: `logprob`, the
+teacher-forced log-probability of the key's digits, summed, and `exact`, the share of keys whose every digit is the
+likeliest token (which is what greedy decoding would give). `logprob` sees a loss long before `exact` does. `logprob`
+and `exact` without conditions are over all cells. Where the swap works in segments, also by the number of segment
+borders between needle and question (`segments`): the score of a compressive memory falls with each compression, not
+with depth. `logprob_absent`: the same question when the needle holds another key, at the shortest length: what not
+finding it reads.
+Unit: nats per key. Range: (-inf, 0]. Null: the teacher against itself reads exactly 0 in every `_minus_teacher`.
+Chance: `logprob_absent`; a random model reads about -5 ln(vocabulary).
+Source: Mohtashami and Jaggi, arXiv 2305.16300 (Landmark), prompt as there; measured on SmolLM2-135M-Instruct: -0.07
+at 256 tokens, floor -15.4, and making layer 18 alone local takes it to -9.0 while every other layer but 20 costs less
+than 0.9.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from mismatch.probes.base import Answers, Measure, Probe, Setting, Subject
+from mismatch.probes.inputs import Prompts, passkeys
+from mismatch.probes.scoring import finals, on, scores
+from mismatch.table import under
+
+DIGITS = 5
+
+
+class Passkey(Probe):
+    headline = "logprob"
+    unit = "nats per key"
+    range = "(-inf, 0]"
+    better = "higher"
+    chance = "logprob_absent: what the model answers when the text holds another key"
+    tells = "whether what was read once, far away, can still be looked up"
+    blind = (
+        "text quality, on which it hardly depends; a swap of a layer that does not carry retrieval "
+        "reads well whatever its memory does; the filler is easy, natural text is not"
+    )
+    source = "arXiv 2305.16300, section 4.2; log-probability in place of generation"
+    needs = "tokenizer"
+
+    def __init__(self, setting: Setting) -> None:
+        super().__init__(setting)
+        draw = setting.draw("passkey")
+        numbers = draw.choice(9 * 10 ** (DIGITS - 1), 2 * setting.samples, replace=False)
+        keys = [str(10 ** (DIGITS - 1) + n) for n in numbers]
+        asked, others = keys[: setting.samples], keys[setting.samples :]
+        self.cells: dict[tuple[int, float], Prompts] = {
+            (length, depth): passkeys(setting, length, depth, asked, asked)
+            for length in sorted(setting.lengths)
+            for depth in sorted(setting.depths)
+        }
+        middle = sorted(setting.depths)[len(setting.depths) // 2]
+        self.absent = passkeys(setting, min(setting.lengths), middle, asked, others)
+
+    def run(self, subjects: Sequence[Subject]) -> Answers:
+        found: dict[str, list[Measure]] = {s.name: [] for s in subjects}
+        whole: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {s.name: [] for s in subjects}
+        borders: dict[str, dict[int, list[np.ndarray]]] = {s.name: {} for s in subjects}
+        for (length, depth), prompts in self.cells.items():
+            given = {"length": length, "depth": depth}
+            place = f"{prompts.needle[0]}-{prompts.needle[1]}"
+            for name, (logprob, exact) in ask(subjects, prompts, self.setting.batch_size).items():
+                found[name] += [
+                    Measure.mean(under("logprob", **given), logprob, position=place),
+                    Measure.mean(under("exact", **given), exact, position=place),
+                ]
+                whole[name].append((logprob, exact))
+                if self.setting.segment is not None:
+                    crossed = prompts.borders(self.setting.segment)
+                    borders[name].setdefault(crossed, []).append(logprob)
+        for name, cells in whole.items():
+            logprob, exact = (np.stack(part, 1) for part in zip(*cells, strict=True))
+            found[name] += [Measure.mean("logprob", logprob), Measure.mean("exact", exact)]
+            found[name] += [
+                Measure.mean(under("logprob", segments=count), np.stack(parts, 1))
+                for count, parts in sorted(borders[name].items())
+            ]
+        for name, (logprob, _) in ask(subjects, self.absent, self.setting.batch_size).items():
+            found[name].append(Measure.mean("logprob_absent", logprob))
+        return found
+
+
+def ask(
+    subjects: Sequence[Subject], prompts: Prompts, batch_size: int
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Log-probability of the scored tokens, summed, and whether all are the likeliest: per subject `samples` twice."""
+    found: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {s.name: [] for s in subjects}
+    with torch.no_grad():
+        for part in prompts.batches(batch_size):
+            ids = on(subjects[0].layout, part.ids)
+            scored = torch.from_numpy(part.scored).to(ids.device)
+            for subject, final in finals(subjects, ids):
+                value, right = scores(subject.layout, final, ids, scored)
+                found[subject.name].append((value.sum(1).numpy(), right.all(1).numpy()))
+    return {
+        name: tuple(np.concatenate(part) for part in zip(*parts, strict=True))
+        for name, parts in found.items()
+    }
