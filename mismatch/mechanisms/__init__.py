@@ -5,17 +5,24 @@ The targets are strings, so that knowing a name imports nothing (see `mismatch.r
 
 MECHANISMS = {
     # The ones that are asked about.
+    "adapterplus": "mismatch.mechanisms.adapterplus:AdapterPlus",
     "dyt": "mismatch.mechanisms.dyt:DyT",
+    "houlsby": "mismatch.mechanisms.houlsby:Houlsby",
     "infini": "mismatch.mechanisms.infini:Infini",
     "linear_attention": "mismatch.mechanisms.linear_attention:LinearAttention",
+    "lora": "mismatch.mechanisms.lora:LoRA",
+    "low_rank_mlp": "mismatch.mechanisms.low_rank_mlp:LowRankMLP",
     "nope": "mismatch.mechanisms.nope:NoPE",
+    "parallel_adapter": "mismatch.mechanisms.parallel_adapter:ParallelAdapter",
     "partial_rope": "mismatch.mechanisms.partial_rope:PartialRope",
+    "qlora": "mismatch.mechanisms.qlora:QLoRA",
     "rope": "mismatch.mechanisms.rope:Rope",
     "rwkv": "mismatch.mechanisms.rwkv:RWKV",
     "sliding_window": "mismatch.mechanisms.sliding_window:SlidingWindow",
     "yarn": "mismatch.mechanisms.yarn:Yarn",
     # The controls, which bound the scale.
     "identity": "mismatch.mechanisms.identity:Identity",
+    "linear": "mismatch.mechanisms.linear:Linear",
     "mean": "mismatch.mechanisms.mean:Mean",
     "random": "mismatch.mechanisms.random:Random",
     "skip": "mismatch.mechanisms.skip:Skip",

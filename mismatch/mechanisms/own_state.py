@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, StaticLayer
 
@@ -111,3 +112,19 @@ def entry(cache: Any, layer_idx: int) -> OwnState:
         )
     cache.layers[layer_idx] = OwnState()
     return cache.layers[layer_idx]
+
+
+def count_tokens(cache: Any | None, layer_idx: int | None, x: Tensor, keep: Tensor | None) -> None:
+    """Advance the entry of a mechanism without state by the tokens of `x`: positions are counted from
+    layer 0's entry.
+
+    Args:
+        cache: of the running call; None = nothing to count.
+        layer_idx: of the part; None = outside the blocks.
+        x: `batch pos d`.
+        keep: bool `batch pos`, True = real token; None = every token is.
+    """
+    if cache is None or layer_idx is None:
+        return
+    real = torch.full(x.shape[:1], x.shape[1]) if keep is None else keep.sum(1).cpu()
+    entry(cache, layer_idx).advance(real, x.shape[1], {})

@@ -32,7 +32,7 @@ SLOTS = (
 
 TARGETS = ("layer", "layers", "all", "norms", "final_norm")
 
-Value = Union[int, float, bool, str, None, "Call"]
+Value = Union[int, float, bool, str, None, tuple[str, ...], "Call"]
 
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?(?![\w.])")
 _WORD = re.compile(r"[A-Za-z_][\w./-]*")
@@ -89,6 +89,8 @@ def _text(value: Value) -> str:
         return str(value)
     if value is None or isinstance(value, bool):
         return str(value).lower()
+    if isinstance(value, tuple):
+        return f"[{', '.join(value)}]"
     if isinstance(value, str):
         if _WORD.fullmatch(value) and value not in _LITERALS:
             return value
@@ -361,6 +363,8 @@ class _Parser:
                 self.fail("the quotes are never closed", at)
             body = quoted.group(1) if quoted.group(1) is not None else quoted.group(2)
             return re.sub(r"\\(.)", r"\1", body)
+        if self.take("["):
+            return self.words(key, at)
         number = _NUMBER.match(self.text, at)
         if number is not None:
             self.pos = number.end()
@@ -375,3 +379,15 @@ class _Parser:
                 f"`{key}` needs a value, got {self.rest()}", at, f'quote other text: `{key}="a b"`'
             )
         return _LITERALS.get(word.group(), word.group())
+
+    def words(self, key: str, opened: int) -> tuple[str, ...]:
+        found: list[str] = []
+        while not found or self.take(","):
+            self.space()
+            word = self.match(_WORD)
+            if word is None:
+                self.fail(f"`{key}` needs words in `[ ]`, got {self.rest()}", self.pos)
+            found.append(word.group())
+        if not self.take("]"):
+            self.fail("`[` is never closed", opened, "close it with `]`")
+        return tuple(found)

@@ -61,6 +61,28 @@ def format(spec: Spec) -> str:
     return str(Spec(tuple(clauses)))
 
 
+def explicit(spec: Spec) -> str:
+    """The text with every argument said, the defaults too: it goes on meaning the same when a default changes.
+
+    Raises:
+        SpecError: as `check`.
+    """
+    checked = check(spec)
+    clauses = tuple(Clause(c.target, _said(c.call, spec.text)) for c in checked.clauses)
+    return str(Spec(clauses, spec.text))
+
+
+def _said(call: Call, text: str) -> Call:
+    given = dict(call.args)
+    defaults = {arg.name: arg.default for arg in _card(call, text).args}
+    args = []
+    for key, value in {**defaults, **given}.items():
+        if value == ():  # the grammar has no empty list
+            continue
+        args.append((key, _said(value, text) if isinstance(value, Call) else value))
+    return Call(call.name, tuple(args), call.at)
+
+
 def resolve(
     spec: Spec,
     n_layers: int,
@@ -182,6 +204,8 @@ def _value(arg: Arg, value: Value, text: str, at: int) -> Value:
     elif not isinstance(value, Call):
         if value is None and not arg.optional and "none" in (arg.choices or ()):
             return "none"  # a choice of that name, not the absence of a value
+        if arg.type == "list" and isinstance(value, str):
+            value = (value,)
         try:
             return arg.accept(value)
         except ValueError:
@@ -197,6 +221,8 @@ def _value(arg: Arg, value: Value, text: str, at: int) -> Value:
 def _shown(value: Value) -> str:
     if isinstance(value, (str, Call)):
         return f"`{value}`"
+    if isinstance(value, tuple):
+        return f"`[{', '.join(value)}]`"
     return str(value).lower() if value is None or isinstance(value, bool) else repr(value)
 
 

@@ -1,0 +1,89 @@
+"""The linear layers inside a part, and a second module tree in which some of them are others.
+
+Adapters and low-rank factors go around or in place of single matrices of an attention, an MLP or a
+block. The part that is replaced must not change (the teacher runs it, `undo` puts it back, and
+`parallel` runs it beside the new one), so they are put into a graft: a second tree of modules over
+the same tensors.
+
+| class | weight | families |
+|---|---|---|
+| `torch.nn.Linear` | `out in` | all but gpt2 |
+| `transformers.pytorch_utils.Conv1D` | `in out` | gpt2 |
+"""
+
+from __future__ import annotations
+
+import copy
+import zlib
+from collections.abc import Sequence
+from itertools import chain
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig
+from transformers.pytorch_utils import Conv1D
+
+from mismatch.errors import SurgeryError
+from mismatch.mechanisms.base import Context
+
+ALL = "all"
+"""As a target: every linear layer of the part."""
+
+
+def grafted(part: nn.Module) -> nn.Module:
+    """A second tree of modules over the same parameters, buffers and model config."""
+    shared = {id(tensor): tensor for tensor in chain(part.parameters(), part.buffers())}
+    for module in part.modules():
+        # transformers reads the kind of attention off the config of the model at every call.
+        shared |= {id(v): v for v in vars(module).values() if isinstance(v, PretrainedConfig)}
+    return copy.deepcopy(part, shared)
+
+
+def linear_layers(part: nn.Module) -> dict[str, nn.Module]:
+    """Every linear layer of a part by its dotted path, in the order of the tree."""
+    return {name: m for name, m in part.named_modules() if isinstance(m, (nn.Linear, Conv1D))}
+
+
+def targets(part: nn.Module, wanted: Sequence[str], context: Context) -> dict[str, nn.Module]:
+    """The linear layers that `wanted` names, by path. A name is the end of a path (`q_proj`,
+    `mlp.c_proj`), or `all`.
+
+    Raises:
+        SurgeryError: a name that no linear layer of this part has.
+    """
+    layers = linear_layers(part)
+    if tuple(wanted) == (ALL,):
+        return layers
+    found = {}
+    for name in wanted:
+        ends = {path: m for path, m in layers.items() if f".{path}".endswith(f".{name}")}
+        if not ends:
+            raise SurgeryError(
+                f"{context.where}: {type(part).__name__} has no linear layer `{name}`",
+                hint=f"its linear layers: {', '.join(layers) or 'none'}; `{ALL}` means every one",
+            )
+        found |= ends
+    return found
+
+
+def put(part: nn.Module, path: str, module: nn.Module) -> None:
+    """Set the module at a dotted path."""
+    parent, _, name = path.rpartition(".")
+    setattr(part.get_submodule(parent), name, module)
+
+
+def matrix(layer: nn.Module) -> Tensor:
+    """The weight as `out in`, a view of it and outside autograd."""
+    weight = layer.weight.detach()
+    return weight.T if isinstance(layer, Conv1D) else weight
+
+
+def generator(context: Context, name: str) -> torch.Generator:
+    """The source of one new tensor's draws: it depends on seed, place and name, never on the order
+    in which things are built."""
+    return torch.Generator().manual_seed(seed_of(context, name))
+
+
+def seed_of(context: Context, name: str) -> int:
+    """A seed for one new tensor (or module) of the mechanism built here."""
+    return zlib.crc32(f"{context.seed}/{context.where}/{name}".encode())

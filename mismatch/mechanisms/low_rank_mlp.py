@@ -1,0 +1,87 @@
+"""low_rank_mlp: each matrix of an MLP becomes a product of two narrow ones, by its singular values.
+
+    W ~ U_r S_r V_r^T = (U_r S_r^1/2) (S_r^1/2 V_r^T)      the r largest singular values
+
+The best approximation of rank r in the Frobenius norm (Eckart and Young, 1936): of the weights, not
+of what they do to the activations that come. Cost: a matrix of m x n takes r (m + n) values and as
+many multiplications, less than m n only while r < m n / (m + n) (419 for SmolLM2's 576 x 1536); the
+plan says so where it is more. The decomposition itself is done once, in float32 at least. Inherited:
+biases and the nonlinearity. New: the two factors of each matrix. Dropped: the matrices.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mismatch.errors import SurgeryError
+from mismatch.mechanisms.base import Context, Wrapper
+from mismatch.mechanisms.linears import grafted, linear_layers, matrix, put
+
+
+@dataclass(frozen=True)
+class LowRankMLPConfig:
+    rank: Annotated[int, ">= 1"] = 64
+    """Singular values that are kept of each matrix; more than it has means all."""
+
+
+class LowRankMLP(Wrapper):
+    """The MLP with factored matrices."""
+
+    Config = LowRankMLPConfig
+    slots = ("mlp",)
+    identity = "rank >= the smaller side of every matrix"
+    state = "none"
+    source = "truncated singular value decomposition (Eckart and Young, 1936)"
+
+    def __init__(self, original: nn.Module, config: LowRankMLPConfig, context: Context) -> None:
+        """Raises:
+        SurgeryError: a part without a matrix.
+        """
+        tree = grafted(original)
+        layers = linear_layers(tree)
+        if not layers:
+            raise SurgeryError(
+                f"{context.where}: {type(original).__name__} has no linear layer to factor"
+            )
+        super().__init__(tree, config, context)
+        self._larger = []
+        for path, layer in layers.items():
+            put(tree, path, Factored(layer, config.rank))
+            m, n = matrix(layer).shape
+            if config.rank * (m + n) > m * n:
+                self._larger.append(f"`{path}` ({m} x {n})")
+
+    def notes(self) -> tuple[str, ...]:
+        if not self._larger:
+            return ()
+        return (
+            f"rank {self.settings.rank} takes more values than the whole matrix in "
+            + ", ".join(self._larger),
+        )
+
+
+class Factored(nn.Module):
+    """`up @ down` in place of the weight of a linear layer, whose bias it shares."""
+
+    def __init__(self, layer: nn.Module, rank: int) -> None:
+        super().__init__()
+        full = matrix(layer)
+        rank = min(rank, *full.shape)
+        if full.is_meta:
+            down, up = full.new_empty(rank, full.shape[1]), full.new_empty(full.shape[0], rank)
+        else:
+            wide = full.to(torch.promote_types(full.dtype, torch.float32))
+            u, s, vt = torch.linalg.svd(wide, full_matrices=False)
+            half = s[:rank].sqrt()
+            down = (half[:, None] * vt[:rank]).to(full.dtype)
+            up = (u[:, :rank] * half).to(full.dtype)
+        self.down, self.up = nn.Parameter(down), nn.Parameter(up.contiguous())
+        self.register_parameter("bias", layer.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(F.linear(x, self.down), self.up, self.bias)
