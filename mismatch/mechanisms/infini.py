@@ -47,6 +47,7 @@ from torch import Tensor, nn
 from mismatch.errors import SurgeryError
 from mismatch.mechanisms.base import Context, tensor_kind
 from mismatch.mechanisms.calling import cache_in, hidden_in
+from mismatch.mechanisms.feature_maps import elu_plus_one, signed_softmax
 from mismatch.mechanisms.own_state import OwnState, entry
 from mismatch.mechanisms.projections import AttentionParts
 from mismatch.mechanisms.segments import Grid
@@ -207,7 +208,7 @@ class Infini(AttentionParts):
             return elu_plus_one(x)
         if self.settings.feature_map == "learned":
             x = torch.einsum("bhsnd,hed->bhsne", x, getattr(self, learned).to(x.dtype))
-        return torch.cat([x, -x], dim=-1).softmax(-1)
+        return signed_softmax(x)
 
     def _blend(self, read: Tensor, local: Tensor, grid: Grid) -> Tensor:
         """Eq. 10, in the dtype of the memory: `batch H S queries D`."""
@@ -215,12 +216,6 @@ class Infini(AttentionParts):
         if self.settings.first_segment == "local":
             share = share * (grid.starts(read.device) > 0)[:, None, :, None, None]
         return share * read + (1 - share) * local.to(read.dtype)
-
-
-def elu_plus_one(x: Tensor) -> Tensor:
-    """ELU(x) + 1, as x + 1 and exp(x): `elu(x) + 1` rounds to 0 below -17 in float32, and z must
-    stay > 0."""
-    return torch.where(x > 0, x + 1, x.clamp(max=0).exp())
 
 
 def retrieve(phi: Tensor, memory: Tensor, norm: Tensor) -> Tensor:

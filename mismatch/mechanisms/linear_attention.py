@@ -1,0 +1,258 @@
+"""linear_attention: a running sum of phi(k) v^T in place of the softmax; with a window, LoLCATs' hybrid.
+
+Per query head, phi a feature map (`feature_maps.py`), q and k after the rotary embedding, n the query:
+
+    near(n) = { j <= n : n - j < window or j < sinks }          far(n) = the other j <= n
+
+              mu sum_near exp(s_nj - c_n) v_j + sum_far g^(age) phi(q_n).phi(k_j) v_j
+    y_n   =   -----------------------------------------------------------------------
+              mu sum_near exp(s_nj - c_n)     + sum_far g^(age) phi(q_n).phi(k_j)
+
+    s_nj  = the module's logits: scaling q_n.k_j, with its softcap (phi sees neither)
+    c_n   = max of s_nj over near(n);   mu = sigmoid(mix)       mix: one number per query head
+    age   = n - window - j, how long ago j left the window;  g = sigmoid(decay): one per kv head
+
+window=0, sinks=0 is linear attention, phi(q_n) S_n / phi(q_n) z_n with S and z the sums of
+g^(n-j) phi(k_j) v_j^T and of g^(n-j) phi(k_j) (arXiv 2006.16236, eq. 8-12). window > 0 is the hybrid of
+LoLCATs (arXiv 2410.10254, and `hybrid_attention_quadratic` of its code): softmax over the last
+`window` tokens, linear over everything older, one denominator for both, mu on the softmax alone. c_n
+is part of the function: it sets what one far token weighs against the best near one. The far sum is
+computed in chunks of 64 tokens with a state between them, in time and memory linear in the length.
+
+As decided here:
+
+    position     queries and keys are rotated before phi, as in LoLCATs
+    decay        learned: g starts as in RetNet, 1 - 2^(-5-h) for kv head h (arXiv 2307.08621, eq. 8),
+                 but the sum stays divided by its weights (RetNet has a GroupNorm instead); only powers
+                 of g that are <= 1 are ever formed
+    sinks        the first `sinks` real tokens stay in the softmax and never enter the sum (not in the
+                 papers; in layer 12 of SmolLM2 the lost sink is most of the damage)
+    GQA          one sum, one g and one key map per kv head, one query map and one mu per query head;
+                 query head h reads kv head h // (H / KV)
+    own window   a module whose own window is <= `window` keeps it, and nothing is linear then. Behind a
+                 wider one the sum reaches to the first token: a sum cannot drop a token
+    padding      pads are no tokens: they have no age, fill no window and enter no sum
+    dtype        logits, sums and the division in float32 at least
+    no weight    a query whose phi is orthogonal to all keys (relu, learned) reads 0
+
+Limits: own code in PyTorch on every device. flash-linear-attention has kernels for the far sum without
+window; none is used, as none could be tested on a GPU.
+
+Inherited: every projection, bias and query/key norm. New: mix (with a window or sinks), decay (learned),
+the maps' W and b (hedgehog, learned). Dropped: dropout of the attention weights.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mismatch.errors import SurgeryError
+from mismatch.mechanisms.base import Context, tensor_kind
+from mismatch.mechanisms.calling import cache_in, hidden_in
+from mismatch.mechanisms.feature_maps import FeatureMap
+from mismatch.mechanisms.own_state import OwnState, entry
+from mismatch.mechanisms.packing import PackedRows
+from mismatch.mechanisms.projections import AttentionParts
+
+# A smaller weight of all keys is none; dividing by it would overflow float32 gradients.
+EMPTY = 1e-20
+
+
+@dataclass(frozen=True)
+class LinearAttentionConfig:
+    feature_map: Literal["elu", "relu", "exp", "softmax", "hedgehog", "learned"] = "hedgehog"
+    """What makes queries and keys positive; hedgehog and learned have weights."""
+    window: Annotated[int, ">= 0"] = 0
+    """Last tokens, the query's own included, that are attended by softmax; 0 = linear attention alone."""
+    sinks: Annotated[int, ">= 0"] = 0
+    """First tokens of the text that stay in the softmax."""
+    decay: Literal["none", "learned"] = "none"
+    """Whether the sum forgets, by one factor per kv head and token."""
+    mix_init: float = 0.0
+    """mix of every head before training; sigmoid(mix) is the weight of the softmax."""
+
+
+class LinearAttention(AttentionParts):
+    """Linear attention, or its hybrid with a window, over the projections of the attention it replaces."""
+
+    Config = LinearAttentionConfig
+    slots = ("attn",)
+    identity = "window >= length"
+    state = (
+        "per row and kv head one matrix (features x (D + 1), the last column is z) in float32, "
+        "whatever the length; keys and values of the last `window` tokens and of the sinks"
+    )
+    source = "arXiv 2006.16236; window: arXiv 2410.10254; decay: arXiv 2307.08621; see feature_maps"
+
+    def __init__(
+        self, original: nn.Module, config: LinearAttentionConfig, context: Context
+    ) -> None:
+        super().__init__(original, config, context)
+        kind = tensor_kind(original)
+        own = self.window or math.inf
+        self.near: int = int(min(config.window, own))
+        self.has_far = config.window < own
+        self.map_q = FeatureMap(config.feature_map, self.n_heads, self.head_dim, kind)
+        self.map_k = FeatureMap(config.feature_map, self.n_kv_heads, self.head_dim, kind)
+        if config.window or config.sinks:
+            self.mix = nn.Parameter(torch.full((self.n_heads,), config.mix_init, **kind))
+        if config.decay == "learned":
+            logits = [math.log(2 ** (5 + h) - 1) for h in range(self.n_kv_heads)]
+            self.decay = nn.Parameter(torch.tensor(logits, **kind))
+
+    def notes(self) -> tuple[str, ...]:
+        if self.window is None:
+            return ()
+        if not self.has_far:
+            return (f"the module's own window of {self.window} tokens is kept; nothing is linear",)
+        return (
+            f"the module's own window of {self.window} tokens is gone: the sum reaches back to the "
+            "first token",
+        )
+
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+        """As the attention it replaces: `batch pos d_model` in, (`batch pos d_model`, None) out."""
+        x, cache = hidden_in(args, kwargs), cache_in(kwargs)
+        state = OwnState() if cache is None else entry(cache, self.layer_idx)
+        keep = self.context.host.padding(x.shape[1])
+        if keep is not None and keep.shape != x.shape[:2]:
+            raise SurgeryError(
+                f"{self.context.where}: padding mask {tuple(keep.shape)} for an input "
+                f"{tuple(x.shape[:2])}",
+                hint="a part of the model was called by itself after a padded batch",
+            )
+        q, k, v = self.qkv(x)
+        q, k = self.rotate(q, k, kwargs.get("position_embeddings"))
+        row = PackedRows(state.seen, keep, *x.shape[:2], self.near, x.device)
+        q, k, v = (row.pack(part) for part in (q, k, v))
+        sinks = self._sinks(k, v, row, state.rows)
+        k, v = row.behind(k, "near_k", state.rows), row.behind(v, "near_v", state.rows)
+        with torch.autocast(x.device.type, enabled=False):
+            heads, memory = self._mixed(q, k, v, sinks, row, state.rows.get("memory"))
+        if cache is not None:
+            held = {"near_k": row.last(k), "near_v": row.last(v)} if self.near else {}
+            state.advance(row.new, x.shape[1], held | sinks | memory)
+        return self.project(row.unpack(heads).to(x.dtype)), None
+
+    def _mixed(
+        self, q: Tensor, k: Tensor, v: Tensor, sinks: dict[str, Tensor], row: PackedRows,
+        memory: Tensor | None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
+        """Both sums and their quotient.
+
+        Args:
+            q: `batch H pos D`, packed.
+            k, v: `batch KV held+pos D`, packed behind what the window holds.
+            sinks: from `_sinks`.
+            memory: S and z before this call, `batch KV features D+1`.
+
+        Returns:
+            `batch H pos D` in float32 at least, and the memory after this call by its name.
+        """
+        wide = torch.promote_types(v.dtype, torch.float32)
+        q, k, v = q.to(wide), k.to(wide), v.to(wide)
+        total, after = 0.0, {}
+        if self.has_far:
+            left_k, left_v = row.leaving(k), row.leaving(v)
+            if memory is None:
+                features = self.map_k(k[:, :, :1]).shape[-1]
+                memory = k.new_zeros(*k.shape[:2], features, v.shape[-1] + 1)
+            total, memory = self._far(self.map_q(q), self.map_k(left_k), left_v, row, memory)
+            after = {"memory": memory}
+        if self.near or sinks:
+            share = torch.sigmoid(self.mix.to(wide)).view(self.n_kv_heads, 1, self.group, 1, 1)
+            total = total + share * self._near(q, k, v, sinks, row)
+        sums, weight = total[..., :-1], total[..., -1:]
+        # Filled in BEFORE the division: a `where` around 0 / 0 hides the NaN of the value and not
+        # that of its gradient.
+        heads = sums / weight.masked_fill(weight < EMPTY, 1.0)
+        return heads.movedim(2, 3).flatten(3, 4).flatten(1, 2)[:, :, : q.shape[2]], after
+
+    def _far(
+        self, phi_q: Tensor, phi_k: Tensor, v: Tensor, row: PackedRows, memory: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The far sum, chunk by chunk.
+
+        Args:
+            phi_q: `batch H pos features`.
+            phi_k, v: of the token that leaves the window at each query, `batch KV pos ...`.
+            row: says which of those are there.
+            memory: before the first, `batch KV features D+1`.
+
+        Returns:
+            sum and weight, `batch KV chunks group C D+1`, and the memory after the last token.
+        """
+        leaves, age = row.clock(self.settings.sinks)
+        phi_k = row.chunks(phi_k).masked_fill(~leaves[:, None, ..., None], 0)
+        pairs = row.chunks(v)
+        pairs = torch.cat([pairs, torch.ones_like(pairs[..., :1])], dim=-1)
+        phi_q = self._grouped(phi_q, row)
+        start = F.pad(age[:, :-1, -1], (1, 0))[..., None]  # of each chunk: the age before it
+        end = age[..., -1:]
+        # batch or 1, KV, chunks, queries, keys
+        fade = self._power(age[..., :, None] - age[..., None, :], memory.dtype).tril()
+        weights = (phi_q @ phi_k.transpose(-1, -2)).unflatten(3, (self.group, -1))
+        inside = (weights * fade[:, :, :, None]).flatten(3, 4) @ pairs
+        added = (phi_k * self._power(end - age, memory.dtype)[..., None]).transpose(-1, -2) @ pairs
+        kept = self._power(end - start, memory.dtype)[..., None]
+        before = []
+        for i in range(added.shape[2]):
+            before.append(memory)
+            memory = kept[:, :, i] * memory + added[:, :, i]
+        carried = (phi_q @ torch.stack(before, dim=2)).unflatten(3, (self.group, -1))
+        carried = carried * self._power(age - start, memory.dtype)[:, :, :, None, :, None]
+        return carried + inside.unflatten(3, (self.group, -1)), memory
+
+    def _power(self, age: Tensor, dtype: torch.dtype) -> Tensor:
+        """g^age, `batch or 1, ...` -> `batch or 1, KV, ...`; 1 without decay. Negative ages, which
+        no one may read, count as 0: g^-1000 would overflow."""
+        age = age.clamp(min=0).to(dtype)[:, None]
+        if self.settings.decay == "none":
+            return torch.ones_like(age)
+        rate = F.logsigmoid(self.decay.to(dtype))
+        return (age * rate.view(-1, *[1] * (age.ndim - 2))).exp()
+
+    def _near(
+        self, q: Tensor, k: Tensor, v: Tensor, sinks: dict[str, Tensor], row: PackedRows
+    ) -> Tensor:
+        """The softmax part without its division: sum and weight, `batch KV chunks group C D+1`."""
+        keys, values, allowed = row.windows(k), row.windows(v), row.window_mask()
+        if sinks:
+            first_k, first_v = (row.for_each_chunk(sinks[name]) for name in ("sink_k", "sink_v"))
+            keys = torch.cat([first_k.to(keys.dtype), keys], dim=3)
+            values = torch.cat([first_v.to(values.dtype), values], dim=3)
+            allowed = torch.cat([row.sink_mask(self.settings.sinks), allowed], dim=-1)
+        logits = self._grouped(q, row) @ keys.transpose(-1, -2) * self.scaling
+        if self.softcap is not None:
+            logits = torch.tanh(logits / self.softcap) * self.softcap
+        # Masked before `exp`: what overflows there has a NaN gradient, masked or not. No row is
+        # empty: a window holds the query itself, and the first sink is seen by all.
+        logits = logits.unflatten(3, (self.group, -1)).masked_fill(
+            ~allowed[:, None, :, None], torch.finfo(logits.dtype).min
+        )
+        weights = (logits - logits.amax(-1, keepdim=True)).exp()
+        sums = (weights.flatten(3, 4) @ values).unflatten(3, (self.group, -1))
+        return torch.cat([sums, weights.sum(-1, keepdim=True)], dim=-1)
+
+    def _grouped(self, x: Tensor, row: PackedRows) -> Tensor:
+        """Query heads beside their kv head: `batch H pos any` -> `batch KV chunks group*C any`."""
+        chunks = row.chunks(x).unflatten(1, (self.n_kv_heads, self.group))
+        return chunks.movedim(3, 2).flatten(3, 4)
+
+    def _sinks(
+        self, k: Tensor, v: Tensor, row: PackedRows, rows: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Keys and values of the first `sinks` real tokens, `batch KV sinks D`; empty where there
+        are none."""
+        if self.settings.sinks == 0:
+            return {}
+        return {
+            name: row.first(x, rows.get(name), self.settings.sinks)
+            for name, x in (("sink_k", k), ("sink_v", v))
+        }

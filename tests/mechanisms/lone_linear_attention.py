@@ -1,0 +1,68 @@
+"""One linear attention with random new parameters outside any model, for tests of the mechanism itself."""
+
+from __future__ import annotations
+
+import torch
+from reference_linear_attention import reference
+from tiny_models import tiny
+
+from mismatch.layout import Layout
+from mismatch.mechanisms.base import Context, Host
+from mismatch.mechanisms.linear_attention import LinearAttention, LinearAttentionConfig
+
+VARIANTS = [
+    {},
+    {"feature_map": "elu"},
+    {"feature_map": "relu", "decay": "learned"},
+    {"feature_map": "exp"},
+    {"feature_map": "learned", "decay": "learned"},
+    {"decay": "learned"},
+    {"sinks": 2},
+    {"window": 1},
+    {"window": 3, "feature_map": "softmax"},
+    {"window": 6, "sinks": 2, "decay": "learned"},
+    {"window": 5, "sinks": 7, "feature_map": "learned"},
+]
+
+
+def module(
+    seed: int = 1, dtype=torch.float32, family: str = "llama", draw: bool = True, **settings
+) -> LinearAttention:
+    """Layer 1: H=4, KV=2, D=8, d_model=24."""
+    model = tiny(family, seed=seed).to(dtype)
+    context = Context(
+        layer=1, slot="attn", n_layers=3, d_model=24, model_config=model.config, host=Host()
+    )
+    original = Layout.of(model).blocks[1].self_attn
+    built = LinearAttention(original, LinearAttentionConfig(**settings), context).eval()
+    built.rotary = model.model.rotary_emb
+    theirs = {id(p) for p in original.parameters()}
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, weight in built.named_parameters():
+            if draw and id(weight) not in theirs:
+                noise = torch.randn(weight.shape, generator=generator).to(dtype)
+                weight.copy_(noise if name in ("mix", "decay") else weight + 0.3 * noise)
+    return built
+
+
+def by_definition(linear, x):
+    """Heads and memory of each row, from the reference."""
+    q, k, v = linear.qkv(x)
+    q, k = linear.rotate(q, k, linear.rotary(x, torch.arange(x.shape[1])[None]))
+    maps = {
+        f"{side}_{name}": value
+        for side, part in (("q", linear.map_q), ("k", linear.map_k))
+        for name, value in part.named_parameters()
+    }
+    s = linear.settings
+    rows = [
+        reference(
+            q[b], k[b], v[b], maps, feature_map=s.feature_map, scaling=linear.scaling,
+            window=s.window, sinks=s.sinks, softcap=linear.softcap, own_window=linear.window,
+            g=torch.sigmoid(linear.decay.double()) if s.decay == "learned" else None,
+            mu=torch.sigmoid(linear.mix.double()) if s.window or s.sinks else None,
+        )
+        for b in range(len(x))
+    ]  # fmt: skip
+    return tuple(torch.stack(column) for column in zip(*rows, strict=True))

@@ -1,0 +1,87 @@
+"""Linear attention and its hybrid as the definition reads: one row, one head, one pair of tokens at a time, float64.
+
+Slow, and it shares nothing with the fast path but the projections and the values of the parameters.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def phi(x: Tensor, name: str, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+    """One vector, `D` -> `features`."""
+    if weight is not None:
+        x = weight @ x
+    if bias is not None:
+        x = x + bias
+    if name == "elu":
+        return torch.nn.functional.elu(x) + 1
+    if name in ("relu", "learned"):
+        return torch.maximum(x, torch.zeros_like(x))
+    if name == "exp":
+        return torch.cat([torch.exp(x) / torch.exp(x).max(), torch.exp(-x) / torch.exp(-x).max()])
+    both = torch.cat([torch.exp(x), torch.exp(-x)])
+    return both / both.sum()
+
+
+def reference(
+    q: Tensor, k: Tensor, v: Tensor, maps: dict[str, Tensor], *, feature_map: str, scaling: float,
+    window: int = 0, sinks: int = 0, g: Tensor | None = None, mu: Tensor | None = None,
+    softcap: float | None = None, own_window: int | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """One row of real tokens.
+
+    Args:
+        q: `H pos D`, rotated; k, v: `KV pos D`, k rotated.
+        maps: `q_weight` `H D D`, `q_bias` `H D`, and so for k (KV), as far as the map has them.
+        g: decay, `KV`. mu: weight of the softmax, `H`.
+
+    Returns:
+        heads `H pos D`; S and z after the last token side by side, `KV features D+1`.
+    """
+    q, k, v = q.double(), k.double(), v.double()
+    maps = {name: x.double() for name, x in maps.items()}
+    n_heads, length, _ = q.shape
+    group = n_heads // len(k)
+    if own_window is not None and own_window <= window:
+        window, linear = own_window, False
+    else:
+        linear = True
+
+    def mapped(x: Tensor, side: str, head: int) -> Tensor:
+        own = {kind: maps[f"{side}_{kind}"][head] for kind in ("weight", "bias")
+               if f"{side}_{kind}" in maps}  # fmt: skip
+        return phi(x, feature_map, **own)
+
+    heads, memories = [], []
+    for h in range(n_heads):
+        kv, row = h // group, []
+        keys = [mapped(k[kv, j], "k", kv) for j in range(length)]
+        fade = torch.ones((), dtype=torch.float64) if g is None else g[kv].double()
+        for n in range(length):
+            near = [j for j in range(n + 1) if n - j < window or j < sinks]
+            far = [j for j in range(n + 1) if j not in near] if linear else []
+            sums = torch.zeros(v.shape[-1], dtype=torch.float64)
+            weights = torch.zeros((), dtype=torch.float64)
+            if near:
+                logits = torch.stack([scaling * (q[h, n] * k[kv, j]).sum() for j in near])
+                if softcap is not None:
+                    logits = softcap * torch.tanh(logits / softcap)
+                for j, weight in zip(near, torch.exp(logits - logits.max()), strict=True):
+                    sums = sums + mu[h].double() * weight * v[kv, j]
+                    weights = weights + mu[h].double() * weight
+            for j in far:
+                weight = fade ** (n - window - j) * (mapped(q[h, n], "q", h) * keys[j]).sum()
+                sums = sums + weight * v[kv, j]
+                weights = weights + weight
+            row.append(sums / weights if weights > 0 else sums)
+        heads.append(torch.stack(row))
+        if h % group == 0:
+            last = length - 1
+            memory = torch.zeros(len(keys[0]), v.shape[-1] + 1, dtype=torch.float64)
+            for j in range(sinks, length - window):
+                pair = torch.cat([v[kv, j], torch.ones(1, dtype=torch.float64)])
+                memory = memory + fade ** (last - window - j) * torch.outer(keys[j], pair)
+            memories.append(memory)
+    return torch.stack(heads), torch.stack(memories)
