@@ -16,6 +16,7 @@ from typing import Any as _Any
 
 _PLACES = {
     "load": "mismatch.api",
+    "save_checkpoint": "mismatch.api",
     "swap": "mismatch.api",
     "trace": "mismatch.api",
     "check": "mismatch.api",

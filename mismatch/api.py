@@ -9,21 +9,20 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mismatch import models, spec
+from mismatch import checkpoint, models, saving, spec
 from mismatch.checking import Check, check, check_context, check_settings, read_text
 from mismatch.config import TraceConfig, fields
 from mismatch.errors import UsageError
 from mismatch.job import Job, settings
-from mismatch.layout import Layout
 from mismatch.operating import Teacher, calibrated_swap
 from mismatch.ranks import Ranks, joined
 from mismatch.result import Result
 from mismatch.run import RunFolder, check_output
-from mismatch.surgery import Student
+from mismatch.surgery import Student, layout_of
 from mismatch.tracing import probe
 
 __all__ = [
@@ -34,6 +33,7 @@ __all__ = [
     "check",
     "load",
     "open_nnsight",
+    "save_checkpoint",
     "swap",
     "trace",
     "trace_command",
@@ -43,9 +43,13 @@ __all__ = [
 def load(source: Any, **options: Any) -> Teacher:
     """Load a model, or take one that is loaded, and prove its layout by a probe forward.
 
+    A checkpoint that `student.save` wrote comes back with its swap: it can be traced, generated from and swapped
+    further. Its number format stays what it was saved in; plain models are loaded in float32.
+
     Args:
         source: a fetched name, a folder, a hub id, or `(model, tokenizer)`.
-        options: as of `mismatch.models.load`: dtype, device, device_map, revision, trust_remote_code, allow_pickle.
+        options: as of `mismatch.checkpoint.load`: dtype, device, device_map, revision, trust_remote_code,
+            allow_pickle.
 
     Raises:
         ModelError: no such model, no weights, weights of a refused kind.
@@ -57,11 +61,41 @@ def load(source: Any, **options: Any) -> Teacher:
         model, tokenizer = source
         info = models.describe(model)
         model.eval()
-    else:
-        model, tokenizer, info = models.load(source, **{"dtype": "float32", **options})
-    layout = Layout.of(model)
-    probe.prove(layout)
-    return Teacher(model, tokenizer, layout, info)
+        layout = layout_of(model)
+        if not isinstance(model, saving.Swapped):  # the layout of a swapped model was proven before the swap
+            probe.prove(layout)
+        return Teacher(model, tokenizer, layout, info)
+    return Teacher(*checkpoint.load(source, **options))
+
+
+def save_checkpoint(
+    student: Student | Teacher,
+    path: str | Path,
+    *,
+    facts: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Write a swapped model as an ordinary Hugging Face folder. Same as `student.save`.
+
+    `mismatch.load(path)` reads it, and so does `AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)`
+    where mismatch is installed. The logits are then the same to the bit.
+
+    Args:
+        student: from `swap`, or a checkpoint that was loaded.
+        path: the folder to make.
+        facts: what should be known about these weights, such as how they were trained; becomes mismatch.json.
+        overwrite: replace a checkpoint that is there; nothing else is ever replaced.
+
+    Raises:
+        SurgeryError: nothing is swapped.
+        OutputError: the folder exists and is not empty.
+        RunError: it cannot be written.
+    """
+    if isinstance(student, Student):
+        return student.save(path, facts=facts, overwrite=overwrite)
+    return saving.save(
+        student.model, path, tokenizer=student.tokenizer, facts=facts, overwrite=overwrite
+    )
 
 
 def swap(

@@ -10,15 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from mismatch import data as texts
-from mismatch import models, registry, spec, surgery
-from mismatch.config import ELSEWHERE, TraceConfig, load
+from mismatch import checkpoint, models, registry, spec, surgery
+from mismatch.config import ELSEWHERE, ProbeConfig, TraceConfig, load
 from mismatch.controls import control_specs
 from mismatch.errors import OutputError, UsageError
 from mismatch.estimate import Estimate, estimate
 from mismatch.layout import Layout, family_of
 from mismatch.report.summary import plan_lines
 from mismatch.run import check_resume
-from mismatch.surgery import Plan, Student
+from mismatch.surgery import Plan, Student, placed
 from mismatch.windows import Windows, windows
 
 
@@ -71,20 +71,31 @@ def check(config: TraceConfig) -> Check:
     Raises:
         MismatchError: whatever a trace would refuse of model, swap and controls.
     """
+    skeleton, students = planned(config)
+    needs = estimate(skeleton, [student.plan.first for student in students], config)
+    return Check(students[0].plan, needs, config, plan_warnings(students[0].plan, config.seq_len))
+
+
+def planned(config: TraceConfig | ProbeConfig) -> tuple[Layout, list[Student]]:
+    """The model on the meta device, and on it the swap and its controls.
+
+    Raises:
+        MismatchError: whatever would be refused of model, swap and controls.
+    """
     model_config, _ = models.read_config(
         config.model, revision=config.revision, trust_remote_code=config.trust_remote_code
     )
     family_of(model_config)
     check_context(model_config, config)
-    skeleton = Layout.of(models.skeleton(model_config))
+    skeleton = checkpoint.skeleton(
+        config.model, revision=config.revision, trust_remote_code=config.trust_remote_code
+    )
     students = [_on_meta(skeleton, config.swap_spec)]
     controls = control_specs(config.controls, students[0].plan)
-    students += [_on_meta(skeleton, control) for control in controls.values()]
-    needs = estimate(skeleton, [student.plan.first for student in students], config)
-    return Check(students[0].plan, needs, config, plan_warnings(students[0].plan, config.seq_len))
+    return skeleton, students + [_on_meta(skeleton, spec_) for spec_ in controls.values()]
 
 
-def check_context(model_config: Any, config: TraceConfig) -> None:
+def check_context(model_config: Any, config: TraceConfig | ProbeConfig) -> None:
     """Whether a window fits into what the model was made for.
 
     Raises:
@@ -117,7 +128,7 @@ def check_settings(run: Path, config: TraceConfig) -> None:
 
 
 def read_text(
-    config: TraceConfig, data: Any, calibration: Any, tokenizer: Any, *, swapped: bool = False
+    config: TraceConfig | ProbeConfig, data: Any, calibration: Any, tokenizer: Any, *, swapped: bool = False
 ) -> Text:
     """Read the held-out text and cut it. The calibration text is read only if something calibrates on it.
 
@@ -138,22 +149,12 @@ def read_text(
     return Text(held_out, learnt, cut)
 
 
-def _calibrates(config: TraceConfig, swapped: bool) -> bool:
+def _calibrates(config: TraceConfig | ProbeConfig, swapped: bool) -> bool:
     clauses = [] if swapped else spec.check(config.swap_spec).clauses
     calls = [call for clause in clauses for call in clause.call.nested()]
     calls += [spec.Call(control) for control in config.controls]
     found = [(registry.mechanisms().get(call.name), call) for call in calls]
     return any(cls.calibrator(cls.Config(**call.arguments())) is not None for cls, call in found)
-
-
-def placed(parsed: spec.Spec, layout: Layout) -> tuple[spec.Placement, ...]:
-    """The places that a swap touches in this model.
-
-    Raises:
-        SpecError: a layer or a slot that the model does not have.
-    """
-    family = layout.family
-    return spec.resolve(parsed, layout.n_layers, family.slot_names(), family.name, family.lacks)
 
 
 def plan_warnings(plan: Plan, seq_len: int) -> tuple[str, ...]:

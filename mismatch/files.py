@@ -1,4 +1,4 @@
-"""Files that are there whole or as they were before: temp file beside it, sync, rename."""
+"""Files and folders that are there whole or as they were before: temp beside it, sync, rename."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import errno
 import json
 import math
 import os
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -36,6 +37,39 @@ def write_atomic(path: Path, fill: Callable[[IO[bytes]], Any]) -> None:
         finally:
             with suppress(OSError):
                 temp.unlink(missing_ok=True)
+
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """A temporary folder that becomes `path` when the block ends, and vanishes when it fails.
+
+    What was at `path` goes at that moment: ask before whether it may.
+
+    Raises:
+        RunError: it cannot be written.
+    """
+    with guarded("write", path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as temporary:
+            new, old = Path(temporary, "new"), Path(temporary, "old")
+            new.mkdir()
+            yield new
+            for file in new.rglob("*"):
+                if file.is_file():
+                    _sync(file)
+            if path.exists():
+                path.rename(old)
+            try:
+                new.rename(path)
+            except OSError:
+                if old.exists():
+                    old.rename(path)
+                raise
+
+
+def _sync(path: Path) -> None:
+    with open(path, "rb+") as file:
+        os.fsync(file.fileno())
 
 
 def read_bytes(path: Path) -> bytes:

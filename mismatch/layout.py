@@ -208,6 +208,8 @@ class Layout:
 
     model: nn.Module
     family: Family
+    whole_blocks: frozenset[int] = frozenset()
+    """Blocks that were replaced as a whole: what is inside them is not what is added to the stream."""
 
     @classmethod
     def of(cls, model: nn.Module) -> Layout:

@@ -5,7 +5,8 @@ and tokenizer. All that can be refused is refused before weights are read (`mism
 after the load three silent failures are looked for: weights that were left at random, a RoPE base
 that was lost between transformers 4 and 5, token ids that the embedding does not have.
 
-This is the only file that calls `from_pretrained`.
+This is the only file that calls `from_pretrained`. A checkpoint of a swapped model is loaded by
+`mismatch.checkpoint`, with what is here.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import transformers
 from torch import nn
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from mismatch import weights
+from mismatch import record, weights
 from mismatch.errors import ModelError
 from mismatch.resolve import Source, from_hub, resolve
 
@@ -62,6 +63,8 @@ def read_config(
     name_or_path: str | Path, *, revision: str | None = None, trust_remote_code: bool = False
 ) -> tuple[transformers.PretrainedConfig, Source]:
     """The config alone, for `mismatch check`: no weights are read, none need be there.
+
+    Of a checkpoint of a swapped model it is that of the plain model.
 
     Raises:
         ModelError: as `resolve`; no or broken config.json; code of the folder's own.
@@ -105,10 +108,15 @@ def load(
         ModelError: before weights are read, for all that `mismatch.weights` refuses; after, for
             weights or a RoPE base that did not arrive.
     """
-    torch_dtype = _dtype(dtype)
-    place = _place(device, device_map)
+    torch_dtype = as_dtype(dtype)
+    place = as_place(device, device_map)
     source = resolve(name_or_path)
     folder = source.folder or from_hub(source.name, revision, code=trust_remote_code)
+    if record.read(folder) is not None:
+        raise ModelError(
+            f"{folder} is a checkpoint of a swapped model, not a plain one",
+            hint="mismatch.load reads both",
+        )
     config = _config(folder, trust_remote_code)
     if source.folder is None:
         folder = from_hub(
@@ -117,9 +125,20 @@ def load(
     files = weights.check_weights(folder, allow_pickle)
     tokenizer = load_tokenizer(folder, trust_remote_code)
     model = _model(folder, config, torch_dtype, place, trust_remote_code, bool(files))
+    return Loaded(model, tokenizer, check_loaded(model, tokenizer, folder, files, source))
+
+
+def check_loaded(
+    model: nn.Module, tokenizer: Any, folder: Path, files: list[Path], source: Source
+) -> ModelInfo:
+    """Look for what a load can lose without a word; the info of the model.
+
+    Raises:
+        ModelError: a RoPE base that did not arrive, token ids that the embedding does not have.
+    """
     _check_rope(model, folder)
     _check_vocabulary(model, tokenizer, folder)
-    info = ModelInfo(
+    return ModelInfo(
         name=source.name,
         path=str(folder),
         sha256=weights.fingerprint(folder, files),
@@ -127,7 +146,6 @@ def load(
         dtype=str(model.dtype).removeprefix("torch."),
         note=source.note,
     )
-    return Loaded(model, tokenizer, info)
 
 
 def describe(model: nn.Module, name: str = "a loaded model") -> ModelInfo:
@@ -148,9 +166,14 @@ def describe(model: nn.Module, name: str = "a loaded model") -> ModelInfo:
 
 def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
     """The tokenizer of a folder. Raises ModelError when there is none."""
+    # transformers picks the class by the family, which the config.json of a checkpoint does not name.
+    swapped = record.read(folder) is not None
     try:
         return transformers.AutoTokenizer.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=trust_remote_code
+            folder,
+            config=_config(folder, trust_remote_code) if swapped else None,
+            local_files_only=True,
+            trust_remote_code=trust_remote_code,
         )
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ModelError(
@@ -161,6 +184,8 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
 
 def _config(folder: Path, trust_remote_code: bool) -> transformers.PretrainedConfig:
     raw = weights.read_config_file(folder)
+    if (found := record.of_config(raw, folder)) is not None:
+        return plain_config(raw, found, folder)
     known = raw["model_type"] in CONFIG_MAPPING
     if not trust_remote_code:
         weights.refuse_remote_code(raw, folder, known)
@@ -180,6 +205,28 @@ def _config(folder: Path, trust_remote_code: bool) -> transformers.PretrainedCon
         ) from error
 
 
+def plain_config(
+    raw: dict[str, Any], found: record.Record, folder: Path | str, **options: Any
+) -> transformers.PretrainedConfig:
+    """The config of the model that a checkpoint was made from; `options` as of `from_dict`.
+
+    Raises:
+        ModelError: transformers does not know its family, or does not take its config.
+    """
+    if found.model_type not in CONFIG_MAPPING:
+        raise ModelError(
+            f"{folder}: model_type {found.model_type!r} is unknown to transformers "
+            f"{transformers.__version__}",
+            hint="a newer transformers may know it",
+        )
+    try:
+        return CONFIG_MAPPING[found.model_type].from_dict(record.plain(raw, found), **options)
+    except Exception as error:  # validators of many families raise many types
+        raise ModelError(
+            f"{Path(folder, weights.CONFIG)} is not a valid config: {_first_line(error)}"
+        ) from error
+
+
 def _model(
     folder: Path,
     config: transformers.PretrainedConfig,
@@ -188,17 +235,41 @@ def _model(
     trust_remote_code: bool,
     safetensors: bool,
 ) -> nn.Module:
+    model, report = pretrained(
+        folder,
+        config,
+        dtype=dtype,
+        device_map=place.get("device_map"),
+        trust_remote_code=trust_remote_code,
+        use_safetensors=safetensors,
+    )
+    if absent := sorted(report["missing_keys"]):
+        raise ModelError(
+            f"{folder}: {len(absent)} tensors of {type(model).__name__} are not in its weights and "
+            f"would be random, first {absent[0]}",
+            hint="are the weights those of this config?",
+        )
+    if "device" in place:
+        model = model.to(place["device"])
+    return model.eval().requires_grad_(False)
+
+
+def pretrained(
+    folder: Path, config: transformers.PretrainedConfig, **options: Any
+) -> tuple[nn.Module, dict[str, Any]]:
+    """transformers' own `from_pretrained` on a local folder.
+
+    Returns:
+        the model, and what transformers says about missing, unexpected and mismatched tensors.
+
+    Raises:
+        ModelError: it does not fit, or cannot be loaded.
+    """
+    options |= {"local_files_only": True, "output_loading_info": True}
     try:
         with _no_progress_bar():
-            model, report = transformers.AutoModelForCausalLM.from_pretrained(
-                folder,
-                config=config,
-                dtype=dtype,
-                device_map=place.get("device_map"),
-                local_files_only=True,
-                trust_remote_code=trust_remote_code,
-                use_safetensors=safetensors,
-                output_loading_info=True,
+            return transformers.AutoModelForCausalLM.from_pretrained(
+                folder, config=config, **options
             )
     except torch.OutOfMemoryError as error:
         raise ModelError(
@@ -209,15 +280,6 @@ def _model(
         raise ModelError(
             f"{folder} could not be loaded as a causal language model: {_first_line(error)}"
         ) from error
-    if absent := sorted(report["missing_keys"]):
-        raise ModelError(
-            f"{folder}: {len(absent)} tensors of {type(model).__name__} are not in its weights and "
-            f"would be random, first {absent[0]}",
-            hint="are the weights those of this config?",
-        )
-    if "device" in place:
-        model = model.to(place["device"])
-    return model.eval().requires_grad_(False)
 
 
 @contextmanager
@@ -266,7 +328,7 @@ def _check_vocabulary(model: nn.Module, tokenizer: Any, folder: Path) -> None:
         )
 
 
-def _dtype(dtype: str | torch.dtype) -> torch.dtype | str:
+def as_dtype(dtype: str | torch.dtype) -> torch.dtype | str:
     if isinstance(dtype, torch.dtype):
         return dtype
     if dtype not in DTYPES:
@@ -274,7 +336,7 @@ def _dtype(dtype: str | torch.dtype) -> torch.dtype | str:
     return DTYPES[dtype]
 
 
-def _place(device: Any, device_map: Any) -> dict[str, Any]:
+def as_place(device: Any, device_map: Any) -> dict[str, Any]:
     if device_map is not None:
         if device is not None:
             raise ModelError("device and device_map exclude one another", hint="give one of them")

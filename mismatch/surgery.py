@@ -9,20 +9,24 @@ mechanisms, because transformers hands none to the layers of an unpadded batch.
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from mismatch import saving
 from mismatch.errors import MismatchError, SurgeryError
-from mismatch.layout import Layout
+from mismatch.layout import Layout, family_of
 from mismatch.mechanisms.base import Calibrator, Context, Host
+from mismatch.record import Base, Swap
 from mismatch.registry import mechanisms
-from mismatch.spec import Call, Placement
+from mismatch.spec import Call, Clause, Placement, Spec, parse, resolve
 
 Calibrations = Mapping[tuple[int | None, str, Call], Calibrator]
 
@@ -86,7 +90,31 @@ class Student:
         while len(self._undo) > down_to:
             parent, name, original = self._undo.pop()
             setattr(parent, name, original)
+        if self.plan.spec:  # what is left is not what the model's record says
+            saving.unmark(self.model)
         self.plan = Plan("", self.plan.clauses[:down_to])
+
+    def save(
+        self, path: str | Path, *, facts: Mapping[str, Any] | None = None, overwrite: bool = False
+    ) -> Path:
+        """Write the swapped model as a Hugging Face folder, which `mismatch.load` and transformers read.
+
+        Args:
+            path: the folder to make.
+            facts: what should be known about these weights; becomes mismatch.json.
+            overwrite: replace a checkpoint that is there; nothing else is ever replaced.
+
+        Raises:
+            SurgeryError, OutputError, RunError: as `mismatch.saving.save`.
+        """
+        if not self.plan.spec:
+            raise SurgeryError(
+                "the student holds no swap that could be saved: it was undone, or it is being scanned",
+                hint="swap the teacher again",
+            )
+        return saving.save(
+            self.model, path, tokenizer=self.tokenizer, facts=facts, overwrite=overwrite
+        )
 
     def whole_blocks(self) -> frozenset[int]:
         """Layers whose block was replaced as a whole: what is inside them is not what is added to the stream."""
@@ -110,6 +138,8 @@ def operate(
     calibrations: Calibrations | None = None,
     name: str = "swap",
     tokenizer: Any = None,
+    base: Base | None = None,
+    restoring: bool = False,
 ) -> Student:
     """Build the student: graft the teacher's tree and replace what `placements` say, in their order.
 
@@ -121,20 +151,26 @@ def operate(
         calibrations: filled calibrators by (layer, slot, call), for mechanisms that ask for one.
         name: the student's name in the table.
         tokenizer: kept beside the model.
+        base: what the teacher is called, for a checkpoint.
+        restoring: the tensors come out of a checkpoint afterwards; nothing need be calibrated.
 
     Raises:
         SurgeryError: a mechanism cannot be built here, or fails on the module it replaces.
     """
     student = blank(layout, name=name, tokenizer=tokenizer)
-    clauses = replace(student, placements, seed=seed, calibrations=calibrations)
+    clauses = replace(
+        student, placements, seed=seed, calibrations=calibrations, restoring=restoring
+    )
     student.plan = Plan(spec, clauses)
+    saving.mark(student.model, Swap(spec, seed), base)
     return student
 
 
 def blank(layout: Layout, *, name: str = "swap", tokenizer: Any = None) -> Student:
     """A student in which nothing is replaced yet."""
     model = graft(layout.model)
-    student = Student(model, Layout(model, layout.family), Plan("", ()), tokenizer, name)
+    own = Layout(model, layout.family, layout.whole_blocks)
+    student = Student(model, own, Plan("", ()), tokenizer, name)
     student.layout.decoder.register_forward_pre_hook(_carry_mask(student.host), with_kwargs=True)
     return student
 
@@ -167,6 +203,7 @@ def replace(
     *,
     seed: int = 0,
     calibrations: Calibrations | None = None,
+    restoring: bool = False,
 ) -> tuple[Replaced, ...]:
     """Put mechanisms into a student's tree, in the order of `placements`; see `operate`."""
     model, layout = student.model, student.layout
@@ -189,6 +226,7 @@ def replace(
                 seed=seed + 1000 * at,
                 calibration=(calibrations or {}).get((place.layer, place.slot, call)),
                 build=build,
+                restoring=restoring,
             )
             return construct(call, module, context)
 
@@ -199,6 +237,45 @@ def replace(
         student._undo.append((model.get_submodule(parent), attribute, original))
         replaced.append(_audit(placement, path, original, new))
     return tuple(replaced)
+
+
+def placed(parsed: Spec, layout: Layout) -> tuple[Placement, ...]:
+    """The places that a swap touches in this model, which may have been swapped before.
+
+    Raises:
+        SpecError: a layer or a slot that the model does not have, or a place that is taken.
+    """
+    earlier = _swapped_before(layout.model)
+    both = Spec((*earlier, *parsed.clauses), parsed.text)
+    return tuple(
+        dataclasses.replace(place, clause_index=place.clause_index - len(earlier))
+        for place in _resolved(both, layout)
+        if place.clause_index >= len(earlier)
+    )
+
+
+def layout_of(model: nn.Module) -> Layout:
+    """The layout of a plain model, checked, or of one that was swapped before.
+
+    Raises:
+        LayoutError: unknown family, or a plain model that lacks a path of its family.
+    """
+    if not isinstance(model, saving.Swapped):
+        return Layout.of(model)
+    layout = Layout(model, family_of(model.config))
+    places = _resolved(Spec(_swapped_before(model), ""), layout)
+    whole = {p.layer for p in places if p.slot == "block" and p.layer is not None}
+    return dataclasses.replace(layout, whole_blocks=frozenset(whole))
+
+
+def _resolved(spec: Spec, layout: Layout) -> tuple[Placement, ...]:
+    family = layout.family
+    return resolve(spec, layout.n_layers, family.slot_names(), family.name, family.lacks)
+
+
+def _swapped_before(model: nn.Module) -> tuple[Clause, ...]:
+    swaps = model.swap_record.swaps if isinstance(model, saving.Swapped) else ()
+    return tuple(clause for swap in swaps for clause in parse(swap.text).clauses)
 
 
 def construct(call: Call, original: nn.Module, context: Context) -> nn.Module:

@@ -92,6 +92,8 @@ class Context:
         calibration: the calibrator after its pass, or None (always None on the meta device).
         build: `build(call, original) -> Mechanism` for a mechanism that nests another; from
             surgery.
+        restoring: every tensor comes out of a checkpoint afterwards, so placeholders of the right
+            shape will do for what is measured or computed from the original.
     """
 
     layer: int | None
@@ -104,6 +106,7 @@ class Context:
     seed: int = 0
     calibration: Any = None
     build: Callable[[Any, nn.Module], nn.Module] | None = None
+    restoring: bool = False
 
     def __deepcopy__(self, memo: dict) -> Context:
         # A copied module goes on sharing the live Host and the model's config.
@@ -180,12 +183,14 @@ def tensor_kind(original: nn.Module) -> dict[str, Any]:
 
 
 def need_calibration(original: nn.Module, context: Context, name: str) -> Any:
-    """The calibrator handed in by surgery; None on the meta device, where placeholders will do.
+    """The calibrator handed in by surgery; None on the meta device and before a checkpoint is read,
+    where placeholders will do.
 
     Raises:
         SurgeryError: real weights, but no calibration.
     """
-    if context.calibration is None and tensor_kind(original)["device"].type != "meta":
+    meta = tensor_kind(original)["device"].type == "meta"
+    if context.calibration is None and not context.restoring and not meta:
         raise SurgeryError(
             f"`{name}` at {context.where} is built from a calibration pass, and none was run",
             hint="build it through mismatch.swap or mismatch.trace, with calibration text",

@@ -49,7 +49,7 @@ def taps(layout: Layout, layer: int, *, inner: bool = True) -> tuple[Tap, ...]:
     """
     family = layout.family
     found = [Tap(layer, "resid_pre", "", "in")]
-    if inner:
+    if inner and layer not in layout.whole_blocks:
         found.append(Tap(layer, "attn_out", family.attn_out, "out"))
         if not layout.parallel:
             found.append(Tap(layer, "resid_mid", family.resid_mid, "in"))
