@@ -19,6 +19,7 @@ _PLACES = {
     "save_checkpoint": "mismatch.api",
     "swap": "mismatch.api",
     "trace": "mismatch.api",
+    "probe": "mismatch.api",
     "check": "mismatch.api",
     "open_nnsight": "mismatch.api",
     "fetch": "mismatch.fetch",
@@ -27,6 +28,7 @@ _PLACES = {
     "explain": "mismatch.catalog",
     "list_mechanisms": "mismatch.catalog",
     "list_metrics": "mismatch.catalog",
+    "list_probes": "mismatch.catalog",
     "measure": "mismatch.metrics",
 }
 

@@ -7,65 +7,57 @@ result = mismatch.trace(teacher, student, data="wiki", tokens=8192)
 
 from __future__ import annotations
 
-import dataclasses
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mismatch import checkpoint, models, saving, spec
-from mismatch.checking import Check, check, check_context, check_settings, read_text
-from mismatch.config import TraceConfig, fields
+from mismatch import probing, saving, spec
+from mismatch.checking import (
+    Check,
+    check,
+    check_context,
+    check_settings,
+    plan_dict,
+    planned,
+    read_text,
+)
+from mismatch.config import ProbeConfig, TraceConfig
 from mismatch.errors import UsageError
-from mismatch.job import Job, settings
+from mismatch.job import Job
+from mismatch.opening import (
+    as_loaded,
+    check_shares,
+    create,
+    given,
+    load,
+    load_options,
+    tokenizer_of,
+)
 from mismatch.operating import Teacher, calibrated_swap
 from mismatch.ranks import Ranks, joined
-from mismatch.result import Result
+from mismatch.report.summary import plan_lines
+from mismatch.result import Probed, Result
 from mismatch.run import RunFolder, check_output
-from mismatch.surgery import Student, layout_of
-from mismatch.tracing import probe
+from mismatch.surgery import Student
 
 __all__ = [
     "Check",
+    "Probed",
     "Result",
     "Student",
     "Teacher",
     "check",
     "load",
     "open_nnsight",
+    "probe",
+    "probe_command",
     "save_checkpoint",
     "swap",
     "trace",
     "trace_command",
 ]
-
-
-def load(source: Any, **options: Any) -> Teacher:
-    """Load a model, or take one that is loaded, and prove its layout by a probe forward.
-
-    A checkpoint that `student.save` wrote comes back with its swap: it can be traced, generated from and swapped
-    further. Its number format stays what it was saved in; plain models are loaded in float32.
-
-    Args:
-        source: a fetched name, a folder, a hub id, or `(model, tokenizer)`.
-        options: as of `mismatch.checkpoint.load`: dtype, device, device_map, revision, trust_remote_code,
-            allow_pickle.
-
-    Raises:
-        ModelError: no such model, no weights, weights of a refused kind.
-        LayoutError: an unknown family, or a model that does not fit its family's layout.
-    """
-    if isinstance(source, Teacher):
-        return source
-    if isinstance(source, tuple):
-        model, tokenizer = source
-        info = models.describe(model)
-        model.eval()
-        layout = layout_of(model)
-        if not isinstance(model, saving.Swapped):  # the layout of a swapped model was proven before the swap
-            probe.prove(layout)
-        return Teacher(model, tokenizer, layout, info)
-    return Teacher(*checkpoint.load(source, **options))
 
 
 def save_checkpoint(
@@ -167,47 +159,92 @@ def trace(
     Raises:
         MismatchError: see `mismatch.errors`.
     """
-    if (student is None) == ("swap" not in settings):
-        raise UsageError(
-            "a trace needs one student", hint='give `student`, or `swap="layer12:infini"`'
-        )
-    given = {
-        key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()
-    }
-    if student is not None:
-        given["swap"] = _swap_of(student)
-    if isinstance(given["swap"], str):
-        given["swap"] = (given["swap"],)
     named = isinstance(model, (str, Path))
-    config = TraceConfig(
-        model=str(model) if named else "a loaded model",
-        data=_named(data),
-        calibration=_named(calibration),
-        **given,
-    )
+    config = TraceConfig(**given(model, student, data, calibration, settings, "a trace"))
     if config.folder is not None:
         check_output(config.folder)
     if named:
         check(config)
-        teacher = load(model, **_load_options(config, Ranks()))
+        teacher = load(model, **load_options(config, Ranks()))
     else:
         teacher = load(model)
-        config = _as_loaded(config, teacher)
+        config = as_loaded(config, teacher)
         check_context(teacher.model.config, config)
-    if student is not None and not _shares(student, teacher):
-        raise UsageError(
-            "the student was not made from this teacher: they share no weights",
-            hint="swap the teacher that you hand to trace, and hand over both",
-        )
+    check_shares(student, teacher, "trace")
     text = read_text(config, data, calibration, teacher.tokenizer, swapped=student is not None)
-    folder = None if config.folder is None else _create(config)
+    folder = None if config.folder is None else create(config)
     path = None if folder is None else folder.path
     return Job(config, teacher, text, student, folder, path, progress=progress).run()
 
 
-def _named(text: Any) -> str:
-    """What the config says of a text: its name or path; texts in memory have none."""
-    return str(text) if isinstance(text, (str, Path)) else "given texts"
+def probe(
+    model: Any,
+    student: Student | None = None,
+    *,
+    data: Any = "wiki",
+    calibration: Any = "sotu",
+    progress: bool = False,
+    **settings: Any,
+) -> Probed:
+    """Ask teacher, swap and controls what ordinary text does not show: copying, retrieval, position, memory.
+
+    Args:
+        model: the teacher, or what `load` takes.
+        student: from `swap`; or give `swap="..."`.
+        data: held-out text, read only when a probe needs text.
+        calibration: text for mechanisms and controls that set themselves from it.
+        progress: show a bar on stderr.
+        settings: fields of `mismatch.config.ProbeConfig`: probes, samples, lengths, depths, controls, output ...
+
+    Returns:
+        The answers. A run folder is written only when `output` or `run_name` is given.
+
+    Raises:
+        MismatchError: see `mismatch.errors`.
+    """
+    config = ProbeConfig(**given(model, student, data, calibration, settings, "a run of probes"))
+    if config.folder is not None:
+        check_output(config.folder)
+    if isinstance(model, (str, Path)):
+        planned(config)
+        teacher = load(model, **load_options(config, Ranks()))
+    else:
+        teacher = load(model)
+        config = as_loaded(config, teacher)
+        check_context(teacher.model.config, config)
+    check_shares(student, teacher, "probe")
+    facts = (teacher.model.config, teacher.tokenizer)
+    asked = probing.questions(config, *facts, data, calibration, swapped=student is not None)
+    folder = None if config.folder is None else create(config)
+    return probing.ask(config, teacher, asked, student, folder, progress)
+
+
+def probe_command(config: ProbeConfig, *, overwrite: bool = False, progress: bool = True) -> Probed:
+    """What `mismatch probe` does. Everything that can be refused is refused before weights are loaded.
+
+    Args:
+        config: the settings.
+        overwrite: replace the run in `config.output`.
+        progress: talk on stderr.
+
+    Raises:
+        MismatchError: see `mismatch.errors`.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UsageError(
+            "probes run in one process, and torchrun started several",
+            hint="mismatch probe ...; a trace or a scan can be spread",
+        )
+    if config.folder is not None:
+        check_output(config.folder, overwrite=overwrite)
+    skeleton, students = planned(config)
+    facts = (skeleton.config, tokenizer_of(config))
+    asked = probing.questions(config, *facts, config.data, config.calibration)
+    if progress:
+        lines = [f"swap    {line}" for line in plan_lines(plan_dict(students[0].plan))]
+        print("\n".join([*lines, f"probes  {', '.join(asked.probes)}"]), file=sys.stderr)
+    teacher = load(config.model, **load_options(config, Ranks()))
+    return probing.ask(config, teacher, asked, None, create(config, overwrite), progress)
 
 
 def trace_command(
@@ -232,65 +269,15 @@ def trace_command(
     with joined(config.device) as ranks:
         if resume is not None:
             check_settings(resume, config)
-        elif ranks.first and (planned := config.folder) is not None:
-            check_output(planned, overwrite=overwrite)
+        elif ranks.first and (target := config.folder) is not None:
+            check_output(target, overwrite=overwrite)
         checked = check(config)
-        text = read_text(config, config.data, config.calibration, _tokenizer(config))
+        text = read_text(config, config.data, config.calibration, tokenizer_of(config))
         if progress and ranks.first:
             print(checked.text(), file=sys.stderr)
-        teacher = load(config.model, **_load_options(config, ranks))
+        teacher = load(config.model, **load_options(config, ranks))
         folder = None
         if ranks.first:
-            folder = RunFolder.resume(resume) if resume is not None else _create(config, overwrite)
+            folder = RunFolder.resume(resume) if resume is not None else create(config, overwrite)
         path = ranks.from_first(None if folder is None else folder.path)
         return Job(config, teacher, text, None, folder, path, ranks, progress).run()
-
-
-def _create(config: TraceConfig, overwrite: bool = False) -> RunFolder:
-    return RunFolder.create(
-        config.model,
-        spec.format(config.swap_spec),
-        settings(config),
-        output=config.folder,
-        overwrite=overwrite,
-    )
-
-
-def _tokenizer(config: TraceConfig) -> Any:
-    """The tokenizer alone: text that cannot be used is then refused before weights are loaded."""
-    _, source = models.read_config(
-        config.model, revision=config.revision, trust_remote_code=config.trust_remote_code
-    )
-    return models.load_tokenizer(source.folder, config.trust_remote_code)
-
-
-def _as_loaded(config: TraceConfig, teacher: Teacher) -> TraceConfig:
-    """The settings of a model that came loaded: its own name and number format."""
-    known = teacher.info.dtype in (fields()["dtype"].choices or ())
-    dtype = teacher.info.dtype if known else config.dtype
-    return dataclasses.replace(config, model=teacher.info.name, dtype=dtype)
-
-
-def _swap_of(student: Student) -> str:
-    if not student.plan.clauses:
-        raise UsageError(
-            "the student holds no swap any more: it was undone", hint="swap the teacher again"
-        )
-    return student.plan.spec
-
-
-def _shares(student: Student, teacher: Teacher) -> bool:
-    """Whether the student is the teacher's own: its embedding is the very same tensor."""
-    ours, theirs = (m.get_input_embeddings().weight for m in (teacher.model, student.model))
-    return ours is theirs
-
-
-def _load_options(config: TraceConfig, ranks: Ranks) -> dict[str, Any]:
-    return {
-        "dtype": config.dtype,
-        "device": None if config.device_map else ranks.device(config.device),
-        "device_map": config.device_map,
-        "revision": config.revision,
-        "trust_remote_code": config.trust_remote_code,
-        "allow_pickle": config.allow_pickle,
-    }

@@ -15,7 +15,7 @@ from mismatch import errors
 from mismatch.card import REQUIRED, Card
 from mismatch.errors import MismatchError, UsageError
 from mismatch.fetch import SOURCES
-from mismatch.registry import Registry, did_you_mean, mechanisms, metrics
+from mismatch.registry import Registry, did_you_mean, mechanisms, metrics, probes
 
 
 def list_mechanisms() -> dict[str, str]:
@@ -26,6 +26,11 @@ def list_mechanisms() -> dict[str, str]:
 def list_metrics() -> dict[str, str]:
     """What can be measured: name -> one line."""
     return _summaries(metrics())
+
+
+def list_probes() -> dict[str, str]:
+    """What a model can be asked: name -> one line."""
+    return _summaries(probes())
 
 
 def list_sites() -> dict[str, str]:
@@ -47,6 +52,7 @@ def list_texts() -> dict[str, str]:
 LISTS = {
     "mechanisms": list_mechanisms,
     "metrics": list_metrics,
+    "probes": list_probes,
     "sites": list_sites,
     "models": list_models,
     "texts": list_texts,
@@ -54,12 +60,14 @@ LISTS = {
 
 
 def explain(name: str) -> str:
-    """All that is known about a mechanism, a metric, a site or an error, as text.
+    """All that is known about a mechanism, a metric, a probe, a site or an error, as text.
 
     Raises:
         UsageError: nothing has this name.
     """
-    parts = [_card_text(r.kind, r.card(name)) for r in (mechanisms(), metrics()) if name in r]
+    parts = [
+        _card_text(r.kind, r.card(name)) for r in (mechanisms(), metrics(), probes()) if name in r
+    ]
     if ":" in name:
         parts.append(_card_text("mechanism", mechanisms().card(name)))
     if name in list_sites():
@@ -67,7 +75,11 @@ def explain(name: str) -> str:
     if name in _errors():
         parts.append(_error_text(_errors()[name]))
     if not parts:
-        known = [*mechanisms().names(), *metrics().names(), *list_sites(), *_errors()]
+        known = [
+            *(word for r in (mechanisms(), metrics(), probes()) for word in r.names()),
+            *list_sites(),
+            *_errors(),
+        ]
         raise UsageError(f"nothing is called `{name}`", hint=did_you_mean(name, known))
     return "\n\n\n".join(parts)
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mismatch import data as texts
 from mismatch import checkpoint, models, registry, spec, surgery
+from mismatch import data as texts
 from mismatch.config import ELSEWHERE, ProbeConfig, TraceConfig, load
 from mismatch.controls import control_specs
 from mismatch.errors import OutputError, UsageError
@@ -128,7 +128,12 @@ def check_settings(run: Path, config: TraceConfig) -> None:
 
 
 def read_text(
-    config: TraceConfig | ProbeConfig, data: Any, calibration: Any, tokenizer: Any, *, swapped: bool = False
+    config: TraceConfig | ProbeConfig,
+    data: Any,
+    calibration: Any,
+    tokenizer: Any,
+    *,
+    swapped: bool = False,
 ) -> Text:
     """Read the held-out text and cut it. The calibration text is read only if something calibrates on it.
 

@@ -27,6 +27,9 @@ from mismatch.registry import Registry, did_you_mean, mechanisms, metrics, probe
 ELSEWHERE = ("output", "run_name", "fail_on")
 """Fields that change where a run lies and how it exits, but none of its numbers."""
 
+WINDOWS = 4
+"""Windows of text per sample of a probe: a decoder learns on three quarters of them and is judged on the rest."""
+
 C = TypeVar("C", bound="RunConfig")
 
 
@@ -201,6 +204,11 @@ class ProbeConfig(SwapConfig):
                 if not _reads(kind, fits, text):
                     what = "whole numbers >= 1" if kind is int else "numbers in 0..1"
                     raise ConfigError(f"`{name}` must be {what}, got `{text}`")
+
+    @property
+    def tokens(self) -> int:
+        """Held-out tokens: windows for training a decoder, and as many again as there are samples for judging it."""
+        return WINDOWS * self.samples * self.seq_len
 
     @property
     def prompt_lengths(self) -> tuple[int, ...]:

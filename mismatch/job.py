@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import resource
 import sys
 import time
@@ -15,16 +16,15 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from mismatch import models, registry, spec, table
+from mismatch import checkpoint, models, registry, spec, table
 from mismatch.checking import Text, plan_dict, plan_warnings
 from mismatch.collect import Collector
-from mismatch.config import ELSEWHERE, TraceConfig
-from mismatch.controls import control_specs
+from mismatch.config import ELSEWHERE, RunConfig, TraceConfig
 from mismatch.diagnose import Evidence, Finding, diagnose
 from mismatch.errors import MismatchError, RunError
 from mismatch.layout import Layout
 from mismatch.loop import measure
-from mismatch.operating import Teacher, calibrated_swap
+from mismatch.operating import Teacher, students_of
 from mismatch.ranks import Ranks
 from mismatch.report import write_html
 from mismatch.result import Result
@@ -85,7 +85,7 @@ class Job:
     def _run(self, started: float) -> Result:
         config, teacher = self.config, self.teacher
         cut = self.text.cut
-        students = self._students()
+        students = students_of(teacher, config, self.text.calibration, self.student)
         swap = students[0]
         collector = Collector(
             teacher.layout,
@@ -159,22 +159,6 @@ class Job:
         folder = self.path / "state"
         return State(folder if self.ranks.first else folder / f"rank{self.ranks.rank}")
 
-    def _students(self) -> list[Student]:
-        config, teacher = self.config, self.teacher
-        options = {
-            "calibration": self.text.calibration,
-            "tokens": config.calibration_tokens,
-            "seq_len": config.seq_len,
-            "batch_size": config.batch_size,
-            "seed": config.seed,
-        }
-        swap = self.student or calibrated_swap(teacher, config.swap_spec, **options)
-        controls = control_specs(config.controls, swap.plan)
-        return [
-            swap,
-            *(calibrated_swap(teacher, s, name=name, **options) for name, s in controls.items()),
-        ]
-
     def _reference(self) -> Layout | None:
         """The model in float32, for the floor of a run in another format."""
         teacher, config = self.teacher, self.config
@@ -183,18 +167,17 @@ class Job:
         device = teacher.layout.embedding_device
         try:
             if teacher.info.path:
-                model = models.load(
+                return checkpoint.load(
                     teacher.info.path,
                     dtype="float32",
                     device=device,
                     trust_remote_code=config.trust_remote_code,
                     allow_pickle=config.allow_pickle,
-                ).model
-            else:
-                model = copy.deepcopy(teacher.model).float()
+                ).layout
+            model = copy.deepcopy(teacher.model).float()
         except (torch.OutOfMemoryError, models.ModelError):
             return None  # the floor is then that of another batch shape alone
-        return Layout(model, teacher.layout.family)
+        return dataclasses.replace(teacher.layout, model=model)
 
     @contextmanager
     def _bar(self) -> Iterator[Callable[[int], None]]:
@@ -231,7 +214,7 @@ class Job:
                 "fingerprint": cut.fingerprint,
             },
             "ranks": self.ranks.world,
-            "peak_memory_bytes": _peak(),
+            "peak_memory_bytes": peak_memory(),
             **measured,
         }
         if self.folder is None:
@@ -268,7 +251,7 @@ def default_metrics() -> tuple[str, ...]:
     return tuple(name for name in known.names() if known.card(name).facts.get("default", True))
 
 
-def settings(config: TraceConfig) -> dict[str, Any]:
+def settings(config: RunConfig) -> dict[str, Any]:
     """What config.yaml holds and the run id hashes: all that changes a number, not where the run lies."""
     return {name: value for name, value in config.to_dict().items() if name not in ELSEWHERE}
 
@@ -281,7 +264,7 @@ def _backend(name: str) -> Callable[..., torch.Tensor]:
     return nnsight_backend.run
 
 
-def _peak() -> int:
+def peak_memory() -> int:
     """Largest memory of this process so far, in bytes (the GPU's, when there is one)."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()

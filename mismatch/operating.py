@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from mismatch import data as texts
 from mismatch import models, spec, surgery
-from mismatch.checking import placed
+from mismatch.config import SwapConfig
+from mismatch.controls import control_specs
 from mismatch.layout import Layout
-from mismatch.surgery import Student
+from mismatch.record import Base
+from mismatch.surgery import Student, placed
 from mismatch.tracing import probe
 from mismatch.tracing.calibrate import calibrate
 from mismatch.windows import windows
@@ -19,12 +22,41 @@ from mismatch.windows import windows
 
 @dataclass(frozen=True)
 class Teacher:
-    """An untouched model, with its tokenizer and its proven layout."""
+    """The model that others are compared with: untouched, or a checkpoint with its swap. Its layout is proven."""
 
     model: torch.nn.Module
     tokenizer: Any
     layout: Layout
     info: models.ModelInfo
+
+
+def students_of(
+    teacher: Teacher, config: SwapConfig, calibration: Any, swap: Student | None = None
+) -> list[Student]:
+    """The swap first, then its controls in the same slots.
+
+    Args:
+        teacher: the untouched model.
+        config: swap, controls, and how much calibration text is read.
+        calibration: text, read only when a mechanism asks for it.
+        swap: a student that is there already; None swaps as the config says.
+
+    Raises:
+        MismatchError: as `calibrated_swap`.
+    """
+    options = {
+        "calibration": calibration,
+        "tokens": config.calibration_tokens,
+        "seq_len": config.seq_len,
+        "batch_size": config.batch_size,
+        "seed": config.seed,
+    }
+    first = swap or calibrated_swap(teacher, config.swap_spec, **options)
+    controls = control_specs(config.controls, first.plan)
+    return [
+        first,
+        *(calibrated_swap(teacher, s, name=name, **options) for name, s in controls.items()),
+    ]
 
 
 def calibrated_swap(
@@ -61,6 +93,13 @@ def calibrated_swap(
         calibrations=wanted,
         name=name,
         tokenizer=teacher.tokenizer,
+        base=_base(teacher.info),
     )
     probe.prove_student(teacher.layout, student.layout, student.plan.first)
     return student
+
+
+def _base(info: models.ModelInfo) -> Base:
+    """What a checkpoint says of the model that was swapped: of a folder its name, not where it lies."""
+    name = Path(info.name).name if Path(info.name).expanduser().is_dir() else info.name
+    return Base(name, info.sha256)

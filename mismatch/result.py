@@ -14,12 +14,51 @@ from mismatch.files import write_atomic
 from mismatch.report.heatmap import heatmap
 from mismatch.report.html import draw, page
 from mismatch.report.position import by_position
+from mismatch.report.probes import headlines, passkey, probe_summary
 from mismatch.report.profile import depth_profile
 from mismatch.report.summary import summary
 from mismatch.run import Run
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True)
+class Probed:
+    """The answers of one run of probes, in memory or in a run folder."""
+
+    run: Run
+
+    @property
+    def table(self) -> pd.DataFrame:
+        """The long table: one number a row (see `mismatch.table`)."""
+        return self.run.table
+
+    @property
+    def plan(self) -> dict[str, Any]:
+        """What was replaced, inherited, new and dropped."""
+        return self.run.plan
+
+    @property
+    def run_dir(self) -> Path | None:
+        """The run folder; None when nothing was written."""
+        return self.run.path
+
+    @property
+    def headlines(self) -> pd.DataFrame:
+        """The headline of every probe: teacher, each student, and their paired difference."""
+        return headlines(self.table, self.run.dictionary)
+
+    def summary(self) -> str:
+        """What `mismatch probe` prints at the end."""
+        return probe_summary(self.table, self.plan, self.run.dictionary)
+
+    def passkey(self, **options: Any) -> Figure:
+        """Retrieval over length and depth; see `mismatch.report.probes`."""
+        return passkey(self.table, plan=self.plan, dictionary=self.run.dictionary, **options)
+
+    def _repr_html_(self) -> str:
+        return f"<pre>{html.escape(self.summary())}</pre>"
 
 
 @dataclass(frozen=True)

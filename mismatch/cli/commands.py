@@ -58,6 +58,52 @@ def check(args: Namespace) -> int:
     return 0
 
 
+def probe(args: Namespace) -> int:
+    settings = config.load(args.config, _flags(args, config.ProbeConfig), config.ProbeConfig)
+    from mismatch import api
+
+    result = api.probe_command(
+        settings, overwrite=args.overwrite, progress=not args.quiet and first_rank()
+    )
+    if args.json:
+        rows = json.loads(result.headlines.to_json(orient="records"))
+        _print_json({"run": str(result.run_dir), "probes": rows})
+    else:
+        print(result.summary())
+        print(result.run_dir)
+    return 0
+
+
+def generate(args: Namespace) -> int:
+    from mismatch import api
+
+    made = api.generate(
+        args.model,
+        args.prompt,
+        max_new_tokens=args.max_new_tokens,
+        temperature=args.temperature,
+        seed=args.seed,
+        chat=args.chat,
+        dtype=args.dtype,
+        device=args.device,
+        revision=args.revision,
+        trust_remote_code=args.trust_remote_code,
+    )
+    if args.json:
+        _print_json(
+            {
+                "model": args.model,
+                "prompt": args.prompt,
+                "text": made.text,
+                "tokens": made.tokens,
+                "ended": made.ended,
+            }
+        )
+    else:
+        print(made.text)
+    return 0
+
+
 def fetch(args: Namespace) -> int:
     from mismatch.fetch import fetch as get
     from mismatch.fetch import named
@@ -136,8 +182,8 @@ def _machine() -> dict[str, Any]:
     return found
 
 
-def _flags(args: Namespace) -> dict[str, Any]:
-    return {name: getattr(args, name) for name in config.fields()}
+def _flags(args: Namespace, kind: type[config.RunConfig] = config.TraceConfig) -> dict[str, Any]:
+    return {name: getattr(args, name) for name in config.fields(kind)}
 
 
 def _reached(limit: str | None, severities: Any) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NoReturn
 
 from mismatch import config
@@ -25,6 +25,16 @@ GROUPS = {
 }
 """The fields of a trace, as its help groups them. A test asks that none is missing."""
 
+PROBE_GROUPS = {
+    "model": GROUPS["model"],
+    "swap": GROUPS["swap"],
+    "questions": ("probes", "controls", "samples", "lengths", "depths", "gate_lr", "gate_steps"),
+    "data": ("data", "calibration", "calibration_tokens", "seq_len", "batch_size", "seed"),
+    "output": ("output", "run_name"),
+    "dangerous": GROUPS["dangerous"],
+}
+"""The same for a run of probes."""
+
 EXAMPLES = {
     "trace": (
         'mismatch trace --model smollm2 --swap "layer12:infini"',
@@ -33,6 +43,14 @@ EXAMPLES = {
     "check": (
         'mismatch check --model smollm2 --swap "layer12:infini(segment=64)"',
         'mismatch check --model smollm2 --swap "norms:dyt" --json',
+    ),
+    "probe": (
+        'mismatch probe --model smollm2 --swap "layer16:nope"',
+        'mismatch probe --model smollm2 --swap "layer18:infini(segment=64)" --probes passkey,memory',
+    ),
+    "generate": (
+        'mismatch generate CHECKPOINT "Once upon a time"',
+        'mismatch generate smollm2 "Name three colours." --chat --temperature 0.7 --seed 1',
     ),
     "fetch": ("mismatch fetch smollm2", "mismatch fetch wiki sotu"),
     "report": ("mismatch report runs/RUN", "mismatch report runs/RUN --output report.html"),
@@ -132,23 +150,21 @@ def _tree() -> tuple[Parser, dict[str, Parser]]:
     check = command(
         "check", "Show the plan, the parameters and the cost of a trace, without loading weights."
     )
-    for parser in (trace, check):
-        groups = {title: parser.add_argument_group(title) for title in GROUPS}
-        groups["output"].add_argument(
-            "-C", "--config", metavar="FILE", help="YAML with these settings; flags win over it"
-        )
-        for title, names in GROUPS.items():
-            for name in names:
-                _add(groups[title], config.fields()[name])
-        _common(parser, groups["output"])
-        if parser is trace:
-            groups["output"].add_argument(
-                "--resume", metavar="RUN", help="go on with an interrupted run"
-            )
-            groups["output"].add_argument(
-                "--overwrite", action="store_true", help="replace the run in --output"
-            )
+    probe = command(
+        "probe",
+        "Ask teacher and swapped model what text hides: copying, retrieval, position, memory.",
+    )
+    _settings(check, GROUPS, config.fields())
+    written = (
+        _settings(trace, GROUPS, config.fields()),
+        _settings(probe, PROBE_GROUPS, config.fields(config.ProbeConfig)),
+    )
+    written[0].add_argument("--resume", metavar="RUN", help="go on with an interrupted run")
+    for group in written:
+        group.add_argument("--overwrite", action="store_true", help="replace the run in --output")
 
+    speak = command("generate", "Let a model, or a checkpoint of a swapped one, continue a text.")
+    _generate(speak)
     fetch = command(
         "fetch", "Get demo models and texts: pinned by hash, converted, kept in a cache."
     )
@@ -168,12 +184,56 @@ def _tree() -> tuple[Parser, dict[str, Parser]]:
     )
     listing = command("list", "List what there is.")
     listing.add_argument("what", choices=tuple(LISTS), metavar="WHAT", help=", ".join(LISTS))
-    explain = command("explain", "Say what a mechanism, a metric, a site or an error is.")
+    explain = command("explain", "Say what a mechanism, a metric, a probe, a site or an error is.")
     explain.add_argument("name", metavar="NAME")
     env = command("env", "Print versions and devices, for a bug report.")
-    for parser in (fetch, report, compare, listing, explain, env):
+    for parser in (speak, fetch, report, compare, listing, explain, env):
         _common(parser, parser)
     return tree, found
+
+
+def _settings(
+    parser: Parser, titles: Mapping[str, Sequence[str]], known: Mapping[str, Arg]
+) -> argparse._ArgumentGroup:
+    """The flags of a config in their groups, and those of every command; returns the group `output`."""
+    groups = {title: parser.add_argument_group(title) for title in titles}
+    groups["output"].add_argument(
+        "-C", "--config", metavar="FILE", help="YAML with these settings; flags win over it"
+    )
+    for title, names in titles.items():
+        for name in names:
+            _add(groups[title], known[name])
+    _common(parser, groups["output"])
+    return groups["output"]
+
+
+def _generate(parser: Parser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="a checkpoint, a folder, a name or a hub id")
+    parser.add_argument("prompt", metavar="TEXT", help="what it starts from")
+    parser.add_argument(
+        "--max-new-tokens", type=int, default=64, metavar="N", help="default: %(default)s"
+    )
+    parser.add_argument(
+        "--temperature",
+        type=float,
+        default=0.0,
+        metavar="X",
+        help="0 takes the likeliest token each time (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="of the draws (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--chat", action="store_true", help="TEXT is a message: use the model's chat template"
+    )
+    parser.add_argument("--device", metavar="DEVICE", help="default: an accelerator if there is one")
+    parser.add_argument(
+        "--dtype", default="auto", metavar="TYPE", help="default: what the model was saved in"
+    )
+    parser.add_argument("--revision", metavar="REVISION", help="of a hub id")
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="run Python code that comes with the model"
+    )
 
 
 def _examples(lines: Sequence[str]) -> str:

@@ -33,6 +33,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from mismatch import registry
 from mismatch.address import SWAP
 from mismatch.errors import UsageError
 from mismatch.layout import Layout
@@ -49,7 +50,8 @@ class Setting:
 
     Attributes:
         words: int64, the ids that random tokens are drawn from: no special ones.
-        text: int64 `windows pos`, held-out text, one window a row, as many documents as there are.
+        text: int64 `windows pos`, held-out text, one window a row.
+        docs: int64 `windows`, the document of each.
         tokenizer: of the model; None where no probe needs one.
         opening: ids in front of random tokens and prompts: what the tokenizer itself puts there.
         bos: the token that opens random tokens where `opening` is empty; the attention sink. None: none.
@@ -58,14 +60,13 @@ class Setting:
         samples: prompts of each kind, random sequences, windows of text that are looked at.
         batch_size: sequences per forward pass.
         lengths, depths: of the passkey prompts.
-        layers: the swapped layers of the swap.
-        segment: its segment in tokens, where its mechanism has one.
         travel: how far the planned training can move a gate; None = no plan was given.
         seed: of every draw.
     """
 
     words: np.ndarray
     text: np.ndarray
+    docs: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     tokenizer: Any = None
     opening: tuple[int, ...] = ()
     bos: int | None = None
@@ -75,8 +76,6 @@ class Setting:
     batch_size: int = 4
     lengths: tuple[int, ...] = (256, 512, 1024)
     depths: tuple[float, ...] = (0.1, 0.5, 0.9)
-    layers: tuple[int, ...] = ()
-    segment: int | None = None
     travel: float | None = None
     seed: int = 0
 
@@ -144,6 +143,16 @@ class Subject:
         return frozenset(c.layer for c in self.clauses if c.layer is not None)
 
     @property
+    def segment(self) -> int | None:
+        """The segment of its mechanisms in tokens, where they have one and it is the same everywhere."""
+        found = set()
+        for clause in self.clauses:
+            arg = registry.mechanisms().card(clause.mechanism).arg("segment")
+            if arg is not None:
+                found.add(clause.args.get("segment", arg.default))
+        return found.pop() if len(found) == 1 else None
+
+    @property
     def whole_blocks(self) -> frozenset[int]:
         """Layers whose block was replaced as a whole: there is no attention in them any more."""
         return frozenset(c.layer for c in self.clauses if c.slot == "block" and c.layer is not None)
@@ -205,6 +214,11 @@ class Measure:
             return float(self.top.sum() / self.bottom.sum()) if self.bottom.any() else math.nan
         with np.errstate(invalid="ignore", divide="ignore"):
             return (weights @ self.top) / (weights @ self.bottom)
+
+
+def swapped_layers(subjects: Sequence[Subject]) -> tuple[int, ...]:
+    """Layers that any subject has replaced: where probes of one layer look, in the teacher too."""
+    return tuple(sorted({layer for subject in subjects for layer in subject.swapped}))
 
 
 Answers = Mapping[str, Sequence[Measure]]

@@ -61,6 +61,7 @@ class Passkey(Probe):
     def run(self, subjects: Sequence[Subject]) -> Answers:
         found: dict[str, list[Measure]] = {s.name: [] for s in subjects}
         whole: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {s.name: [] for s in subjects}
+        segment = next((s.segment for s in subjects if s.segment is not None), None)
         borders: dict[str, dict[int, list[np.ndarray]]] = {s.name: {} for s in subjects}
         for (length, depth), prompts in self.cells.items():
             given = {"length": length, "depth": depth}
@@ -71,8 +72,8 @@ class Passkey(Probe):
                     Measure.mean(under("exact", **given), exact, position=place),
                 ]
                 whole[name].append((logprob, exact))
-                if self.setting.segment is not None:
-                    crossed = prompts.borders(self.setting.segment)
+                if segment is not None:
+                    crossed = prompts.borders(segment)
                     borders[name].setdefault(crossed, []).append(logprob)
         for name, cells in whole.items():
             logprob, exact = (np.stack(part, 1) for part in zip(*cells, strict=True))

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from mismatch.errors import UsageError
 from mismatch.files import write_atomic
-from mismatch.report import controls, heatmap, position, profile, style
+from mismatch.report import controls, heatmap, position, probes, profile, style
 from mismatch.report import quantity as q
 from mismatch.report.page import Html, document, grid, join, pairs, picture, tag
 from mismatch.report.summary import count, total, verdict, worst_sites
@@ -39,7 +39,7 @@ class Plate:
         return self.numbers(run.table, dictionary=run.dictionary)
 
 
-PLATES = (
+PLATES: tuple[Plate, ...] = (
     Plate(
         "output_shift",
         "Output shift beside the controls",
@@ -80,6 +80,30 @@ PLATES = (
     ),
 )
 
+PROBE_PLATES = (
+    Plate(
+        "passkey",
+        "Passkey retrieval",
+        probes.passkey,
+        probes.passkey_data,
+        "Yellow is found, dark is lost. A column that is dark from some length on is a context that ends there; dark "
+        "rows are a depth that was forgotten. For a mechanism with segments look at how many segments lie between key "
+        "and question, not at the depth. The number tells how near a miss was: about -15 is not knowing the key.",
+        planned=True,
+    ),
+)
+
+
+def kind(run: Run) -> str:
+    """What made the run: trace or probe."""
+    return str(run.manifest.get("kind", "trace"))
+
+
+def plates(run: Run) -> tuple[Plate, ...]:
+    """The figures of a run: those of a trace, and one for each probe that was asked and has one."""
+    asked = tuple(p for p in PROBE_PLATES if p.name in probes.probes_of(run.table))
+    return asked if kind(run) == "probe" else (*PLATES, *asked)
+
 
 def write_html(run_dir: Path | str, output: Path | str | None = None) -> Path:
     """Write the report of a finished run, and its figures into figures/.
@@ -109,7 +133,7 @@ def draw(run: Run, folder: Path | None = None) -> dict[str, bytes | str]:
         RunError: a file cannot be written.
     """
     drawn: dict[str, bytes | str] = {}
-    for plate in PLATES:
+    for plate in plates(run):
         try:
             figure, data = plate.draw(run), plate.data(run)
         except UsageError as missing:
@@ -132,23 +156,13 @@ def draw(run: Run, folder: Path | None = None) -> dict[str, bytes | str]:
 
 def page(run: Run, drawn: Mapping[str, bytes | str]) -> str:
     """The report as text, with the figures that `draw` gave."""
-    return document(
+    head = (
         f"mismatch: {run.run_id}",
-        tag("h1", f"mismatch trace of {run.manifest.get('model', 'a model')}"),
+        tag("h1", f"mismatch {kind(run)} of {run.manifest.get('model', 'a model')}"),
         tag("p", f"{run.manifest.get('swap', '')} · run {run.run_id}", class_="faint"),
         _state(run),
-        tag("p", verdict(run.table, run.dictionary), class_="verdict"),
-        _output(run),
-        tag("h2", "What was replaced"),
-        _plan(run),
-        tag("h2", "Findings"),
-        _findings(run),
-        tag("h2", "Figures"),
-        *(_plate(plate, drawn[plate.name]) for plate in PLATES),
-        tag("h2", "Worst sites"),
-        _worst(run),
-        tag("h2", "Floors, and which tokens count"),
-        _floors(run),
+    )
+    end = (
         tag("h2", "What each metric is, and what it cannot see"),
         _glossary(run),
         tag("h2", "How to do it again"),
@@ -156,6 +170,47 @@ def page(run: Run, drawn: Mapping[str, bytes | str]) -> str:
         tag("h2", "Environment"),
         _environment(run),
     )
+    asked = (
+        (tag("h2", "Answers to the probes"), _probes(run)) if probes.probes_of(run.table) else ()
+    )
+    figures = [_plate(plate, drawn[plate.name]) for plate in plates(run)]
+    if kind(run) == "probe":
+        return document(*head, *asked, tag("h2", "What was replaced"), _plan(run), *figures, *end)
+    return document(
+        *head,
+        tag("p", verdict(run.table, run.dictionary), class_="verdict"),
+        _output(run),
+        tag("h2", "What was replaced"),
+        _plan(run),
+        tag("h2", "Findings"),
+        _findings(run),
+        tag("h2", "Figures"),
+        *figures,
+        *asked,
+        tag("h2", "Worst sites"),
+        _worst(run),
+        tag("h2", "Floors, and which tokens count"),
+        _floors(run),
+        *end,
+    )
+
+
+def _probes(run: Run) -> Html:
+    """The headlines; a probe of many layers or heads shows the first ones."""
+    found = probes.headlines(run.table, run.dictionary)
+    found = found.groupby(["metric", "student"], sort=False).head(probes.ROWS)
+    rows = [
+        (
+            probes.named(r),
+            r.student,
+            style.number(r.teacher),
+            style.number(r.value) if r.applies else "not applicable",
+            style.interval(r.difference, r.difference_lo, r.difference_hi) if r.applies else "",
+        )
+        for r in found.itertuples()
+    ]
+    heads = ("probe", "student", "teacher", "reading", "minus the teacher, 95 % interval")
+    return grid(heads, rows, numbers=(2, 3, 4))
 
 
 def _state(run: Run) -> Html:
@@ -310,7 +365,7 @@ def _again(run: Run) -> Html:
         [
             tag("pre", run.manifest.get("command", "")),
             tag("p", "The same settings, resolved: config.yaml in the run folder."),
-            tag("pre", f"mismatch trace --config {run.path.name}/config.yaml"),
+            tag("pre", f"mismatch {kind(run)} --config {run.path.name}/config.yaml"),
         ]
     )
 
