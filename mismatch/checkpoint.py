@@ -321,7 +321,8 @@ def _fill(whole: _Rebuilt, found: Record, folder: Path, files: list[Path], exact
                 value = opened[file].get_tensor(source)
                 _refuse_offloaded(tensor, name, folder)
                 kind = value.dtype if exact else tensor.dtype
-                tensor.data = value.to(device=tensor.device, dtype=kind)
+                # A copy: not a view of the file, and aligned as any other tensor (sums round by alignment).
+                tensor.data = value.to(device=tensor.device, dtype=kind, copy=True)
             used.add(id(tensor))
             there[source] = tensor
 

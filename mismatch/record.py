@@ -16,6 +16,7 @@ loading needs.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,10 +24,11 @@ from typing import Any
 
 from mismatch import environment, weights
 from mismatch.errors import ModelError
+from mismatch.files import read_bytes
 
 FORMAT = 1
 KEY = MODEL_TYPE = "mismatch"
-FACTS = "mismatch.json"
+EXTRA = "mismatch.json"
 CODE = "modeling_mismatch"
 AUTO_MAP = {
     "AutoConfig": f"{CODE}.MismatchConfig",
@@ -123,6 +125,22 @@ def of_config(raw: Mapping[str, Any], where: Path | str) -> Record | None:
     if not found.swaps:
         raise _broken(where, "it names no swap")
     return found
+
+
+def extra(folder: Path) -> dict[str, Any]:
+    """What mismatch.json says; empty when there is none.
+
+    Raises:
+        RunError: it cannot be read.
+        ModelError: it is not JSON.
+    """
+    path = folder / EXTRA
+    if not path.is_file():
+        return {}
+    try:
+        return dict(json.loads(read_bytes(path)))
+    except (ValueError, TypeError) as error:
+        raise ModelError(f"{path} cannot be read: {error}") from error
 
 
 def plain(raw: Mapping[str, Any], record: Record) -> dict[str, Any]:

@@ -128,7 +128,7 @@ def save(
     path: str | Path,
     *,
     tokenizer: Any = None,
-    facts: Mapping[str, Any] | None = None,
+    extra: Mapping[str, Any] | None = None,
     overwrite: bool = False,
 ) -> Path:
     """Write a checkpoint into a new folder, whole or not at all.
@@ -137,7 +137,7 @@ def save(
         model: a swapped model.
         path: the folder to make.
         tokenizer: written beside it.
-        facts: for mismatch.json.
+        extra: for mismatch.json.
         overwrite: a checkpoint that is there gives way when the new one is complete; nothing else ever does. Between
             the two is an instant without either.
 
@@ -156,8 +156,8 @@ def save(
     with whole_folder(path) as folder:
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
-        if facts:
-            (folder / record.FACTS).write_text(json_text(dict(facts)), encoding="utf-8")
+        if extra:
+            (folder / record.EXTRA).write_text(json_text(dict(extra)), encoding="utf-8")
         _write(model, folder, None, SHARD)
     return path
 

@@ -95,13 +95,13 @@ class Student:
         self.plan = Plan("", self.plan.clauses[:down_to])
 
     def save(
-        self, path: str | Path, *, facts: Mapping[str, Any] | None = None, overwrite: bool = False
+        self, path: str | Path, *, extra: Mapping[str, Any] | None = None, overwrite: bool = False
     ) -> Path:
         """Write the swapped model as a Hugging Face folder, which `mismatch.load` and transformers read.
 
         Args:
             path: the folder to make.
-            facts: what should be known about these weights; becomes mismatch.json.
+            extra: what should be known about these weights; becomes mismatch.json.
             overwrite: replace a checkpoint that is there; nothing else is ever replaced.
 
         Raises:
@@ -113,7 +113,7 @@ class Student:
                 hint="swap the teacher again",
             )
         return saving.save(
-            self.model, path, tokenizer=self.tokenizer, facts=facts, overwrite=overwrite
+            self.model, path, tokenizer=self.tokenizer, extra=extra, overwrite=overwrite
         )
 
     def whole_blocks(self) -> frozenset[int]:
@@ -231,6 +231,7 @@ def replace(
             return construct(call, module, context)
 
         new = build(placement.call, original)
+        _lay_out(new, original)
         new.train(original.training)
         parent, _, attribute = path.rpartition(".")
         setattr(model.get_submodule(parent), attribute, new)
@@ -317,6 +318,14 @@ def _carry_mask(host: Host) -> Callable[[nn.Module, tuple, dict], None]:
         host.mask = mask if isinstance(mask, torch.Tensor) and mask.ndim == 2 else None
 
     return carry
+
+
+def _lay_out(new: nn.Module, original: nn.Module) -> None:
+    """New tensors lie in memory as they will when they come out of a file: rounding depends on it."""
+    inherited = {id(t) for t in chain(original.parameters(), original.buffers())}
+    for tensor in chain(new.parameters(), new.buffers()):
+        if id(tensor) not in inherited and not tensor.is_contiguous():
+            tensor.data = tensor.data.contiguous()
 
 
 def _audit(placement: Placement, path: str, original: nn.Module, new: nn.Module) -> Replaced:
