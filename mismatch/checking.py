@@ -11,7 +11,7 @@ from typing import Any
 
 from mismatch import checkpoint, models, registry, spec, surgery
 from mismatch import data as texts
-from mismatch.config import ELSEWHERE, ProbeConfig, TraceConfig, load
+from mismatch.config import ELSEWHERE, ProbeConfig, RunConfig, TraceConfig, load
 from mismatch.controls import control_specs
 from mismatch.errors import OutputError, UsageError
 from mismatch.estimate import Estimate, estimate
@@ -109,7 +109,7 @@ def check_context(model_config: Any, config: TraceConfig | ProbeConfig) -> None:
         )
 
 
-def check_settings(run: Path, config: TraceConfig) -> None:
+def check_settings(run: Path, config: RunConfig) -> None:
     """Whether the unfinished run in a folder may go on with these settings.
 
     Raises:
@@ -117,7 +117,7 @@ def check_settings(run: Path, config: TraceConfig) -> None:
         OutputError: that run is done, or was started with other settings; says which.
     """
     check_resume(run)
-    then, now = load(run / "config.yaml").to_dict(), config.to_dict()
+    then, now = load(run / "config.yaml", kind=type(config)).to_dict(), config.to_dict()
     fields = [name for name in now if name not in ELSEWHERE and then[name] != now[name]]
     if fields:
         lines = [f"  {name}: {then[name]!r} then, {now[name]!r} now" for name in fields]

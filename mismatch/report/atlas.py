@@ -1,0 +1,286 @@
+"""The atlas of a scan: layers across, mechanisms down, one panel a task on the same layer axis.
+
+Text is drawn as KL, a distance. On repeated tokens and on a passkey the right token is known, so what is drawn is what
+it lost: nats per token of the second copy, nats per key. That has a sign: a layer whose loss helps is on the other
+side.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import LogNorm, Normalize, SymLogNorm, to_rgba
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
+
+from mismatch.errors import UsageError
+from mismatch.report import heatmap, style
+
+NAMED = 3
+"""Numbers written into the worst cells of a panel."""
+
+UNCLEAR = "#eeeeee"
+"""Colour of a change whose interval holds 0."""
+
+WORDS = 34
+"""Letters of a mechanism's name that fit beside the panels."""
+
+
+@dataclass(frozen=True)
+class Panel:
+    """How one task is drawn. `sign` turns its statistic into damage: larger is worse."""
+
+    task: str
+    metric: str
+    stat: str
+    sign: int
+    title: str
+    unit: str
+    signed: bool
+
+
+PANELS = (
+    Panel("text", "kl", "mean", 1, "Text: output KL", "nats per token", False),
+    Panel(
+        "induction", "induction", "nll_second_minus_teacher", 1,
+        "Induction: what the second copy of random tokens lost", "nats per token", True,
+    ),
+    Panel(
+        "passkey", "passkey", "logprob_minus_teacher", -1,
+        "Retrieval: what the passkey lost", "nats per key", True,
+    ),
+)  # fmt: skip
+
+
+def atlas_data(table: pd.DataFrame, *, dictionary: Mapping[str, Any] | None = None) -> pd.DataFrame:
+    """Every layer of every mechanism on every task, also where nothing could be measured.
+
+    Args:
+        table: the long table of a scan.
+        dictionary: not needed; as the other figures take it.
+
+    Returns:
+        Rows task, unit, student, layer, value, lo, hi, n, kind. `value` is the damage in nats, larger is worse; `kind`
+        is value, zero (exactly no change), unclear (its interval holds 0) or missing (not scanned, not applicable, or
+        not finite).
+
+    Raises:
+        UsageError: the table is not that of a scan.
+    """
+    found = []
+    for panel in PANELS:
+        rows = _rows(table, panel.metric, panel.stat)
+        if rows.empty:
+            continue
+        grid = pd.MultiIndex.from_product(
+            [list(dict.fromkeys(rows["student"])), range(int(rows["layer"].max()) + 1)],
+            names=["student", "layer"],
+        ).to_frame(index=False)
+        grid["layer"] = grid["layer"].astype("Int16")
+        cells = grid.merge(
+            rows[["student", "layer", "value", "lo", "hi", "n"]],
+            on=["student", "layer"],
+            how="left",
+        )
+        if panel.sign < 0:
+            cells["value"], cells["lo"], cells["hi"] = -cells["value"], -cells["hi"], -cells["lo"]
+        cells["value"] += 0.0  # no negative zero
+        cells.insert(0, "task", panel.task)
+        cells.insert(1, "unit", panel.unit)
+        value = cells["value"]
+        holds = (cells["lo"] <= 0) & (cells["hi"] >= 0) & panel.signed
+        cells["kind"] = np.select(
+            [value.isna(), value == 0, holds], ["missing", "zero", "unclear"], "value"
+        )
+        found.append(cells)
+    if not found:
+        raise UsageError("the table holds no scan", hint="make one by `mismatch scan`")
+    return pd.concat(found, ignore_index=True)
+
+
+def _rows(table: pd.DataFrame, metric: str, stat: str) -> pd.DataFrame:
+    return table[
+        (table["stage"] == "scan")
+        & (table["metric"] == metric)
+        & (table["stat"] == stat)
+        & (table["position"] == "all")
+        & table["layer"].notna()
+    ]
+
+
+def students(table: pd.DataFrame, plan: Mapping[str, Any] | None = None) -> dict[str, bool]:
+    """The mechanisms in the order in which they were asked for, each with whether it is a control; controls last."""
+    here = list(
+        dict.fromkeys(table.loc[(table["stage"] == "scan") & table["layer"].notna(), "student"])
+    )
+    said = {column["name"]: column["control"] for column in (plan or {}).get("columns", ())}
+    if not said:
+        said = {name: table["stat"].eq(f"mean_minus_{name}").any() for name in here}
+    order = sorted(said, key=lambda name: said[name])
+    return {name: bool(said[name]) for name in order if name in here}
+
+
+@style.styled
+def atlas(
+    table: pd.DataFrame,
+    *,
+    plan: Mapping[str, Any] | None = None,
+    dictionary: Mapping[str, Any] | None = None,
+    width: float = style.WIDTH,
+) -> Figure:
+    """Draw the atlas.
+
+    Args:
+        table: the long table of a scan.
+        plan: the run's plan.json: order of the mechanisms, and which are controls.
+        dictionary: not needed; as the other figures take it.
+        width: of the figure, in inches.
+
+    Raises:
+        UsageError: the table is not that of a scan.
+    """
+    data = atlas_data(table, dictionary=dictionary)
+    rows = students(table, plan)
+    panels = [panel for panel in PANELS if panel.task in set(data["task"])]
+    figure = style.new_figure(width, 0.95 + len(panels) * (0.42 + 0.19 * len(rows)))
+    axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
+    for axis, panel in zip(axes, panels, strict=True):
+        _panel(axis, data[data["task"] == panel.task], panel, rows)
+    axes[-1].set_xlabel("layer that is replaced, alone")
+    style.frame(
+        figure,
+        "One layer replaced at a time: what it costs",
+        _caption(table, data, panels, rows),
+    )
+    return figure
+
+
+def _panel(ax: Axes, data: pd.DataFrame, panel: Panel, rows: Mapping[str, bool]) -> None:
+    layers = int(data["layer"].max()) + 1
+    norm = _norm(data, panel.signed)
+    order = {name: at for at, name in enumerate(rows)}
+    cells = data[data["student"].isin(order)].assign(row=data["student"].map(order))
+    cells = cells.sort_values(["row", "layer"])
+    rgba = _colours(cells, norm, panel.signed).reshape(len(order), layers, 4)
+    ax.pcolormesh(
+        np.arange(layers + 1) - 0.5,
+        np.arange(len(order) + 1) - 0.5,
+        rgba,
+        edgecolors="white",
+        linewidth=0.4 if style.figure_of(ax).get_figwidth() / layers > 0.15 else 0.1,
+    )
+    for cell in cells[cells["kind"] == "missing"].itertuples():
+        ax.add_patch(
+            Rectangle(
+                (cell.layer - 0.5, cell.row - 0.5),
+                1,
+                1,
+                fill=False,
+                hatch="////",
+                ec="#9a9a9a",
+                lw=0,
+            )
+        )
+    ax.set_xlim(-0.5, layers - 0.5)
+    ax.set_ylim(len(order) - 0.5, -0.5)
+    ax.set_yticks(range(len(order)), [_short(name) for name in order])
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=min(layers, 15), min_n_ticks=2))
+    ax.tick_params(length=2)
+    for side in ax.spines.values():
+        side.set_visible(True)
+    first = sum(not control for control in rows.values())
+    if 0 < first < len(rows):
+        ax.axhline(first - 0.5, color=style.INK, lw=0.8)
+    style.panel_title(ax, f"{panel.title} ({panel.unit})")
+    _write_worst(ax, cells[~cells["student"].map(rows).astype(bool)], norm, layers)
+    _colour_bar(ax, norm, panel.signed)
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= WORDS else name[: WORDS - 1] + "…"
+
+
+def _norm(cells: pd.DataFrame, signed: bool) -> Normalize:
+    """A distance: log over the decades of the shift heatmap. Signed: logarithmic on both sides of 0."""
+    if not signed:
+        return heatmap.colour_norm([cells.assign(floor=np.nan)], signed=False)
+    size = cells.loc[cells["kind"] == "value", "value"].abs()
+    top = float(size.max()) if len(size) else 1.0
+    return SymLogNorm(linthresh=top / 30, vmin=-top, vmax=top, linscale=0.6)
+
+
+def _colours(cells: pd.DataFrame, norm: Normalize, signed: bool) -> np.ndarray:
+    scale = mpl.colormaps[style.SIGNED_MAP if signed else style.DISTANCE_MAP]
+    value = cells["value"].fillna(0.0).to_numpy(dtype=float)
+    shown = np.clip(value, float(norm.vmin), float(norm.vmax))
+    rgba = scale(np.ma.getdata(norm(shown)))
+    known = (("zero", style.ZERO), ("unclear", UNCLEAR), ("missing", style.MISSING))
+    for kind, colour in known:
+        rgba[(cells["kind"] == kind).to_numpy()] = to_rgba(colour)
+    return rgba
+
+
+def _write_worst(ax: Axes, cells: pd.DataFrame, norm: Normalize, layers: int) -> None:
+    """The largest numbers of a panel, where a cell has room for them."""
+    if style.figure_of(ax).get_figwidth() / layers < 0.19:
+        return
+    cells = cells[(cells["kind"] == "value") & (cells["value"] > 0)]
+    for cell in cells.nlargest(NAMED, "value").itertuples():
+        dark = isinstance(norm, SymLogNorm) or float(norm(cell.value)) > 0.4
+        text = f"{cell.value:.2g}".removeprefix("0")
+        ax.text(
+            cell.layer, cell.row, text, ha="center", va="center", fontsize=5,
+            color="white" if dark else style.INK,
+        )  # fmt: skip
+
+
+def _colour_bar(ax: Axes, norm: Normalize, signed: bool) -> None:
+    scale = mpl.colormaps[style.SIGNED_MAP if signed else style.DISTANCE_MAP]
+    bar = style.figure_of(ax).colorbar(
+        ScalarMappable(norm, scale), ax=ax, pad=0.012, aspect=9, shrink=0.98,
+        extend="neither" if signed else "min", extendfrac=0.12,
+    )  # fmt: skip
+    bar.outline.set_linewidth(0.4)
+    bar.ax.tick_params(length=2, labelsize=6.5)
+    if signed:
+        bar.ax.yaxis.set_major_locator(FixedLocator(_decades(float(norm.vmax), norm.linthresh)))
+    elif isinstance(norm, LogNorm):
+        bar.ax.yaxis.set_major_locator(LogLocator(10, numticks=4))
+    bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
+    bar.ax.yaxis.set_minor_locator(NullLocator())
+
+
+def _decades(top: float, least: float) -> list[float]:
+    """0, and the powers of ten outside of the linear part, on both sides."""
+    last = math.floor(math.log10(top))
+    powers = [10.0**k for k in range(last - 1, last + 1) if 10.0**k > least]
+    return [*(-power for power in reversed(powers)), 0.0, *powers]
+
+
+def _caption(
+    table: pd.DataFrame, data: pd.DataFrame, panels: Sequence[Panel], rows: Mapping[str, bool]
+) -> str:
+    kinds = set(data["kind"])
+    words = []
+    if any(panel.signed for panel in panels):
+        words.append("Orange: the right token lost probability; purple: it gained.")
+    if any(rows.values()):
+        words.append("Below the line: controls in the same slots.")
+    if "zero" in kinds:
+        words.append("White: exactly 0.")
+    if "unclear" in kinds:
+        words.append("Pale grey: the 95 % interval holds 0.")
+    if "missing" in kinds:
+        words.append("Hatched grey: not applicable, or not measured.")
+    words.append(f"The {NAMED} largest numbers of a panel are written in.")
+    words.append(f"Run {' '.join(table['run_id'].unique())}.")
+    return " ".join(words)

@@ -1,0 +1,115 @@
+"""The figures of each kind of run: what draws them, what gives their numbers, and how to read them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from mismatch.report import atlas, controls, heatmap, position, probes, profile
+from mismatch.run import Run
+
+
+@dataclass(frozen=True)
+class Plate:
+    """One figure of the report: what draws it, what gives its numbers, and how to read it."""
+
+    name: str
+    title: str
+    function: Callable[..., Figure]
+    numbers: Callable[..., pd.DataFrame]
+    reading: str
+    planned: bool = False
+    """The drawing asks for the plan."""
+
+    def draw(self, run: Run) -> Figure:
+        plan = {"plan": run.plan} if self.planned else {}
+        return self.function(run.table, dictionary=run.dictionary, **plan)
+
+    def data(self, run: Run) -> pd.DataFrame:
+        return self.numbers(run.table, dictionary=run.dictionary)
+
+
+PLATES: tuple[Plate, ...] = (
+    Plate(
+        "output_shift",
+        "Output shift beside the controls",
+        controls.output_shift,
+        controls.output_data,
+        "Left: how far each student's prediction is from the teacher's. zero deletes the part, mean "
+        "replaces it by its average: a swap that is not to their left has not yet earned its place. "
+        "Right: the same as paired differences; a whisker that crosses 0 does not tell them apart.",
+    ),
+    Plate(
+        "shift_heatmap",
+        "Where the shift is",
+        heatmap.heatmap,
+        heatmap.heatmap_data,
+        "Read each panel from left (input) to right (output), and from top to bottom in the order in "
+        "which a block computes. Darker is further from the teacher. White before the swap is the "
+        "proof that only the swap acts. attn_out and mlp_out are what a block adds; resid_mid and "
+        "resid_post are the stream after it was added. A dark update over a pale stream is a large "
+        "error of a small correction.",
+    ),
+    Plate(
+        "depth_profile",
+        "Does it heal or grow?",
+        profile.depth_profile,
+        profile.depth_profile_data,
+        "Each line starts at the first layer that differs. A falling line: the layers behind repair "
+        "the stream. A rising line: they amplify. Compare the swap with zero and mean at the same "
+        "layer. rel_l2 is about vectors, lens_kl about what they predict; they may disagree.",
+    ),
+    Plate(
+        "position",
+        "Which tokens suffer",
+        position.by_position,
+        position.by_position_data,
+        "A line that rises to the right means that late tokens suffer more: context or position was "
+        "lost. A jump at a dotted line comes from the border of a segment.",
+        planned=True,
+    ),
+)
+
+PROBE_PLATES = (
+    Plate(
+        "passkey",
+        "Passkey retrieval",
+        probes.passkey,
+        probes.passkey_data,
+        "Yellow is found, dark is lost. A column that is dark from some length on is a context that ends there; dark "
+        "rows are a depth that was forgotten. For a mechanism with segments look at how many segments lie between key "
+        "and question, not at the depth. The number tells how near a miss was: about -15 is not knowing the key.",
+        planned=True,
+    ),
+)
+
+
+SCAN_PLATES = (
+    Plate(
+        "atlas",
+        "Atlas: one layer replaced at a time",
+        atlas.atlas,
+        atlas.atlas_data,
+        "Each column is a layer, each row a mechanism, each panel a question. Read a row across: where is it cheap. "
+        "Read the panels down: a layer that is pale on text and dark on retrieval carries something that ordinary "
+        "text does not ask for, and should be kept. A mechanism no paler than `zero` in its column has not earned its "
+        "place there.",
+        planned=True,
+    ),
+)
+
+
+def kind(run: Run) -> str:
+    """What made the run: trace, probe or scan."""
+    return str(run.manifest.get("kind", "trace"))
+
+
+def plates(run: Run) -> tuple[Plate, ...]:
+    """The figures of a run: of a scan the atlas; of a trace its own, and those of the probes that were asked."""
+    if kind(run) == "scan":
+        return SCAN_PLATES
+    asked = tuple(p for p in PROBE_PLATES if p.name in probes.probes_of(run.table))
+    return asked if kind(run) == "probe" else (*PLATES, *asked)

@@ -1,0 +1,129 @@
+"""A scan in words: for every task and mechanism its worst and best layers, and how often it beats its controls."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import pandas as pd
+
+from mismatch.report.atlas import PANELS, Panel, atlas_data, students
+from mismatch.report.style import interval, number
+
+SHOWN = 3
+"""Layers named at either end."""
+
+ALONE, LEAST = 3.0, 0.5
+"""A layer carries a task alone when it costs at least so many times the next one, and at least so many nats."""
+
+ABLE = 0.5
+"""The teacher can do a task when it loses at most so much of what knowing nothing loses."""
+
+
+def scan_summary(table: pd.DataFrame, plan: Mapping[str, Any] | None = None) -> str:
+    """The end of a scan in a terminal; readable without colour.
+
+    Args:
+        table: the long table of a scan.
+        plan: the run's plan.json.
+    """
+    data = atlas_data(table)
+    rows = students(table, plan)
+    parts = [f"warning: {note}" for note in (plan or {}).get("notes", ())]
+    for panel in PANELS:
+        here = data[(data["task"] == panel.task) & (data["kind"] != "missing")]
+        if here.empty:
+            continue
+        parts += ["", f"{panel.title}, {panel.unit}{_teacher(table, panel)}"]
+        able = can(table, panel, plan)
+        if not able:
+            parts.append("  the original itself cannot do this: nothing follows from these numbers")
+        for name, control in rows.items():
+            cells = here[here["student"] == name]
+            parts += _lines(table, panel, name, cells, control, able and panel.signed)
+    return "\n".join(parts).strip("\n")
+
+
+def can(table: pd.DataFrame, panel: Panel, plan: Mapping[str, Any] | None) -> bool:
+    """Whether the teacher does a task well enough for its loss to mean anything; text always."""
+    chance = (plan or {}).get("tasks", {}).get(panel.task, {}).get("chance")
+    reads = _reads(table, panel)
+    return chance is None or reads is None or abs(reads) <= ABLE * chance
+
+
+def _reads(table: pd.DataFrame, panel: Panel) -> float | None:
+    reading = panel.stat.removesuffix("_minus_teacher")
+    rows = table[
+        (table["student"] == "teacher")
+        & (table["metric"] == panel.metric)
+        & (table["stat"] == reading)
+    ]
+    return None if rows.empty else float(rows["value"].iloc[0])
+
+
+def _teacher(table: pd.DataFrame, panel: Panel) -> str:
+    """What the teacher itself reads: it says how much can be lost."""
+    reads = _reads(table, panel)
+    return "" if reads is None else f"; the original reads {number(reads)}"
+
+
+def _lines(
+    table: pd.DataFrame,
+    panel: Panel,
+    name: str,
+    cells: pd.DataFrame,
+    control: bool,
+    carried: bool,
+) -> list[str]:
+    if cells.empty:
+        return [f"  {name}: nowhere measured"]
+    order = cells.sort_values("value", ascending=False, kind="stable")
+    title = f"  {name}" + (" (control)" if control else "")
+    if not order["value"].abs().any():
+        return [f"{title}: exactly 0 in all {len(order)} layers"]
+    worst = order.head(SHOWN)
+    rest = order.iloc[SHOWN:].tail(SHOWN).iloc[::-1]
+    lines = [title, f"    worst  {_named(worst)}{_alone(order) if carried else ''}"]
+    if len(rest):
+        lines.append(f"    best   {_named(rest)}")
+    lines += [f"    {text}" for text in _against(table, panel, name)]
+    return lines
+
+
+def _named(cells: pd.DataFrame) -> str:
+    return ",  ".join(
+        f"layer {cell.layer} {interval(cell.value, cell.lo, cell.hi)}"
+        for cell in cells.itertuples()
+    )
+
+
+def _alone(order: pd.DataFrame) -> str:
+    values = order["value"].to_numpy(dtype=float)
+    if len(values) < 3 or values[0] < LEAST or values[0] < ALONE * max(values[1], 0.0):
+        return ""
+    return f"  <- layer {order['layer'].iloc[0]} alone carries it"
+
+
+def _against(table: pd.DataFrame, panel: Panel, name: str) -> list[str]:
+    """In how many layers it is better or worse than a control, as far as the paired intervals say."""
+    stem = panel.stat.removesuffix("_minus_teacher") + "_minus_"
+    mine = table[
+        (table["stage"] == "scan")
+        & (table["metric"] == panel.metric)
+        & (table["student"] == name)
+        & (table["position"] == "all")
+        & table["layer"].notna()
+        & table["stat"].str.startswith(stem)
+        & (table["stat"] != panel.stat)
+    ]
+    found = []
+    for stat, rows in mine.groupby("stat", sort=False):
+        lo, hi = rows["lo"] * panel.sign, rows["hi"] * panel.sign
+        if panel.sign < 0:
+            lo, hi = hi, lo
+        better, worse = int((hi < 0).sum()), int((lo > 0).sum())
+        found.append(
+            f"against {stat.removeprefix(stem)}: better in {better} layers, worse in {worse}, "
+            f"not told apart in {len(rows) - better - worse}"
+        )
+    return found

