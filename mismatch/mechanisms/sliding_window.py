@@ -8,11 +8,12 @@ The window is that of Mistral (arXiv 2310.06825, section 2), the sinks are those
 (arXiv 2309.17453, section 3). Global tokens are every k-th token, read by every later query: the
 causal half of the global attention of Longformer (arXiv 2004.05150, section 3.1) and BigBird (arXiv
 2007.14062, section 2). There a global token also reads everything; here its own query has the
-window of any other, as in the fixed pattern of the Sparse Transformer (arXiv 1904.10509). Only the mask changes: projections, rotary embedding and scores are the host's, at their true
-positions (StreamingLLM renumbers positions inside its cache; within the trained length that is not
-needed). The KV cache is the host's too and is not cut, so this measures what a window loses, not
-what it saves. Padding is respected: j counts from the first REAL token of each row. Inherited:
-everything. New, dropped: nothing.
+window of any other, as in the fixed pattern of the Sparse Transformer (arXiv 1904.10509). Only the
+mask changes: projections, rotary embedding and scores are the host's, at their true positions
+(StreamingLLM renumbers positions inside its cache; within the trained length that is not needed).
+The KV cache is the host's too and is not cut, so this measures what a window loses, not what it
+saves. Padding is respected: j counts from the first REAL token of each row. Inherited: everything.
+New, dropped: nothing.
 """
 
 from __future__ import annotations
