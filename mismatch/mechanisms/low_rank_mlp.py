@@ -5,8 +5,8 @@
 The best approximation of rank r in the Frobenius norm (Eckart and Young, 1936): of the weights, not
 of what they do to the activations that come. Cost: a matrix of m x n takes r (m + n) values and as
 many multiplications, less than m n only while r < m n / (m + n) (419 for SmolLM2's 576 x 1536); the
-plan says so where it is more. The decomposition itself is done once, in float32 at least. Inherited:
-biases and the nonlinearity. New: the two factors of each matrix. Dropped: the matrices.
+plan says so where it is more. The decomposition itself is done once, in float32 at least.
+Inherited: biases and the nonlinearity. New: the two factors of each matrix. Dropped: the matrices.
 """
 
 from __future__ import annotations

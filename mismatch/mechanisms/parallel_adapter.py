@@ -2,12 +2,12 @@
 
     y = original(x) + s A(x),   A(x) = W_up f(W_down x + b_down) + b_up
 
-Source: He et al., arXiv 2110.04366 (table 1: "scaled parallel adapter"; their best is at the MLP). In
-their summarisation runs s = 4, f = relu, and a bottleneck of 512 in a model of 1024, which is
-reduction 2. Their models have the norms behind the sublayers, so that x is the stream; here x is what
-the part is called with, behind the norm in front of it where there is one. W_down starts as in LoRA and W_up at 0, which
-is the published start and the identity. Inherited: everything. New: W and b; with `learned_scale` s.
-Dropped: nothing.
+Source: He et al., arXiv 2110.04366 (table 1: "scaled parallel adapter"; their best is at the MLP).
+In their summarisation runs s = 4, f = relu, and a bottleneck of 512 in a model of 1024, which is
+reduction 2. Their models have the norms behind the sublayers, so that x is the stream; here x is
+what the part is called with, behind the norm in front of it where there is one. W_down starts as in
+LoRA and W_up at 0, which is the published start and the identity. Inherited: everything. New: W and
+b; with `learned_scale` s. Dropped: nothing.
 """
 
 from __future__ import annotations

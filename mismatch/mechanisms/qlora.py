@@ -3,12 +3,13 @@
     y = dequant(W4) x + s B A x,   W4 = NF4(W): blocks of 64 values, one of 16 levels each, times the
                                    block's largest magnitude
 
-Source: Dettmers et al., arXiv 2305.14314 (section 3: NF4, double quantisation). The 4-bit arithmetic
-is bitsandbytes', the adapter peft's, as in `lora`. W4 and its scales are buffers, made once and never
-trained, so a checkpoint is an ordinary one; the teacher's tensors are not touched. Gradients go
-through W4 to the input, by dequantising again. The paged optimiser of the paper is a matter of
-training and not here. Inherited: biases and every matrix that is no target. New: A, B (with dora m),
-and W4, a quarter of bfloat16's bytes. Dropped: the targets' weights. Needs the extra `qlora`.
+Source: Dettmers et al., arXiv 2305.14314 (section 3: NF4, double quantisation). The 4-bit
+arithmetic is bitsandbytes', the adapter peft's, as in `lora`. W4 and its scales are buffers, made
+once and never trained, so a checkpoint is an ordinary one; the teacher's tensors are not touched.
+Gradients go through W4 to the input, by dequantising again. The paged optimiser of the paper is a
+matter of training and not here. Inherited: biases and every matrix that is no target. New: A, B
+(with dora m), and W4, a quarter of bfloat16's bytes. Dropped: the targets' weights. Needs the extra
+`qlora`.
 """
 
 from __future__ import annotations
