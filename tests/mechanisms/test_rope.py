@@ -384,3 +384,10 @@ def test_positions_that_jump_are_followed():
     given = {"attention_mask": mask, "position_ids": 2 * positions(mask)}
     student = swap(model, "all:rope(type=linear, factor=2)").model
     torch.testing.assert_close(student(ids, **given).logits, model(ids).logits, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("mixer", ["rwkv", "short_conv", "mamba2"])
+def test_over_a_mixer_that_rotates_nothing_it_is_refused(mixer):
+    for call in ("nope", "yarn(factor=4)"):
+        with pytest.raises(SurgeryError, match="has no rotary embedding to"):
+            swap(tiny("llama"), f"layer1:{mixer}; layer1:{call}")
