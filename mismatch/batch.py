@@ -159,14 +159,14 @@ class Batch:
             states: by student, the teacher's included, `tokens d_model`.
             tokens: target, document and position of each row.
         """
-        teacher = _log_probs(self.teacher, states[TEACHER])
+        teacher = log_probs(self.teacher, states[TEACHER])
         device, size = teacher.device, len(teacher) // len(layers)
         target, doc, position = (t.to(device) for t in tokens)
         pairs: dict[int, LogitPair] = {}
         for name, state in states.items():
             if name == TEACHER:
                 continue
-            student = _log_probs(self._layout(name), state).to(device)
+            student = log_probs(self._layout(name), state).to(device)
             for index, layer in enumerate(layers):
                 part = slice(index * size, (index + 1) * size)
                 if layer in pairs:
@@ -183,7 +183,8 @@ class Batch:
         return self.collector.teacher if name == FLOOR else self.collector.students[name]
 
 
-def _log_probs(layout: Layout, final: Tensor) -> Tensor:
+def log_probs(layout: Layout, final: Tensor) -> Tensor:
+    """Float32 log-probabilities, `tokens vocab`, of final states, `tokens d_model`."""
     logits = layout.head(final).float()
     if logits.device.type != "cpu":
         return logits.log_softmax(-1)

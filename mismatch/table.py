@@ -42,7 +42,13 @@ class Column:
 
 COLUMNS = (
     Column("run_id", pa.string(), "str", False, "model, swap and hash of the settings"),
-    Column("stage", pa.string(), "str", False, "surgery: after the swap; repair: while mending it"),
+    Column(
+        "stage",
+        pa.string(),
+        "str",
+        False,
+        "surgery: after the swap; scan: one layer at a time; repair: while mending it",
+    ),
     Column("step", pa.int64(), "int64", False, "training step of the stage; 0 for surgery"),
     Column(
         "mode",
@@ -57,9 +63,15 @@ COLUMNS = (
         "str",
         False,
         "swap, the name of a control, or floor (the teacher against itself in another batch shape); "
-        "of a probe also teacher, the untouched model itself",
+        "of a probe also teacher, the untouched model itself; of a scan the mechanism",
     ),
-    Column("layer", pa.int16(), "Int16", True, "0-based; empty for final and logits"),
+    Column(
+        "layer",
+        pa.int16(),
+        "Int16",
+        True,
+        "0-based; empty for final and logits; of a scan the swapped layer",
+    ),
     Column("site", pa.string(), "str", False, "place of measurement: " + " ".join(SITES)),
     Column("head", pa.int16(), "Int16", True, "0-based; empty where a number is not of one head"),
     Column("position", pa.string(), "str", False, "all, or 0-based inclusive token range: 64-127"),
