@@ -1,0 +1,144 @@
+"""mamba2: a state space in place of attention; its state is one matrix per head, decayed by one number per token.
+
+Source: arXiv 2405.21060 (Dao, Gu), sections 5 to 7; the mixer is transformers' `Mamba2Mixer`. Per head, x, B and C
+after a causal convolution over the last `conv` tokens and a SiLU:
+
+    h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t^T      state, head_dim x state; A < 0 and dt_t > 0 one number each
+    y_t = h_t C_t + D x_t
+    out = W_o (RMSNorm(y_t * silu(z_t)) * w)        z the gate; one norm per group of B and C
+
+init=inherit maps attention onto it as MambaInLlama does (arXiv 2408.15237, section 2.2): C from W_q, B from W_k, x from
+W_v, out by W_o, every query head with its own B, C and norm, keys and values repeated over their group. Without decay
+and norm this is attention without softmax. Position embedding is dropped; decay and convolution tell order. The
+convolution starts as "this token alone" (MambaInLlama draws it at random). On the trained toy (4 layers; 150 steps on
+layer 1's output, two seeds) the KL of 0.456 that `zero` costs became 0.085; with a random convolution 0.116, from a
+fresh layer of twice the width 0.097. Before training either is as bad as `zero` or worse.
+
+    inherit   Inherited: the projections and query/key norms. New: gate, dt, convolution, A, D, norm.
+              Dropped: position embedding, softmax, the module's scaling, softcap and window
+    fresh     the layer as the library makes it, `heads` heads of expand * d_model / heads, one B and C of width
+              `state` for all. Inherited: nothing. New: everything. Dropped: everything
+
+State in generate() on SmolLM2: 9 x 64 x 64 float32 and 4 x 1728 numbers of the model's dtype a row: 175,104 bytes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import Mamba2Config as LibraryConfig
+from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
+
+from mismatch.errors import SurgeryError
+from mismatch.mechanisms.base import Context
+from mismatch.mechanisms.mixers import Mixer, identity_taps, on_any_device
+
+Library = on_any_device(Mamba2Mixer)
+CHUNK = 64  # tokens computed at once; more only takes more memory on a CPU
+EXPAND, STATE = (
+    2,
+    64,
+)  # of a fresh layer: the library's expansion, and a state that fits a small model
+
+
+@dataclass(frozen=True)
+class Mamba2Config:
+    init: Literal["inherit", "fresh"] = "inherit"
+    """Around the attention's own projections, or a new layer."""
+    conv: Annotated[int, "2..4"] = 4
+    """Tokens that the convolution sees."""
+    state: Annotated[int, ">= 1"] | None = None
+    """Width of B and C; fresh: 64. An inherited one has the attention's head_dim."""
+    expand: Annotated[int, ">= 1"] | None = None
+    """Inner width over d_model; fresh: 2. An inherited one has the attention's heads."""
+    heads: Annotated[int, ">= 1"] | None = None
+    """Heads of a fresh layer; none: as many of the attention's head_dim as fit."""
+
+
+class Mamba2(Mixer):
+    """Mamba-2 around the attention's projections, or fresh."""
+
+    Config = Mamba2Config
+    slots = ("attn",)
+    identity = "none: softmax attention is no state space (parallel(mamba2, alpha=0) starts as the original)"
+    state = (
+        "per row and head one matrix (head_dim x state) in float32, and the last `conv` columns of "
+        "x, B and C; whatever the length"
+    )
+    source = "arXiv 2405.21060; inherited as in arXiv 2408.15237; transformers' Mamba2Mixer"
+
+    def __init__(self, original: nn.Module, config: Mamba2Config, context: Context) -> None:
+        """Raises:
+        SurgeryError: sizes that an inherited layer takes from the attention, or that do not divide.
+        """
+        super().__init__(original, config, context)
+        self.mixer = self.drawn("mixer", self._mixer)
+        if self.inherits:
+            d_model, heads = context.d_model, self.n_heads
+            self.gate = self.drawn("gate", lambda: nn.Linear(d_model, self.width, bias=False))
+            self.step = self.drawn("step", lambda: nn.Linear(d_model, heads, bias=False))
+
+    def _mixer(self) -> nn.Module:
+        mixer = Library(
+            LibraryConfig(
+                **self._sizes(),
+                conv_kernel=self.settings.conv,
+                chunk_size=CHUNK,
+                num_hidden_layers=1,
+            ),
+            layer_idx=0,
+        )
+        if self.inherits:
+            mixer.in_proj, mixer.out_proj = nn.Identity(), nn.Identity()
+            identity_taps(mixer.conv1d)
+        return mixer
+
+    def _sizes(self) -> dict[str, int]:
+        config, where = self.settings, self.context.where
+        if self.inherits:
+            given = {name: getattr(config, name) for name in ("state", "expand", "heads")}
+            given = {name: value for name, value in given.items() if value is not None}
+            if given:
+                raise SurgeryError(
+                    f"{where}: an inherited mamba2 has the sizes of the attention "
+                    f"({self.n_heads} heads, state {self.head_dim}); got "
+                    + ", ".join(f"{name}={value}" for name, value in given.items()),
+                    hint="leave them out, or init=fresh",
+                )
+            return {
+                "hidden_size": self.width,
+                "expand": 1,
+                "num_heads": self.n_heads,
+                "head_dim": self.head_dim,
+                "n_groups": self.n_heads,
+                "state_size": self.head_dim,
+            }
+        expand = config.expand or EXPAND
+        inner = expand * self.width
+        heads = config.heads or max(1, inner // self.head_dim)
+        if inner % heads:
+            raise SurgeryError(
+                f"{where}: the inner width of mamba2, expand * d_model = {expand} * {self.width} = "
+                f"{inner}, does not divide into {heads} heads",
+                hint=f"pass heads=N, N a divisor of {inner}",
+            )
+        return {
+            "hidden_size": self.width,
+            "expand": expand,
+            "num_heads": heads,
+            "head_dim": inner // heads,
+            "n_groups": 1,
+            "state_size": config.state or STATE,
+        }
+
+    def columns(self, x: Tensor) -> Tensor:
+        """gate, x, B, C, dt: `batch pos 4*H*D + H`."""
+        if not self.inherits:
+            return x
+        q, k, v = self.qkv(x)
+        return torch.cat(
+            [self.gate(x), self.flat(v), self.flat(k), self.flat(q), self.step(x)], dim=-1
+        )

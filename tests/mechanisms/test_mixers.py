@@ -1,0 +1,464 @@
+"""The mixers of transformers in the place of attention: each against its definition, against the
+library's own class, and against itself fed in other ways."""
+
+from __future__ import annotations
+
+import copy
+import types
+
+import pytest
+import reference_mixers as reference
+import torch
+from reference_mixers import convolved
+from tiny_models import in_chunks, part, positions, swap, tiny, tokens
+from torch import nn
+from transformers import DynamicCache
+from transformers.models.lfm2.modeling_lfm2 import Lfm2ShortConv
+from transformers.models.mamba.modeling_mamba import MambaMixer
+from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
+from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextGatedDeltaNet
+
+from mismatch.errors import SurgeryError
+from mismatch.mechanisms.mixers import States, by_device, on_any_device
+
+HEADS, KV, DIM, D_MODEL = 4, 2, 8, 24
+CALLS = (
+    "mamba2",
+    "mamba2(conv=2)",
+    "mamba2(init=fresh, state=5, heads=3)",
+    "gated_deltanet",
+    "gated_deltanet(init=fresh, conv=3)",
+    "mamba",
+    "mamba(state=3, expand=1, conv=2)",
+    "short_conv",
+    "short_conv(conv=4)",
+)
+RECURRENT = ("mamba2", "gated_deltanet", "mamba")
+
+
+def name_of(call):
+    return call.split("(")[0]
+
+
+def lone(call, seed=1, **changes):
+    """The mechanism of layer 1 of a tiny llama, with weights that are not at their start."""
+    model = tiny("llama", seed=seed, **changes)
+    mixer = part(swap(model, f"layer1:{call}", seed=seed))
+    with torch.no_grad():
+        for parameter in mixer.mixer.parameters():
+            parameter.add_(0.2 * torch.randn(parameter.shape, generator=gen(parameter.numel())))
+    return mixer.eval()
+
+
+def gen(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+def stream(batch, length, seed=0):
+    return torch.randn(batch, length, D_MODEL, generator=gen(seed))
+
+
+def by_hand(mixer, call, x):
+    """Output and last state by the definition; what goes where is written out here once more."""
+    own = {name: p for name, p in mixer.mixer.named_parameters()}
+
+    def heads_of(projection, repeat):
+        y = x @ projection.weight.T + projection.bias
+        y = y.unflatten(-1, (-1, DIM))
+        order = [h // (HEADS // KV) if repeat else h for h in range(HEADS)]
+        return y[:, :, order]
+
+    name, inherits = name_of(call), mixer.inherits
+    if inherits:
+        q = heads_of(mixer.q_proj, False)
+        k, v = heads_of(mixer.k_proj, True), heads_of(mixer.v_proj, True)
+    if name == "mamba2":
+        sizes = {"heads": HEADS, "head_dim": DIM, "groups": HEADS, "state": DIM}
+        if inherits:
+            z, dt = x @ mixer.gate.weight.T, x @ mixer.step.weight.T
+            columns = torch.cat([z, v.flatten(2), k.flatten(2), q.flatten(2), dt], dim=-1)
+        else:
+            sizes = {"heads": 3, "head_dim": 16, "groups": 1, "state": 5}
+            columns = x @ own["in_proj.weight"].T
+        heads, state = reference.mamba2(columns, own, **sizes)
+    elif name == "gated_deltanet":
+        if inherits:
+            z = (x @ mixer.gate.weight.T).unflatten(-1, (HEADS, DIM))
+            qkvz = torch.stack([q, k, v, z], dim=-2).flatten(2)
+            ba = x @ mixer.write.weight.T
+        else:
+            qkvz, ba = x @ own["in_proj_qkvz.weight"].T, x @ own["in_proj_ba.weight"].T
+        columns = torch.cat([qkvz, ba], dim=-1)
+        heads, state = reference.gated_deltanet(columns, own, heads=HEADS, head_dim=DIM)
+    elif name == "mamba":
+        heads, state = reference.mamba(x @ own["in_proj.weight"].T, own, state=mixer.settings.state)
+    else:
+        heads, state = reference.short_conv(x @ own["in_proj.weight"].T, own)
+    if inherits:
+        return heads @ mixer.o_proj.weight.T + mixer.o_proj.bias, state
+    return heads @ own["out_proj.weight"].T, state
+
+
+def run(mixer, x, cache=None, mask=None):
+    mixer.context.host.mask = mask
+    return mixer(hidden_states=x, past_key_values=cache)[0]
+
+
+def rows_after(mixer, x, mask=None):
+    cache = DynamicCache()
+    out = run(mixer, x, cache, mask)
+    return out, cache.layers[1].rows
+
+
+# the definition ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("length", [1, 3, 70])
+@pytest.mark.parametrize("call", CALLS)
+def test_output_and_state_are_those_of_the_definition(call, length):
+    """70 tokens: more than one chunk of the fast paths."""
+    mixer, x = lone(call), stream(2, length)
+    with torch.no_grad():
+        wanted, state = by_hand(copy.deepcopy(mixer).double(), call, x.double())
+        got, rows = rows_after(mixer, x)
+    torch.testing.assert_close(got, wanted.float(), atol=2e-5, rtol=1e-4)
+    if state is not None:
+        assert rows["recurrent"].dtype == torch.float32
+        torch.testing.assert_close(rows["recurrent"], state.float(), atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_gradients_are_those_of_the_definition(call):
+    mixer, length = lone(call).requires_grad_(True), 70
+    weight = stream(2, length, seed=5)
+    exact = copy.deepcopy(mixer).double()
+    names = [n for n, _ in mixer.named_parameters()]
+    results = []
+    for module, forward in ((mixer, run), (exact, lambda m, x: by_hand(m, call, x)[0])):
+        x = stream(2, length).to(next(module.parameters()).dtype).requires_grad_(True)
+        loss = (forward(module, x) * weight).sum()
+        results.append(torch.autograd.grad(loss, [x, *(p for _, p in module.named_parameters())]))
+    for name, got, wanted in zip(["x", *names], *results, strict=True):
+        scale = wanted.abs().max().item()
+        assert scale > 0, name
+        torch.testing.assert_close(
+            got, wanted.float(), atol=3e-5 * scale, rtol=1e-3, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_it_is_the_librarys_mixer_run_alone(call):
+    """The same weights in transformers' own class, whole and without a cache."""
+    mixer, x = lone(call, attention_bias=False), stream(2, 70)
+    theirs = theirs_alone(mixer, call)
+    with torch.no_grad():
+        wanted = theirs(x)
+    torch.testing.assert_close(run(mixer, x), wanted, atol=1e-5, rtol=1e-4)
+
+
+def theirs_alone(mixer, call):
+    cls = {
+        "mamba2": Mamba2Mixer,
+        "gated_deltanet": Qwen3NextGatedDeltaNet,
+        "mamba": MambaMixer,
+        "short_conv": Lfm2ShortConv,
+    }[name_of(call)]
+    theirs = cls.__new__(cls)
+    nn.Module.__init__(theirs)
+    theirs.__dict__.update({k: v for k, v in vars(mixer.mixer).items() if not k.startswith("_")})
+    for name, module in mixer.mixer.named_children():
+        setattr(theirs, name, copy.deepcopy(module))
+    for name, parameter in mixer.mixer.named_parameters(recurse=False):
+        setattr(theirs, name, nn.Parameter(parameter.detach().clone()))
+    if mixer.inherits:
+        repeat = [h // (HEADS // KV) for h in range(HEADS)]
+
+        def rows(projection, order=range(HEADS)):
+            return projection.weight.detach().unflatten(0, (-1, DIM))[list(order)].flatten(0, 1)
+
+        q, gate = rows(mixer.q_proj), mixer.gate.weight
+        k, v = rows(mixer.k_proj, repeat), rows(mixer.v_proj, repeat)
+        if name_of(call) == "mamba2":
+            theirs.in_proj = linear(torch.cat([gate, v, k, q, mixer.step.weight]))
+        else:
+            heads = [w.unflatten(0, (HEADS, DIM)) for w in (q, k, v, gate)]
+            theirs.in_proj_qkvz = linear(torch.cat(heads, dim=1).flatten(0, 1))
+            theirs.in_proj_ba = linear(mixer.write.weight)
+        theirs.out_proj = linear(mixer.o_proj.weight)
+    return theirs.eval()
+
+
+def linear(weight):
+    made = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+    made.weight = nn.Parameter(weight.detach().clone())
+    return made
+
+
+def test_the_reference_convolution_is_torchs():
+    conv = nn.Conv1d(6, 6, 3, groups=6, padding=2)
+    x = torch.randn(2, 9, 6, generator=gen(0))
+    wanted = conv(x.transpose(1, 2))[..., :9].transpose(1, 2)
+    torch.testing.assert_close(convolved(x, conv.weight, conv.bias), wanted)
+
+
+@pytest.mark.parametrize("call", ["mamba2", "gated_deltanet"])
+def test_an_inherited_convolution_starts_as_this_token_alone(call):
+    mixer = part(swap(tiny("llama"), f"layer1:{call}")).mixer
+    x = torch.randn(2, mixer.conv1d.in_channels, 9, generator=gen(0))
+    assert torch.equal(mixer.conv1d(x)[..., :9], x)
+
+
+# the state -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_fed_in_pieces_it_is_the_whole_and_so_is_its_state(call):
+    mixer, x = lone(call), stream(2, 70)
+    with torch.no_grad():
+        whole, rows = rows_after(mixer, x)
+        for sizes in ([1] * 70, [1, 2, 67], [64, 6], [3, 1, 1, 40, 25]):
+            cache, out = DynamicCache(), []
+            for piece in x.split(sizes, dim=1):
+                out.append(run(mixer, piece, cache))
+            torch.testing.assert_close(torch.cat(out, 1), whole, atol=1e-4, rtol=1e-4)
+            assert cache.layers[1].get_seq_length() == 70
+            assert cache.layers[1].rows.keys() == rows.keys()
+            for name, value in cache.layers[1].rows.items():
+                torch.testing.assert_close(value, rows[name], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("size", [23, 6, 1])
+@pytest.mark.parametrize("call", CALLS)
+def test_a_padded_row_is_the_row_alone_and_so_is_its_state(call, size):
+    """Pads left, right, in between, everywhere; in pieces a whole piece of a row may be pads."""
+    mixer, length = lone(call), 23
+    mask = torch.ones(7, length, dtype=torch.long)
+    mask[1, :5] = 0
+    mask[2, 18:] = 0
+    mask[3, 9:16] = 0
+    mask[4, :13] = mask[4, 20:] = 0
+    mask[5, 2:] = 0
+    mask[6] = 0
+    x = stream(7, length)
+    x[mask == 0] = 1e3
+    cache, out = DynamicCache(), []
+    with torch.no_grad():
+        for start in range(0, length, size):
+            end = min(start + size, length)
+            out.append(run(mixer, x[:, start:end], cache, mask[:, :end]))
+        out = torch.cat(out, 1)
+        rows = cache.layers[1].rows
+        assert cache.layers[1].seen.tolist() == mask.sum(1).tolist()
+        assert cache.layers[1].get_seq_length() == length
+        for row in range(6):
+            real = mask[row] == 1
+            alone, state = rows_after(mixer, x[row : row + 1, real])
+            torch.testing.assert_close(out[row, real], alone[0], atol=1e-4, rtol=1e-4)
+            for name, value in state.items():
+                torch.testing.assert_close(rows[name][row], value[0], atol=1e-4, rtol=1e-4)
+    assert all(not value[6].any() for value in rows.values())
+    assert out.isfinite().all()
+
+
+@pytest.mark.parametrize("call", ["mamba2", "gated_deltanet", "mamba", "short_conv"])
+def test_gradients_flow_through_a_padded_batch_as_through_its_rows(call):
+    mixer, mask = lone(call).requires_grad_(True), torch.ones(2, 9, dtype=torch.long)
+    mask[0, :4] = 0
+    weight = stream(2, 9, seed=3) * mask[..., None]
+    parameters = list(mixer.parameters())
+    together = torch.autograd.grad((run(mixer, stream(2, 9), mask=mask) * weight).sum(), parameters)
+    a = (run(mixer, stream(2, 9)[:1, 4:]) * weight[:1, 4:]).sum()
+    b = (run(mixer, stream(2, 9)[1:]) * weight[1:]).sum()
+    for got, wanted in zip(together, torch.autograd.grad(a + b, parameters), strict=True):
+        torch.testing.assert_close(got, wanted, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_what_the_cache_holds_is_not_changed_by_the_next_call(call):
+    mixer, cache = lone(call), DynamicCache()
+    run(mixer, stream(2, 5), cache)
+    held = dict(cache.layers[1].rows)
+    before = {name: value.clone() for name, value in held.items()}
+    for length in (1, 3):
+        run(mixer, stream(2, length), cache)
+    assert all(torch.equal(held[name], before[name]) for name in before)
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_the_state_does_not_grow_and_holds_no_view_of_the_prompt(call):
+    mixer = lone(call)
+    (_, short), (_, long) = (rows_after(mixer, stream(2, n)) for n in (7, 90))
+    assert {k: v.shape for k, v in short.items()} == {k: v.shape for k, v in long.items()}
+    assert all(x.untyped_storage().nbytes() == x.numel() * x.element_size() for x in long.values())
+    assert ("recurrent" in long) == (name_of(call) in RECURRENT)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "olmo2", "gpt_neox"])
+@pytest.mark.parametrize("call", ["mamba2", "gated_deltanet", "mamba", "short_conv"])
+def test_with_every_layer_swapped_generate_goes_on_as_it_should(family, call):
+    """No attention is left that could report a length; beams, left padding, chunks."""
+    model = swap(tiny(family), f"all:{call}").model.requires_grad_(False)
+    ids, mask = tokens(2, 11), torch.ones(2, 11, dtype=torch.long)
+    ids[0, :3] = mask[0, :3] = 0
+    settings = {"max_new_tokens": 6, "num_beams": 3, "do_sample": False, "pad_token_id": 0}
+    settings |= {"output_scores": True, "return_dict_in_generate": True}
+    cached = model.generate(ids, attention_mask=mask, use_cache=True, **settings)
+    plain = model.generate(ids, attention_mask=mask, use_cache=False, **settings)
+    assert torch.equal(cached.sequences, plain.sequences)
+    for a, b in zip(cached.scores, plain.scores, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-3, rtol=0)
+    whole = model(ids, attention_mask=mask, position_ids=positions(mask)).logits
+    for size in (1, 4):
+        pieces = in_chunks(model, ids, size, mask)
+        torch.testing.assert_close(pieces[mask == 1], whole[mask == 1], atol=1e-3, rtol=0)
+
+
+# weights -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "call, kept",
+    [
+        ("mamba2", {"q_proj", "k_proj", "v_proj", "o_proj"}),
+        ("gated_deltanet", {"q_proj", "k_proj", "v_proj", "o_proj"}),
+        ("mamba2(init=fresh)", set()),
+        ("gated_deltanet(init=fresh)", set()),
+        ("mamba", set()),
+        ("short_conv", set()),
+    ],
+)
+def test_what_is_inherited_is_the_teachers_own(call, kept):
+    model = tiny("llama")
+    student = swap(model, f"layer1:{call}")
+    clause = student.plan.clauses[0]
+    assert {name.split(".")[0] for name in clause.inherited} == kept
+    assert clause.inherited.keys() | clause.dropped.keys() == {
+        name for name, _ in model.model.layers[1].self_attn.named_parameters()
+    }
+    for name in clause.inherited:
+        theirs = model.model.layers[1].self_attn.get_parameter(name)
+        assert part(student).get_parameter(name) is theirs
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_draws_depend_on_seed_and_place_and_leave_the_generator_alone(call):
+    model = tiny("llama")
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    student = swap(model, f"layer1:{call}; layer2:{call}", seed=7)
+    assert torch.equal(torch.get_rng_state(), before)
+    here = dict(part(student, 1).named_parameters())
+    there = dict(part(student, 2).named_parameters())
+    other = dict(part(swap(model, f"layer1:{call}", seed=8), 1).named_parameters())
+    drawn = [n for n in student.plan.clauses[0].new_parameters if "proj" in n or "gate" in n]
+    assert drawn
+    assert not any(torch.equal(here[n], there[n]) or torch.equal(here[n], other[n]) for n in drawn)
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_built_without_weights_it_takes_them_all_from_a_state_dict(call):
+    real = lone(call)
+    with torch.device("meta"):
+        model = tiny("llama")
+    empty = part(swap(model, f"layer1:{call}"))
+    assert all(t.device.type == "meta" for t in [*empty.parameters(), *empty.buffers()])
+    empty.load_state_dict(real.state_dict(), assign=True)
+    x = stream(2, 9)
+    assert torch.equal(run(empty.eval(), x), run(real, x))
+
+
+def test_deltanet_remembers_for_more_than_a_token_at_the_start():
+    """As flash-linear-attention draws it; transformers' own dt_bias of 1 forgets at once."""
+    model = tiny("llama", hidden_size=128, num_attention_heads=64, num_key_value_heads=64)
+    mixer = part(swap(model, "layer1:gated_deltanet")).mixer
+    with torch.no_grad():
+        keep = (-mixer.A_log.exp() * nn.functional.softplus(mixer.dt_bias)).exp()
+        library = (-mixer.A_log.exp() * nn.functional.softplus(torch.ones(64))).exp()
+    step = nn.functional.softplus(mixer.dt_bias)
+    assert step.min() >= 0.001 * 0.99
+    assert step.max() <= 0.1 * 1.01
+    assert keep.median() > 0.7
+    assert library.median() < 0.01
+
+
+# devices -------------------------------------------------------------------------------------
+
+
+def broken(*_args, **_kwargs):
+    raise RuntimeError("0 active drivers ([])")
+
+
+def test_kernels_that_need_a_gpu_are_not_called_on_a_cpu(monkeypatch):
+    """As it is with flash-linear-attention installed: transformers' own class fails, ours does not."""
+    module = __import__(Qwen3NextGatedDeltaNet.__module__, fromlist=["x"])
+    names = ("torch_chunk_gated_delta_rule", "torch_recurrent_gated_delta_rule")
+    names += ("causal_conv1d_fn", "causal_conv1d_update")
+    for name in names:
+        kernel = types.FunctionType(broken.__code__, globals(), name)
+        kernel.__wrapped__ = getattr(module, name).__wrapped__
+        monkeypatch.setattr(module, name, kernel)
+    mixer, x = lone("gated_deltanet(init=fresh)"), stream(2, 5)
+    with pytest.raises(RuntimeError, match="0 active drivers"):
+        theirs_alone(mixer, "gated_deltanet")(x)
+    wanted = run(mixer, x)
+    mixer.mixer.__class__ = on_any_device(Qwen3NextGatedDeltaNet)  # made with the kernels in place
+    cache = DynamicCache()
+    pieces = [run(mixer, piece, cache) for piece in x.split([3, 1, 1], dim=1)]
+    torch.testing.assert_close(torch.cat(pieces, 1), wanted, atol=1e-5, rtol=1e-4)
+    assert torch.equal(run(mixer, x), wanted)
+
+
+def test_elsewhere_the_kernel_is_called():
+    call = by_device(lambda x: "kernel", lambda x: "torch")
+    assert call(torch.zeros(1)) == "torch"
+    assert call(torch.zeros(1, device="meta")) == "kernel"
+
+
+def test_every_kernel_of_a_mixer_is_found():
+    """A name that transformers changes would bring its kernel back onto the CPU without a word."""
+    for cls, names in {
+        Mamba2Mixer: {"mamba2_chunk_scan", "mamba2_selective_state_update", "causal_conv1d_fn"},
+        MambaMixer: {"mamba_selective_scan", "mamba_selective_state_update", "causal_conv1d_fn"},
+        Qwen3NextGatedDeltaNet: {
+            "torch_chunk_gated_delta_rule",
+            "torch_recurrent_gated_delta_rule",
+            "causal_conv1d_update",
+        },
+        Lfm2ShortConv: {"causal_conv1d_fn", "causal_conv1d_update"},
+    }.items():
+        own = on_any_device(cls).forward.__globals__
+        assert all(own[name].__module__ == by_device.__module__ for name in names)
+
+
+# refusals ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        ("mamba2(state=16)", r"4 heads, state 8\); got state=16"),
+        ("mamba2(heads=2, expand=1)", "got expand=1, heads=2"),
+        (
+            "mamba2(init=fresh, heads=7)",
+            r"expand \* d_model = 2 \* 24 = 48, does not divide into 7",
+        ),
+    ],
+)
+def test_sizes_that_cannot_be_are_refused_before_weights_are_loaded(call, message):
+    with torch.device("meta"):
+        model = tiny("llama")
+    with pytest.raises(SurgeryError, match=message):
+        swap(model, f"layer1:{call}")
+
+
+def test_a_padding_mask_of_another_batch_is_refused():
+    with pytest.raises(SurgeryError, match=r"layer1\.attn: padding mask \(1, 3\) for an input"):
+        run(lone("mamba2"), stream(2, 3), mask=torch.tensor([[0, 1, 1]]))
+
+
+def test_states_answer_for_an_empty_cache_as_transformers_does():
+    states = States({})
+    assert states.get_conv_state(0) is states.get_recurrent_state(0) is None
+    x = torch.ones(1, 2, 2)
+    assert states.update_conv_state(x, 0, conv_kernel_size=4).shape == (1, 2, 6)
+    assert states.get_conv_state(0)[0, 0].tolist() == [0, 0, 1, 1]
