@@ -44,7 +44,10 @@ LENGTH = 21
 SOME = ("llama", "gemma3", "gpt2", "gpt_neox")  # where the families differ most
 BEGINS_AS_TEACHER = ("identity", "adapterplus", "houlsby", "lora", "parallel_adapter")
 ROTARY = ("nope", "partial_rope", "rope", "yarn")  # not for gpt2, nor for layers without rotary
-ATTENTION = ("infini", "linear_attention", "rwkv", "sliding_window", "nope", "parallel")  # what a family's attention can break
+# What a family's attention can break.
+ATTENTION = (
+    "gated_deltanet", "infini", "linear_attention", "mamba2", "nope", "parallel", "rwkv", "sliding_window",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
