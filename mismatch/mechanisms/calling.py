@@ -5,6 +5,7 @@
 | attention | keywords `hidden_states attention_mask position_ids past_key_values` ... | 2-tuple |
 | attention, gpt2 and gpt_neox | `hidden_states` positional; gpt_neox says `layer_past` | 2-tuple |
 | block | `hidden_states` positional, the rest as for attention | Tensor |
+| block, gpt2 | the cache positional too | Tensor |
 | mlp, norms, projections | one Tensor, positional | Tensor |
 """
 
@@ -13,6 +14,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
+from transformers.cache_utils import Cache
 
 CACHE_NAMES = ("past_key_values", "layer_past")
 
@@ -23,20 +25,22 @@ def hidden_in(args: tuple, kwargs: dict[str, Any]) -> Tensor:
     return args[0] if args else kwargs["hidden_states"]
 
 
-def cache_in(kwargs: dict[str, Any]) -> Any | None:
-    """The KV cache of this call, or None."""
+def cache_in(kwargs: dict[str, Any], args: tuple = ()) -> Any | None:
+    """The KV cache of this call, or None. Only a block can find it among `args`."""
     for name in CACHE_NAMES:
         if kwargs.get(name) is not None:
             return kwargs[name]
-    return None
+    return next((value for value in args if isinstance(value, Cache)), None)
 
 
-def with_cache(kwargs: dict[str, Any], cache: Any) -> dict[str, Any]:
-    """The same keywords with another cache under the same name."""
-    return {
+def with_cache(args: tuple, kwargs: dict[str, Any], cache: Any) -> tuple[tuple, dict[str, Any]]:
+    """The same call with another cache in its place."""
+    given = tuple(cache if isinstance(value, Cache) else value for value in args)
+    named = {
         name: cache if name in CACHE_NAMES and value is not None else value
         for name, value in kwargs.items()
     }
+    return given, named
 
 
 def first_of(output: Any) -> Tensor:

@@ -5,8 +5,8 @@
 The best approximation of rank r in the Frobenius norm (Eckart and Young, 1936): of the weights, not
 of what they do to the activations that come. Cost: a matrix of m x n takes r (m + n) values and as
 many multiplications, less than m n only while r < m n / (m + n) (419 for SmolLM2's 576 x 1536); the
-plan says so where it is more. The decomposition itself is done once, in float32 at least.
-Inherited: biases and the nonlinearity. New: the two factors of each matrix. Dropped: the matrices.
+plan says so where it is more. The decomposition itself is done once, in float64. Inherited: biases
+and the nonlinearity. New: the two factors of each matrix. Dropped: the matrices.
 """
 
 from __future__ import annotations
@@ -75,8 +75,7 @@ class Factored(nn.Module):
         if full.is_meta:
             down, up = full.new_empty(rank, full.shape[1]), full.new_empty(full.shape[0], rank)
         else:
-            wide = full.to(torch.promote_types(full.dtype, torch.float32))
-            u, s, vt = torch.linalg.svd(wide, full_matrices=False)
+            u, s, vt = torch.linalg.svd(full.double(), full_matrices=False)
             half = s[:rank].sqrt()
             down = (half[:, None] * vt[:rank]).to(full.dtype)
             up = (u[:, :rank] * half).to(full.dtype)

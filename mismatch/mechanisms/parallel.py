@@ -62,7 +62,7 @@ class Parallel(Wrapper):
         return self.inner.notes()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        cache, layer = cache_in(kwargs), self.context.layer
+        cache, layer = cache_in(kwargs, args), self.context.layer
         if cache is None or layer is None:
             output, inner = self.original(*args, **kwargs), self.inner(*args, **kwargs)
         else:
@@ -79,7 +79,8 @@ def _with_state(
     pair."""
     view = Cache(layers=[*cache.layers])
     view.layers[layer] = getattr(pair, side)
-    output = path(*args, **with_cache(kwargs, view))
+    given, named = with_cache(args, kwargs, view)
+    output = path(*given, **named)
     setattr(pair, side, view.layers[layer])  # a path may have put an entry of its own kind there
     return output
 

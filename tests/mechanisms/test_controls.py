@@ -164,6 +164,13 @@ def test_parallel_paths_keep_their_states_apart(family, inner):
     torch.testing.assert_close(in_chunks(student, ids, 6), student(ids).logits, atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_parallel_around_a_block_keeps_the_states_of_both_apart(family):
+    model, ids = tiny(family), tokens(2, 20)
+    student = swap(model, "layer0.block:parallel(random, alpha=0.5)").model
+    torch.testing.assert_close(in_chunks(student, ids, 6), student(ids).logits, atol=1e-4, rtol=0)
+
+
 def test_parallel_on_top_of_a_replacement():
     model, ids = tiny("llama"), tokens(2, 20)
     student = swap(model, "layer0:infini(segment=8); layer0:parallel(random, alpha=0.5)").model
