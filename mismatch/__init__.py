@@ -16,7 +16,9 @@ from typing import Any as _Any
 
 _PLACES = {
     "load": "mismatch.api",
+    "generate": "mismatch.api",
     "save_checkpoint": "mismatch.api",
+    "scan": "mismatch.api",
     "swap": "mismatch.api",
     "trace": "mismatch.api",
     "probe": "mismatch.api",

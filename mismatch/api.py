@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mismatch import probing, saving, spec
+from mismatch import generating, probing, saving, spec
 from mismatch.checking import (
     Check,
     check,
@@ -25,6 +25,7 @@ from mismatch.checking import (
 )
 from mismatch.config import ProbeConfig, TraceConfig
 from mismatch.errors import UsageError
+from mismatch.generating import Generated
 from mismatch.job import Job
 from mismatch.opening import (
     as_loaded,
@@ -40,20 +41,26 @@ from mismatch.ranks import Ranks, joined
 from mismatch.report.summary import plan_lines
 from mismatch.result import Probed, Result
 from mismatch.run import RunFolder, check_output
+from mismatch.scanning.result import Scanned
+from mismatch.scanning.start import scan, scan_command
 from mismatch.surgery import Student
 
 __all__ = [
     "Check",
     "Probed",
     "Result",
+    "Scanned",
     "Student",
     "Teacher",
     "check",
+    "generate",
     "load",
     "open_nnsight",
     "probe",
     "probe_command",
     "save_checkpoint",
+    "scan",
+    "scan_command",
     "swap",
     "trace",
     "trace_command",
@@ -64,7 +71,7 @@ def save_checkpoint(
     student: Student | Teacher,
     path: str | Path,
     *,
-    facts: Mapping[str, Any] | None = None,
+    extra: Mapping[str, Any] | None = None,
     overwrite: bool = False,
 ) -> Path:
     """Write a swapped model as an ordinary Hugging Face folder. Same as `student.save`.
@@ -75,7 +82,7 @@ def save_checkpoint(
     Args:
         student: from `swap`, or a checkpoint that was loaded.
         path: the folder to make.
-        facts: what should be known about these weights, such as how they were trained; becomes mismatch.json.
+        extra: what should be known about these weights, such as how they were trained; becomes mismatch.json.
         overwrite: replace a checkpoint that is there; nothing else is ever replaced.
 
     Raises:
@@ -84,9 +91,9 @@ def save_checkpoint(
         RunError: it cannot be written.
     """
     if isinstance(student, Student):
-        return student.save(path, facts=facts, overwrite=overwrite)
+        return student.save(path, extra=extra, overwrite=overwrite)
     return saving.save(
-        student.model, path, tokenizer=student.tokenizer, facts=facts, overwrite=overwrite
+        student.model, path, tokenizer=student.tokenizer, extra=extra, overwrite=overwrite
     )
 
 
@@ -124,6 +131,44 @@ def swap(
         seq_len=seq_len,
         batch_size=batch_size,
         seed=seed,
+    )
+
+
+def generate(
+    model: Any,
+    prompt: str,
+    *,
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    seed: int = 0,
+    chat: bool = False,
+    **options: Any,
+) -> Generated:
+    """Let a model, a student or a checkpoint continue a text: `.text` is the prompt and what follows.
+
+    Args:
+        model: a student, a teacher, or what `load` takes.
+        prompt: the text; with `chat` a message, and `.text` is the answer alone.
+        max_new_tokens: where it stops at the latest.
+        temperature: 0 takes the likeliest token each time.
+        seed: of the draws.
+        chat: put the prompt into the tokenizer's chat template.
+        options: as of `load`.
+
+    Raises:
+        UsageError: numbers out of range, an empty prompt, a text longer than the model's context, no chat template.
+        ModelError: as `load`.
+    """
+    generating.check(max_new_tokens, temperature)
+    speaker = model if isinstance(model, Student) else load(model, **options)
+    return generating.generate(
+        speaker.model,
+        speaker.tokenizer,
+        prompt,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        seed=seed,
+        chat=chat,
     )
 
 

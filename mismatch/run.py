@@ -260,7 +260,7 @@ def load_run(path: Path | str) -> Run:
     if not (path / "metrics.parquet").exists():
         raise RunError(
             f"the run in {path} has no numbers yet (status: {manifest['status']})",
-            hint=f"finish it: mismatch trace --resume {path}",
+            hint=f"finish it: mismatch {manifest.get('kind', 'trace')} --resume {path}",
         )
     return Run(
         path=path,
@@ -325,11 +325,21 @@ def _clear(path: Path) -> None:
                 target.unlink(missing_ok=True)
 
 
+def made_by(path: Path | str) -> str | None:
+    """The command that made a run, finished or not; None when there is no run.
+
+    Raises:
+        RunError: its manifest cannot be read.
+    """
+    path = Path(path)
+    return _read_manifest(path).get("kind", "trace") if (path / MANIFEST).is_file() else None
+
+
 def _read_manifest(path: Path) -> dict[str, Any]:
     if not (path / MANIFEST).is_file():
         raise RunError(
             f"there is no run in {path}: {MANIFEST} is missing",
-            hint="give the path of a folder that `mismatch trace` made",
+            hint="give the path of a folder that `mismatch trace`, `probe` or `scan` made",
         )
     manifest = _load(path / MANIFEST, None)
     if not isinstance(manifest, dict) or not {"run_id", "status"} <= manifest.keys():

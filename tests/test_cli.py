@@ -13,10 +13,14 @@ from pathlib import Path
 import pytest
 
 from mismatch import cli, config
-from mismatch.cli.parser import EXAMPLES, GROUPS, read
+from mismatch.cli.parser import EXAMPLES, GROUPS, PROBE_GROUPS, SCAN_GROUPS, read
 from mismatch.errors import MismatchError, NumericsError, RunError
+from mismatch.scanning.config import ScanConfig
 
-COMMANDS = ("trace", "check", "fetch", "report", "compare", "list", "explain", "env")
+COMMANDS = (
+    *("trace", "check", "probe", "scan", "generate"),
+    *("fetch", "report", "compare", "list", "explain", "env"),
+)
 TRACE = ["trace", "--model", "m", "--swap", "layer1:zero"]
 
 
@@ -148,7 +152,7 @@ def test_explain_of_nothing(capsys):
         (
             ["list", "metric"],
             "unknown what `metric`\n\nhint: did you mean `metrics`? available: "
-            "mechanisms, metrics, models, sites, texts",
+            "mechanisms, metrics, models, probes, sites, texts",
         ),
         (
             ["trace", "--tokns", "5"],
@@ -205,9 +209,16 @@ def test_help_opens_with_two_examples_that_parse(capsys, command):
             assert read(words[1:]).command == command
 
 
-def test_every_setting_is_a_flag_in_one_group():
-    names = [name for group in GROUPS.values() for name in group]
-    assert sorted(names) == sorted(config.fields())
+@pytest.mark.parametrize(
+    ("groups", "kind"),
+    [(GROUPS, config.TraceConfig), (PROBE_GROUPS, config.ProbeConfig), (SCAN_GROUPS, ScanConfig)],
+)
+def test_every_setting_is_a_flag_in_one_group(groups, kind):
+    names = [name for group in groups.values() for name in group]
+    assert sorted(names) == sorted(config.fields(kind))
+
+
+def test_a_flag_that_is_not_given_is_none():
     args = read(TRACE)
     assert all(
         getattr(args, name) is None for name in config.fields() if name not in ("model", "swap")

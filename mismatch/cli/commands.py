@@ -14,25 +14,19 @@ from typing import Any
 
 from mismatch import catalog, config
 from mismatch.cli.streams import first_rank, say
-from mismatch.errors import UsageError
+from mismatch.errors import NumericsError, UsageError
+from mismatch.scanning.config import ScanConfig
 
 
 def trace(args: Namespace) -> int:
-    file = args.config
-    if args.resume is not None:
-        if args.overwrite or file is not None:
-            given = "--overwrite" if args.overwrite else "--config"
-            raise UsageError(
-                f"--resume and {given} do not go together",
-                hint="--resume goes on with the settings in the run folder",
-            )
-        file = Path(args.resume) / "config.yaml"
+    resume = _resume(args)
+    file = args.config if resume is None else resume / "config.yaml"
     settings = config.load(file, _flags(args))
     from mismatch import api
 
     result = api.trace_command(
         settings,
-        resume=None if args.resume is None else Path(args.resume),
+        resume=resume,
         overwrite=args.overwrite,
         progress=not args.quiet and first_rank(),
     )
@@ -72,6 +66,27 @@ def probe(args: Namespace) -> int:
         print(result.summary())
         print(result.run_dir)
     return 0
+
+
+def scan(args: Namespace) -> int:
+    resume = _resume(args)
+    file = args.config if resume is None else resume / "config.yaml"
+    settings = config.load(file, _flags(args, ScanConfig), ScanConfig)
+    from mismatch import api
+
+    result = api.scan_command(
+        settings,
+        resume=resume,
+        overwrite=args.overwrite,
+        progress=not args.quiet and first_rank(),
+    )
+    if args.json:
+        rows = json.loads(result.cells.to_json(orient="records"))
+        _print_json({"run": str(result.run_dir), "cells": rows})
+    else:
+        print(result.summary())
+        print(result.run_dir)
+    return 0 if result.finite else NumericsError.exit_code
 
 
 def generate(args: Namespace) -> int:
@@ -184,6 +199,31 @@ def _machine() -> dict[str, Any]:
 
 def _flags(args: Namespace, kind: type[config.RunConfig] = config.TraceConfig) -> dict[str, Any]:
     return {name: getattr(args, name) for name in config.fields(kind)}
+
+
+def _resume(args: Namespace) -> Path | None:
+    """The run folder to go on with, once it is clear that this command may.
+
+    Raises:
+        UsageError: flags that do not go together, or a run of another command.
+    """
+    if args.resume is None:
+        return None
+    if args.overwrite or args.config is not None:
+        given = "--overwrite" if args.overwrite else "--config"
+        raise UsageError(
+            f"--resume and {given} do not go together",
+            hint="--resume goes on with the settings in the run folder",
+        )
+    from mismatch.run import made_by
+
+    kind = made_by(args.resume)
+    if kind not in (None, args.command):
+        raise UsageError(
+            f"the run in {args.resume} was made by `mismatch {kind}`",
+            hint=f"mismatch {kind} --resume {args.resume}",
+        )
+    return Path(args.resume)
 
 
 def _reached(limit: str | None, severities: Any) -> bool:

@@ -14,6 +14,7 @@ from mismatch.catalog import LISTS
 from mismatch.cli import commands
 from mismatch.errors import UsageError
 from mismatch.registry import did_you_mean
+from mismatch.scanning.config import ScanConfig
 
 GROUPS = {
     "model": ("model", "revision", "dtype", "device", "device_map"),
@@ -35,6 +36,16 @@ PROBE_GROUPS = {
 }
 """The same for a run of probes."""
 
+SCAN_GROUPS = {
+    "model": GROUPS["model"],
+    "cells": ("swap", "layers", "controls"),
+    "questions": ("tasks", "tokens", "seq_len", "scored", "samples", "length", "depth"),
+    "data": ("data", "calibration", "calibration_tokens", "batch_size", "seed"),
+    "output": ("output", "run_name"),
+    "dangerous": GROUPS["dangerous"],
+}
+"""The same for a scan."""
+
 EXAMPLES = {
     "trace": (
         'mismatch trace --model smollm2 --swap "layer12:infini"',
@@ -47,6 +58,10 @@ EXAMPLES = {
     "probe": (
         'mismatch probe --model smollm2 --swap "layer16:nope"',
         'mismatch probe --model smollm2 --swap "layer18:infini(segment=64)" --probes passkey,memory',
+    ),
+    "scan": (
+        'mismatch scan --model smollm2 --swap "infini(segment=64); nope; sliding_window(64, 1)"',
+        'mismatch scan --model smollm2 --swap "mlp:zero" --layers 0-9 --tasks text --tokens 2048',
     ),
     "generate": (
         'mismatch generate CHECKPOINT "Once upon a time"',
@@ -154,12 +169,17 @@ def _tree() -> tuple[Parser, dict[str, Parser]]:
         "probe",
         "Ask teacher and swapped model what text hides: copying, retrieval, position, memory.",
     )
+    scan = command(
+        "scan", "Put every mechanism into every layer, one layer at a time, and draw the atlas."
+    )
     _settings(check, GROUPS, config.fields())
     written = (
         _settings(trace, GROUPS, config.fields()),
+        _settings(scan, SCAN_GROUPS, config.fields(ScanConfig)),
         _settings(probe, PROBE_GROUPS, config.fields(config.ProbeConfig)),
     )
-    written[0].add_argument("--resume", metavar="RUN", help="go on with an interrupted run")
+    for group in written[:2]:
+        group.add_argument("--resume", metavar="RUN", help="go on with an interrupted run")
     for group in written:
         group.add_argument("--overwrite", action="store_true", help="replace the run in --output")
 
@@ -226,7 +246,9 @@ def _generate(parser: Parser) -> None:
     parser.add_argument(
         "--chat", action="store_true", help="TEXT is a message: use the model's chat template"
     )
-    parser.add_argument("--device", metavar="DEVICE", help="default: an accelerator if there is one")
+    parser.add_argument(
+        "--device", metavar="DEVICE", help="default: an accelerator if there is one"
+    )
     parser.add_argument(
         "--dtype", default="auto", metavar="TYPE", help="default: what the model was saved in"
     )
