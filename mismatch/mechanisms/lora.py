@@ -72,7 +72,8 @@ class LoRA(LowRankAdapted):
                 hint=f"take r <= {min(copy.weight.shape)}, or init=kaiming",
             )
         # Without weights there is nothing to decompose: placeholders of the right shape.
-        return self.with_lora(copy, path, True if copy.weight.is_meta else init)
+        empty = copy.weight.is_meta or self.context.restoring
+        return self.with_lora(copy, path, True if empty else init)
 
     def notes(self) -> tuple[str, ...]:
         if self.settings.init not in FROM_WEIGHT:

@@ -51,7 +51,7 @@ class LowRankMLP(Wrapper):
         super().__init__(tree, config, context)
         self._larger = []
         for path, layer in layers.items():
-            put(tree, path, Factored(layer, config.rank))
+            put(tree, path, Factored(layer, config.rank, context.restoring))
             m, n = matrix(layer).shape
             if config.rank * (m + n) > m * n:
                 self._larger.append(f"`{path}` ({m} x {n})")
@@ -66,14 +66,20 @@ class LowRankMLP(Wrapper):
 
 
 class Factored(nn.Module):
-    """`up @ down` in place of the weight of a linear layer, whose bias it shares."""
+    """`up @ down` in place of the weight of a linear layer, whose bias it shares.
 
-    def __init__(self, layer: nn.Module, rank: int) -> None:
+    Args:
+        layer: the linear layer.
+        rank: width of the product; at most the smaller side of the weight.
+        empty: zeros will do, the factors come out of a checkpoint.
+    """
+
+    def __init__(self, layer: nn.Module, rank: int, empty: bool = False) -> None:
         super().__init__()
         full = matrix(layer)
         rank = min(rank, *full.shape)
-        if full.is_meta:
-            down, up = full.new_empty(rank, full.shape[1]), full.new_empty(full.shape[0], rank)
+        if full.is_meta or empty:
+            down, up = full.new_zeros(rank, full.shape[1]), full.new_zeros(full.shape[0], rank)
         else:
             u, s, vt = torch.linalg.svd(full.double(), full_matrices=False)
             half = s[:rank].sqrt()

@@ -67,7 +67,8 @@ class QLoRA(LowRankAdapted):
         super().__init__(original, config, context)
 
     def adapted(self, layer: nn.Module, path: str) -> nn.Module:
-        return self.with_lora(NF4Linear(layer, self.settings.double), path)
+        empty = self.context.restoring
+        return self.with_lora(NF4Linear(layer, self.settings.double, empty), path)
 
 
 class NF4Linear(nn.Linear):
@@ -76,15 +77,20 @@ class NF4Linear(nn.Linear):
     Buffers: `packed` two values a byte; `absmax` the scales of the blocks. With double
     quantisation `absmax` is 8-bit, and `scale` and `offset` bring it back. Float32 numbers are kept
     as their bits in int32: a model that is cast to bfloat16 must not round them.
+
+    Args:
+        layer: the linear layer; its bias is shared.
+        double: keep the scales in 8 bits.
+        empty: zeros will do, the tensors come out of a checkpoint.
     """
 
-    def __init__(self, layer: nn.Module, double: bool) -> None:
+    def __init__(self, layer: nn.Module, double: bool, empty: bool = False) -> None:
         nn.Module.__init__(self)
         full = matrix(layer)
         self.out_features, self.in_features = full.shape
         self.dtype = full.dtype
         self.bias = layer.bias
-        tensors = _empty(full, double) if full.is_meta else _quantised(full, double)
+        tensors = _empty(full, double) if full.is_meta or empty else _quantised(full, double)
         for name, tensor in tensors.items():
             self.register_buffer(name, tensor if tensor.dtype == torch.uint8 else tensor.view(BITS))
 
@@ -134,14 +140,14 @@ def _empty(full: Tensor, double: bool) -> dict[str, Tensor]:
     blocks = math.ceil(full.numel() / BLOCK)
     byte = {"dtype": torch.uint8, "device": full.device}
     wide = {"dtype": torch.float32, "device": full.device}
-    tensors = {"packed": torch.empty(math.ceil(full.numel() / 2), 1, **byte)}
+    tensors = {"packed": torch.zeros(math.ceil(full.numel() / 2), 1, **byte)}
     if not double:
-        return tensors | {"absmax": torch.empty(blocks, **wide)}
+        return tensors | {"absmax": torch.zeros(blocks, **wide)}
     scales = {
-        "scale": torch.empty(math.ceil(blocks / SCALES), **wide),
-        "offset": torch.empty((), **wide),
+        "scale": torch.zeros(math.ceil(blocks / SCALES), **wide),
+        "offset": torch.zeros((), **wide),
     }
-    return tensors | {"absmax": torch.empty(blocks, **byte)} | scales
+    return tensors | {"absmax": torch.zeros(blocks, **byte)} | scales
 
 
 @functools.cache
