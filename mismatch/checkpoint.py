@@ -14,6 +14,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -96,7 +98,7 @@ def load(
     probe.prove(layout)
     whole, replaced = _restored(layout, found, folder, files, exact=wanted == "auto")
     model = whole.model.requires_grad_(False)
-    probe.prove_student(layout, whole, _first(replaced))
+    probe.prove_student(whole, whole, _first(replaced))  # no part carries state between calls
     told = Source(source.name, folder, _note(found))
     info = models.check_loaded(model, tokenizer, folder, files, told)
     return Opened(model, tokenizer, whole, info)
@@ -303,12 +305,14 @@ def _fill(whole: _Rebuilt, found: Record, folder: Path, files: list[Path], exact
     replaced = tuple(f"{clause.path}." for clause in whole.replaced)
     there: dict[str, Tensor] = {}
     used: set[int] = set()
+    paths = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
     with ExitStack() as stack:
         opened = {file: stack.enter_context(safe_open(file, framework="pt")) for file in files}
         for name, tensor in state.items():
             source = found.shared.get(name, name)
             if source in there:  # a second name of a tensor that is there
-                _put(model, name, there[source])
+                if there[source] is not tensor:
+                    _put(model, name, there[source], paths)
                 continue
             file, entry = held[source]
             wanted = name.startswith(replaced) or (
@@ -316,7 +320,7 @@ def _fill(whole: _Rebuilt, found: Record, folder: Path, files: list[Path], exact
             )
             if id(tensor) in used:  # the rebuilt parts share what the saved ones no longer did
                 tensor, wanted = _alike(tensor), True
-                _put(model, name, tensor)
+                _put(model, name, tensor, paths)
             if wanted:
                 value = opened[file].get_tensor(source)
                 _refuse_offloaded(tensor, name, folder)
@@ -350,9 +354,19 @@ def _compare(
             )
 
 
-def _put(model: nn.Module, name: str, tensor: Tensor) -> None:
-    owner, _, leaf = name.rpartition(".")
-    module = model.get_submodule(owner)
+def _put(model: nn.Module, name: str, tensor: Tensor, paths: Counter[int]) -> None:
+    """Another tensor under this name alone: a module that has several paths is parted on the way to it."""
+    *owners, leaf = name.split(".")
+    module = model
+    for step in owners:
+        child = module._modules[step]
+        if paths[id(child)] > 1:
+            paths[id(child)] -= 1
+            child = copy.copy(child)
+            for kind in ("_parameters", "_buffers", "_modules"):
+                setattr(child, kind, dict(getattr(child, kind)))
+            module._modules[step] = child
+        module = child
     kept = module._parameters if leaf in module._parameters else module._buffers
     kept[leaf] = tensor
 

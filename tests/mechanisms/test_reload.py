@@ -1,4 +1,4 @@
-"""Every mechanism of the table comes back from a checkpoint as it was: to the bit, in every dtype, and goes on speaking.
+"""Every mechanism of the table comes back from a checkpoint to the bit, in every dtype, and goes on speaking.
 
 A trained student is stood in for by one whose every tensor was moved: what is not in the file, or is not read, shows.
 """
