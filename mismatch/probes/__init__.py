@@ -12,7 +12,10 @@ from typing import Any
 
 PROBES = {
     "induction": "mismatch.probes.induction:Induction",
+    "order_sensitivity": "mismatch.probes.order_sensitivity:OrderSensitivity",
     "passkey": "mismatch.probes.passkey:Passkey",
+    "shift_invariance": "mismatch.probes.shift_invariance:ShiftInvariance",
+    "shuffle_sensitivity": "mismatch.probes.shuffle_sensitivity:ShuffleSensitivity",
 }
 
 

@@ -40,6 +40,7 @@ def headlines(table: pd.DataFrame, dictionary: Mapping[str, Any] | None = None) 
         names = rows["stat"].map(lambda stat: conditions(stat)[0])
         means = rows[names == quantity.stat]
         shifts = rows[names == f"{quantity.stat}_minus_teacher"]
+        means = means.iloc[sorted(range(len(means)), key=lambda i: _order(means.iloc[i]))]
         for row in means[means["student"] != "teacher"].itertuples():
             place = _place(means, row)
             teacher = means[place & (means["student"] == "teacher")]
@@ -69,6 +70,14 @@ def headlines(table: pd.DataFrame, dictionary: Mapping[str, Any] | None = None) 
                 }
             )
     return pd.DataFrame(out)
+
+
+def _order(row: pd.Series) -> tuple[Any, ...]:
+    """By student, layer and head as in the table, conditions by number."""
+    who = {"teacher": 0, "swap": 1}.get(row["student"], 2)
+    where = [-1 if pd.isna(row[name]) else int(row[name]) for name in ("layer", "head")]
+    given = sorted(conditions(row["stat"])[1].items())
+    return (who, row["student"], *where, len(given), [(k, str(type(v)), v) for k, v in given])
 
 
 def _place(rows: pd.DataFrame, row: Any) -> pd.Series:
@@ -109,7 +118,7 @@ def named(row: Any) -> str:
     said = [
         f"{name} {getattr(row, name)}" for name in ("layer", "head") if pd.notna(getattr(row, name))
     ]
-    said += [f"{k} {style.number(v) if isinstance(v, float) else v}" for k, v in given.items()]
+    said += [f"{k} {v if isinstance(v, str) else f'{v:g}'}" for k, v in given.items()]
     return ", ".join([f"{row.metric} {stat}", *said])
 
 

@@ -1,0 +1,85 @@
+"""One block of a subject on a stream that is handed to it: the teacher's own, or one that was changed.
+
+The block runs inside its model, so rotary embeddings, masks and padding are made by transformers itself, as ever.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from mismatch.layout import Layout
+from mismatch.probes.base import Subject
+from mismatch.tracing import hooks
+from mismatch.tracing.sites import Tap, taps
+
+
+def entering(layout: Layout, ids: Tensor, layers: Sequence[int]) -> dict[int, Tensor]:
+    """The stream entering each of these blocks in the teacher: `batch pos d_model` each.
+
+    Args:
+        layout: of the teacher.
+        ids: int64 `batch pos`.
+        layers: 0-based.
+    """
+    found: dict[int, Tensor] = {}
+
+    def keep(tap: Tap, value: Tensor) -> None:
+        found[tap.layer] = value
+
+    wanted = [taps(layout, layer)[0] for layer in sorted(set(layers))]
+    if wanted:
+        hooks.run(layout, ids, wanted, keep, stop=max(layers) + 1)
+    return found
+
+
+def update(subject: Subject, layer: int, ids: Tensor, stream: Tensor) -> Tensor:
+    """What the attention of one block adds to the stream; of a block that was replaced as a whole, all that it adds.
+
+    Args:
+        subject: whose block.
+        layer: 0-based.
+        ids: int64 `batch pos`; they only set shapes and masks.
+        stream: `batch pos d_model`, entering the block.
+
+    Returns:
+        `batch pos d_model`.
+    """
+    found: dict[str, Tensor] = {}
+
+    def keep(tap: Tap, value: Tensor) -> None:
+        found[tap.site] = value
+
+    whole = layer in subject.whole_blocks
+    wanted = taps(subject.layout, layer, inner=not whole)
+    site = "resid_post" if whole else "attn_out"
+    with given(subject.layout, layer, stream):
+        hooks.run(
+            subject.layout,
+            ids,
+            [tap for tap in wanted if tap.site == site],
+            keep,
+            start=layer,
+            stop=layer + 1,
+            stream=stream,
+        )
+    return found[site] - stream if whole else found[site]
+
+
+@contextmanager
+def given(layout: Layout, layer: int, stream: Tensor) -> Iterator[None]:
+    """Hand a stream to a block; needed for the first one, in front of which no block passes it on."""
+
+    def replace(_module: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        if args:
+            return (stream, *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": stream}
+
+    handle = layout.blocks[layer].register_forward_pre_hook(replace, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
