@@ -9,17 +9,23 @@ the teacher shares.
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
-from peft import LoraConfig
-from peft.tuners.lora import Linear
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from mismatch.errors import SurgeryError
 from mismatch.mechanisms.base import Context, Wrapper, innermost
 from mismatch.mechanisms.linears import ALL, grafted, linear_layers, put, seed_of, targets
+
+# peft imports bitsandbytes where it is there, which then tells that a kernel it can do without could
+# not be fetched from the hub.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+
+from peft import LoraConfig  # noqa: E402
+from peft.tuners.lora import Linear  # noqa: E402
 
 ADAPTER = "default"
 """The adapter's name in peft's tables, and so in the names of the tensors: `lora_A.default.weight`."""

@@ -15,7 +15,6 @@ matter of training and not here. Inherited: biases and every matrix that is no t
 from __future__ import annotations
 
 import functools
-import logging
 import math
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -164,8 +163,6 @@ def bitsandbytes(where: str = "") -> Any:
     Raises:
         SurgeryError: it is not installed; names the extra.
     """
-    # It tells that a kernel, of which it has another, could not be fetched from the hub.
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
         import bitsandbytes
     except ImportError as error:
