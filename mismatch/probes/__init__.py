@@ -13,6 +13,7 @@ from typing import Any
 PROBES = {
     "induction": "mismatch.probes.induction:Induction",
     "order_sensitivity": "mismatch.probes.order_sensitivity:OrderSensitivity",
+    "heads": "mismatch.probes.heads:Heads",
     "passkey": "mismatch.probes.passkey:Passkey",
     "shift_invariance": "mismatch.probes.shift_invariance:ShiftInvariance",
     "shuffle_sensitivity": "mismatch.probes.shuffle_sensitivity:ShuffleSensitivity",

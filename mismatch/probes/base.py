@@ -181,17 +181,12 @@ class Measure:
     mode: str = "free"
 
     @classmethod
-    def mean(cls, stat: str, values: Any, **address: Any) -> Measure:
-        """The mean of numbers, `samples` or `samples tokens`."""
+    def mean(cls, stat: str, values: Any, each: int = 1, **address: Any) -> Measure:
+        """The mean of numbers, `samples` or `samples tokens`; `each` is how many tokens stand behind each of them."""
         values = np.asarray(values, dtype=np.float64)
         values = values.reshape(len(values), -1)
-        return cls(
-            stat,
-            values.sum(1),
-            np.full(len(values), values.shape[1], float),
-            values.size,
-            **address,
-        )
+        size = np.full(len(values), values.shape[1], float)
+        return cls(stat, values.sum(1), size, values.size * each, **address)
 
     @classmethod
     def number(cls, stat: str, value: float, n: int = 0, **address: Any) -> Measure:

@@ -1,0 +1,170 @@
+"""Queries, keys and attention weights of a layer, worked out beside the running model.
+
+The host's own attention is watched at its call, under all wrappers: it then sees the mask and the rotary embedding
+that the wrappers made (`nope`, `sliding_window`), so what is worked out is what it computes. A mechanism that has no
+attention weights (a recurrence, a memory) is not the host's attention, and is not watched: not applicable. No hidden
+switch of transformers is used: `output_attentions` loses entries after surgery without a warning.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mismatch.errors import SurgeryError
+from mismatch.layout import Layout
+from mismatch.mechanisms.base import Context, Host, Mechanism, innermost
+from mismatch.mechanisms.calling import hidden_in
+from mismatch.mechanisms.projections import AttentionParts
+from mismatch.probes.base import Subject
+from mismatch.probes.scoring import finals
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One call of one layer's attention.
+
+    Attributes:
+        layer: 0-based.
+        q: `batch H pos D`, rotated.
+        k: `batch KV pos D`, rotated.
+        parts: scaling, softcap, heads.
+        mask: bool `batch or 1, 1, pos, pos`, True = may be read.
+        angles: the rotation of each pair of channels from one position to the next, radians, float64 `pairs`: the
+            frequencies that this layer really has; None without a rotary embedding.
+    """
+
+    layer: int
+    q: Tensor
+    k: Tensor
+    parts: AttentionParts
+    mask: Tensor
+    angles: Tensor | None
+
+    def weights(self) -> Tensor:
+        """Attention weights, float32 `batch H pos pos`; rows sum to 1."""
+        scores = self.scores(slice(None))
+        if self.parts.softcap is not None:
+            scores = torch.tanh(scores / self.parts.softcap) * self.parts.softcap
+        return scores.masked_fill(~self.mask, float("-inf")).softmax(-1)
+
+    def scores(self, channels: Any) -> Tensor:
+        """What some channels of the heads contribute to the scores, before mask and softcap, float32
+        `batch H pos pos`."""
+        q, k = self.q[..., channels].float(), self.k[..., channels].float()
+        return q @ self.parts.per_query_head(k).transpose(-1, -2) * self.parts.scaling
+
+
+def host_attention(subject: Subject, layer: int) -> nn.Module | None:
+    """The host's own attention in a layer, under all wrappers; None where another mechanism took its place."""
+    if layer in subject.whole_blocks:
+        return None
+    layout = subject.layout
+    found = innermost(layout.model.get_submodule(layout.slot_path(layer, "attn")))
+    return None if isinstance(found, Mechanism) else found
+
+
+@contextmanager
+def watching(
+    subject: Subject, layers: Sequence[int], visit: Callable[[Seen], None]
+) -> Iterator[frozenset[int]]:
+    """For as long as the context lives, tell `visit` of each call of the attention of these layers.
+
+    Yields:
+        The layers that can be watched.
+    """
+    with ExitStack() as stack:
+        watched = set()
+        for layer in layers:
+            attention = host_attention(subject, layer)
+            if attention is None:
+                continue
+            parts = _parts(subject.layout, layer, attention)
+            if parts is None:
+                continue
+            watched.add(layer)
+
+            def look(
+                _module: nn.Module,
+                args: tuple,
+                kwargs: dict,
+                layer: int = layer,
+                parts: AttentionParts = parts,
+            ) -> None:
+                visit(_seen(layer, parts, hidden_in(args, kwargs), kwargs))
+
+            stack.callback(attention.register_forward_pre_hook(look, with_kwargs=True).remove)
+        yield frozenset(watched)
+
+
+def _parts(layout: Layout, layer: int, attention: nn.Module) -> AttentionParts | None:
+    context = Context(
+        layer, "attn", layout.n_layers, layout.d_model, layout.config, Host(), layout.family
+    )
+    try:
+        # Only borrows the projections of the module; it is in nobody's tree.
+        return AttentionParts(attention, None, context)
+    except SurgeryError:
+        return None  # an adapter inside it, or a kind of attention that is not known
+
+
+def _seen(layer: int, parts: AttentionParts, x: Tensor, kwargs: dict[str, Any]) -> Seen:
+    with torch.no_grad():
+        q, k, _ = parts.qkv(x)
+        rotary = kwargs.get("position_embeddings")
+        q, k = parts.rotate(q, k, rotary)
+    given, size = kwargs.get("attention_mask"), x.shape[1]
+    if given is None:
+        mask = torch.ones(size, size, dtype=torch.bool, device=x.device).tril()[None, None]
+    else:
+        mask = given[..., :size] if given.dtype == torch.bool else given[..., :size] > -1e4
+    angles = None
+    if rotary is not None and parts._rotary is not None:
+        angles = _angles(*rotary)
+    return Seen(layer, q, k, parts, mask, angles)
+
+
+def _angles(cos: Tensor, sin: Tensor) -> Tensor:
+    """From position 0 to 1. cos and sin hold each frequency twice, one half after the other."""
+    half = cos.shape[-1] // 2
+    turn = torch.atan2(sin[0, :2, :half].double(), cos[0, :2, :half].double())
+    return (turn[1] - turn[0]).cpu()
+
+
+def watch_all(
+    subjects: Sequence[Subject],
+    ids: Tensor,
+    layers: Sequence[int],
+    visit: Callable[[str, Seen], None],
+) -> dict[str, frozenset[int]]:
+    """Run every subject on one batch and tell `visit` (name, what was seen) of each watched layer.
+
+    A student's blocks in front of its swap are the teacher's and do not run again: what was seen there in the teacher
+    is the student's too.
+
+    Returns:
+        The layers of each subject that have attention weights, its untouched first ones included.
+    """
+    found: dict[str, frozenset[int]] = {}
+    with ExitStack() as stack:
+        for subject in subjects:
+            own = [
+                layer
+                for layer in layers
+                if subject.name == subjects[0].name or layer >= subject.start
+            ]
+            tell = partial(visit, subject.name)
+            found[subject.name] = stack.enter_context(watching(subject, own, tell))
+        for _ in finals(subjects, ids):
+            pass
+    first = found[subjects[0].name]
+    return {
+        subject.name: found[subject.name] | {layer for layer in first if layer < subject.start}
+        for subject in subjects
+    }
