@@ -23,7 +23,7 @@ from torch import nn
 from mismatch import saving
 from mismatch.errors import MismatchError, SurgeryError
 from mismatch.layout import Layout, family_of
-from mismatch.mechanisms.base import Calibrator, Context, Host
+from mismatch.mechanisms.base import Calibrator, Context, Host, Wrapper
 from mismatch.record import Base, Swap
 from mismatch.registry import mechanisms
 from mismatch.spec import Call, Clause, Placement, Spec, parse, resolve
@@ -210,7 +210,8 @@ def replace(
     replaced = []
     for index, placement in enumerate(placements):
         path = layout.slot_path(placement.layer, placement.slot)
-        original = model.get_submodule(path)
+        holder, attribute = _held(model, path, placement)
+        original = getattr(holder, attribute)
 
         def build(
             call: Call, module: nn.Module, place: Placement = placement, at: int = index
@@ -233,11 +234,33 @@ def replace(
         new = build(placement.call, original)
         _lay_out(new, original)
         new.train(original.training)
-        parent, _, attribute = path.rpartition(".")
-        setattr(model.get_submodule(parent), attribute, new)
-        student._undo.append((model.get_submodule(parent), attribute, original))
+        setattr(holder, attribute, new)
+        student._undo.append((holder, attribute, original))
         replaced.append(_audit(placement, path, original, new))
     return tuple(replaced)
+
+
+def _held(model: nn.Module, path: str, placement: Placement) -> tuple[nn.Module, str]:
+    """The module that really has the part at `path` as its child, and under what name.
+
+    A wrapper answers for what it wraps; a part that was set on the wrapper itself would never be called.
+
+    Raises:
+        SurgeryError: what stands around the part was replaced, and has no such part.
+    """
+    parent, _, attribute = path.rpartition(".")
+    try:
+        model.get_submodule(path)
+    except AttributeError as error:
+        raise SurgeryError(
+            f"`{placement.call.name}` at layer {placement.layer} `{placement.slot}`: the part around it was replaced "
+            f"as a whole, and {error}",
+            hint="leave one of the two clauses out",
+        ) from error
+    holder = model.get_submodule(parent)
+    while isinstance(holder, Wrapper) and attribute not in dict(holder.named_children()):
+        holder = holder.original
+    return holder, attribute
 
 
 def placed(parsed: Spec, layout: Layout) -> tuple[Placement, ...]:

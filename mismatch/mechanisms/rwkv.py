@@ -22,7 +22,7 @@ attention's query, key, value and output projections, with biases and query/key 
 h // (H / KV) serves head h. So that they read and write at first what they were trained on, mu = 0
 (no shift), r_k = 0 (no bonus), G2 such that g = 1, and the scale of GroupNorm is one number, such
 that y has the root mean square of the attention's output on calibration text (with a scale of 1,
-layer 12 of SmolLM2 shouts four times as loud). W1 and A1 are small and not 0, so that W2 and A2 have
+layer 12 of SmolLM2 is four times too loud). W1 and A1 are small and not 0, so that W2 and A2 have
 a gradient from the first step. The rest is the authors'. init=fresh: everything is the authors',
 nothing is inherited; their W_o is 0, so that the layer adds nothing before it is trained.
 
@@ -107,7 +107,6 @@ class RWKV(AttentionParts):
         "(d_model), whatever the length"
     )
     source = "arXiv 2503.14456 (RWKV-7), initial values of init=inherit after arXiv 2505.03005"
-    rotates = False
 
     def __init__(self, original: nn.Module, config: RWKVConfig, context: Context) -> None:
         super().__init__(original, config, context)
@@ -145,6 +144,10 @@ class RWKV(AttentionParts):
             self._modules.pop(name, None)
         self._inputs, self._output = SEPARATE
         self.n_kv_heads = self.n_heads
+
+    @property
+    def rotates(self) -> bool:
+        return False
 
     def notes(self) -> tuple[str, ...]:
         if self.window is None:

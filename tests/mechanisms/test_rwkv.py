@@ -347,6 +347,35 @@ def test_inherit_without_calibration_is_refused():
     RWKV(attention, RWKVConfig("fresh"), context)
 
 
+def test_fresh_starts_where_the_authors_start():
+    """Channel by channel, as their training code counts them; layer 1 of 3."""
+    mixer, layer, n_layers, channels = module("fresh", stir=False), 1, 3, H * D
+    for n in range(channels):
+        zigzag = (n % D - (D - 1) / 2) / ((D - 1) / 2)
+        zigzag *= abs(zigzag)
+        along = n / (channels - 1)
+        speed = -6 + 6 * along ** (1 + (layer / (n_layers - 1)) ** 0.3)
+        assert mixer.w0[n].item() == pytest.approx(speed + 0.5 + 2.5 * zigzag, abs=1e-5)
+        rate = -0.19 + 0.3 * zigzag + 0.4 * (along - 0.5)
+        assert mixer.a0[n].item() == pytest.approx(rate, abs=1e-6)
+        assert mixer.k_k.flatten()[n].item() == pytest.approx(0.71 - 0.1 * (along - 0.5), abs=1e-6)
+    for mu, power in zip(mixer.mu, (0.2, 0.9, 0.7, 0.7, 0.9, 0.2), strict=True):
+        for i in range(D_MODEL):
+            wanted = 1 - (i / D_MODEL) ** (power * (1 - layer / n_layers))
+            assert mu[i].item() == pytest.approx(wanted, abs=1e-6)
+    for name, value in (("k_a", 1.02), ("r_k", -0.04), ("ln_x", (2 / 3) ** 0.7), ("ln_x_bias", 0)):
+        assert torch.allclose(getattr(mixer, name), torch.tensor(float(value)))
+    for name in ("w1", "a1", "g1", "o_proj.weight"):
+        assert not mixer.get_parameter(name).any()
+    for name in ("w2", "a2", "g2"):
+        rows = mixer.get_parameter(name)
+        torch.testing.assert_close(rows @ rows.T, 0.01 * torch.eye(len(rows)), atol=1e-6, rtol=0)
+    for name, scale in (("q_proj", 1.0), ("k_proj", 0.1), ("v_proj", 1.0)):
+        weight = mixer.get_parameter(f"{name}.weight")  # more rows than columns
+        square = scale**2 * channels / D_MODEL * torch.eye(D_MODEL)
+        torch.testing.assert_close(weight.T @ weight, square, atol=1e-5, rtol=0)
+
+
 def test_inherited_tensors_are_the_originals():
     model = tiny("llama")
     student = swap(model, "layer1:rwkv")
