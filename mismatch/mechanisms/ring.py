@@ -1,6 +1,6 @@
 """ring: the attention that was there, worked out block by block of keys. Its shift must be 0.
 
-    out = softmax(cap(scaling q k^T) + mask) v      the same numbers; never a whole row of scores
+    out = softmax(cap(scaling q k^T) + mask) v      the same numbers; never all scores at once
 
 Source: Ring Attention with Blockwise Transformers, arXiv 2310.01889, section 2 and algorithm 1; the
 algorithm is in `blockwise.py`. Scaling, softcap, grouped heads, own window, padding and the KV cache

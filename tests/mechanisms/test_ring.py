@@ -221,7 +221,7 @@ def ranks(tmp_path_factory):
 
 def started(folder: Path, world: int) -> list[dict]:
     more = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    more |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(ring_processes.__file__).parent)}
+    more |= {"OMP_NUM_THREADS": "1"}
     processes = [
         subprocess.Popen(
             [sys.executable, ring_processes.__file__, str(folder)],
