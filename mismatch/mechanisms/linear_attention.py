@@ -15,9 +15,11 @@ Per query head, phi a feature map (`feature_maps.py`), q and k after the rotary 
 window=0, sinks=0 is linear attention, phi(q_n) S_n / phi(q_n) z_n with S and z the sums of
 g^(n-j) phi(k_j) v_j^T and of g^(n-j) phi(k_j) (arXiv 2006.16236, eq. 8-12). window > 0 is the hybrid of
 LoLCATs (arXiv 2410.10254, and `hybrid_attention_quadratic` of its code): softmax over the last
-`window` tokens, linear over everything older, one denominator for both, mu on the softmax alone. c_n
-is part of the function: it sets what one far token weighs against the best near one. The far sum is
-computed in chunks of 64 tokens with a state between them, in time and memory linear in the length.
+`window` tokens, linear over everything older, one denominator for both, mu on the softmax alone (0.1
+at first, as in its runs). c_n is part of the function: the best near token weighs mu, whatever its
+logit, so a map with bounded features (exp, softmax, hedgehog) keeps far and near comparable, and elu,
+relu and learned let the sum drown the window. The far sum is computed in chunks of 64 tokens with a
+state between them, in time and memory linear in the length.
 
 As decided here:
 
@@ -30,13 +32,14 @@ As decided here:
     GQA          one sum, one g and one key map per kv head, one query map and one mu per query head;
                  query head h reads kv head h // (H / KV)
     own window   a module whose own window is <= `window` keeps it, and nothing is linear then. Behind a
-                 wider one the sum reaches to the first token: a sum cannot drop a token
+                 wider one the sum reaches to the first token: a sum cannot drop a token. Sinks are
+                 seen from behind either
     padding      pads are no tokens: they have no age, fill no window and enter no sum
     dtype        logits, sums and the division in float32 at least
     no weight    a query whose phi is orthogonal to all keys (relu, learned) reads 0
 
-Limits: own code in PyTorch on every device. flash-linear-attention has kernels for the far sum without
-window; none is used, as none could be tested on a GPU.
+Limits: plain PyTorch on every device. flash-linear-attention (no extra of this package) has CUDA kernels
+for the sum without window; none is called here, as none could be tested on a GPU.
 
 Inherited: every projection, bias and query/key norm. New: mix (with a window or sinks), decay (learned),
 the maps' W and b (hedgehog, learned). Dropped: dropout of the attention weights.
@@ -74,8 +77,8 @@ class LinearAttentionConfig:
     """First tokens of the text that stay in the softmax."""
     decay: Literal["none", "learned"] = "none"
     """Whether the sum forgets, by one factor per kv head and token."""
-    mix_init: float = 0.0
-    """mix of every head before training; sigmoid(mix) is the weight of the softmax."""
+    mix_init: float = -2.2
+    """mix of every head before training; sigmoid(mix) is the weight of the softmax, here 0.1."""
 
 
 class LinearAttention(AttentionParts):

@@ -104,6 +104,24 @@ def test_what_stands_in_a_pad_changes_nothing(text):
     assert torch.equal(a[mask == 1], b[mask == 1])
 
 
+@pytest.mark.parametrize("settings", VARIANTS, ids=str)
+def test_a_pad_gets_nothing_and_gives_no_gradient(settings):
+    """Gradients of the padded row are those of the row alone, beside one that is all pads."""
+    linear = module(dtype=torch.float64, **settings)
+    x = stream(2, 20, dtype=torch.float64).requires_grad_(True)
+    alone = x.detach()[:1, 7:].clone().requires_grad_(True)
+    run(linear, alone, offset=7).pow(2).sum().backward()
+    linear.context.host.mask = torch.tensor([[0] * 7 + [1] * 13, [0] * 20])
+    out = run(linear, x)
+    nothing = linear.project(torch.zeros(1, 4, 1, 8).double())[0]
+    assert torch.equal(out[0, :7], nothing.expand(7, -1))
+    assert torch.equal(out[1], nothing.expand(20, -1))
+    out.pow(2).sum().backward()
+    torch.testing.assert_close(x.grad[:1, 7:], alone.grad, atol=1e-9, rtol=1e-7)
+    assert torch.equal(x.grad[0, :7], torch.zeros_like(x.grad[0, :7]))
+    assert torch.equal(x.grad[1], torch.zeros_like(x.grad[1]))
+
+
 def test_a_short_row_that_is_selected_from_a_batch_goes_on_by_itself():
     """What the window holds is as wide as the longest row of the batch that was."""
     linear, x = module(window=9, sinks=2), stream(3, 20)
@@ -116,6 +134,12 @@ def test_a_short_row_that_is_selected_from_a_batch_goes_on_by_itself():
     got = run(linear, x[1:2, 12:].repeat(2, 1, 1), offset=12, cache=cache)
     wanted = run(linear, x[1:2, 8:], offset=8)[:, 4:]
     torch.testing.assert_close(got, wanted.repeat(2, 1, 1), atol=1e-5, rtol=0)
+
+
+def test_beside_the_original_and_without_positions_it_is_fed_in_pieces_too():
+    text = "all:parallel(linear_attention(window=4, sinks=1), alpha=0.5); all.rope:nope"
+    student, ids = swap(llama(), text).model, tokens(2, 20)
+    torch.testing.assert_close(in_chunks(student, ids, 3), student(ids).logits, atol=1e-4, rtol=0)
 
 
 def test_the_state_does_not_grow_and_holds_no_view_of_a_long_prompt():
@@ -147,12 +171,15 @@ def test_the_sum_is_at_least_float32(dtype):
     assert run(linear, x).dtype == dtype
 
 
-def test_autocast_leaves_the_sum_alone():
+def test_autocast_leaves_the_sum_alone(monkeypatch):
     linear, x = module(window=3), stream(1, 20)
+    parts = linear.qkv(x)
+    monkeypatch.setattr(linear, "qkv", lambda _: parts)
+    wanted = state_after(linear, x).rows["memory"]
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        rows = state_after(linear, x).rows
-    assert rows["memory"].dtype == torch.float32
-    assert rows["near_v"].dtype == torch.bfloat16
+        got = state_after(linear, x).rows["memory"]
+    assert got.dtype == torch.float32
+    assert torch.equal(got, wanted)
 
 
 def test_a_padding_mask_of_another_batch_is_refused():
