@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import importlib
 import importlib.machinery
 import importlib.util
 import inspect
@@ -34,6 +35,10 @@ _BOUND = re.compile(r">=? -?[\d.]+|-?[\d.]+?\.\.-?[\d.]+")
 
 class CardError(Exception):
     """A file whose card cannot be read. The caller says for whom, and in which sentence."""
+
+
+class NoModule(CardError):
+    """Python does not find the module."""
 
 
 class _Required:
@@ -112,6 +117,9 @@ class Card:
     text: str
     facts: dict[str, Any] = field(default_factory=dict)
     args: tuple[Arg, ...] = ()
+    free: bool = False
+    """A class that somebody named by its path and that has no Config: what its constructor takes cannot be told from
+    here, so its arguments are handed on as they are written."""
 
     def arg(self, name: str) -> Arg | None:
         return next((arg for arg in self.args if arg.name == name), None)
@@ -120,6 +128,9 @@ class Card:
 def read(name: str, target: str) -> Card:
     """The card of `target` ("package.module:Class"), read from its source.
 
+    Nothing is imported, but for one case: a class named by its path (`name` is the target) that the module itself only
+    imports from elsewhere.
+
     Raises:
         CardError: there is no such module, file or class, or an argument's type is not understood.
     """
@@ -127,9 +138,14 @@ def read(name: str, target: str) -> Card:
     if module in sys.modules and not getattr(sys.modules[module], "__file__", None):
         return of_class(name, getattr(sys.modules[module], attribute))
     path = _source(module)
-    tree = ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+    try:
+        tree = ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+    except SyntaxError as error:
+        raise CardError(f"`{path}` line {error.lineno}: {error.msg}") from error
     classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
     if attribute not in classes:
+        if ":" in name and _imports(tree, attribute):
+            return of_class(name, _imported(module, attribute))
         raise CardError(f"module `{module}` has no class `{attribute}`")
     facts: dict[str, Any] = {}
     config = None
@@ -150,7 +166,7 @@ def read(name: str, target: str) -> Card:
             )
         args = _fields(classes[config], classes)
     text = ast.get_docstring(tree) or ast.get_docstring(classes[attribute]) or ""
-    return Card(name, _first_line(text), text, facts, args)
+    return Card(name, _first_line(text), text, facts, args, config is None and ":" in name)
 
 
 def docstring(module: str) -> str:
@@ -193,7 +209,26 @@ def of_class(name: str, cls: type) -> Card:
         default = REQUIRED if item.default is dataclasses.MISSING else item.default
         args.append(_arg(item.name, ast.parse(note, mode="eval").body, default, ""))
     text = inspect.getdoc(cls) or ""
-    return Card(name, _first_line(text), text, facts, tuple(args))
+    return Card(name, _first_line(text), text, facts, tuple(args), config is None and ":" in name)
+
+
+def _imports(tree: ast.Module, name: str) -> bool:
+    """Whether a module has a name from elsewhere: `from .attention import MyAttention`."""
+    names = [
+        a.asname or a.name for n in tree.body if isinstance(n, ast.ImportFrom) for a in n.names
+    ]
+    return name in names or "*" in names
+
+
+def _imported(module: str, attribute: str) -> type:
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except AttributeError:
+        raise CardError(f"module `{module}` has no class `{attribute}`") from None
+    except Exception as error:
+        raise CardError(
+            f"module `{module}` cannot be imported: {type(error).__name__}: {error}"
+        ) from error
 
 
 def _first_line(text: str) -> str:
@@ -216,11 +251,11 @@ def _source(module: str) -> Path:
     full = first
     for part in rest:
         if found is None or found.submodule_search_locations is None:
-            raise CardError(f"there is no module `{module}`")
+            raise NoModule(f"there is no module `{module}`")
         full = f"{full}.{part}"
         found = importlib.machinery.PathFinder.find_spec(full, found.submodule_search_locations)
     if found is None or found.origin is None or not found.origin.endswith(".py"):
-        raise CardError(f"there is no module `{module}`")
+        raise NoModule(f"there is no module `{module}`")
     return Path(found.origin)
 
 

@@ -16,6 +16,7 @@ from mismatch.controls import control_specs
 from mismatch.errors import OutputError, UsageError
 from mismatch.estimate import Estimate, estimate
 from mismatch.layout import Layout, family_of
+from mismatch.mechanisms.foreign import configured
 from mismatch.report.summary import plan_lines
 from mismatch.run import check_resume
 from mismatch.surgery import Plan, Student, placed
@@ -158,8 +159,8 @@ def _calibrates(config: TraceConfig | ProbeConfig, swapped: bool) -> bool:
     clauses = [] if swapped else spec.check(config.swap_spec).clauses
     calls = [call for clause in clauses for call in clause.call.nested()]
     calls += [spec.Call(control) for control in config.controls]
-    found = [(registry.mechanisms().get(call.name), call) for call in calls]
-    return any(cls.calibrator(cls.Config(**call.arguments())) is not None for cls, call in found)
+    found = (configured(call) for call in calls)
+    return any(cls.calibrator(config) is not None for cls, config in found)
 
 
 def plan_warnings(plan: Plan, seq_len: int) -> tuple[str, ...]:

@@ -22,6 +22,10 @@ from mismatch.errors import MismatchError, UsageError
 NAME = re.compile(r"[a-z][a-z0-9]*(_[a-z0-9]+)*")
 """A registered name: the noun in lower snake case."""
 
+IMPORTABLE = (
+    "Python must be able to import it: install its package, or put its folder on PYTHONPATH"
+)
+
 
 def did_you_mean(word: str, names: Iterable[str]) -> str:
     """`did you mean `x`? available: x, y`: the hint for a word that is not among the names."""
@@ -115,6 +119,10 @@ class Registry:
             return _load(target)
         except (AttributeError, ModuleNotFoundError) as cause:
             raise error(f"the {self.kind} `{name}` cannot be loaded: {cause}") from cause
+        except Exception as cause:
+            raise error(
+                f"the {self.kind} `{name}` cannot be loaded: {type(cause).__name__}: {cause}"
+            ) from cause
 
     def card(self, name: str, error: type[MismatchError] = UsageError) -> Card:
         """The card of the name. Imports nothing: the file is read as text.
@@ -128,7 +136,10 @@ class Registry:
                 return cards.read(name, target)
             return cards.of_class(name, target)
         except cards.CardError as cause:
-            raise error(f"the {self.kind} `{name}` cannot be used: {cause}") from cause
+            raise error(
+                f"the {self.kind} `{name}` cannot be used: {cause}",
+                hint=IMPORTABLE if isinstance(cause, cards.NoModule) and ":" in name else None,
+            ) from cause
 
 
 def _load(target: str) -> type:

@@ -24,8 +24,8 @@ from mismatch import saving
 from mismatch.errors import MismatchError, SurgeryError
 from mismatch.layout import Layout, family_of
 from mismatch.mechanisms.base import Calibrator, Context, Host, Wrapper
+from mismatch.mechanisms.foreign import configured
 from mismatch.record import Base, Swap
-from mismatch.registry import mechanisms
 from mismatch.spec import Call, Clause, Placement, Spec, parse, resolve
 
 Calibrations = Mapping[tuple[int | None, str, Call], Calibrator]
@@ -308,12 +308,12 @@ def construct(call: Call, original: nn.Module, context: Context) -> nn.Module:
     Raises:
         SurgeryError: the mechanism's own error, or any other exception, named with mechanism, layer and slot.
     """
-    cls = mechanisms().get(call.name)
+    cls, config = configured(call)
     where = (
         f"`{call.name}` at {'final_norm' if context.layer is None else f'layer {context.layer}'}"
     )
     try:
-        return cls(original, cls.Config(**call.arguments()), context)
+        return cls(original, config, context)
     except MismatchError:
         raise
     except Exception as error:
@@ -328,8 +328,8 @@ def calibrators(placements: Sequence[Placement]) -> dict[tuple[int | None, str, 
     wanted = {}
     for placement in placements:
         for call in placement.call.nested():
-            cls = mechanisms().get(call.name)
-            calibrator = cls.calibrator(cls.Config(**call.arguments()))
+            cls, config = configured(call)
+            calibrator = cls.calibrator(config)
             if calibrator is not None:
                 wanted[(placement.layer, placement.slot, call)] = calibrator
     return wanted

@@ -101,7 +101,8 @@ def test_unknown_name(registry):
         ("gone", "the mechanism `gone` cannot be used: there is no module `waves.gone`"),
         (
             "no_such.m:A",
-            "the mechanism `no_such.m:A` cannot be used: there is no module `no_such.m`",
+            "the mechanism `no_such.m:A` cannot be used: there is no module `no_such.m`\n\n"
+            "hint: Python must be able to import it: install its package, or put its folder on PYTHONPATH",
         ),
         (
             "waves.wave:Tide",

@@ -470,7 +470,9 @@ hint: did you mean `infini`? available: dyt, infini, nope, parallel, zero""",
         "layer12.attn:no_such.module:X",
         """the mechanism `no_such.module:X` cannot be used: there is no module `no_such.module`
   layer12.attn:no_such.module:X
-               ^""",
+               ^
+
+hint: Python must be able to import it: install its package, or put its folder on PYTHONPATH""",
     ),
     (
         "layer1:infini(segmnt=64)",

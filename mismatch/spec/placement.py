@@ -136,6 +136,8 @@ def _card(call: Call, text: str) -> Card:
 
 def _checked(call: Call, text: str) -> Call:
     card = _card(call, text)
+    if card.free:
+        return _handed_on(call, text)
     given: dict[str, Value] = {}
     columns: dict[str, tuple[int, int]] = {}
     for index, ((key, value), (key_at, value_at)) in enumerate(
@@ -168,6 +170,16 @@ def _checked(call: Call, text: str) -> Call:
     ]
     where = tuple(columns[key] for key, _ in kept)
     return replace(call, args=tuple(kept), columns=where)
+
+
+def _handed_on(call: Call, text: str) -> Call:
+    """A call whose arguments only the class itself can judge, which is asked when it is built."""
+    args = []
+    for (key, value), (at, _) in zip(call.args, call.columns, strict=True):
+        if key == "":
+            _fail(f"`{call.name}` takes named arguments only, got {_shown(value)}", text, at)
+        args.append((key, _checked(value, text) if isinstance(value, Call) else value))
+    return replace(call, args=tuple(args))
 
 
 def _unnamed(call: Call, card: Card, index: int, value: Value, text: str, at: int) -> Arg:

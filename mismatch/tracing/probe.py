@@ -119,17 +119,21 @@ def prove_student(teacher: Layout, student: Layout, first: int | None) -> None:
     """Prove on a few tokens that nothing in front of the swap changed, so that the prefix may be shared.
 
     The student runs whole; every site before block `first` must be bit-equal to the teacher's, and its suffix from the
-    stored stream must be bit-equal to its own whole run.
+    stored stream must be bit-equal to its own whole run. A student without such a prefix only runs: a part that cannot
+    be called, or gives what its place cannot take, is found here.
 
     Raises:
         LayoutError: a site before the swap differs.
+        SurgeryError: as a mechanism says of itself.
     """
-    if first is None or first == 0:
-        return
     device = next(teacher.model.parameters()).device
     ids = torch.randint(
         0, teacher.vocab, (1, TOKENS), generator=torch.Generator().manual_seed(0)
     ).to(device)
+    if first is None or first == 0:
+        with torch.no_grad():
+            hooks.run(student, ids, (), lambda _tap, _value: None)
+        return
     wanted = [t for layer in range(first) for t in taps(teacher, layer)]
     ours: dict[Tap, Tensor] = {}
     theirs: dict[Tap, Tensor] = {}

@@ -14,9 +14,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from mismatch.layout import Layout
-from mismatch.registry import mechanisms
 from mismatch.spec import parse, resolve
-from mismatch.surgery import Student, operate
+from mismatch.surgery import Student, calibrators, operate
 from mismatch.tracing.calibrate import calibrate
 
 N_LAYERS = 3
@@ -85,15 +84,7 @@ def swap(model: nn.Module, text: str, seed: int = 0) -> Student:
     layout = Layout.of(model)
     family = layout.family
     places = resolve(parse(text), layout.n_layers, family.slot_names(), family.name, family.lacks)
-    wanted = {}
-    for place in places:
-        for call in place.call.nested():
-            cls = mechanisms().get(call.name)
-            calibrator = cls.calibrator(cls.Config(**call.arguments()))
-            if calibrator is not None:
-                wanted[(place.layer, place.slot, call)] = calibrator
-    if next(model.parameters()).device.type == "meta":
-        wanted = {}
+    wanted = {} if next(model.parameters()).device.type == "meta" else calibrators(places)
     if wanted:
         calibrate(layout, wanted, [tokens(2, 24, seed=99)])
     return operate(layout, places, spec=text, seed=seed, calibrations=wanted)
