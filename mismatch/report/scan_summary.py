@@ -83,25 +83,27 @@ def _lines(
         return [f"{title}: exactly 0 in all {len(order)} layers"]
     worst = order.head(SHOWN)
     rest = order.iloc[SHOWN:].tail(SHOWN).iloc[::-1]
-    lines = [title, f"    worst  {_named(worst)}{_alone(order) if carried else ''}"]
+    lines = [title, f"    worst layers  {_named(worst)}"]
     if len(rest):
-        lines.append(f"    best   {_named(rest)}")
+        lines.append(f"    best layers   {_named(rest)}")
+    if carried and (layer := _alone(order)) is not None:
+        lines.append(f"    -> layer {layer} alone carries it")
     lines += [f"    {text}" for text in _against(table, panel, name)]
     return lines
 
 
 def _named(cells: pd.DataFrame) -> str:
-    return ",  ".join(
-        f"layer {cell.layer} {interval(cell.value, cell.lo, cell.hi)}"
-        for cell in cells.itertuples()
+    return "   ".join(
+        f"{cell.layer}: {interval(cell.value, cell.lo, cell.hi)}" for cell in cells.itertuples()
     )
 
 
-def _alone(order: pd.DataFrame) -> str:
+def _alone(order: pd.DataFrame) -> int | None:
+    """The layer that costs so much more than every other that they hardly count."""
     values = order["value"].to_numpy(dtype=float)
     if len(values) < 3 or values[0] < LEAST or values[0] < ALONE * max(values[1], 0.0):
-        return ""
-    return f"  <- layer {order['layer'].iloc[0]} alone carries it"
+        return None
+    return int(order["layer"].iloc[0])
 
 
 def _against(table: pd.DataFrame, panel: Panel, name: str) -> list[str]:

@@ -1,0 +1,188 @@
+"""The atlas and the words of a scan: from a table made by hand, where every number is known."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from matplotlib.colors import to_rgba
+
+from mismatch.errors import UsageError
+from mismatch.report import atlas as drawing
+from mismatch.report import style
+from mismatch.report.atlas import PANELS, atlas, atlas_data, students
+from mismatch.report.scan_summary import scan_summary
+from mismatch.table import as_table
+
+PLAN = {
+    "columns": [
+        {"name": "window", "control": False, "controls": ["zero"]},
+        {"name": "nope", "control": False, "controls": ["zero"]},
+        {"name": "zero", "control": True, "controls": []},
+    ],
+    "tasks": {"passkey": {"chance": 40.0}, "induction": {"chance": 10.0}},
+    "notes": ["nope is not applicable in layers 3: no RoPE"],
+}
+KL = {"window": [0.0, 0.01, 0.1, 0.02], "nope": [0.2, 0.1, 0.3, None], "zero": [1.0, 0.5, 0.4, 0.3]}
+LOST = {
+    "window": [0.1, -0.2, 9.0, 1.0],
+    "nope": [0.0, 0.0, 0.0, None],
+    "zero": [3.0, 2.0, 5.0, 4.0],
+}
+
+
+def row(student, layer, metric, stat, value, spread=0.05, **more):
+    known = value is not None
+    return {
+        "run_id": "r", "stage": "scan", "mode": "free", "student": student, "layer": layer, "site": "logits",
+        "metric": metric, "stat": stat, "value": value if known else math.nan,
+        "lo": value - spread if known else math.nan, "hi": value + spread if known else math.nan,
+        "n": 10, "swapped": True, **more,
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def table():
+    rows = [row("teacher", None, "passkey", "logprob", -0.07)]
+    for name, values in KL.items():
+        rows += [row(name, at, "kl", "mean", v, 0.001) for at, v in enumerate(values)]
+    for name, values in LOST.items():
+        lost = [None if v is None else -v for v in values]
+        rows += [row(name, at, "passkey", "logprob_minus_teacher", v) for at, v in enumerate(lost)]
+    # Layers 0 and 1 clearly better than zero, layer 2 clearly worse (less log-probability), layer 3 not told apart.
+    for at, apart in enumerate([2.9, 2.2, -4.0, 0.01]):
+        rows.append(row("window", at, "passkey", "logprob_minus_zero", apart))
+    rows.append(row("window", 0, "kl", "mean", 0.5, position="1-3"))  # not the whole: not drawn
+    return as_table(rows)
+
+
+def test_every_cell_has_its_damage_larger_is_worse(table):
+    data = atlas_data(table)
+    assert len(data) == 2 * 3 * 4
+    for task, values in (("text", KL), ("passkey", LOST)):
+        for name, expected in values.items():
+            mine = data[(data["task"] == task) & (data["student"] == name)].sort_values("layer")
+            wanted = [math.nan if v is None else v for v in expected]
+            np.testing.assert_allclose(mine["value"], wanted, rtol=1e-12)
+    one = data[(data["task"] == "passkey") & (data["student"] == "window") & (data["layer"] == 2)]
+    assert (one["lo"].iloc[0], one["hi"].iloc[0]) == pytest.approx((8.95, 9.05))
+    assert set(data["unit"]) == {"nats per token", "nats per key"}
+
+
+def test_kinds_of_cells(table):
+    data = atlas_data(table).set_index(["task", "student", "layer"])["kind"]
+    assert data["text", "window", 0] == "zero"
+    assert data["text", "window", 1] == "value"
+    assert data["text", "nope", 3] == data["passkey", "nope", 3] == "missing"
+    assert data["passkey", "window", 1] == "value"
+    assert data["passkey", "nope", 0] == "zero"
+    rows = [row("a", 0, "passkey", "logprob_minus_teacher", -0.01)]
+    assert list(atlas_data(as_table(rows))["kind"]) == ["unclear"]
+
+
+def test_mechanisms_in_the_order_that_was_asked_controls_last(table):
+    assert students(table, PLAN) == {"window": False, "nope": False, "zero": True}
+    turned = {"columns": [PLAN["columns"][2], PLAN["columns"][1], PLAN["columns"][0]]}
+    assert list(students(table, turned)) == ["nope", "window", "zero"]
+
+
+def test_the_picture(table):
+    figure = atlas(table, plan=PLAN)
+    panels = [ax for ax in figure.axes if ax.get_title(loc="left")]
+    assert [ax.get_title(loc="left") for ax in panels] == [
+        "Text: output KL (nats per token)",
+        "Retrieval: what the passkey lost (nats per key)",
+    ]
+    for ax in panels:
+        assert [label.get_text() for label in ax.get_yticklabels()] == ["window", "nope", "zero"]
+        assert ax.get_xlim() == (-0.5, 3.5)
+        assert len([p for p in ax.patches if p.get_hatch()]) == 1  # nope in layer 3
+        colours = np.asarray(ax.collections[0].get_array())
+        assert tuple(colours[1, 3]) == to_rgba(style.MISSING)
+    text, key = (np.asarray(ax.collections[0].get_array()) for ax in panels)
+    assert tuple(text[0, 0]) == to_rgba(style.ZERO)
+    light = text[..., :3].sum(-1)
+    assert light[0, 1] > light[0, 2] > light[1, 2] > light[2, 0]  # darker is more
+    # A gain is on the other side of the map: purple has more blue than red, orange more red than blue.
+    assert key[0, 1, 2] > key[0, 1, 0]
+    assert key[0, 2, 0] > key[0, 2, 2]
+    written = {t.get_text() for t in panels[1].texts}
+    assert "9" in written
+    caption = figure._supxlabel.get_text()
+    assert "Below the line: controls" in caption.replace("\n", " ")
+    assert "Hatched grey" in caption.replace("\n", " ")
+
+
+def test_small_numbers_do_not_look_like_large_ones(table):
+    """0.1 nats beside 9: nearer to white than to the end of the map, but not white."""
+    data = atlas_data(table)
+    cells = data[data["task"] == "passkey"]
+    norm = drawing._norm(cells, True)
+    assert 0.5 < float(norm(0.1)) < 0.6
+    assert float(norm(9.0)) == 1.0
+    assert float(norm(-0.1)) == pytest.approx(1 - float(norm(0.1)))
+
+
+@pytest.mark.parametrize(
+    "top, least", [(9.0, 0.3), (0.26, 0.26 / 30), (1.0, 1 / 30), (20, 20 / 30)]
+)
+def test_ticks_of_the_signed_scale(top, least):
+    ticks = drawing._decades(top, least)
+    assert ticks == sorted(ticks)
+    assert 0.0 in ticks
+    assert max(ticks) <= top
+    assert 3 <= len(ticks) <= 5
+
+
+def test_the_same_picture_again_has_the_same_bytes(table):
+    assert style.to_bytes(atlas(table, plan=PLAN), "svg") == style.to_bytes(
+        atlas(table, plan=PLAN), "svg"
+    )
+
+
+def test_in_words(table):
+    assert (
+        scan_summary(table, PLAN)
+        == """\
+warning: nope is not applicable in layers 3: no RoPE
+
+Text: output KL, nats per token
+  window
+    worst layers  2: 0.100 [0.0990, 0.101]   3: 0.0200 [0.0190, 0.0210]   1: 0.0100 [0.00900, 0.0110]
+    best layers   0: 0 [-0.00100, 0.00100]
+  nope
+    worst layers  2: 0.300 [0.299, 0.301]   0: 0.200 [0.199, 0.201]   1: 0.100 [0.0990, 0.101]
+  zero (control)
+    worst layers  0: 1.00 [0.999, 1.00]   1: 0.500 [0.499, 0.501]   2: 0.400 [0.399, 0.401]
+    best layers   3: 0.300 [0.299, 0.301]
+
+Retrieval: what the passkey lost, nats per key; the original reads -0.0700
+  window
+    worst layers  2: 9.00 [8.95, 9.05]   3: 1.00 [0.950, 1.05]   0: 0.100 [0.0500, 0.150]
+    best layers   1: -0.200 [-0.250, -0.150]
+    -> layer 2 alone carries it
+    against zero: better in 2 layers, worse in 1, not told apart in 1
+  nope: exactly 0 in all 3 layers
+  zero (control)
+    worst layers  2: 5.00 [4.95, 5.05]   3: 4.00 [3.95, 4.05]   0: 3.00 [2.95, 3.05]
+    best layers   1: 2.00 [1.95, 2.05]"""
+    )
+
+
+def test_a_task_that_the_original_cannot_do_says_nothing(table):
+    plan = {**PLAN, "tasks": {"passkey": {"chance": 0.1}}}
+    text = scan_summary(table, plan)
+    assert "  the original itself cannot do this: nothing follows from these numbers" in text
+    assert "alone carries it" not in text
+
+
+def test_a_table_without_a_scan():
+    with pytest.raises(UsageError, match="the table holds no scan"):
+        atlas_data(as_table([row("swap", 1, "kl", "mean", 0.1, stage="surgery")]))
+
+
+def test_every_panel_has_a_task():
+    from mismatch.scanning.config import TASKS
+
+    assert tuple(panel.task for panel in PANELS) == TASKS
