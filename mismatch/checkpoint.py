@@ -14,20 +14,18 @@
 
 from __future__ import annotations
 
-import copy
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import transformers
-from safetensors import safe_open
-from torch import Tensor, nn
+from torch import nn
 
 from mismatch import models, record, spec, surgery, weights
 from mismatch.errors import MismatchError, ModelError
+from mismatch.filling import fill
 from mismatch.layout import Layout
 from mismatch.models import ModelInfo
 from mismatch.record import Record
@@ -200,7 +198,7 @@ def _local(name_or_path: str | Path, hub: dict[str, Any]) -> Path:
 
 def _plain(folder: Path, config: Any, **options: Any) -> nn.Module:
     """The model that was swapped, out of the checkpoint's folder: random where something was replaced."""
-    # Of course tensors are missing, and are drawn: `_fill` says what matters, and the caller's random numbers stay.
+    # Of course tensors are missing, and are drawn: `fill` says what matters, and the caller's random numbers stay.
     with _quiet(), torch.random.fork_rng(devices=[]):
         return models.pretrained(folder, config, ignore_mismatched_sizes=True, **options)[0]
 
@@ -226,7 +224,8 @@ def _restored(
 ) -> _Rebuilt:
     """The swapped model with its weights."""
     whole = _rebuilt(layout, found, folder)
-    _fill(whole, found, folder, files, exact)
+    paths = [one.path for one in whole.replaced]
+    fill(whole.layout.model, found, folder, files, paths, exact=exact)
     return whole
 
 
@@ -273,114 +272,6 @@ def _check_names(found: Record, folder: Path, trust_remote_code: bool) -> None:
             "which is off",
             hint="read that code first, then --trust-remote-code "
             "(in Python: trust_remote_code=True)",
-        )
-
-
-_NAMES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-}
-
-
-def _fill(whole: _Rebuilt, found: Record, folder: Path, files: list[Path], exact: bool) -> None:
-    """Put the file's tensors into the model: all of the replaced parts, and others that are not yet as in the file.
-
-    Args:
-        whole: the rebuilt model.
-        found: its record.
-        folder, files: where the tensors are.
-        exact: each in the number format of the file, whatever the rest has.
-
-    Raises:
-        ModelError: the names or shapes of the file are not those of the model.
-    """
-    model = whole.layout.model
-    held = {
-        name: (file, one) for file in files for name, one in weights.check_safetensors(file).items()
-    }
-    state = model.state_dict(keep_vars=True)
-    _compare(state, {name: one["shape"] for name, (_, one) in held.items()}, found, folder)
-    replaced = tuple(f"{clause.path}." for clause in whole.replaced)
-    there: dict[str, Tensor] = {}
-    used: set[int] = set()
-    paths = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
-    with ExitStack() as stack:
-        opened = {file: stack.enter_context(safe_open(file, framework="pt")) for file in files}
-        for name, tensor in state.items():
-            source = found.shared.get(name, name)
-            if source in there:  # a second name of a tensor that is there
-                if there[source] is not tensor:
-                    _put(model, name, there[source], paths)
-                continue
-            file, entry = held[source]
-            wanted = name.startswith(replaced) or (
-                exact and entry["dtype"] != _NAMES.get(tensor.dtype)
-            )
-            if id(tensor) in used:  # the rebuilt parts share what the saved ones no longer did
-                tensor, wanted = _alike(tensor), True
-                _put(model, name, tensor, paths)
-            if wanted:
-                value = opened[file].get_tensor(source)
-                _refuse_offloaded(tensor, name, folder)
-                kind = value.dtype if exact else tensor.dtype
-                # A copy: not a view of the file, and aligned as any other tensor (sums round by alignment).
-                tensor.data = value.to(device=tensor.device, dtype=kind, copy=True)
-            used.add(id(tensor))
-            there[source] = tensor
-
-
-def _compare(
-    state: Mapping[str, Tensor], shapes: Mapping[str, list[int]], found: Record, folder: Path
-) -> None:
-    wanted = {found.shared.get(name, name) for name in state}
-    for what, names in (
-        ("are not in its weights", wanted - shapes.keys()),
-        (
-            "belong to no part of it",
-            (shapes.keys() - wanted) | (found.shared.keys() - state.keys()),
-        ),
-        (
-            "have another shape than its parts",
-            {n for n in wanted & shapes.keys() & state.keys() if shapes[n] != [*state[n].shape]},
-        ),
-    ):
-        if names:
-            raise ModelError(
-                f"{folder}: {len(names)} tensors {what}, first {min(names)}",
-                hint="the folder is not as student.save() wrote it, or another version of mismatch builds this swap "
-                f"differently (it was written by {found.version})",
-            )
-
-
-def _put(model: nn.Module, name: str, tensor: Tensor, paths: Counter[int]) -> None:
-    """Another tensor under this name alone: a module that has several paths is parted on the way to it."""
-    *owners, leaf = name.split(".")
-    module = model
-    for step in owners:
-        child = module._modules[step]
-        if paths[id(child)] > 1:
-            paths[id(child)] -= 1
-            child = copy.copy(child)
-            for kind in ("_parameters", "_buffers", "_modules"):
-                setattr(child, kind, dict(getattr(child, kind)))
-            module._modules[step] = child
-        module = child
-    kept = module._parameters if leaf in module._parameters else module._buffers
-    kept[leaf] = tensor
-
-
-def _alike(tensor: Tensor) -> Tensor:
-    fresh = tensor.detach().clone()
-    return nn.Parameter(fresh, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fresh
-
-
-def _refuse_offloaded(tensor: Tensor, name: str, folder: Path) -> None:
-    if tensor.device.type == "meta":
-        raise ModelError(
-            f"{folder}: {name} belongs to a replaced part and lies on no device (it was offloaded)",
-            hint="give a device_map that keeps the swapped layers on a device",
         )
 
 

@@ -6,11 +6,12 @@ read is the model and two models are compared on the same terms; its end-of-text
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from mismatch.errors import UsageError
@@ -82,28 +83,52 @@ def generate(
             if length < limit
             else "take a shorter prompt",
         )
-    ends = _ends(model)
-    settings = GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        do_sample=temperature > 0,
-        temperature=temperature if temperature > 0 else None,
-        top_k=0 if temperature > 0 else None,
-        bos_token_id=model.generation_config.bos_token_id,
-        eos_token_id=ends or None,
-        # One text alone is never padded; transformers wants an id all the same.
-        pad_token_id=ends[0] if ends else 0,
-    )
     device = given["input_ids"].device
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
-        out = model.generate(**given, generation_config=settings)[0]
+        out = run(model, given, max_new_tokens, temperature)[0]
     new = out[length:]
     shown = new if chat else out
     return Generated(
         text=tokenizer.decode(shown, skip_special_tokens=True),
         tokens=len(new),
-        ended=len(new) > 0 and int(new[-1]) in ends,
+        ended=len(new) > 0 and int(new[-1]) in _ends(model),
     )
+
+
+def run(
+    model: nn.Module, given: Mapping[str, Tensor], max_new_tokens: int, temperature: float
+) -> Tensor:
+    """The ids of prompt and continuation, `batch pos`.
+
+    Args:
+        model: of its own settings only the special tokens are read.
+        given: `input_ids` and `attention_mask`, `batch pos`, on the device of the embedding.
+        max_new_tokens, temperature: as of `generate`.
+    """
+    ends, own = _ends(model), model.generation_config
+    drawn = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature > 0 else {}
+    told = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        bos_token_id=own.bos_token_id,
+        eos_token_id=ends or None,
+        # One text alone is never padded; transformers wants an id all the same.
+        pad_token_id=ends[0] if ends else 0,
+        **drawn,
+    )
+    # What is not said here transformers would fill in from the model's own config.
+    model.generation_config = GenerationConfig()
+    try:
+        return model.generate(**given, generation_config=told)
+    finally:
+        model.generation_config = own
+
+
+def _ends(model: nn.Module) -> list[int]:
+    """The tokens that end a text."""
+    ends = model.generation_config.eos_token_id
+    ends = ends if isinstance(ends, (list, tuple)) else [ends]
+    return [token for token in ends if token is not None]
 
 
 def _encoded(tokenizer: Any, prompt: str, chat: bool) -> Any:
@@ -124,11 +149,3 @@ def _encoded(tokenizer: Any, prompt: str, chat: bool) -> Any:
             hint='give some words, such as "Once upon a time"',
         )
     return given
-
-
-def _ends(model: nn.Module) -> list[int]:
-    """The tokens that end a text."""
-    ends = model.generation_config.eos_token_id
-    if ends is None:
-        return []
-    return list(ends) if isinstance(ends, (list, tuple)) else [ends]

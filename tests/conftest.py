@@ -3,13 +3,15 @@
 `toy` is glassllm, fetched once (3 MB) into the user's cache or `$MISMATCH_CACHE`. A `tiny` model
 has 3 layers, d_model 32, vocab 101, float32, eval mode; grouped-query attention wherever the family
 has it; every vector parameter (norm weights, biases) is moved off its initial value, so that
-leaving one out shows. Tests marked `slow` need the real SmolLM2 (93 MB); they run with `-m slow`.
+leaving one out shows. `swapped_toy` is a trained student of the toy, `saved_toy` its checkpoint.
+Tests marked `slow` need the real SmolLM2 (93 MB); they run with `-m slow`.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ import torch
 import transformers
 from torch import nn
 
+import mismatch
 from mismatch import fetch, models
 
 VOCAB = 101
@@ -127,3 +130,53 @@ def model_folder(tmp_path: Path, toy_folder: Path) -> Callable[..., Path]:
         return folder
 
     return copy
+
+
+SWAPPED = "layer1:infini(segment=8); layer2.mlp:mean; norms:dyt; layer2:parallel(infini(segment=8), alpha=0.5)"
+
+
+@pytest.fixture(scope="session")
+def toy_teacher(toy: models.Loaded) -> Any:
+    """The toy as `mismatch.load` gives it. Shared: swap it, do not change it."""
+    return mismatch.load(toy[:2])
+
+
+@pytest.fixture(scope="session")
+def swapped_toy(toy_teacher: Any) -> Any:
+    """A student whose every tensor is its own and was moved, as if trained. Shared."""
+    text = ["a b c d e f g " * 90]
+    student = mismatch.swap(
+        toy_teacher, SWAPPED, calibration=text, calibration_tokens=96, seq_len=64
+    )
+    for weight in student.model.parameters():
+        weight.data = weight.detach() * 1.01
+    return student
+
+
+@pytest.fixture(scope="session")
+def saved_toy(swapped_toy: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of its checkpoint. Shared: `saved_copy` may be changed."""
+    extra = {"rungs": ["closed-form"], "kl": float("nan")}
+    return swapped_toy.save(tmp_path_factory.mktemp("checkpoints") / "saved", extra=extra)
+
+
+@pytest.fixture
+def saved_copy(saved_toy: Path, tmp_path: Path) -> Path:
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for path in saved_toy.iterdir():
+        (copy / path.name).write_bytes(path.read_bytes())
+    return copy
+
+
+@pytest.fixture
+def remote_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
+    """`trust_remote_code=True`; what transformers copies out of a folder and runs lands in the test's own."""
+    place = tmp_path / "modules"
+    place.mkdir()
+    (place / "__init__.py").touch()
+    monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(place))
+    monkeypatch.setattr(sys, "path", [str(place), *sys.path])
+    yield {"trust_remote_code": True}
+    for name in [name for name in sys.modules if name.startswith("transformers_modules")]:
+        del sys.modules[name]
