@@ -151,7 +151,6 @@ def _ask(
     plan = plan_dict(students[0].plan, plan_warnings(students[0].plan, config.seq_len))
     subjects = [Subject.teacher(teacher.layout), *map(Subject.of, students)]
     if folder is not None:
-        folder.write_plan(plan)
         folder.log(f"{', '.join(asked.probes)}; {len(students)} students")
     found: list[dict[str, Any]] = []
     seconds: dict[str, float] = {}
@@ -161,6 +160,9 @@ def _ask(
             begun = time.monotonic()
             found += answers(name, probe, subjects, config.seed)
             seconds[name] = round(time.monotonic() - begun, 1)
+            plan["warnings"] += probe.warnings()
+    if folder is not None:
+        folder.write_plan(plan)
     facts = {
         "kind": "probe",
         "model_info": teacher.info.as_dict(),

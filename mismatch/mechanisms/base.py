@@ -16,7 +16,8 @@ state. Mechanism files do not import one another; what they share is here, in `c
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
@@ -128,6 +129,8 @@ class Mechanism(nn.Module):
     state: ClassVar[str]  # what generate() carries
     source: ClassVar[str]
     stacks: ClassVar[bool] = False  # True: may go on top of another mechanism in the same place
+    branch_names: ClassVar[tuple[str, ...]] = ()  # parts whose outputs it adds up; see `branches`
+    silent: frozenset[str] = frozenset()  # branches that are taken out at this moment
 
     def __init__(self, original: nn.Module, config: Any, context: Context) -> None:
         super().__init__()
@@ -143,6 +146,33 @@ class Mechanism(nn.Module):
         """What a reader of the plan must know about this mechanism in this place; no line =
         nothing."""
         return ()
+
+    def branches(self) -> dict[str, AbstractContextManager[None]]:
+        """A context for each branch, by name, inside which the branch contributes nothing.
+
+        For mechanisms that add up several paths (`infini`: memory and local; a hybrid: window and running sum). They
+        name them in `branch_names` and let the paths in `silent` add exactly 0 in `forward`. What remains keeps its
+        weight (no gate or denominator is renormalised), so that the output is the sum over branches of what each
+        takes away: (whole - without it). Probes read shares, knock-outs and query dependence from that alone.
+        """
+        return {name: self._silenced(name) for name in self.branch_names}
+
+    @contextmanager
+    def _silenced(self, name: str) -> Iterator[None]:
+        before, self.silent = self.silent, self.silent | {name}
+        try:
+            yield
+        finally:
+            self.silent = before
+
+    def gates(self) -> dict[str, nn.Parameter]:
+        """Trained numbers that weigh a branch, one a head, before their sigmoid, by the branch's name."""
+        return {}
+
+    def restores(self) -> dict[str, AbstractContextManager[None]]:
+        """A context for each thing that this mechanism took away and can give back for a moment, by name:
+        `first_token`, the attention sink."""
+        return {}
 
     def extra_repr(self) -> str:
         return f"{self.context.where}, {self.settings}"

@@ -38,7 +38,9 @@ nothing.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
 import torch
@@ -86,6 +88,7 @@ class Infini(AttentionParts):
         "tokens; the sinks' keys and values"
     )
     source = "arXiv 2404.07143v2, section 2, eq. 6-10"
+    branch_names = ("memory", "local")
 
     def __init__(self, original: nn.Module, config: InfiniConfig, context: Context) -> None:
         super().__init__(original, config, context)
@@ -215,7 +218,23 @@ class Infini(AttentionParts):
         share = torch.sigmoid(self.gate.to(read.dtype))[None, :, None, None, None]
         if self.settings.first_segment == "local":
             share = share * (grid.starts(read.device) > 0)[:, None, :, None, None]
+        read = torch.zeros_like(read) if "memory" in self.silent else read
+        local = torch.zeros_like(local) if "local" in self.silent else local
         return share * read + (1 - share) * local.to(read.dtype)
+
+    def gates(self) -> dict[str, nn.Parameter]:
+        return {"memory": self.gate}
+
+    def restores(self) -> dict[str, AbstractContextManager[None]]:
+        return {} if self.settings.sinks else {"first_token": self._with_sink()}
+
+    @contextmanager
+    def _with_sink(self) -> Iterator[None]:
+        before, self.settings = self.settings, replace(self.settings, sinks=1)
+        try:
+            yield
+        finally:
+            self.settings = before
 
 
 def retrieve(phi: Tensor, memory: Tensor, norm: Tensor) -> Tensor:

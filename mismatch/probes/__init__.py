@@ -12,6 +12,7 @@ from typing import Any
 
 PROBES = {
     "induction": "mismatch.probes.induction:Induction",
+    "memory": "mismatch.probes.memory:Memory",
     "order_sensitivity": "mismatch.probes.order_sensitivity:OrderSensitivity",
     "heads": "mismatch.probes.heads:Heads",
     "passkey": "mismatch.probes.passkey:Passkey",

@@ -239,6 +239,10 @@ class Probe:
     def __init__(self, setting: Setting) -> None:
         self.setting = setting
 
+    def warnings(self) -> tuple[str, ...]:
+        """What a reader must know, after `run`; no line = nothing."""
+        return ()
+
     def run(self, subjects: Sequence[Subject]) -> Answers:
         """Ask every subject; the teacher is the first.
 
