@@ -209,7 +209,7 @@ def of_class(name: str, cls: type) -> Card:
         default = REQUIRED if item.default is dataclasses.MISSING else item.default
         args.append(_arg(item.name, ast.parse(note, mode="eval").body, default, ""))
     text = inspect.getdoc(cls) or ""
-    return Card(name, _first_line(text), text, facts, tuple(args), config is None and ":" in name)
+    return Card(name, _first_line(text), text, facts, tuple(args), config is None)
 
 
 def _imports(tree: ast.Module, name: str) -> bool:
@@ -222,13 +222,14 @@ def _imports(tree: ast.Module, name: str) -> bool:
 
 def _imported(module: str, attribute: str) -> type:
     try:
-        return getattr(importlib.import_module(module), attribute)
-    except AttributeError:
-        raise CardError(f"module `{module}` has no class `{attribute}`") from None
+        found = getattr(importlib.import_module(module), attribute, None)
     except Exception as error:
         raise CardError(
             f"module `{module}` cannot be imported: {type(error).__name__}: {error}"
         ) from error
+    if not isinstance(found, type):
+        raise CardError(f"module `{module}` has no class `{attribute}`")
+    return found
 
 
 def _first_line(text: str) -> str:

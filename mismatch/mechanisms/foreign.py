@@ -147,10 +147,9 @@ def configured(call: Call) -> tuple[type[Mechanism], Any]:
             arguments.
     """
     cls = mechanisms().get(call.name)
-    if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
-        what = f"the class {cls.__name__}" if isinstance(cls, type) else f"a {type(cls).__name__}"
+    if not issubclass(cls, nn.Module):
         raise SurgeryError(
-            f"`{call.name}` is {what}, not a torch.nn.Module",
+            f"`{call.name}` is the class {cls.__name__}, which is no torch.nn.Module",
             hint="name a subclass of torch.nn.Module, or of mismatch.mechanisms.base.Mechanism",
         )
     cls = cls if issubclass(cls, Mechanism) else adapted(cls)
