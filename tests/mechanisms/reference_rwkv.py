@@ -11,6 +11,10 @@ import math
 import torch
 from torch import Tensor
 
+from mismatch.mechanisms.delta_rule import CHUNK
+
+LENGTHS = (1, 2, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK + 5)
+
 
 def recurrence(
     r: Tensor, log_w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, state: Tensor
@@ -67,3 +71,9 @@ def time_mixing(x: Tensor, p: dict[str, Tensor], n_heads: int) -> tuple[Tensor, 
             heads.append(y + (r[at] * p["r_k"][h] * written).sum() * v[at])
         rows.append(p["W_o"] @ (g * torch.cat(heads)) + p["b_o"])
     return torch.stack(rows), torch.stack(states)
+
+
+def close(got: Tensor, wanted: Tensor, tolerance: float) -> None:
+    """Against the largest number of what is wanted."""
+    assert got.shape == wanted.shape
+    assert (got.double() - wanted.double()).abs().max() <= tolerance * wanted.abs().max()

@@ -6,18 +6,17 @@ import math
 
 import pytest
 import torch
-from reference_rwkv import recurrence, time_mixing
+from reference_rwkv import LENGTHS, close, time_mixing
 from tiny_models import FAMILIES, in_chunks, part, positions, swap, tiny, tokens
 from transformers import DynamicCache
 
 from mismatch.errors import SurgeryError
 from mismatch.layout import Layout
 from mismatch.mechanisms.base import Context, Host
-from mismatch.mechanisms.delta_rule import CHUNK, chunked_delta_rule
+from mismatch.mechanisms.delta_rule import CHUNK
 from mismatch.mechanisms.rwkv import FASTEST, RWKV, OutputPower, RWKVConfig, rank, token_before
 
 D_MODEL, H, KV, D = 24, 4, 2, 8  # of the tiny llama
-LENGTHS = (1, 2, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK + 5)
 
 
 def module(init="inherit", layer=1, dtype=torch.float32, stir=True) -> RWKV:
@@ -73,68 +72,6 @@ def definition(mixer: RWKV) -> dict[str, torch.Tensor]:
 def by_definition(mixer: RWKV, x):
     rows = [time_mixing(row, definition(mixer), H) for row in x.double()]
     return tuple(torch.stack(column) for column in zip(*rows, strict=True))
-
-
-def close(got, wanted, tolerance):
-    """Against the largest number of what is wanted."""
-    assert got.shape == wanted.shape
-    assert (got.double() - wanted.double()).abs().max() <= tolerance * wanted.abs().max()
-
-
-# the recurrence ----------------------------------------------------------------------------------
-
-
-def operands(length, decay, dtype=torch.float64, d=16, batch=2, heads=3):
-    """r, log w, k, v, a, b, S of RWKV-7's kind; `decay`: share of the fastest, or None = mixed."""
-    generator = torch.Generator().manual_seed(length)
-
-    def draw(*shape):
-        return torch.randn(batch, heads, *shape, generator=generator, dtype=torch.float64)
-
-    r, k, v, kappa = (draw(length, d) for _ in range(4))
-    kappa = kappa / kappa.norm(dim=-1, keepdim=True)
-    share = torch.sigmoid(4 * draw(length, d)) if decay is None else torch.full_like(r, decay)
-    # With a slow decay the boldest learning rate too: the state is then turned, hardly damped.
-    rate = torch.ones_like(r) if decay == 0 else torch.sigmoid(draw(length, d))
-    all_of_it = (3 * r, -FASTEST * share, 3 * k, v, -kappa, kappa * rate, draw(d, d))
-    return [x.to(dtype).requires_grad_(True) for x in all_of_it]
-
-
-def results(rule, inputs, **more):
-    """y, S, and the gradients of all operands under a fixed random loss."""
-    y, state = rule(*inputs, **more)
-    generator = torch.Generator().manual_seed(1)
-    weigh = [torch.randn(x.shape, generator=generator, dtype=torch.float64) for x in (y, state)]
-    loss = sum((x * w.to(x.dtype)).sum() for x, w in zip((y, state), weigh, strict=True))
-    return [y, state, *torch.autograd.grad(loss, inputs)]
-
-
-@pytest.mark.parametrize("decay", [1.0, 0.0, None], ids=["fastest", "none", "mixed"])
-@pytest.mark.parametrize("length", LENGTHS)
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-13), (torch.float32, 1e-5)])
-def test_chunks_are_the_recurrence_in_outputs_and_gradients(length, decay, dtype, tolerance):
-    wanted = results(recurrence, operands(length, decay))
-    got = results(chunked_delta_rule, operands(length, decay, dtype))
-    for a, b in zip(got, wanted, strict=True):
-        close(a, b, tolerance)
-
-
-@pytest.mark.parametrize("chunk", [1, 7, 16, 64])
-def test_the_size_of_a_chunk_does_not_matter(chunk):
-    wanted = results(recurrence, operands(70, None))
-    for a, b in zip(
-        results(chunked_delta_rule, operands(70, None), chunk=chunk), wanted, strict=True
-    ):
-        close(a, b, 1e-13)
-
-
-def test_two_calls_are_one():
-    *tokenwise, state = operands(50, None)
-    y, end = chunked_delta_rule(*tokenwise, state)
-    first, middle = chunked_delta_rule(*(x[:, :, :17] for x in tokenwise), state)
-    second, last = chunked_delta_rule(*(x[:, :, 17:] for x in tokenwise), middle)
-    close(torch.cat([first, second], 2), y, 1e-13)
-    close(last, end, 1e-13)
 
 
 # the layer ---------------------------------------------------------------------------------------
