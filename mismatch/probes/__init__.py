@@ -16,6 +16,7 @@ PROBES = {
     "order_sensitivity": "mismatch.probes.order_sensitivity:OrderSensitivity",
     "heads": "mismatch.probes.heads:Heads",
     "passkey": "mismatch.probes.passkey:Passkey",
+    "position_decoding": "mismatch.probes.position_decoding:PositionDecoding",
     "shift_invariance": "mismatch.probes.shift_invariance:ShiftInvariance",
     "shuffle_sensitivity": "mismatch.probes.shuffle_sensitivity:ShuffleSensitivity",
 }

@@ -5,7 +5,8 @@ A prompt of 1000 tokens is asked for five of them, and the head of a small model
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -21,7 +22,12 @@ CHUNK = 256
 """Tokens that go through the head at once."""
 
 
-def finals(subjects: Sequence[Subject], ids: Tensor) -> Iterator[tuple[Subject, Tensor]]:
+def finals(
+    subjects: Sequence[Subject],
+    ids: Tensor,
+    sites: Callable[[Subject], Sequence[Tap]] = lambda subject: (),
+    visit: Callable[[Subject, Tap, Tensor], None] = lambda subject, tap, value: None,
+) -> Iterator[tuple[Subject, Tensor]]:
     """Every subject's final states on one batch, the teacher's first.
 
     A student runs from its first swapped block on, from the teacher's own stream: bit-equal to a whole run
@@ -30,6 +36,8 @@ def finals(subjects: Sequence[Subject], ids: Tensor) -> Iterator[tuple[Subject, 
     Args:
         subjects: the teacher first.
         ids: int64 `batch pos`.
+        sites: what else to look at in a subject, from its first swapped block on.
+        visit: told of each value there, `batch pos d_model`, as it is computed.
 
     Yields:
         subject, and `batch pos d_model`.
@@ -41,19 +49,25 @@ def finals(subjects: Sequence[Subject], ids: Tensor) -> Iterator[tuple[Subject, 
     teacher, *students = subjects
     kept: dict[int, Tensor] = {}
 
-    def keep(tap: Tap, value: Tensor) -> None:
-        kept[tap.layer + 1] = value
-
     starts = {student.start for student in students} - {0}
-    wanted = [taps(teacher.layout, start - 1)[-1] for start in sorted(starts)]
-    yield teacher, _finite(teacher, hooks.run(teacher.layout, ids, wanted, keep))
+    ends = {taps(teacher.layout, start - 1)[-1] for start in starts}
+    looked = set(sites(teacher))
+
+    def keep(tap: Tap, value: Tensor) -> None:
+        if tap in ends:
+            kept[tap.layer + 1] = value
+        if tap in looked:
+            visit(teacher, tap, value)
+
+    yield teacher, _finite(teacher, hooks.run(teacher.layout, ids, [*(ends | looked)], keep))
     versions = {start: stream._version for start, stream in kept.items()}
     for student in students:
         start = student.start
         stream = kept.get(start)
         if stream is not None and stream._version != versions[start]:
             raise RunError(f"the stream entering layer {start} was changed in place")
-        final = hooks.run(student.layout, ids, (), keep, start=start, stream=stream)
+        tell = partial(visit, student)
+        final = hooks.run(student.layout, ids, sites(student), tell, start=start, stream=stream)
         yield student, _finite(student, final)
 
 
