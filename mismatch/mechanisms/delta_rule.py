@@ -18,8 +18,8 @@ is a unit lower triangular system in the u of the chunk. Solved once for S_0 = 1
 chunk's end state as M S_0 + N, and only that product runs chunk after chunk.
 
 Precision: G and 1 / G are formed, so |log w| times the chunk must stay far from the 88 at which
-float32 ends (RWKV-7: 0.6065 * 32 = 19). Every term of a sum is a product of them that is right to a
-few ulp, and those that count are <= 1 times their operands: nothing cancels.
+float32 ends (RWKV-7: 0.6065 * 32 = 19). Every term of a sum is a product of them, right to about
+|log G| ulp, and those that count are <= 1 times their operands: nothing cancels.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-CHUNK = 32  # fastest of 16, 32, 64 for 64 x 64 states on a CPU
+CHUNK = 32  # on a CPU, for 64 x 64 states: 16 takes 1.4 times as long, 64 no less
 
 
 def chunked_delta_rule(
