@@ -14,9 +14,11 @@ PROBES = {
     "induction": "mismatch.probes.induction:Induction",
     "memory": "mismatch.probes.memory:Memory",
     "order_sensitivity": "mismatch.probes.order_sensitivity:OrderSensitivity",
+    "generation": "mismatch.probes.generation:Generation",
     "heads": "mismatch.probes.heads:Heads",
     "passkey": "mismatch.probes.passkey:Passkey",
     "position_decoding": "mismatch.probes.position_decoding:PositionDecoding",
+    "rope_bands": "mismatch.probes.rope_bands:RopeBands",
     "shift_invariance": "mismatch.probes.shift_invariance:ShiftInvariance",
     "shuffle_sensitivity": "mismatch.probes.shuffle_sensitivity:ShuffleSensitivity",
 }
