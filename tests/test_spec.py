@@ -40,6 +40,13 @@ class OpenConfig:
     rate: float
 class Open:
     Config = OpenConfig
+class ListConfig:
+    words: tuple[str, ...] | None = None
+class List:
+    Config = ListConfig
+    slots = ("attn",)
+class Plain:
+    slots = ("attn",)
 '''
 LLAMA = ("norm1", "attn", "norm2", "mlp", "q_proj", "rope", "block", "final_norm")
 GEMMA = ("norm1", "attn", "norm1_post", "norm2", "mlp", "norm2_post", "rope", "block", "final_norm")
@@ -214,6 +221,46 @@ def test_a_placement_names_its_clause_and_its_checked_call():
     assert check(parse("layer2:infini(gate_init=2)")).clauses[0].call.arguments() == {
         "gate_init": 2.0
     }
+
+
+def test_a_list_of_words():
+    name = "cards_of_test:List"
+    (call,) = (c.call for c in check(parse(f"layer1:{name}(words=[ a,b_c ,d.e ])")).clauses)
+    assert call.arguments() == {"words": ("a", "b_c", "d.e")}
+    assert call.printable() == {"words": ("a", "b_c", "d.e")}
+    assert format(parse(f"layer1:{name}(words=[a,b])")) == f"layer1:{name}(words=[a, b])"
+    assert format(parse(f"layer1:{name}(words=a)")) == f"layer1:{name}(words=[a])"
+    assert format(parse(f"layer1:{name}(words=none)")) == f"layer1:{name}"
+
+
+@pytest.mark.parametrize(
+    ("value", "message", "at", "hint"),
+    [
+        ("[]", "`words` needs words in `[ ]`, got `]`", 1, ""),
+        ("[a, 3]", "`words` needs words in `[ ]`, got `3`", 4, ""),
+        ("[a b]", "expected `,` or `]`, got `b`", 3, ""),
+        ("[a", "`[` is never closed", 0, "\n\nhint: close it with `]`"),
+        ("3", "`words` must be a list of words or none, got 3", 0, ""),
+    ],
+)
+def test_a_list_of_words_that_is_none(value, message, at, hint):
+    start = "layer1:cards_of_test:List(words="
+    with pytest.raises(SpecError) as caught:
+        check(parse(f"{start}{value})"))
+    where = " " * (len(start) + at)
+    assert str(caught.value) == f"{message}\n  {start}{value})\n  {where}^{hint}"
+
+
+def test_a_list_where_none_is_wanted():
+    with pytest.raises(SpecError, match=r"^`segment` must be int >= 1, got `\[a, b\]`"):
+        check(parse("layer1:infini(segment=[a, b])"))
+
+
+def test_a_class_without_a_config_gets_its_arguments_as_they_are_written():
+    text = "layer1:cards_of_test:Plain(b=2, a=x, c=[u, v], d=infini(segment=256))"
+    call = check(parse(text)).clauses[0].call
+    assert call.arguments() == {"b": 2, "a": "x", "c": ("u", "v"), "d": Call("infini")}
+    assert format(parse(text)) == "layer1:cards_of_test:Plain(b=2, a=x, c=[u, v], d=infini)"
 
 
 def test_numbers_without_a_key_fill_the_fields_in_their_order():

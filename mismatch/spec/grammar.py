@@ -389,5 +389,7 @@ class _Parser:
                 self.fail(f"`{key}` needs words in `[ ]`, got {self.rest()}", self.pos)
             found.append(word.group())
         if not self.take("]"):
-            self.fail("`[` is never closed", opened, "close it with `]`")
+            if self.peek() in ("", ";", ")"):
+                self.fail("`[` is never closed", opened, "close it with `]`")
+            self.fail(f"expected `,` or `]`, got {self.rest()}", self.pos)
         return tuple(found)
