@@ -242,11 +242,20 @@ def _shared(state: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _tensors(state: Mapping[str, Tensor], shared: Mapping[str, str]) -> dict[str, Tensor]:
-    """What goes into the file: each tensor once, contiguous, in memory of its own."""
+    """What goes into the file: each tensor once, contiguous, in memory of its own.
+
+    Raises:
+        SurgeryError: a tensor that lies on no device.
+    """
     found, storages = {}, set()
     for name, value in state.items():
         if name in shared:
             continue
+        if value.device.type == "meta":
+            raise SurgeryError(
+                f"`{name}` lies on no device (it was offloaded, or never loaded), so it cannot be saved",
+                hint="load the model without offloading",
+            )
         tensor = value.detach().contiguous()
         storage = tensor.untyped_storage().data_ptr()
         found[name] = tensor.clone() if storage in storages else tensor

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import mismatch
 from mismatch import checkpoint, models, record
-from mismatch.errors import ModelError
+from mismatch.errors import ModelError, SurgeryError
 from mismatch.mechanisms.base import Wrapper
 from mismatch.mechanisms.calling import first_of, with_first
 from mismatch.mechanisms.identity import Identity
@@ -152,6 +152,29 @@ def test_plain_tokenizer_and_loading_options(saved_toy, swapped_toy, remote_code
 def test_what_it_cannot_be_loaded_with(saved_toy, name):
     with pytest.raises(ModelError, match=f"cannot be loaded with `{name}`"):
         checkpoint.MismatchForCausalLM.from_pretrained(saved_toy, **{name: {}})
+
+
+def test_layers_may_be_offloaded_but_not_the_swapped_ones(toy_teacher, tmp_path):
+    student = mismatch.swap(toy_teacher, "layer1:infini(segment=8)")
+    path = student.save(tmp_path / "saved")
+
+    def load(offloaded):
+        names = ("embed_tokens", "norm", "rotary_emb", *(f"layers.{i}" for i in range(4)))
+        places = {f"model.{name}": "disk" if name == offloaded else "cpu" for name in names}
+        return checkpoint.MismatchForCausalLM.from_pretrained(
+            path, device_map={**places, "lm_head": "cpu"}, offload_folder=tmp_path / "offloaded"
+        )
+
+    model = load("layers.3")
+    assert torch.equal(logits(model), logits(student.model))
+    with pytest.raises(SurgeryError, match="lies on no device"):
+        model.save_pretrained(tmp_path / "again")
+    with pytest.raises(ModelError) as caught:
+        load("layers.1")
+    assert str(caught.value) == (
+        f"{path}: model.layers.1.self_attn.gate belongs to a replaced part and lies on no device (it was "
+        "offloaded)\n\nhint: give a device_map that keeps the swapped layers on a device"
+    )
 
 
 def test_loading_does_not_move_the_callers_random_numbers(saved_toy):

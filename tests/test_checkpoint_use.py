@@ -90,6 +90,27 @@ def test_trainer(saved_toy, swapped_toy, tmp_path, remote_code):
     assert torch.equal(logits(second.model.eval()), logits(first.model))
 
 
+def test_lm_evaluation_harness(saved_toy, swapped_toy, remote_code):
+    """Log-likelihoods of two continuations of unlike length in one padded batch, against the student's own."""
+    huggingface = pytest.importorskip("lm_eval.models.huggingface")
+    from lm_eval.api.instance import Instance
+
+    model = huggingface.HFLM(
+        pretrained=str(saved_toy), device="cpu", batch_size=2, dtype="auto", **remote_code
+    )
+    pairs = [("Once upon a time", " there was a king"), ("The", " end")]
+    got = model.loglikelihood(
+        [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(pairs)], disable_tqdm=True
+    )
+    tokenizer = swapped_toy.tokenizer
+    for (context, more), (value, _) in zip(pairs, got, strict=True):
+        start = len(tokenizer(context).input_ids)
+        ids = torch.tensor([tokenizer(context + more).input_ids])
+        steps = logits(swapped_toy.model, ids).log_softmax(-1)[0, start - 1 : -1]
+        wanted = steps.gather(-1, ids[0, start:, None]).sum().item()
+        assert value == pytest.approx(wanted, abs=1e-4)
+
+
 def test_swapped_further(saved_toy, swapped_toy, tmp_path):
     loaded = mismatch.load(saved_toy)
     before = logits(loaded.model)

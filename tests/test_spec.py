@@ -10,7 +10,7 @@ import pytest
 
 from mismatch.errors import SpecError
 from mismatch.registry import Registry
-from mismatch.spec import Call, Placement, Range, check, format, parse, resolve
+from mismatch.spec import Call, Placement, Range, check, explicit, format, parse, resolve
 
 CARDS = '''
 """Cards only: nothing here is ever imported."""
@@ -698,6 +698,28 @@ def test_the_caret_counts_in_the_joined_text():
         "  layer1:zero; layer99:zero",
         "                    ^",
     ]
+
+
+ALL = "segment=64, update=linear, gate_init=0.0, note=none, exact=false"
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("layer1:zero", "layer1:zero"),
+        ("layer1:infini(64)", f"layer1:infini({ALL})"),
+        (
+            "layers[0-last/2]:parallel(infini(segment=64)); norms:dyt",
+            f"layers0-last/2:parallel(infini({ALL}), alpha=1.0); norms:dyt",
+        ),
+        ("layer1:cards_of_test:List", "layer1:cards_of_test:List(words=none)"),
+        ("layer1:cards_of_test:List(words=[a, b])", "layer1:cards_of_test:List(words=[a, b])"),
+        ("layer1.attn:cards_of_test:Open(rate=2)", "layer1.attn:cards_of_test:Open(rate=2.0)"),
+    ],
+)
+def test_explicit_text_says_every_argument_and_means_the_same(text, wanted):
+    assert explicit(parse(text)) == wanted
+    assert check(parse(wanted)).clauses == check(parse(text)).clauses
 
 
 def test_no_torch():
