@@ -18,6 +18,7 @@ _PLACES = {
     "load": "mismatch.api",
     "generate": "mismatch.api",
     "save_checkpoint": "mismatch.api",
+    "plan": "mismatch.api",
     "scan": "mismatch.api",
     "swap": "mismatch.api",
     "trace": "mismatch.api",

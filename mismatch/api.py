@@ -37,6 +37,8 @@ from mismatch.opening import (
     tokenizer_of,
 )
 from mismatch.operating import Teacher, calibrated_swap
+from mismatch.planning.result import Planned
+from mismatch.planning.start import plan, plan_command
 from mismatch.ranks import Ranks, joined
 from mismatch.report.summary import plan_lines
 from mismatch.result import Probed, Result
@@ -47,6 +49,7 @@ from mismatch.surgery import Student
 
 __all__ = [
     "Check",
+    "Planned",
     "Probed",
     "Result",
     "Scanned",
@@ -56,6 +59,8 @@ __all__ = [
     "generate",
     "load",
     "open_nnsight",
+    "plan",
+    "plan_command",
     "probe",
     "probe_command",
     "save_checkpoint",

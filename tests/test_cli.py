@@ -13,12 +13,13 @@ from pathlib import Path
 import pytest
 
 from mismatch import cli, config
-from mismatch.cli.parser import EXAMPLES, GROUPS, PROBE_GROUPS, SCAN_GROUPS, read
+from mismatch.cli.parser import EXAMPLES, GROUPS, PLAN_GROUPS, PROBE_GROUPS, SCAN_GROUPS, read
 from mismatch.errors import MismatchError, NumericsError, RunError
+from mismatch.planning.config import PlanConfig
 from mismatch.scanning.config import ScanConfig
 
 COMMANDS = (
-    *("trace", "check", "probe", "scan", "generate"),
+    *("trace", "check", "probe", "scan", "plan", "generate"),
     *("fetch", "report", "compare", "list", "explain", "env"),
 )
 TRACE = ["trace", "--model", "m", "--swap", "layer1:zero"]
@@ -211,7 +212,12 @@ def test_help_opens_with_two_examples_that_parse(capsys, command):
 
 @pytest.mark.parametrize(
     ("groups", "kind"),
-    [(GROUPS, config.TraceConfig), (PROBE_GROUPS, config.ProbeConfig), (SCAN_GROUPS, ScanConfig)],
+    [
+        (GROUPS, config.TraceConfig),
+        (PROBE_GROUPS, config.ProbeConfig),
+        (SCAN_GROUPS, ScanConfig),
+        (PLAN_GROUPS, PlanConfig),
+    ],
 )
 def test_every_setting_is_a_flag_in_one_group(groups, kind):
     names = [name for group in groups.values() for name in group]

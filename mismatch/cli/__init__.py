@@ -46,7 +46,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         folder = getattr(stop, "run_dir", None)
         say("interrupted" if folder is None else f"interrupted; {folder} can be resumed")
         if folder is not None:
-            say(f"\nhint: mismatch {args.command} --resume {folder}")
+            from mismatch.run import made_by
+
+            say(f"\nhint: mismatch {made_by(folder)} --resume {folder}")
         return 130
     except BrokenPipeError:
         # The reader of stdout is gone (`mismatch list | head`); Python would complain once more at exit.

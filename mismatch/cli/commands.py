@@ -15,6 +15,7 @@ from typing import Any
 from mismatch import catalog, config
 from mismatch.cli.streams import first_rank, say
 from mismatch.errors import NumericsError, UsageError
+from mismatch.planning.config import PlanConfig
 from mismatch.scanning.config import ScanConfig
 
 
@@ -87,6 +88,22 @@ def scan(args: Namespace) -> int:
         print(result.summary())
         print(result.run_dir)
     return 0 if result.finite else NumericsError.exit_code
+
+
+def plan(args: Namespace) -> int:
+    settings = config.load(args.config, _flags(args, PlanConfig), PlanConfig)
+    from mismatch import api
+
+    result = api.plan_command(
+        settings, overwrite=args.overwrite, progress=not args.quiet and first_rank()
+    )
+    if args.json:
+        rows = json.loads(result.costs.to_json(orient="records"))
+        _print_json({"run": str(result.run_dir), "swap": result.swap, "costs": rows})
+    else:
+        print(result.summary())
+        print(result.run_dir)
+    return 0
 
 
 def generate(args: Namespace) -> int:

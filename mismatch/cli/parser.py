@@ -13,6 +13,7 @@ from mismatch.card import REQUIRED, Arg
 from mismatch.catalog import LISTS
 from mismatch.cli import commands
 from mismatch.errors import UsageError
+from mismatch.planning.config import PlanConfig
 from mismatch.registry import did_you_mean
 from mismatch.scanning.config import ScanConfig
 
@@ -46,6 +47,19 @@ SCAN_GROUPS = {
 }
 """The same for a scan."""
 
+PLAN_GROUPS = {
+    "model": GROUPS["model"],
+    "choice": (
+        *("mechanism", "layers", "among", "budget_kl", "keep_retrieval", "budget_retrieval"),
+        *("method", "scan", "controls"),
+    ),
+    "questions": ("tokens", "seq_len", "scored", "samples", "length", "depth"),
+    "data": SCAN_GROUPS["data"],
+    "output": SCAN_GROUPS["output"],
+    "dangerous": GROUPS["dangerous"],
+}
+"""The same for a plan."""
+
 EXAMPLES = {
     "trace": (
         'mismatch trace --model smollm2 --swap "layer12:infini"',
@@ -62,6 +76,10 @@ EXAMPLES = {
     "scan": (
         'mismatch scan --model smollm2 --swap "infini(segment=64); nope; sliding_window(64, 1)"',
         'mismatch scan --model smollm2 --swap "mlp:zero" --layers 0-9 --tasks text --tokens 2048',
+    ),
+    "plan": (
+        "mismatch plan --model smollm2 --mechanism gated_deltanet --layers 8 --keep-retrieval",
+        'mismatch plan --model smollm2 --mechanism "sliding_window(64, 1)" --budget-kl 0.2 --scan runs/SCAN',
     ),
     "generate": (
         'mismatch generate CHECKPOINT "Once upon a time"',
@@ -172,11 +190,16 @@ def _tree() -> tuple[Parser, dict[str, Parser]]:
     scan = command(
         "scan", "Put every mechanism into every layer, one layer at a time, and draw the atlas."
     )
+    plan = command(
+        "plan",
+        "Pick the layers that a mechanism replaces at least cost, and measure them together.",
+    )
     _settings(check, GROUPS, config.fields())
     written = (
         _settings(trace, GROUPS, config.fields()),
         _settings(scan, SCAN_GROUPS, config.fields(ScanConfig)),
         _settings(probe, PROBE_GROUPS, config.fields(config.ProbeConfig)),
+        _settings(plan, PLAN_GROUPS, config.fields(PlanConfig)),
     )
     for group in written[:2]:
         group.add_argument("--resume", metavar="RUN", help="go on with an interrupted run")

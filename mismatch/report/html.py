@@ -13,6 +13,7 @@ from mismatch.files import write_atomic
 from mismatch.report import controls, probes, style
 from mismatch.report import quantity as q
 from mismatch.report.page import Html, document, grid, join, pairs, picture, tag
+from mismatch.report.plan import plan_summary
 from mismatch.report.plates import Plate, kind, plates
 from mismatch.report.scan_summary import scan_summary
 from mismatch.report.summary import count, total, verdict, worst_sites
@@ -88,6 +89,10 @@ def page(run: Run, drawn: Mapping[str, bytes | str]) -> str:
     if kind(run) == "scan":
         said = tag("pre", scan_summary(run.table, run.plan))
         return document(*head, *figures, tag("h2", "Worst and best layers"), said, *end)
+    if kind(run) == "plan":
+        model = str(run.manifest.get("model", "MODEL"))
+        said = tag("pre", plan_summary(run.table, run.plan, model))
+        return document(*head, said, *figures, *end)
     asked = (
         (tag("h2", "Answers to the probes"), _probes(run)) if probes.probes_of(run.table) else ()
     )

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import pandas as pd
 from matplotlib.figure import Figure
 
-from mismatch.report import atlas, controls, heatmap, position, probes, profile
+from mismatch.report import atlas, controls, heatmap, plan, position, probes, profile
 from mismatch.run import Run
 
 
@@ -102,14 +102,31 @@ SCAN_PLATES = (
 )
 
 
+PLAN_PLATES = (
+    Plate(
+        "plan",
+        "The choice: alone, added up, together",
+        plan.plan_figure,
+        plan.plan_data,
+        "Grey: each chosen layer replaced alone. Blue: these added up, which is what the choice was made by. Orange: "
+        "all of them replaced together. Green: the control in the same places. Orange to the right of blue is damage "
+        "that no scan of single layers shows; orange to the right of green is no better than deleting.",
+        planned=True,
+    ),
+)
+
+
+_OWN = {"scan": SCAN_PLATES, "plan": PLAN_PLATES}
+
+
 def kind(run: Run) -> str:
-    """What made the run: trace, probe or scan."""
+    """What made the run: trace, probe, scan or plan."""
     return str(run.manifest.get("kind", "trace"))
 
 
 def plates(run: Run) -> tuple[Plate, ...]:
     """The figures of a run: of a scan the atlas; of a trace its own, and those of the probes that were asked."""
-    if kind(run) == "scan":
-        return SCAN_PLATES
+    if kind(run) in _OWN:
+        return _OWN[kind(run)]
     asked = tuple(p for p in PROBE_PLATES if p.name in probes.probes_of(run.table))
     return asked if kind(run) == "probe" else (*PLATES, *asked)

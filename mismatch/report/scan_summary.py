@@ -34,8 +34,8 @@ def scan_summary(table: pd.DataFrame, plan: Mapping[str, Any] | None = None) -> 
         here = data[(data["task"] == panel.task) & (data["kind"] != "missing")]
         if here.empty:
             continue
-        parts += ["", f"{panel.title}, {panel.unit}{_teacher(table, panel)}"]
-        able = can(table, panel, plan)
+        parts += ["", f"{panel.title}, {panel.unit}{teacher_words(table, panel)}"]
+        able = can_do(table, panel.task, plan)
         if not able:
             parts.append("  the original itself cannot do this: nothing follows from these numbers")
         for name, control in rows.items():
@@ -44,8 +44,9 @@ def scan_summary(table: pd.DataFrame, plan: Mapping[str, Any] | None = None) -> 
     return "\n".join(parts).strip("\n")
 
 
-def can(table: pd.DataFrame, panel: Panel, plan: Mapping[str, Any] | None) -> bool:
+def can_do(table: pd.DataFrame, task: str, plan: Mapping[str, Any] | None = None) -> bool:
     """Whether the teacher does a task well enough for its loss to mean anything; text always."""
+    panel = next(panel for panel in PANELS if panel.task == task)
     chance = (plan or {}).get("tasks", {}).get(panel.task, {}).get("chance")
     reads = _reads(table, panel)
     return chance is None or reads is None or abs(reads) <= ABLE * chance
@@ -61,7 +62,7 @@ def _reads(table: pd.DataFrame, panel: Panel) -> float | None:
     return None if rows.empty else float(rows["value"].iloc[0])
 
 
-def _teacher(table: pd.DataFrame, panel: Panel) -> str:
+def teacher_words(table: pd.DataFrame, panel: Panel) -> str:
     """What the teacher itself reads: it says how much can be lost."""
     reads = _reads(table, panel)
     return "" if reads is None else f"; the original reads {number(reads)}"

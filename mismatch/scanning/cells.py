@@ -61,14 +61,8 @@ def columns(templates: Sequence[Template], controls: Sequence[str]) -> tuple[Col
     """
     bounds: dict[str, dict[str, Template]] = {}
     for template in templates:
-        own = _slot(template)
         for control in controls:
-            slots = registry.mechanisms().card(control).facts["slots"]
-            # A control that cannot stand in this slot (skip, in attention) stands in its own.
-            slot = own if own in slots and own != slots[0] else None
-            found = Template(Call(control), slot, str(control))
-            if own == "block" and control == "zero":  # it would delete the stream with the block
-                found = Template(Call("skip"), None, "skip")
+            found = control_of(template, control)
             if str(found) != str(template):
                 bounds.setdefault(str(template), {})[str(found)] = found
     names = {str(template) for template in templates}
@@ -80,11 +74,21 @@ def columns(templates: Sequence[Template], controls: Sequence[str]) -> tuple[Col
     return (*asked, *(Column(template, (), True) for template in added.values()))
 
 
-def _slot(template: Template) -> str:
-    """Where a control of it stands. Positions enter in attention: what bounds their loss is the loss of all of it."""
-    slots = registry.mechanisms().card(template.call.name).facts.get("slots", ("attn",))
-    slot = template.slot or slots[0]
-    return "attn" if slot == "rope" else slot
+def control_of(template: Template, control: str) -> Template:
+    """A control in the slot of a mechanism.
+
+    Positions enter in attention, so what bounds their loss is the loss of all of it. A control that cannot stand in a
+    slot (skip, in attention) stands in its own. Zeros in place of a block would delete the stream with it: what the
+    block adds is deleted instead.
+    """
+    known = registry.mechanisms()
+    allowed = known.card(template.call.name).facts.get("slots", ("attn",))
+    own = template.slot or allowed[0]
+    own = "attn" if own == "rope" else own
+    if own == "block" and control == "zero":
+        control = "skip"
+    slots = known.card(control).facts["slots"]
+    return Template(Call(control), own if own in slots and own != slots[0] else None, control)
 
 
 def cells(columns: Iterable[Column], layers: Iterable[int], layout: Layout) -> tuple[Cell, ...]:

@@ -15,20 +15,11 @@ TASKS = ("text", "induction", "passkey")
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScanConfig(RunConfig):
-    """What `mismatch scan` is told."""
+class SweepConfig(RunConfig):
+    """What is asked of every cell, by a scan and by a plan."""
 
-    examples = {**RunConfig.examples, "swap": '--swap "infini(segment=64); nope; zero"'}
-
-    swap: tuple[str, ...]
-    """Mechanisms, without a target: each goes into every layer, one layer at a time. May be repeated."""
-    layers: str = "all"
-    """Layers to go through: all, or ranges such as 0-9, 0,4,8, 0-last/2."""
     controls: tuple[str, ...] = ("zero",)
-    """Controls that go through the same layers, in the slots of the mechanisms; none for no control."""
-
-    tasks: tuple[str, ...] | None = None
-    """What is asked: text, induction, passkey. All that this model can be asked when not given."""
+    """Controls that stand in the same layers and slots; none for no control."""
     tokens: Annotated[int, ">= 1"] = 4096
     """Held-out tokens of the task text."""
     seq_len: Annotated[int, ">= 2"] = 512
@@ -41,6 +32,20 @@ class ScanConfig(RunConfig):
     """Tokens of a passkey prompt."""
     depth: Annotated[float, "0..1"] = 0.1
     """Where the passkey stands: 0 is the start of the prompt, 1 its end."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScanConfig(SweepConfig):
+    """What `mismatch scan` is told."""
+
+    examples = {**RunConfig.examples, "swap": '--swap "infini(segment=64); nope; zero"'}
+
+    swap: tuple[str, ...]
+    """Mechanisms, without a target: each goes into every layer, one layer at a time. May be repeated."""
+    layers: str = "all"
+    """Layers to go through: all, or ranges such as 0-9, 0,4,8, 0-last/2."""
+    tasks: tuple[str, ...] | None = None
+    """What is asked: text, induction, passkey. All that this model can be asked when not given."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +21,7 @@ from mismatch.ranks import Ranks
 from mismatch.report import write_html
 from mismatch.run import Run, RunFolder, load_run, run_id
 from mismatch.scanning.cells import Cell, calibrators
-from mismatch.scanning.config import ScanConfig
+from mismatch.scanning.config import ScanConfig, SweepConfig
 from mismatch.scanning.loop import measure, prove, prove_restored
 from mismatch.scanning.prepare import Prepared
 from mismatch.scanning.result import Scanned
@@ -193,7 +193,9 @@ class ScanJob:
         return Scanned(load_run(folder.path), sums)
 
 
-def sweep_of(teacher: Teacher, config: ScanConfig, cells: list[Cell], calibration: Any) -> Sweep:
+def sweep_of(
+    teacher: Teacher, config: SweepConfig, cells: Sequence[Cell], calibration: Any
+) -> Sweep:
     """The tree that cells are put into, and what they set themselves from."""
     wanted = calibrators(cells)
     if wanted:

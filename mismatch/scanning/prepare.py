@@ -102,7 +102,7 @@ def prepare(
     not_here = refused(every, skeleton)
     able = tuple(cell for cell in every if cell not in not_here)
     held_out, learnt, cut = _text(config, skeleton, able, tokenizer, data, calibration)
-    asked, left_out = tasks(config, cut, tokenizer, skeleton.config)
+    asked, left_out = tasks(config, config.tasks, cut, tokenizer, skeleton.config)
     return Prepared(
         made, able, not_here, asked, left_out, held_out, learnt, cut,
         estimate(config, skeleton, able, asked), skeleton.n_layers,

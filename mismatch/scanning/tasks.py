@@ -23,7 +23,7 @@ import torch
 from mismatch.errors import UsageError
 from mismatch.probes.base import Setting
 from mismatch.probes.inputs import passkeys, repeated
-from mismatch.scanning.config import TASKS, ScanConfig
+from mismatch.scanning.config import TASKS, SweepConfig
 from mismatch.windows import Windows, prefix_ids
 
 DIGITS = 5
@@ -86,12 +86,17 @@ def text_task(cut: Windows, share: float = 1.0, seed: int = 0) -> Task:
 
 
 def tasks(
-    config: ScanConfig, cut: Windows | None, tokenizer: Any, model_config: Any
+    config: SweepConfig,
+    names: tuple[str, ...] | None,
+    cut: Windows | None,
+    tokenizer: Any,
+    model_config: Any,
 ) -> tuple[tuple[Task, ...], dict[str, str]]:
-    """The tasks of a scan, and those that this model cannot be asked with the reason.
+    """What is asked of every cell, and what this model cannot be asked with the reason.
 
     Args:
         config: the settings.
+        names: of the tasks; None: all that the model can be asked.
         cut: held-out windows; None when text is not asked for.
         tokenizer: of the model.
         model_config: transformers' own.
@@ -102,17 +107,17 @@ def tasks(
     setting = _setting(config, tokenizer, model_config)
     made: list[Task] = []
     left_out: dict[str, str] = {}
-    for name in config.tasks or TASKS:
+    for name in names or TASKS:
         try:
             made.append(_task(name, config, cut, setting))
         except UsageError as error:
-            if config.tasks is not None or name == "text":
+            if names is not None or name == "text":
                 raise
             left_out[name] = error.message
     return tuple(made), left_out
 
 
-def _task(name: str, config: ScanConfig, cut: Windows | None, setting: Setting) -> Task:
+def _task(name: str, config: SweepConfig, cut: Windows | None, setting: Setting) -> Task:
     if name == "text":
         return text_task(cut, config.scored, config.seed)
     if name == "induction":
@@ -143,7 +148,7 @@ def _task(name: str, config: ScanConfig, cut: Windows | None, setting: Setting) 
     return Task("passkey", prompts.ids, asked, np.arange(len(keys)), "logprob", True, chance)
 
 
-def _setting(config: ScanConfig, tokenizer: Any, model_config: Any) -> Setting:
+def _setting(config: SweepConfig, tokenizer: Any, model_config: Any) -> Setting:
     """What the probes' own inputs are made from."""
     known, special = model_config.vocab_size, set()
     if tokenizer is not None:
