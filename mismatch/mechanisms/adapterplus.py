@@ -6,9 +6,9 @@ Source: Steitz and Roth, arXiv 2406.06820 ("Adapter+": post-adapter, learned cha
 norm, f = gelu, Houlsby's start). In a block h is the stream behind the MLP's addition, which is the
 published place; in `attn` and `mlp` the same adapter stands where Houlsby puts his, behind the
 sublayer and before the addition. `init=houlsby` is the published start (normal 0.01, cut at two of
-them); the default starts W_up at 0, for streams of language models hold tokens thousands long, of
-which 0.01 of everything is no small change. Stochastic depth belongs to training and is not here.
-Inherited: everything. New: W, b and c. Dropped: nothing.
+them); the default starts W_up at 0 and so exactly at the teacher, from which the published start is
+0.0002 nats away (SmolLM2-135M, layer 12, 512 tokens). Stochastic depth belongs to training and is
+not here. Inherited: everything. New: W, b and c. Dropped: nothing.
 """
 
 from __future__ import annotations
