@@ -10,9 +10,14 @@ k of length 1:
 
 Whole texts are computed in chunks of 64 tokens, exactly. init=inherit takes q, k, v and the output projection from the
 attention, keys and values repeated over their group. Position embedding is dropped; decay and convolution tell order.
-The convolution starts as "this token alone". On the trained toy (4 layers; 150 steps on layer 1's output, two seeds)
-the KL of 0.456 that `zero` costs became 0.054; with a random convolution 0.083, from a fresh layer 0.105. Before
-training: 0.43, 0.47, 0.46.
+The convolution starts as "this token alone". Measured by hand, KL in nats before -> after fitting the layer's output
+(toy: 150 steps, two seeds; SmolLM2-135M: 100 steps of 512 tokens, one seed):
+
+                                         toy layer 1     toy layer 2     SmolLM2 layer 12
+    zero                                 .456            .333            .055
+    inherit                              .432 -> .054    .326 -> .043    .072 -> .024
+    inherit, random convolution          .467 -> .083
+    fresh, five times the new parameters .460 -> .103    .336 -> .063    .056 -> .047
 
 dt_bias is drawn as the paper's code (flash-linear-attention) draws it, softplus(dt_bias) log-uniform in 0.001 .. 0.1.
 transformers sets it to 1: with A uniform in 0 .. 16 the median head then keeps exp(-10) of its state after one token.
@@ -22,7 +27,8 @@ transformers sets it to 1: with A uniform in 0 .. 16 the median head then keeps 
     fresh     new projections, heads as the attention's query heads. Inherited: nothing. New: everything.
               Dropped: everything
 
-State in generate() on SmolLM2: 9 x 64 x 64 float32 and 4 x 1728 numbers of the model's dtype a row: 175,104 bytes.
+At 1024 tokens on one CPU core 1.4 times the attention it replaces, 1.6 with backward. State in generate() on SmolLM2:
+9 x 64 x 64 float32 and 4 x 1728 numbers of the model's dtype a row: 175,104 bytes in float32.
 """
 
 from __future__ import annotations
@@ -56,7 +62,7 @@ class GatedDeltaNet(Mixer):
 
     Config = GatedDeltaNetConfig
     slots = ("attn",)
-    identity = "none: softmax attention is no delta rule (parallel(gated_deltanet, alpha=0) starts as the original)"
+    identity = "none: softmax attention is no delta rule"
     state = (
         "per row and head one matrix (head_dim x head_dim) in float32, and the last `conv` columns "
         "of q, k and v; whatever the length"

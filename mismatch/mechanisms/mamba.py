@@ -7,16 +7,17 @@ causal convolution over the last `conv` tokens and a SiLU, and dt, B, C made fro
     y_t = h_t C_t + D x_t
     out = W_o (y_t * silu(z_t))
 
-There is no q or k to inherit: B and C are shared by all channels. Taking x from W_v and out from W_o did not help: on
-the trained toy (4 layers; 150 steps on layer 1's output, two seeds) the KL of 0.456 that `zero` costs became 0.102 with
-both, 0.105 fresh at the same width, 0.088 fresh at twice the width. So the layer is always new.
+There is no q or k to inherit: B and C are shared by all channels. Taking x from W_v and out from W_o gains next to
+nothing: on the trained toy (150 steps on layer 1's output, two seeds, by hand) the KL of .456 that `zero` costs became
+.102 with both, .105 fresh at the same width, .088 fresh at twice the width. So the layer is always new.
 
 Two things are not the library's. Its scan on a CPU reads slices out of one tensor, and the gradient of each is as large
-as the whole: time grows with the square of the length. Here the steps are unbound once. And it starts from an empty
-state whenever more than one token goes on from a cache; here those tokens go one by one.
+as the whole: forward and backward of 512 tokens take 25 s at SmolLM2's width. Here the steps are unbound once: 0.5 s.
+And it starts from an empty state whenever more than one token goes on from a cache; here those tokens go one by one.
 
 Inherited: nothing. New: everything. Dropped: the attention with all its projections and norms.
-State in generate() on SmolLM2: 1152 x 16 float32 and 4 x 1152 numbers of the model's dtype a row: 92,160 bytes.
+At 1024 tokens on one CPU core 6 times the attention it replaces, with backward too. State in generate() on SmolLM2:
+1152 x 16 float32 and 4 x 1152 numbers of the model's dtype a row: 92,160 bytes in float32.
 """
 
 from __future__ import annotations
@@ -86,7 +87,7 @@ class Mamba(Mixer):
 
     Config = MambaConfig
     slots = ("attn",)
-    identity = "none: softmax attention is no state space (parallel(mamba, alpha=0) starts as the original)"
+    identity = "none: softmax attention is no state space"
     state = (
         "per row one matrix (expand * d_model x state) in float32, and the last `conv` columns of x; "
         "whatever the length"

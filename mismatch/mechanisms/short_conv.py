@@ -6,12 +6,13 @@ Source: arXiv 2511.23404 (LFM2); the mixer is transformers' `Lfm2ShortConv`:
     y_t = C_t * sum_{j < conv} w_j * (B * x)_{t-j}        element-wise, one filter per channel
     out = W_o y
 
-It sees `conv` tokens: what is lost by it is all that the layer took from further back. Taking x from W_v and out from
-W_o did not help: on the trained toy (4 layers; 150 steps on layer 1's output, two seeds) the KL of 0.456 that `zero`
-costs became 0.173 fresh, 0.170 with both inherited. So the layer is always new.
+It sees `conv` tokens: all that the layer took from further back is lost. Taking x from W_v and out from W_o gains next
+to nothing: on the trained toy (150 steps on layer 1's output, two seeds, by hand) the KL of .456 that `zero` costs
+became .173 fresh, .170 with both inherited. So the layer is always new.
 
 Inherited: nothing. New: both projections and the filters. Dropped: the attention with all its projections and norms.
-State in generate() on SmolLM2: 3 x 576 numbers of the model's dtype a row: 6,912 bytes in float32.
+At 1024 tokens on one CPU core 0.7 times the attention it replaces, 0.6 with backward. State in generate() on SmolLM2:
+3 x 576 numbers of the model's dtype a row: 6,912 bytes in float32.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ class ShortConv(Mixer):
 
     Config = ShortConvConfig
     slots = ("attn",)
-    identity = "none: it sees a few tokens (parallel(short_conv, alpha=0) starts as the original)"
+    identity = "none: it sees a few tokens"
     state = "per row the last `conv` gated columns (d_model each); whatever the length"
     source = "arXiv 2511.23404 (LFM2); transformers' Lfm2ShortConv"
     cache_name = "past_key_values"
