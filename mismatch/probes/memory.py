@@ -1,7 +1,8 @@
 """Is the memory used, and for what? Branches, gates and state of a mechanism that has them.
 
-Every mechanism that names branches is asked (`Mechanism.branches`): each branch is taken out in turn, and what that
-takes away is its contribution. On text, from the second segment on (the memory is empty before), per swapped layer:
+Definition: every mechanism that names branches is asked (`Mechanism.branches`): each branch is taken out in turn, and
+what that takes away is its contribution. On text, from the second segment on (the memory is empty before), per swapped
+layer:
     kl               KL(teacher || student) of the whole model as it is; kl[without=B] with a branch taken out,
                      kl[with=first_token] with the first token (the attention sink) given back; nll likewise
     share            per head: ||contribution of a branch|| / sum over branches, on the teacher's stream

@@ -1,0 +1,68 @@
+"""From answers to rows: means, paired differences, intervals, and what does not apply."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from mismatch.metrics.readings import resamples
+from mismatch.probes.base import TEACHER, Measure, minus, rows
+from mismatch.table import as_table, conditions, under
+
+SWAPPED = {"swap": frozenset({3}), "zero": frozenset({3})}
+
+
+def answers():
+    draw = np.random.default_rng(0)
+    teacher, swap, zero = (draw.normal(size=6) for _ in range(3))
+    return {
+        TEACHER: [Measure.mean("x", teacher), Measure.mean(under("y", a=1), teacher, layer=3)],
+        "swap": [Measure.mean("x", swap), Measure.mean(under("y", a=1), swap, layer=3)],
+        "zero": [Measure.mean("x", zero), Measure.absent(under("y", a=1), layer=3)],
+    }
+
+
+def test_rows():
+    given = answers()
+    table = as_table([row | {"run_id": "r"} for row in rows("p", given, SWAPPED)])
+    got = {(r.student, r.stat): r for r in table.itertuples()}
+    assert set(got) == {
+        *((name, "x") for name in given),
+        *((name, "y[a=1]") for name in given),
+        ("swap", "x_minus_teacher"),
+        ("swap", "x_minus_zero"),
+        ("zero", "x_minus_teacher"),
+        ("swap", "y_minus_teacher[a=1]"),
+    }
+    teacher, swap = (given[name][0].top for name in (TEACHER, "swap"))
+    assert got["swap", "x"].value == pytest.approx(swap.mean(), rel=1e-12)
+    row = got["swap", "x_minus_teacher"]
+    assert row.value == pytest.approx((swap - teacher).mean(), rel=1e-12)
+    draws = resamples(6, 0) @ (swap - teacher) / 6  # paired: the same samples on both sides
+    assert (row.lo, row.hi) == pytest.approx(tuple(np.quantile(draws, [0.025, 0.975])), rel=1e-9)
+    assert got["swap", "y[a=1]"].swapped and not got["swap", "x"].swapped
+    assert not got[TEACHER, "y[a=1]"].swapped
+    nothing = got["zero", "y[a=1]"]
+    assert math.isnan(nothing.value) and nothing.n == 0
+
+
+def test_a_ratio_is_of_sums_and_leaves_samples_out():
+    measure = Measure("r", np.array([1.0, 2.0, 0.0]), np.array([2.0, 2.0, 0.0]), 4)
+    assert measure.value() == 3 / 4
+    assert math.isnan(Measure("r", np.zeros(2), np.zeros(2), 0).value())
+
+
+def test_a_single_number_has_no_interval():
+    found = rows("p", {TEACHER: [], "swap": [Measure.number("gate", 0.5, 1, head=2)]}, SWAPPED)
+    assert found[0]["value"] == 0.5 and math.isnan(found[0]["lo"]) and found[0]["head"] == 2
+
+
+@pytest.mark.parametrize(
+    ("stat", "given"),
+    [("x", {}), ("logprob", {"length": 256.0, "depth": 0.1}), ("kl", {"without": "memory"})],
+)
+def test_conditions_there_and_back(stat, given):
+    assert conditions(under(stat, **given)) == (stat, given)
+    assert conditions(minus(under(stat, **given), "zero")) == (f"{stat}_minus_zero", given)
