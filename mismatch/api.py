@@ -82,7 +82,7 @@ def save_checkpoint(
     """Write a swapped model as an ordinary Hugging Face folder. Same as `student.save`.
 
     `mismatch.load(path)` reads it, and so does `AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)`
-    where mismatch is installed. The logits are then the same to the bit.
+    where mismatch is installed. The logits are then the same to the bit, under the same attention implementation.
 
     Args:
         student: from `swap`, or a checkpoint that was loaded.

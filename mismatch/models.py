@@ -159,6 +159,10 @@ def describe(model: nn.Module, name: str = "a loaded model") -> ModelInfo:
         plain = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
         whole.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
         whole.update(plain.numpy().data)
+    if (swapped := getattr(model, "swap_record", None)) is not None:
+        whole.update(
+            repr(swapped).encode()
+        )  # `zero` has the very tensors of the model it was put into
     parameters = sum(p.numel() for p in model.parameters())
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     return ModelInfo(name, "", whole.hexdigest(), parameters, dtype)

@@ -9,6 +9,7 @@ Tests marked `slow` need the real SmolLM2 (93 MB); they run with `-m slow`.
 
 from __future__ import annotations
 
+import copy
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -142,12 +143,11 @@ def toy_teacher(toy: models.Loaded) -> Any:
 
 
 @pytest.fixture(scope="session")
-def swapped_toy(toy_teacher: Any) -> Any:
+def swapped_toy(toy: models.Loaded) -> Any:
     """A student whose every tensor is its own and was moved, as if trained. Shared."""
+    teacher = (copy.deepcopy(toy.model), toy.tokenizer)  # whose tensors the student would share
     text = ["a b c d e f g " * 90]
-    student = mismatch.swap(
-        toy_teacher, SWAPPED, calibration=text, calibration_tokens=96, seq_len=64
-    )
+    student = mismatch.swap(teacher, SWAPPED, calibration=text, calibration_tokens=96, seq_len=64)
     for weight in student.model.parameters():
         weight.data = weight.detach() * 1.01
     return student

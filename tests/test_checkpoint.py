@@ -263,6 +263,34 @@ def test_a_block_under_two_names_that_was_parted(toy_teacher, tmp_path):
     assert torch.equal(logits(again), logits(student.model))
 
 
+OWN = '''"""A part of the user's own."""
+import torch
+
+class Mixer(torch.nn.Module):
+    slots = ("attn",)
+    def __init__(self, config, rank=4):
+        super().__init__()
+        self.down = torch.nn.Linear(config.hidden_size, rank)
+        self.up = torch.nn.Linear(rank, config.hidden_size)
+    def forward(self, hidden_states, **rest):
+        return self.up(self.down(hidden_states)), None
+'''
+
+
+def test_a_module_of_the_users_own(toy_teacher, tmp_path, monkeypatch, remote_code):
+    (tmp_path / "own_parts.py").write_text(OWN)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    student = mismatch.swap(toy_teacher, "layer1:own_parts:Mixer(rank=3); layer2.mlp:mean")
+    path = student.save(tmp_path / "saved")
+    with pytest.raises(ModelError, match="its swap needs `own_parts:Mixer`"):
+        mismatch.load(path)
+    for model in (
+        mismatch.load(path, trust_remote_code=True).model,
+        AutoModelForCausalLM.from_pretrained(path, **remote_code),
+    ):
+        assert torch.equal(logits(model), logits(student.model))
+
+
 # What a mechanism computes for itself and does not save
 
 

@@ -143,6 +143,9 @@ def test_the_command(saved_toy, swapped_toy, capsys):
         "tokens": drawn.tokens,
         "ended": drawn.ended,
     }
+    assert cli.main(["generate", "glassllm", PROMPT, "--max-new-tokens", "9"]) == 0
+    plain = mismatch.generate("glassllm", PROMPT, max_new_tokens=9)
+    assert capsys.readouterr().out == plain.text + "\n" != made.text + "\n"
     assert cli.main([*words, "--dtype", "int3"]) == 2
     assert capsys.readouterr().err.startswith("error: unknown dtype 'int3'; known: ")
     assert cli.main(["generate", str(saved_toy), PROMPT, "--max-new-tokens", "x"]) == 2
