@@ -23,10 +23,13 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from mismatch.errors import UsageError
-from mismatch.report import heatmap, style
+from mismatch.report import style
 
-NAMED = 3
-"""Numbers written into the worst cells of a panel."""
+NAMED, LEAST = 3, 0.001
+"""So many of a panel's largest numbers are written into their cells, if they are not below the second."""
+
+DECADES = 5
+"""Of the scale of KL: a deleted first layer costs 4 nats, a window that hardly matters 0.0001."""
 
 UNCLEAR = "#eeeeee"
 """Colour of a change whose interval holds 0."""
@@ -201,7 +204,7 @@ def _panel(ax: Axes, data: pd.DataFrame, panel: Panel, rows: Mapping[str, bool])
     if 0 < first < len(rows):
         ax.axhline(first - 0.5, color=style.INK, lw=0.8)
     style.panel_title(ax, f"{panel.title} ({panel.unit})")
-    _write_worst(ax, cells[~cells["student"].map(rows).astype(bool)], norm, layers)
+    _write_worst(ax, cells[~cells["student"].map(rows).astype(bool)], rgba)
     _colour_bar(ax, norm, panel.signed)
 
 
@@ -210,12 +213,13 @@ def _short(name: str) -> str:
 
 
 def _norm(cells: pd.DataFrame, signed: bool) -> Normalize:
-    """A distance: log over the decades of the shift heatmap. Signed: logarithmic on both sides of 0."""
-    if not signed:
-        return heatmap.colour_norm([cells.assign(floor=np.nan)], signed=False)
+    """A distance: log, from the smallest to the largest within `DECADES`. Signed: logarithmic on both sides of 0."""
     size = cells.loc[cells["kind"] == "value", "value"].abs()
     top = float(size.max()) if len(size) else 1.0
-    return SymLogNorm(linthresh=top / 30, vmin=-top, vmax=top, linscale=0.6)
+    if signed:
+        return SymLogNorm(linthresh=top / 30, vmin=-top, vmax=top, linscale=0.6)
+    low = max(float(size.min()) if len(size) else 0.0, top / 10**DECADES)
+    return LogNorm(min(low, top / 10), top)
 
 
 def _colours(cells: pd.DataFrame, norm: Normalize, signed: bool) -> np.ndarray:
@@ -229,18 +233,26 @@ def _colours(cells: pd.DataFrame, norm: Normalize, signed: bool) -> np.ndarray:
     return rgba
 
 
-def _write_worst(ax: Axes, cells: pd.DataFrame, norm: Normalize, layers: int) -> None:
+def _write_worst(ax: Axes, cells: pd.DataFrame, rgba: np.ndarray) -> None:
     """The largest numbers of a panel, where a cell has room for them."""
-    if style.figure_of(ax).get_figwidth() / layers < 0.19:
+    if style.figure_of(ax).get_figwidth() / rgba.shape[1] < 0.19:
         return
-    cells = cells[(cells["kind"] == "value") & (cells["value"] > 0)]
+    cells = cells[(cells["kind"] == "value") & (cells["value"] > LEAST)]
     for cell in cells.nlargest(NAMED, "value").itertuples():
-        dark = isinstance(norm, SymLogNorm) or float(norm(cell.value)) > 0.4
-        text = f"{cell.value:.2g}".removeprefix("0")
+        colour = rgba[cell.row, cell.layer, :3]
+        light = (
+            float(colour @ (0.299, 0.587, 0.114)) > 0.55
+        )  # as the eye weighs red, green and blue
         ax.text(
-            cell.layer, cell.row, text, ha="center", va="center", fontsize=5,
-            color="white" if dark else style.INK,
+            cell.layer, cell.row, _four(cell.value), ha="center", va="center", fontsize=4.6,
+            color=style.INK if light else "white",
         )  # fmt: skip
+
+
+def _four(value: float) -> str:
+    """A positive number in at most four letters, for a narrow cell: .003, .12, 1.2, 12."""
+    text = f"{value:.3f}" if value < 0.1 else f"{value:.2g}" if value < 10 else f"{value:.0f}"
+    return text.removeprefix("0")
 
 
 def _colour_bar(ax: Axes, norm: Normalize, signed: bool) -> None:
