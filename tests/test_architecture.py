@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import mismatch
-from mismatch.registry import mechanisms, metrics
+from mismatch.registry import mechanisms, metrics, probes
 
 ROOT = Path(mismatch.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
@@ -32,7 +32,7 @@ def test_import_contracts():
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "5 kept, 0 broken" in done.stdout
+    assert "6 kept, 0 broken" in done.stdout
 
 
 @pytest.mark.parametrize("path", FILES, ids=NAMES)
@@ -45,14 +45,14 @@ def test_a_file_says_what_it_is(path):
     assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
 
 
-@pytest.mark.parametrize("registry", [mechanisms(), metrics()], ids=lambda r: r.kind)
+@pytest.mark.parametrize("registry", [mechanisms(), metrics(), probes()], ids=lambda r: r.kind)
 def test_every_registered_name_resolves(registry):
     base = importlib.import_module(f"mismatch.{registry.kind}s.base")
     for name in registry.names():
         assert issubclass(registry.get(name), getattr(base, registry.kind.capitalize()))
 
 
-@pytest.mark.parametrize("registry", [mechanisms(), metrics()], ids=lambda r: r.kind)
+@pytest.mark.parametrize("registry", [mechanisms(), metrics(), probes()], ids=lambda r: r.kind)
 def test_a_card_says_what_the_class_says(registry):
     """The card is read as text; what it says must be what Python makes of the same file."""
     for name in registry.names():
@@ -72,8 +72,8 @@ def test_a_card_says_what_the_class_says(registry):
 
 
 def test_one_file_one_name():
-    """A mechanism or metric is one file and one line in a table; no file of the folder is left out."""
-    for registry in (mechanisms(), metrics()):
+    """A mechanism, metric or probe is one file and one line in a table; no file of the folder is left out."""
+    for registry in (mechanisms(), metrics(), probes()):
         targets = [registry.target(name) for name in registry.names()]
         modules = [target.split(":")[0] for target in targets]
         assert len(set(modules)) == len(modules)
