@@ -6,7 +6,7 @@ import csv
 import re
 from pathlib import Path
 
-from mismatch.registry import mechanisms, metrics
+from mismatch.registry import mechanisms, metrics, probes
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 
@@ -47,6 +47,20 @@ def metric_table() -> str:
     return _table(("metric", "question", "unit", "at equality", "cannot see"), rows)
 
 
+def probe_table() -> str:
+    """Name, question, headline, what it shows, what it cannot see."""
+    rows = []
+    for name in probes().names():
+        card = probes().card(name)
+        facts = card.facts
+        question = card.summary.partition("?")[0] + "?"
+        headline = f"`{facts['headline']}`, {facts['unit']}"
+        rows.append((f"`{name}`", question, headline, facts["chance"], facts["blind"]))
+    return _table(
+        ("probe", "question", "headline", "a model that cannot reads", "cannot see"), rows
+    )
+
+
 def layer12_table() -> str:
     """What `python analyses/layer12.py` measured."""
     with open(README.parent / "figures" / "layer12" / "layer12.csv", newline="") as file:
@@ -67,7 +81,12 @@ def _interval(row: dict[str, str]) -> str:
     return "0" if value == lo == hi == 0 else f"{value:.4f} [{lo:.4f}, {hi:.4f}]"
 
 
-TABLES = {"mechanisms": mechanism_table, "metrics": metric_table, "layer12": layer12_table}
+TABLES = {
+    "mechanisms": mechanism_table,
+    "metrics": metric_table,
+    "probes": probe_table,
+    "layer12": layer12_table,
+}
 
 
 def filled(text: str) -> str:
