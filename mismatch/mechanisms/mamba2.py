@@ -11,8 +11,8 @@ init=inherit maps attention onto it as MambaInLlama does (arXiv 2408.15237, sect
 W_v, out by W_o, every query head with its own B, C and norm, keys and values repeated over their group. But for decay,
 SiLU, gate and norm this is attention without softmax. Position embedding is dropped; decay and convolution tell order.
 Two things start otherwise than there: the convolution as "this token alone", and w at 0.1, because the norm makes each
-head as long as the output projection never saw it. Measured by hand, KL in nats before -> after fitting the layer's output
-(toy: 150 steps, two seeds; SmolLM2-135M: 100 steps of 512 tokens, one seed):
+head as long as the output projection never saw it. Measured by hand, KL in nats before -> after fitting the layer's
+output (toy: 150 steps, two seeds; SmolLM2-135M: 100 steps of 512 tokens, one seed):
 
                                          toy layer 1     toy layer 2     SmolLM2 layer 12
     zero                                 .456            .333            .055
