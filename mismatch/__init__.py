@@ -19,6 +19,7 @@ _PLACES = {
     "generate": "mismatch.api",
     "save_checkpoint": "mismatch.api",
     "plan": "mismatch.api",
+    "repair": "mismatch.api",
     "scan": "mismatch.api",
     "swap": "mismatch.api",
     "trace": "mismatch.api",

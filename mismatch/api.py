@@ -34,12 +34,15 @@ from mismatch.opening import (
     given,
     load,
     load_options,
+    model_config_of,
     tokenizer_of,
 )
 from mismatch.operating import Teacher, calibrated_swap
 from mismatch.planning.result import Planned
 from mismatch.planning.start import plan, plan_command
 from mismatch.ranks import Ranks, joined
+from mismatch.repairing.result import Repaired
+from mismatch.repairing.start import repair, repair_command
 from mismatch.report.summary import plan_lines
 from mismatch.result import Probed, Result
 from mismatch.run import RunFolder, check_output
@@ -51,6 +54,7 @@ __all__ = [
     "Check",
     "Planned",
     "Probed",
+    "Repaired",
     "Result",
     "Scanned",
     "Student",
@@ -63,6 +67,8 @@ __all__ = [
     "plan_command",
     "probe",
     "probe_command",
+    "repair",
+    "repair_command",
     "save_checkpoint",
     "scan",
     "scan_command",
@@ -221,10 +227,14 @@ def trace(
         config = as_loaded(config, teacher)
         check_context(teacher.model.config, config)
     check_shares(student, teacher, "trace")
-    text = read_text(config, data, calibration, teacher.tokenizer, swapped=student is not None)
+    swapped = student is not None
+    text = read_text(config, data, calibration, teacher.tokenizer, swapped=swapped)
+    facts = (teacher.model.config, teacher.tokenizer)
+    after = probing.behind(config, *facts, data, calibration, swapped=swapped)
     folder = None if config.folder is None else create(config)
     path = None if folder is None else folder.path
-    return Job(config, teacher, text, student, folder, path, progress=progress).run()
+    job = Job(config, teacher, text, student, folder, path, progress=progress, after=after)
+    return job.run()
 
 
 def probe(
@@ -322,7 +332,10 @@ def trace_command(
         elif ranks.first and (target := config.folder) is not None:
             check_output(target, overwrite=overwrite)
         checked = check(config)
-        text = read_text(config, config.data, config.calibration, tokenizer_of(config))
+        texts = (config.data, config.calibration)
+        tokenizer = tokenizer_of(config)
+        text = read_text(config, *texts, tokenizer)
+        after = probing.behind(config, model_config_of(config), tokenizer, *texts)
         if progress and ranks.first:
             print(checked.text(), file=sys.stderr)
         teacher = load(config.model, **load_options(config, ranks))
@@ -330,4 +343,4 @@ def trace_command(
         if ranks.first:
             folder = RunFolder.resume(resume) if resume is not None else create(config, overwrite)
         path = ranks.from_first(None if folder is None else folder.path)
-        return Job(config, teacher, text, None, folder, path, ranks, progress).run()
+        return Job(config, teacher, text, None, folder, path, ranks, progress, after).run()

@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,7 @@ from mismatch.card import REQUIRED, Arg
 from mismatch.errors import ConfigError
 from mismatch.registry import Registry, did_you_mean, mechanisms, metrics, probes
 
-ELSEWHERE = ("output", "run_name", "fail_on")
+ELSEWHERE = ("output", "run_name", "fail_on", "store")
 """Fields that change where a run lies and how it exits, but none of its numbers."""
 
 WINDOWS = 4
@@ -153,6 +154,8 @@ class TraceConfig(SwapConfig):
     """Metrics to compute; all but js when not given. Named metrics of covariances are taken behind every block."""
     moment_tokens: Annotated[int, ">= 1"] = 2048
     """Tokens that feed the metrics of second moments (cka, frechet, ...)."""
+    probes: tuple[str, ...] = ()
+    """Probes to run behind the trace, with short inputs, into the same table (see `mismatch probe`)."""
     backend: Literal["hooks", "nnsight"] = "hooks"
     """How sites are read. Both give the same bits."""
     fail_on: Literal["low", "medium", "high"] | None = None
@@ -161,6 +164,7 @@ class TraceConfig(SwapConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._known(self.metrics or (), metrics())
+        self._known(self.probes, probes())
         if self.metrics == ():
             raise ConfigError("`metrics` is empty", hint="leave it out to compute the usual ones")
 
@@ -281,7 +285,10 @@ def _from_text(arg: Arg, value: Any) -> Any:
     if arg.optional and value == "none":
         return None
     if arg.type in ("int", "float") and isinstance(value, str):
+        many = re.fullmatch(r"(\d+)([kM])", value)  # 64k, 1M: counts of tokens
         try:
+            if many:
+                return int(many[1]) * {"k": 1000, "M": 1_000_000}[many[2]]
             return {"int": int, "float": float}[arg.type](value)
         except ValueError:
             return value

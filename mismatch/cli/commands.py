@@ -16,6 +16,7 @@ from mismatch import catalog, config
 from mismatch.cli.streams import first_rank, say
 from mismatch.errors import NumericsError, UsageError
 from mismatch.planning.config import PlanConfig
+from mismatch.repairing.config import RepairConfig
 from mismatch.scanning.config import ScanConfig
 
 
@@ -104,6 +105,56 @@ def plan(args: Namespace) -> int:
         print(result.summary())
         print(result.run_dir)
     return 0
+
+
+def repair(args: Namespace) -> int:
+    resume = _resume(args)
+    file = args.config if resume is None else resume / "config.yaml"
+    flags = _flags(args, RepairConfig)
+    if args.run is not None:
+        flags = {**_of_trace(args), **{k: v for k, v in flags.items() if v is not None}}
+    settings = config.load(file, flags, RepairConfig)
+    from mismatch import api
+
+    result = api.repair_command(
+        settings, resume=resume, overwrite=args.overwrite, progress=not args.quiet
+    )
+    if args.json:
+        rows = json.loads(result.rungs.to_json(orient="records"))
+        _print_json(
+            {"run": str(result.run_dir), "rungs": rows, "checkpoint": str(result.checkpoint)}
+        )
+    else:
+        print(result.summary())
+        print(result.run_dir)
+    return 0
+
+
+OF_TRACE = ("model", "revision", "dtype", "swap", "data", "calibration", "seq_len", "seed")
+"""What a repair takes over from a trace."""
+
+
+def _of_trace(args: Namespace) -> dict[str, Any]:
+    """The settings of the trace that a repair starts from.
+
+    Raises:
+        UsageError: together with --config or --resume, or a run of another command.
+    """
+    if args.config is not None or args.resume is not None:
+        given = "--config" if args.config is not None else "--resume"
+        raise UsageError(
+            f"RUN and {given} do not go together", hint="give one place to take settings from"
+        )
+    from mismatch.run import made_by
+
+    kind = made_by(args.run)
+    if kind not in (None, "trace"):
+        raise UsageError(
+            f"the run in {args.run} was made by `mismatch {kind}`, not by a trace",
+            hint="repair starts from a trace, or from --model and --swap",
+        )
+    found = config.load(Path(args.run) / "config.yaml")
+    return {name: getattr(found, name) for name in OF_TRACE}
 
 
 def generate(args: Namespace) -> int:

@@ -15,13 +15,14 @@ from mismatch.cli import commands
 from mismatch.errors import UsageError
 from mismatch.planning.config import PlanConfig
 from mismatch.registry import did_you_mean
+from mismatch.repairing.config import RepairConfig
 from mismatch.scanning.config import ScanConfig
 
 GROUPS = {
     "model": ("model", "revision", "dtype", "device", "device_map"),
     "swap": ("swap",),
     "data": ("data", "calibration", "tokens", "calibration_tokens", "seq_len", "batch_size"),
-    "measurement": ("controls", "metrics", "moment_tokens", "backend", "seed"),
+    "measurement": ("controls", "metrics", "moment_tokens", "probes", "backend", "seed"),
     "output": ("output", "run_name", "fail_on"),
     "dangerous": ("trust_remote_code", "allow_pickle"),
 }
@@ -46,6 +47,39 @@ SCAN_GROUPS = {
     "dangerous": GROUPS["dangerous"],
 }
 """The same for a scan."""
+
+REPAIR_GROUPS = {
+    "model": GROUPS["model"],
+    "swap": ("swap", "controls"),
+    "ladder": (
+        *(
+            "rungs",
+            "tokens",
+            "max_minutes",
+            "epochs",
+            "lr",
+            "gate_lr",
+            "width",
+            "neighbours",
+            "rank",
+        ),
+        *("order", "pays"),
+    ),
+    "data": (
+        "data",
+        "calibration",
+        "judged",
+        "looked",
+        "seq_len",
+        "batch_size",
+        "calibration_tokens",
+        "seed",
+    ),
+    "activations": ("store_gb", "store", "store_dtype"),
+    "output": SCAN_GROUPS["output"],
+    "dangerous": GROUPS["dangerous"],
+}
+"""The same for a repair."""
 
 PLAN_GROUPS = {
     "model": GROUPS["model"],
@@ -80,6 +114,10 @@ EXAMPLES = {
     "plan": (
         "mismatch plan --model smollm2 --mechanism gated_deltanet --layers 8 --keep-retrieval",
         'mismatch plan --model smollm2 --mechanism "sliding_window(64, 1)" --budget-kl 0.2 --scan runs/SCAN',
+    ),
+    "repair": (
+        'mismatch repair --model smollm2 --swap "layer12:infini(segment=64)"',
+        "mismatch repair runs/TRACE --rungs closed-form,local --tokens 1M --max-minutes 10",
     ),
     "generate": (
         'mismatch generate CHECKPOINT "Once upon a time"',
@@ -194,18 +232,25 @@ def _tree() -> tuple[Parser, dict[str, Parser]]:
         "plan",
         "Pick the layers that a mechanism replaces at least cost, and measure them together.",
     )
+    mend = command(
+        "repair", "Train the swapped layer to give what the original gave, cheaply, and judge it."
+    )
     _settings(check, GROUPS, config.fields())
     written = (
         _settings(trace, GROUPS, config.fields()),
         _settings(scan, SCAN_GROUPS, config.fields(ScanConfig)),
+        _settings(mend, REPAIR_GROUPS, config.fields(RepairConfig)),
         _settings(probe, PROBE_GROUPS, config.fields(config.ProbeConfig)),
         _settings(plan, PLAN_GROUPS, config.fields(PlanConfig)),
     )
-    for group in written[:2]:
+    for group in written[:3]:
         group.add_argument("--resume", metavar="RUN", help="go on with an interrupted run")
     for group in written:
         group.add_argument("--overwrite", action="store_true", help="replace the run in --output")
 
+    mend.add_argument(
+        "run", nargs="?", metavar="RUN", help="a trace, whose model, swap and texts to take"
+    )
     speak = command("generate", "Let a model, or a checkpoint of a swapped one, continue a text.")
     _generate(speak)
     fetch = command(

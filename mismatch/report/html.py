@@ -93,6 +93,8 @@ def page(run: Run, drawn: Mapping[str, bytes | str]) -> str:
         model = str(run.manifest.get("model", "MODEL"))
         said = tag("pre", plan_summary(run.table, run.plan, model))
         return document(*head, said, *figures, *end)
+    if kind(run) == "repair":
+        return document(*head, *figures, tag("h2", "What was replaced"), _plan(run), *end)
     asked = (
         (tag("h2", "Answers to the probes"), _probes(run)) if probes.probes_of(run.table) else ()
     )

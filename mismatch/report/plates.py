@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import pandas as pd
 from matplotlib.figure import Figure
 
-from mismatch.report import atlas, controls, heatmap, plan, position, probes, profile
+from mismatch.report import atlas, controls, heatmap, plan, position, probes, profile, repair
 from mismatch.run import Run
 
 
@@ -23,13 +23,16 @@ class Plate:
     reading: str
     planned: bool = False
     """The drawing asks for the plan."""
+    planned_data: bool = False
+    """So do the numbers."""
 
     def draw(self, run: Run) -> Figure:
         plan = {"plan": run.plan} if self.planned else {}
         return self.function(run.table, dictionary=run.dictionary, **plan)
 
     def data(self, run: Run) -> pd.DataFrame:
-        return self.numbers(run.table, dictionary=run.dictionary)
+        plan = {"plan": run.plan} if self.planned_data else {}
+        return self.numbers(run.table, dictionary=run.dictionary, **plan)
 
 
 PLATES: tuple[Plate, ...] = (
@@ -116,11 +119,26 @@ PLAN_PLATES = (
 )
 
 
-_OWN = {"scan": SCAN_PLATES, "plan": PLAN_PLATES}
+REPAIR_PLATES = (
+    Plate(
+        "repair",
+        "The repair curve",
+        repair.repair_plate,
+        repair.repair_data,
+        "Each point is the student after a rung, on text that was neither learnt from nor used to choose. Lower is "
+        "nearer to the teacher. Dashed: controls, which the repaired swap must be below to have earned its place. "
+        "Hollow: a rung that made it worse and was undone.",
+        planned=True,
+        planned_data=True,
+    ),
+)
+
+
+_OWN = {"scan": SCAN_PLATES, "plan": PLAN_PLATES, "repair": REPAIR_PLATES}
 
 
 def kind(run: Run) -> str:
-    """What made the run: trace, probe, scan or plan."""
+    """What made the run: trace, probe, scan, plan or repair."""
     return str(run.manifest.get("kind", "trace"))
 
 

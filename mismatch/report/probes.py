@@ -102,14 +102,21 @@ def probe_summary(
     """The end of `mismatch probe` in a terminal; readable without colour."""
     parts = ["swap", *(f"  {line}" for line in plan_lines(plan))]
     parts += [f"  warning: {text}" for text in plan.get("warnings", [])]
-    found = headlines(table, dictionary)
+    return "\n".join([*parts, *answer_lines(table, dictionary)])
+
+
+def answer_lines(table: pd.DataFrame, dictionary: Mapping[str, Any] | None = None) -> list[str]:
+    """The headlines of every probe in a table, as lines of text; none without probes."""
+    if not probes_of(table):
+        return []
+    found, parts = headlines(table, dictionary), []
     for metric in probes_of(table):
         rows = found[found["metric"] == metric]
         quantity = q.quantity(metric, dictionary)
         parts += ["", f"{metric}: {quantity.stat}, {quantity.unit}", columns(_lines(rows))]
         if len(rows) and rows.groupby("student").size().max() > ROWS:
             parts.append(f"  ... {len(rows)} rows in all, in the table")
-    return "\n".join(parts)
+    return parts
 
 
 def named(row: Any) -> str:

@@ -1,0 +1,1 @@
+"""Train the swapped layer to give what the original gave, cheaply, and prove that it worked."""

@@ -1,0 +1,77 @@
+"""What `mismatch repair` is told. No torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from mismatch.config import SwapConfig
+from mismatch.errors import ConfigError
+from mismatch.registry import did_you_mean
+
+RUNGS = ("closed-form", "local", "window", "end-to-end")
+"""The ladder, from cheap to dear. What the swap inherits is rung 0, and is always there."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RepairConfig(SwapConfig):
+    """What `mismatch repair` is told."""
+
+    controls: tuple[str, ...] = ("zero", "linear")
+    """Controls that are judged beside the repair: nothing in the place, the best linear map; none for no control."""
+    rungs: tuple[str, ...] = ("closed-form", "local", "window", "end-to-end")
+    """Rungs of the ladder to climb, in its order."""
+    tokens: Annotated[int, ">= 1"] = 65536
+    """Tokens to learn from, out of the calibration text."""
+    judged: Annotated[int, ">= 1"] = 8192
+    """Held-out tokens behind every number that is reported."""
+    looked: Annotated[int, ">= 1"] = 2048
+    """Other held-out tokens, which choose weights and end a rung."""
+    seq_len: Annotated[int, ">= 2"] = 1024
+    """Tokens per window. A window never mixes documents."""
+    batch_size: Annotated[int, ">= 1"] = 2
+    """Windows per step."""
+    epochs: Annotated[int, ">= 1"] = 3
+    """Times that a rung may go through the text."""
+    max_minutes: Annotated[float, "> 0"] | None = 10.0
+    """Wall-clock minutes for all rungs together; a rung plans its steps for its share. none = by tokens alone."""
+    lr: Annotated[float, "> 0"] = 5e-4
+    """Highest learning rate of weights."""
+    gate_lr: Annotated[float, "> 0"] = 3e-2
+    """Highest learning rate of gates and decays, which have far to go."""
+    width: Annotated[int, ">= 1"] = 3
+    """Blocks behind the last swapped one whose stream the rung `window` matches."""
+    neighbours: Annotated[int, ">= 0"] = 3
+    """Blocks behind the last swapped one that learn too, through LoRA, in the rungs window and end-to-end; 0 = none."""
+    rank: Annotated[int, ">= 1"] = 16
+    """Rank of that LoRA."""
+    order: Literal["sequential", "joint"] = "sequential"
+    """Several places: each on the stream of the student as mended so far, or all on the teacher's."""
+    pays: Annotated[float, ">= 0"] = 0.005
+    """A rung that closes less than this share of the gap, after another that did too, ends the climb."""
+    store_gb: Annotated[float, ">= 0"] = 4.0
+    """Disk for the teacher's activations; what does not fit is computed anew each time."""
+    store: str | None = None
+    """Folder for these activations, kept for other candidates on the same text; by default they go with the run."""
+    store_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Number format of the stored activations."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for index, name in enumerate(self.rungs):
+            if name not in RUNGS:
+                raise ConfigError(f"unknown rung `{name}`", hint=did_you_mean(name, RUNGS))
+            if name in self.rungs[:index]:
+                raise ConfigError(f"the rung `{name}` is named twice")
+        if not self.rungs:
+            raise ConfigError("`rungs` is empty", hint=f"name some of {', '.join(RUNGS)}")
+        if list(self.rungs) != [name for name in RUNGS if name in self.rungs]:
+            raise ConfigError(
+                f"the rungs are out of order: {', '.join(self.rungs)}",
+                hint=f"the ladder is {', '.join(RUNGS)}",
+            )
+
+    @property
+    def behind(self) -> bool:
+        """Whether blocks behind the swap learn too."""
+        return self.neighbours > 0 and bool({"window", "end-to-end"} & {*self.rungs})

@@ -1,0 +1,370 @@
+"""The ladder: each rung mends what it can, is judged, and is kept only if it helped.
+
+    inherit -> closed-form -> local -> window -> end-to-end
+
+A rung's weights are those that did best on held-out windows; the judged windows are others, and are only looked at
+between rungs. When the KL that is judged got worse, the weights from before the rung come back. After each rung the
+weights are saved, so a run that was killed goes on at the last rung, and inside it at the last saved step.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from mismatch.layout import Layout
+from mismatch.repairing import stream
+from mismatch.repairing.closed_form import closed_form
+from mismatch.repairing.config import RepairConfig
+from mismatch.repairing.judge import Judge, Judged
+from mismatch.repairing.local import LocalLoss, groups
+from mismatch.repairing.part import Part
+from mismatch.repairing.store import Store
+from mismatch.repairing.training import Group, Trained, Trainer
+from mismatch.state import State
+from mismatch.surgery import Student
+
+SHARES = {"local": 0.35, "window": 0.5, "end-to-end": 1.0}
+"""Of the minutes that are left when a rung begins."""
+TRIAL_STEPS = 2  # timed to plan the others
+LOOKS = 8  # per rung
+NEIGHBOUR_RATE = 0.5  # of the rate of the parts: neighbours start from where the teacher is
+
+
+@dataclass
+class Rung:
+    """One rung as climbed. KL in nats per token on the judged text; errors relative."""
+
+    name: str
+    where: str = ""
+    kl: float = float("nan")
+    lo: float = float("nan")
+    hi: float = float("nan")
+    nll: float = float("nan")
+    gap_closed: float = float("nan")
+    gap_lo: float = float("nan")
+    gap_hi: float = float("nan")
+    tokens: int = 0
+    seconds: float = 0.0
+    steps: int = 0
+    kept: bool = True
+    looks: list[dict[str, float]] = field(default_factory=list)
+    gates: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Texts:
+    """Batches of ids: to learn from, and to look at."""
+
+    train: Sequence[Tensor]
+    look: Sequence[Tensor]
+    key: dict[str, str]
+
+
+class Ladder:
+    """Climbs.
+
+    Args:
+        config: the settings.
+        teacher: layout of the untouched model.
+        student: its parts own their tensors.
+        parts: the swapped places, in depth order.
+        neighbours: parameters of the blocks behind that learn too, by name.
+        judge: of the reported numbers.
+        texts: to learn from and to look at.
+        folder: for activations; None computes them anew.
+        state: where rungs are saved; None never.
+        fingerprint: of the run.
+        stopping: True asks to save and stop.
+        say: a line for the user.
+    """
+
+    def __init__(
+        self,
+        config: RepairConfig,
+        teacher: Layout,
+        student: Student,
+        parts: Sequence[Part],
+        neighbours: dict[str, nn.Parameter],
+        judge: Judge,
+        texts: Texts,
+        *,
+        folder: Path | None,
+        state: State | None,
+        fingerprint: dict[str, Any],
+        stopping: Callable[[], bool],
+        say: Callable[[str], None],
+    ) -> None:
+        self.config, self.teacher, self.student = config, teacher, student
+        self.parts, self.neighbours, self.judge, self.texts = parts, neighbours, judge, texts
+        self.folder, self.state, self.fingerprint = folder, state, fingerprint
+        self.stopping, self.say = stopping, say
+        self.rungs: list[Rung] = []
+        self.swapped: Judged | None = None
+        self.best: Judged | None = None
+        self.began = time.monotonic()
+        self.earlier = 0.0  # seconds of the process that this one resumes
+
+    # ---- the climb ------------------------------------------------------------------------------
+
+    def climb(self) -> list[Rung]:
+        """Every rung that was asked for, until it no longer pays.
+
+        Raises:
+            KeyboardInterrupt: stopped; everything is saved.
+        """
+        self._resume()
+        self.swapped = self.judge.judge(self.student.layout)
+        self.best = self.swapped
+        if not self.rungs:
+            self._report(Rung("inherit"), self.swapped)
+        else:
+            self._load_weights()
+            self.best = self.judge.judge(self.student.layout)
+        for name in self.config.rungs[len(self.rungs) - 1 :]:
+            if self._exhausted():
+                self.say(f"the climb ends before {name}: the time is spent, or it no longer pays")
+                break
+            before = self._weights()
+            rung = getattr(self, "_" + name.replace("-", "_"))(name)
+            judged = self.judge.judge(self.student.layout)
+            if judged.kl.sum() > self.best.kl.sum():
+                self._set(before)
+                rung.kept = False
+                rung.notes.append("the judged KL got worse: undone")
+            else:
+                self.best = judged
+            self._report(rung, judged)
+            self._save()
+        return self.rungs
+
+    def _exhausted(self) -> bool:
+        if self._left() <= 0:
+            return True
+        gains = [
+            b.gap_closed - a.gap_closed for a, b in zip(self.rungs, self.rungs[1:], strict=False)
+        ]
+        tired = [gain < self.config.pays for gain in gains]
+        return len(tired) >= 2 and all(tired[-2:])
+
+    def _left(self) -> float:
+        """Seconds."""
+        if self.config.max_minutes is None:
+            return float("inf")
+        return self.config.max_minutes * 60 - self.earlier - (time.monotonic() - self.began)
+
+    def _report(self, rung: Rung, judged: Judged) -> None:
+        seed = self.config.seed
+        rung.kl, rung.lo, rung.hi, _ = judged.mean_kl(seed)
+        rung.nll = judged.mean_nll(seed)[0]
+        rung.gap_closed, rung.gap_lo, rung.gap_hi = judged.gap_closed(self.swapped, seed)
+        self.rungs.append(rung)
+        self.say(
+            f"{rung.name:12} KL {rung.kl:.4f} [{rung.lo:.4f}, {rung.hi:.4f}]  gap closed "
+            f"{100 * rung.gap_closed:.1f} %  {rung.tokens} tokens  {rung.seconds:.0f} s"
+            + ("" if rung.kept else "  (undone)")
+        )
+
+    # ---- the rungs ------------------------------------------------------------------------------
+
+    def _closed_form(self, name: str) -> Rung:
+        rung, started = Rung(name), time.monotonic()
+        for part in self.parts:
+            store, held = self._stores([part], [part])
+            for fit in closed_form(part, store, held):
+                done = "taken" if fit.taken else "not taken"
+                rung.notes.append(
+                    f"{part.where} {fit.what}: error {fit.before:.3f} -> {fit.after:.3f}, {done}"
+                )
+        if not rung.notes:
+            rung.notes.append("nothing in these parts has a closed form")
+        rung.tokens = sum(ids.numel() for ids in self.texts.train) * len(self.parts)
+        rung.seconds = time.monotonic() - started
+        return rung
+
+    def _local(self, name: str) -> Rung:
+        rung = Rung(name)
+        fresh = self._fresh()
+        share = SHARES[name] / len(self.parts)
+        for index, part in enumerate(self.parts):
+            store, held = self._stores([part], [part])
+            learning = groups(part, fresh[part.path], self.config.lr, self.config.gate_lr)
+            loss = LocalLoss(part, store, held)
+            self._train(rung, f"{name}-{index}", learning, loss, share * self._left())
+        return rung
+
+    def _window(self, name: str) -> Rung:
+        last = min(self.parts[-1].layer + self.config.width, self.teacher.n_layers - 1)
+        entering, leaving = (stream.block(self.teacher, at) for at in (self.parts[0].layer, last))
+        store, held = self._stores([], [entering, leaving])
+        loss = stream.WindowLoss(self.student.layout, store, held, entering, leaving)
+        return self._through_blocks(name, loss)
+
+    def _end_to_end(self, name: str) -> Rung:
+        entering, leaving = (
+            stream.block(self.teacher, self.parts[0].layer),
+            stream.final(self.teacher),
+        )
+        store, held = self._stores([], [entering, leaving])
+        loss = stream.EndToEndLoss(
+            self.teacher, self.student.layout, store, held, entering, leaving
+        )
+        return self._through_blocks(name, loss)
+
+    def _through_blocks(self, name: str, loss: Any) -> Rung:
+        rung, learning = Rung(name), []
+        fresh = self._fresh()
+        for part in self.parts:
+            learning += groups(part, fresh[part.path], self.config.lr, self.config.gate_lr)
+        for group in learning:
+            group.joins = 0.0
+        learning.append(Group("neighbours", self.neighbours, NEIGHBOUR_RATE * self.config.lr))
+        self._train(rung, name, learning, loss, SHARES[name] * self._left())
+        return rung
+
+    def _train(
+        self, rung: Rung, key: str, learning: list[Group], loss: Any, seconds: float
+    ) -> None:
+        for group in learning:
+            for parameter in group.parameters.values():
+                parameter.requires_grad_(True)
+        steps = self._steps(key, loss, learning, seconds)
+        deadline = time.monotonic() + seconds
+        trainer = Trainer(
+            learning,
+            loss,
+            loss.look,
+            batches=self.texts.train,
+            steps=steps,
+            every=max(1, steps // LOOKS),
+            seed=self.config.seed,
+            state=None if self.state is None else State(self.state.folder / key),
+            fingerprint={**self.fingerprint, "rung": key, "steps": steps},
+            stopping=self.stopping,
+            out_of_time=lambda: time.monotonic() > deadline + 0.2 * seconds,
+            say=self.say,
+        )
+        done: Trained = trainer.run()
+        for parameter in trainer.named.values():
+            parameter.requires_grad_(False)
+        rung.tokens += done.tokens
+        rung.seconds += done.seconds
+        rung.steps += done.steps
+        rung.looks += [asdict(look) for look in done.looks]
+        rung.gates |= done.gates
+        rung.notes += done.notes
+
+    def _steps(self, key: str, loss: Any, learning: list[Group], seconds: float) -> int:
+        """As many as the epochs allow, and as fit into the time; once decided, a resumed run keeps to it."""
+        most = self.config.epochs * len(self.texts.train)
+        if seconds == float("inf"):
+            return most
+        plan = None if self.state is None else State(self.state.folder / f"{key}-steps")
+        known = None if plan is None else plan.load(self.fingerprint)
+        if known is not None:
+            return known[1]["steps"]
+        loss(0, len(self.texts.train[0]))  # what is made on first use is not part of a step
+        started = time.monotonic()
+        for index in range(TRIAL_STEPS):
+            loss(index % len(self.texts.train), len(self.texts.train[0])).backward()
+        each = (time.monotonic() - started) / TRIAL_STEPS
+        started = time.monotonic()
+        loss.look()
+        room = seconds - (LOOKS + 1) * (time.monotonic() - started)
+        for group in learning:
+            for parameter in group.parameters.values():
+                parameter.grad = None
+        steps = max(LOOKS, min(most, int(room / each)))
+        if plan is not None:
+            plan.save({}, {"steps": steps}, self.fingerprint)
+        return steps
+
+    # ---- activations ----------------------------------------------------------------------------
+
+    def _stores(self, own: Sequence[Part], places: Sequence[Part]) -> tuple[Store, Store]:
+        """Training and held-out activations; `own` are parts that read the student's stream when they come in order."""
+        behind = self.parts.index(own[0]) > 0 if own else False
+        inputs = self.student.layout if behind and self.config.order == "sequential" else None
+        found = []
+        for batches, kind in ((self.texts.train, "train"), (self.texts.look, "look")):
+            store = Store(
+                self.teacher,
+                places,
+                batches,
+                folder=None if inputs is not None else self.folder,
+                budget=self.config.store_gb * 1e9,
+                dtype=getattr(torch, self.config.store_dtype),
+                key={**self.texts.key, "text": kind},
+                inputs=inputs,
+            )
+            if store.folder is not None and len(store.stored) < len(places):
+                self.say(
+                    f"the activations of {len(places)} places need {store.needed / 1e9:.2f} GB and --store-gb is "
+                    f"{self.config.store_gb:g}: {len(places) - len(store.stored)} of them are computed anew each time"
+                )
+            store.fill()
+            found.append(store)
+        return found[0], found[1]
+
+    def _fresh(self) -> dict[str, set[str]]:
+        """By path, the parameters that the teacher did not have."""
+        return {clause.path: set(clause.new_parameters) for clause in self.student.plan.clauses}
+
+    # ---- weights --------------------------------------------------------------------------------
+
+    def _named(self) -> dict[str, Tensor]:
+        named = {
+            f"{part.path}.{name}": tensor
+            for part in self.parts
+            for name, tensor in part.student.state_dict(keep_vars=True).items()
+        }
+        return named | self.neighbours
+
+    def _weights(self) -> dict[str, Tensor]:
+        return {name: tensor.detach().clone() for name, tensor in self._named().items()}
+
+    @torch.no_grad()
+    def _set(self, weights: dict[str, Tensor]) -> None:
+        for name, tensor in self._named().items():
+            tensor.copy_(weights[name])
+
+    def _save(self) -> None:
+        if self.state is None:
+            return
+        arrays = {name: _bits(tensor) for name, tensor in self._weights().items()}
+        spent = self.earlier + time.monotonic() - self.began
+        info = {"rungs": [asdict(rung) for rung in self.rungs], "seconds": spent}
+        self.state.save(arrays, info, self.fingerprint)
+
+    def _resume(self) -> None:
+        found = None if self.state is None else self.state.load(self.fingerprint)
+        if found is None:
+            return
+        self._arrays, info = found
+        self.rungs = [Rung(**rung) for rung in info["rungs"]]
+        self.earlier = info["seconds"]
+
+    def _load_weights(self) -> None:
+        named = self._named()
+        self._set({n: _tensor(a, named[n]) for n, a in self._arrays.items()})
+
+
+def _bits(tensor: Tensor) -> np.ndarray:
+    """numpy has no bfloat16: its bits as int16."""
+    tensor = tensor.cpu().contiguous()
+    return tensor.view(torch.int16).numpy() if tensor.dtype == torch.bfloat16 else tensor.numpy()
+
+
+def _tensor(array: np.ndarray, like: Tensor) -> Tensor:
+    tensor = torch.from_numpy(np.array(array))
+    if like.dtype == torch.bfloat16:
+        tensor = tensor.view(torch.bfloat16)
+    return tensor.reshape(like.shape).to(like.device)

@@ -1,0 +1,164 @@
+"""How a repair begins: from Python with what is there already, or as a command with everything still to load."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Any
+
+from mismatch import data as texts
+from mismatch import spec
+from mismatch.checking import Text, check_context, check_settings
+from mismatch.data import Documents
+from mismatch.errors import DataError
+from mismatch.job import settings as all_settings
+from mismatch.models import read_config
+from mismatch.opening import as_loaded, load, load_options, tokenizer_of
+from mismatch.ranks import Ranks
+from mismatch.repairing.config import RepairConfig
+from mismatch.repairing.job import RepairJob, RepairTexts
+from mismatch.repairing.result import Repaired
+from mismatch.run import RunFolder, check_output
+from mismatch.windows import Windows, windows
+
+
+def repair(
+    model: Any,
+    swap: str | list[str] | tuple[str, ...],
+    *,
+    data: Any = "wiki",
+    calibration: Any = "sotu",
+    progress: bool = False,
+    **settings: Any,
+) -> Repaired:
+    """Swap, and mend what was swapped by layerwise distillation.
+
+    Args:
+        model: the teacher, or what `load` takes.
+        swap: what to replace, such as "layer12:infini(segment=64)".
+        data: held-out text to judge on, never learnt from.
+        calibration: text to learn from, of another source.
+        progress: talk on stderr.
+        settings: fields of `mismatch.repairing.config.RepairConfig`: rungs, tokens, max_minutes, output ...
+
+    Returns:
+        The repair; `.student` is the repaired model. A run folder is written only when `output` or `run_name` is given.
+
+    Raises:
+        MismatchError: see `mismatch.errors`.
+    """
+    named = isinstance(model, (str, Path))
+    given = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
+    config = RepairConfig(
+        model=str(model) if named else "a loaded model",
+        swap=(swap,) if isinstance(swap, str) else tuple(swap),
+        data=_named(data),
+        calibration=_named(calibration),
+        **given,
+    )
+    if config.folder is not None:
+        check_output(config.folder)
+    teacher = load(model, **load_options(config, Ranks())) if named else load(model)
+    if not named:
+        config = as_loaded(config, teacher)
+    check_context(teacher.model.config, config)
+    read = read_texts(config, data, calibration, teacher.tokenizer)
+    folder = None if config.folder is None else create(config)
+    return RepairJob(config, teacher, read, folder, progress).run()
+
+
+def repair_command(
+    config: RepairConfig,
+    *,
+    resume: Path | None = None,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> Repaired:
+    """What `mismatch repair` does. Everything that can be refused is refused before weights are loaded.
+
+    Args:
+        config: the settings.
+        resume: the folder of an unfinished repair to go on with.
+        overwrite: replace the run in `config.output`.
+        progress: talk on stderr.
+
+    Raises:
+        MismatchError: see `mismatch.errors`.
+        KeyboardInterrupt: with `.run_dir` when the repair can be resumed.
+    """
+    if resume is not None:
+        check_settings(resume, config)
+    elif config.folder is not None:
+        check_output(config.folder, overwrite=overwrite)
+    model_config, _ = read_config(
+        config.model, revision=config.revision, trust_remote_code=config.trust_remote_code
+    )
+    check_context(model_config, config)
+    read = read_texts(config, config.data, config.calibration, tokenizer_of(config))
+    if progress:
+        print(
+            f"learn from {read.train.tokens:,} tokens of {config.calibration}, judge on "
+            f"{read.judged.tokens:,} of {config.data}, look at {read.looked.tokens:,} others of it",
+            file=sys.stderr,
+        )
+    teacher = load(config.model, **load_options(config, Ranks()))
+    folder = RunFolder.resume(resume) if resume is not None else create(config, overwrite)
+    return RepairJob(config, teacher, read, folder, progress).run()
+
+
+def create(config: RepairConfig, overwrite: bool = False) -> RunFolder:
+    """The run folder of a repair."""
+    folder = RunFolder.create(
+        config.model,
+        spec.format(config.swap_spec),
+        all_settings(config),
+        output=config.folder,
+        overwrite=overwrite,
+    )
+    folder.update(kind="repair")
+    return folder
+
+
+def read_texts(config: RepairConfig, data: Any, calibration: Any, tokenizer: Any) -> RepairTexts:
+    """Training text of one source; of another, documents to judge on and other documents to look at.
+
+    Raises:
+        DataError: text that is missing or too short, in both, or of one source.
+    """
+    if isinstance(data, str) and data == calibration:
+        raise DataError(
+            f"`{data}` would be learnt from and judged on",
+            hint="judge on text of another source: --data and --calibration must differ",
+        )
+    learnt, held_out = texts.calibration_and_evaluation(calibration, data)
+    judged = windows(held_out, tokenizer, config.seq_len, config.judged, config.seed)
+    rest = _without(held_out, judged)
+    looked = windows(rest, tokenizer, config.seq_len, config.looked, config.seed)
+    train = windows(learnt, tokenizer, config.seq_len, config.tokens, config.seed)
+    return RepairTexts(judged, looked, train, Text(held_out, learnt, judged))
+
+
+def _without(documents: Documents, used: Windows) -> Documents:
+    """The documents that no judged window comes from.
+
+    Raises:
+        DataError: there is none left.
+    """
+    left = [
+        (name, text)
+        for name, text in zip(documents.names, documents.texts, strict=True)
+        if name not in used.names
+    ]
+    if not left:
+        raise DataError(
+            f"{documents.source}: all {len(documents)} documents are judged on, none is left to look at",
+            hint="give more documents, or fewer --judged tokens",
+        )
+    names, texts_ = zip(*left, strict=True)
+    return dataclasses.replace(documents, names=tuple(names), texts=tuple(texts_))
+
+
+def _named(text: Any) -> str:
+    """What the config says of a text: its name or path; texts in memory have none."""
+    return str(text) if isinstance(text, (str, Path)) else "given texts"

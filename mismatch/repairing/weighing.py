@@ -1,0 +1,28 @@
+"""How much each token counts when outputs are matched.
+
+The loss of every local rung is the error relative to the size of what is matched,
+
+    sum_t w_t ||student_t - teacher_t||^2 / sum_t w_t ||teacher_t||^2,     w_t = 1 / max(||teacher_t||, median)^2
+
+0 for a perfect copy, 1 for a module that gives nothing. Without w, a massive token (norms of thousands where the others
+have tens) IS the loss, and everything else goes unlearnt; with it no token counts more than a usual one.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def weights(target: Tensor) -> Tensor:
+    """`batch pos`, of the targets `batch pos d` of one batch, float32 at least."""
+    size = target.norm(dim=-1)
+    floor = size.median().clamp(min=torch.finfo(size.dtype).tiny)
+    return torch.maximum(size, floor).pow(-2)
+
+
+def relative_error(output: Tensor, target: Tensor) -> Tensor:
+    """The weighed squared error of a batch over that of giving nothing: a scalar, differentiable."""
+    weight = weights(target)
+    lost = (weight * (output.to(target.dtype) - target).square().sum(-1)).sum()
+    return lost / (weight * target.square().sum(-1)).sum()

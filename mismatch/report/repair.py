@@ -1,0 +1,101 @@
+"""The repair curve: what was left of the damage after each rung, against tokens and against time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from mismatch.report import style
+
+COLUMNS = (
+    *("rung", "kl", "lo", "hi", "nll", "gap_closed", "gap_lo", "gap_hi"),
+    *("tokens", "steps", "seconds", "kept"),
+)
+RUNG_COLOURS = {
+    "inherit": "#777777",
+    "closed-form": "#0072b2",
+    "local": "#009e73",
+    "window": "#e69f00",
+    "end-to-end": "#cc79a7",
+}
+LEAST_SECONDS = 1.0  # where a logarithmic axis begins
+
+
+def rung_table(climbed: Mapping[str, Any]) -> pd.DataFrame:
+    """A row per rung, as climbed."""
+    rows = [{**rung, "rung": rung["name"]} for rung in climbed["rungs"]]
+    return pd.DataFrame(rows, columns=list(COLUMNS))
+
+
+def repair_data(
+    _table: pd.DataFrame, *, plan: Mapping[str, Any], dictionary: Any = None
+) -> pd.DataFrame:
+    """The numbers of the picture."""
+    return rung_table(plan["climb"])
+
+
+@style.styled
+def repair_plate(
+    _table: pd.DataFrame, *, plan: Mapping[str, Any], dictionary: Any = None
+) -> Figure:
+    """The picture, from a run."""
+    return repair_curve(plan["climb"])
+
+
+@style.styled
+def repair_curve(climbed: Mapping[str, Any]) -> Figure:
+    """Held-out KL of every rung, with its interval; controls as lines. Undone rungs are hollow."""
+    frame = rung_table(climbed)
+    figure = style.new_figure(style.WIDTH, 3.0)
+    left, right = figure.subplots(1, 2, sharey=True)
+    for ax, column, label in (
+        (left, "tokens", "tokens learnt from"),
+        (right, "seconds", "seconds"),
+    ):
+        _curve(ax, frame, column)
+        for name, found in climbed["students"].items():
+            if name in ("swap", "repaired"):
+                continue
+            colour = style.look(name)[0]
+            ax.axhline(found["kl"][0], color=colour, linewidth=0.8, linestyle="--")
+            if ax is left:
+                ax.annotate(
+                    name,
+                    (0.0, found["kl"][0]),
+                    xycoords=("axes fraction", "data"),
+                    xytext=(3, 2),
+                    textcoords="offset points",
+                    color=colour,
+                    fontsize=7,
+                )
+        ax.set_xlabel(label)
+        ax.set_yscale("log")
+    left.set_ylabel("KL to the teacher, nats per token")
+    right.legend(frameon=False, fontsize=7, loc="upper right")
+    style.frame(figure, "What is left of the damage, on held-out text", "bars: 95 % over documents")
+    return figure
+
+
+def _curve(ax: Axes, frame: pd.DataFrame, column: str) -> None:
+    spent = frame[column].cumsum().clip(lower=0)
+    ax.plot(
+        spent, frame["kl"].where(frame["kept"]).ffill(), color=style.FAINT, linewidth=0.8, zorder=1
+    )
+    for x, row in zip(spent, frame.itertuples(), strict=True):
+        colour = RUNG_COLOURS[row.rung]
+        ax.errorbar(
+            [x],
+            [row.kl],
+            yerr=[[row.kl - row.lo], [row.hi - row.kl]] if row.lo == row.lo else None,
+            marker="o",
+            markersize=5,
+            color=colour,
+            markerfacecolor=colour if row.kept else "white",
+            capsize=2,
+            linestyle="none",
+            label=row.rung,
+        )
