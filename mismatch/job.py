@@ -47,6 +47,7 @@ class Job:
         path: of the run folder, on every rank.
         ranks: who we are among how many.
         progress: a bar on stderr.
+        after: what else is asked of the students, behind the trace on the first rank: rows for the same table.
     """
 
     config: TraceConfig
@@ -57,6 +58,7 @@ class Job:
     path: Path | None = None
     ranks: Ranks = field(default_factory=Ranks)
     progress: bool = False
+    after: Callable[[Teacher, list[Student]], list[dict[str, Any]]] | None = None
 
     def run(self) -> Result:
         """Do the trace.
@@ -136,7 +138,8 @@ class Job:
             floor = (
                 "the text in another batch shape" if reference is None else "the model in float32"
             )
-            result = self._finish(collector.rows(), swap, {"seconds": seconds, "floor": floor})
+            rows = collector.rows() + ([] if self.after is None else self.after(teacher, students))
+            result = self._finish(rows, swap, {"seconds": seconds, "floor": floor})
         if self.ranks.world == 1:
             return result
         # Only the first rank holds the whole; the others read what it wrote.

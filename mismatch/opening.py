@@ -60,6 +60,14 @@ def load_options(config: RunConfig, ranks: Ranks) -> dict[str, Any]:
     }
 
 
+def model_config_of(config: RunConfig) -> Any:
+    """The model's config alone."""
+    found, _ = models.read_config(
+        config.model, revision=config.revision, trust_remote_code=config.trust_remote_code
+    )
+    return found
+
+
 def tokenizer_of(config: RunConfig) -> Any:
     """The tokenizer alone: text that cannot be used is then refused before weights are loaded."""
     _, source = models.read_config(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from mismatch import registry, spec, table
 from mismatch.checking import plan_dict, plan_warnings, read_text
-from mismatch.config import ProbeConfig
+from mismatch.config import ProbeConfig, SwapConfig, TraceConfig, fields
 from mismatch.errors import RunError
 from mismatch.job import peak_memory, settings
 from mismatch.operating import Teacher, students_of
@@ -29,6 +29,9 @@ from mismatch.result import Probed
 from mismatch.run import Run, RunFolder, load_run, run_id
 from mismatch.surgery import Student
 from mismatch.windows import prefix_ids
+
+LIGHT = 4
+"""Samples of the probes behind a trace."""
 
 
 @dataclass(frozen=True)
@@ -102,6 +105,34 @@ def questions(
     return Questions(setting, {name: load_probe(name)(setting) for name in names}, calibration)
 
 
+def behind(
+    config: TraceConfig,
+    model_config: Any,
+    tokenizer: Any,
+    data: Any,
+    calibration: Any,
+    *,
+    swapped: bool = False,
+) -> Callable[[Teacher, list[Student]], list[dict[str, Any]]] | None:
+    """What a trace asks behind its own measurements: inputs that take seconds, not minutes; None: nothing.
+
+    Args:
+        config: of the trace; its `probes` are asked.
+        model_config, tokenizer, data, calibration, swapped: as for `questions`.
+
+    Raises:
+        MismatchError: what cannot be asked.
+    """
+    if not config.probes:
+        return None
+    shared = {name: getattr(config, name) for name in fields(SwapConfig)}
+    usual = fields(ProbeConfig)["seq_len"].default
+    shared |= {"output": None, "run_name": None, "seq_len": max(min(config.seq_len, usual), 32)}
+    own = ProbeConfig(**shared, probes=config.probes, samples=LIGHT, lengths=("256",))
+    asked = questions(own, model_config, tokenizer, data, calibration, swapped=swapped)
+    return lambda teacher, students: answers(asked, teacher, students)[0]
+
+
 def ask(
     config: ProbeConfig,
     teacher: Teacher,
@@ -149,18 +180,10 @@ def _ask(
     started = time.monotonic()
     students = students_of(teacher, config, asked.calibration, student)
     plan = plan_dict(students[0].plan, plan_warnings(students[0].plan, config.seq_len))
-    subjects = [Subject.teacher(teacher.layout), *map(Subject.of, students)]
     if folder is not None:
         folder.log(f"{', '.join(asked.probes)}; {len(students)} students")
-    found: list[dict[str, Any]] = []
-    seconds: dict[str, float] = {}
-    with tqdm(asked.probes.items(), file=sys.stderr, disable=None if progress else True) as bar:
-        for name, probe in bar:
-            bar.set_description(name)
-            begun = time.monotonic()
-            found += answers(name, probe, subjects, config.seed)
-            seconds[name] = round(time.monotonic() - begun, 1)
-            plan["warnings"] += probe.warnings()
+    found, seconds = answers(asked, teacher, students, progress)
+    plan["warnings"] += [text for probe in asked.probes.values() for text in probe.warnings()]
     if folder is not None:
         folder.write_plan(plan)
     facts = {
@@ -188,8 +211,17 @@ def _ask(
 
 
 def answers(
-    name: str, probe: Probe, subjects: Sequence[Subject], seed: int = 0
-) -> list[dict[str, Any]]:
-    """The rows of one probe."""
+    asked: Questions, teacher: Teacher, students: Sequence[Student], progress: bool = False
+) -> tuple[list[dict[str, Any]], dict[str, float]]:
+    """The rows of every probe, without run id, and the seconds that each took."""
+    subjects = [Subject.teacher(teacher.layout), *map(Subject.of, students)]
     swapped = {subject.name: subject.swapped for subject in subjects}
-    return rows(name, probe.run(subjects), swapped, seed)
+    found: list[dict[str, Any]] = []
+    seconds: dict[str, float] = {}
+    with tqdm(asked.probes.items(), file=sys.stderr, disable=None if progress else True) as bar:
+        for name, probe in bar:
+            bar.set_description(name)
+            begun = time.monotonic()
+            found += rows(name, probe.run(subjects), swapped, asked.setting.seed)
+            seconds[name] = round(time.monotonic() - begun, 1)
+    return found, seconds

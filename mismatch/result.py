@@ -14,7 +14,7 @@ from mismatch.files import write_atomic
 from mismatch.report.heatmap import heatmap
 from mismatch.report.html import draw, page
 from mismatch.report.position import by_position
-from mismatch.report.probes import headlines, passkey, probe_summary
+from mismatch.report.probes import answer_lines, headlines, passkey, probe_summary
 from mismatch.report.profile import depth_profile
 from mismatch.report.summary import summary
 from mismatch.run import Run
@@ -86,7 +86,8 @@ class Result:
     def summary(self) -> str:
         """What `mismatch trace` prints at the end."""
         found = [finding.as_dict() for finding in self.findings]
-        return summary(self.table, self.plan, found, dictionary=self.run.dictionary)
+        text = summary(self.table, self.plan, found, dictionary=self.run.dictionary)
+        return "\n".join([text, *answer_lines(self.table, self.run.dictionary)])
 
     def heatmap(self, metric: Any = None, site: Any = None, **options: Any) -> Figure:
         """The shift of every layer and site; see `mismatch.report.heatmap`."""

@@ -199,6 +199,7 @@ def test_fingerprint():
         "calibration": "x",
         "controls": (),
         "metrics": ("kl",),
+        "probes": ("induction",),
         "backend": "nnsight",
     }
     for name, arg in fields().items():

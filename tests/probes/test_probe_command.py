@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 from asking import Letters
 from conftest import build
-from wonderland import documents, jsonl
+from wonderland import command, documents, jsonl
 
 import mismatch
 import mismatch.cli.parser
@@ -229,3 +229,22 @@ def test_a_failed_run_says_so(words, tmp_path, monkeypatch):
 def test_every_setting_is_a_flag_in_one_group():
     names = [name for group in cli.parser.PROBE_GROUPS.values() for name in group]
     assert sorted(names) == sorted(config.fields(ProbeConfig))
+
+
+def test_a_trace_with_probes_behind_it(tmp_path, toy_folder, capsys):
+    folder = tmp_path / "run"
+    more = ["--probes", "induction,order_sensitivity", "--output", str(folder)]
+    assert cli.main([*command(tmp_path, toy_folder, *more)]) == 0
+    assert "\ninduction: nll_second, nats per token" in capsys.readouterr().out
+    table = run.load_run(folder).table
+    assert {"kl", "induction", "order_sensitivity"} <= set(table["metric"])
+    page = (folder / "report.html").read_text()
+    assert "Answers to the probes" in page and "Worst sites" in page
+    plain = tmp_path / "plain"
+    assert cli.main([*command(tmp_path, toy_folder, "--output", str(plain))]) == 0
+    mine = table[~table["metric"].isin(["induction", "order_sensitivity"])].drop(columns="run_id")
+    alone = run.load_run(plain).table.drop(columns="run_id")
+    assert mine.reset_index(drop=True).equals(alone)  # the trace's own numbers do not know of it
+    refused = command(tmp_path, toy_folder, "--probes", "passkey", "--output", str(tmp_path / "no"))
+    assert cli.main(refused) == 2
+    assert "a passkey prompt of 256 tokens is longer than the context" in capsys.readouterr().err
