@@ -14,6 +14,7 @@ from mismatch.files import write_atomic
 from mismatch.report import heatmap, position, profile, style
 from mismatch.report import quantity as q
 from mismatch.report.page import Html, document, grid, join, picture, tag
+from mismatch.report.plates import kind
 from mismatch.report.summary import verdict
 from mismatch.run import Run, load_run
 
@@ -29,12 +30,18 @@ def compare(
         any_data: compare runs on different data, too; the page then says that they are.
 
     Raises:
-        UsageError: fewer than two runs, or runs on different data.
+        UsageError: fewer than two runs, runs of many swaps, or runs on different data.
         RunError: a run cannot be read, or the file cannot be written.
     """
     if len(runs) < 2:
         raise UsageError(f"{len(runs)} run given", hint="compare needs at least two run folders")
     loaded = [load_run(run) for run in runs]
+    for run in loaded:
+        if (made := kind(run)) in ("scan", "plan"):
+            raise UsageError(
+                f"the run in {run.path} is a {made}, not one swap: there is nothing to set beside another run",
+                hint=f"a {made} has its own picture: mismatch report {run.path}",
+            )
     same = _same_data(loaded)
     if not same and not any_data:
         lines = [f"  {run.path}: {_text(run)}" for run in loaded]

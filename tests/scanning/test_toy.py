@@ -153,3 +153,8 @@ def test_the_command_writes_a_run_with_its_atlas(toy_folder, tmp_path, capsys):
     assert (again / "metrics.parquet").read_bytes() == (run / "metrics.parquet").read_bytes()
     assert cli.main(words) == 2
     assert "exists and is not empty" in capsys.readouterr().err
+    assert cli.main(["compare", str(run), str(again)]) == 2
+    assert capsys.readouterr().err == (
+        f"error: the run in {run} is a scan, not one swap: there is nothing to set beside another run\n\n"
+        f"hint: a scan has its own picture: mismatch report {run}\n"
+    )
