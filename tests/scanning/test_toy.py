@@ -8,8 +8,9 @@ import pytest
 from wonderland import documents, jsonl
 
 import mismatch
-from mismatch import cli
+from mismatch import cli, registry
 from mismatch.errors import SpecError, UsageError
+from mismatch.mechanisms.base import Wrapper
 from mismatch.run import load_run
 
 SMALL = {"tokens": 256, "seq_len": 64, "samples": 3, "length": 120, "calibration_tokens": 256}
@@ -158,3 +159,53 @@ def test_the_command_writes_a_run_with_its_atlas(toy_folder, tmp_path, capsys):
         f"error: the run in {run} is a scan, not one swap: there is nothing to set beside another run\n\n"
         f"hint: a scan has its own picture: mismatch report {run}\n"
     )
+
+
+class Overflows(Wrapper):
+    """The original attention, infinite in layer 1."""
+
+    Config = registry.mechanisms().get("zero").Config
+    slots = ("attn",)
+    identity = "none"
+    state = "the original's"
+    source = "a test"
+
+    def forward(self, *args, **kwargs):
+        out = self.original(*args, **kwargs)
+        return (out[0] * float("inf"), *out[1:]) if self.context.layer == 1 else out
+
+
+def test_a_cell_that_overflows_ends_with_4_and_the_others_are_there(toy_folder, tmp_path, capsys):
+    held_out = jsonl(tmp_path / "held_out.jsonl", documents(4))
+    run = tmp_path / "run"
+    registry.mechanisms().add("overflows", Overflows)
+    try:
+        code = cli.main(
+            [
+                *(
+                    "scan",
+                    "--model",
+                    str(toy_folder),
+                    "--swap",
+                    "overflows",
+                    "--device",
+                    "cpu",
+                    "-q",
+                ),
+                *("--data", str(held_out), "--tokens", "256", "--seq-len", "64", "--tasks", "text"),
+                *("--output", str(run)),
+            ]
+        )
+    finally:
+        registry.mechanisms()._added.pop("overflows")
+    assert code == 4
+    out = capsys.readouterr().out
+    assert "warning: overflows in layer 1: NaN or infinity on text" in out
+    assert "  overflows: exactly 0 in all 3 layers" in out
+    cells = load_run(run).table
+    mine = cells[
+        (cells["metric"] == "kl") & (cells["stat"] == "mean") & (cells["position"] == "all")
+    ]
+    assert mine[(mine["student"] == "zero")]["value"].notna().all()
+    assert mine[(mine["student"] == "overflows") & (mine["layer"] == 1)]["value"].isna().all()
+    assert json.loads((run / "manifest.json").read_text())["not_finite"] == ["overflows@1: text"]
