@@ -24,6 +24,7 @@ tokens (norms of thousands) saturate the tanh: that is the mechanism, not an acc
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -34,6 +35,9 @@ from mismatch.errors import SurgeryError
 from mismatch.mechanisms.base import Context, Mechanism, need_calibration, tensor_kind
 
 PLACEHOLDER = 0.5  # the paper's; used on the meta device, where nothing is computed
+SLOPES = tuple(
+    2.0 ** (k / 4) for k in range(-12, 9)
+)  # tried by `refit`, times the slope that is there
 
 
 @dataclass(frozen=True)
@@ -106,6 +110,49 @@ class DyT(Mechanism):
     @classmethod
     def calibrator(cls, config: DyTConfig) -> InputScale | None:
         return InputScale() if config.alpha is None else None
+
+    @torch.no_grad()
+    def refit(self, pairs: Iterable[tuple[Tensor, Tensor]]) -> str:
+        """Set slope, gain and bias by least squares, without a gradient.
+
+        For each slope of a grid, gain and bias of a channel are a linear regression of the norm's output on tanh(alpha
+        x): five sums a channel, one pass. The slope that errs least over all channels is taken.
+
+        Args:
+            pairs: input and output of the norm, `batch pos d` each.
+
+        Returns:
+            What was set, in words.
+        """
+        d = len(self.weight)
+        slopes = torch.tensor(SLOPES, dtype=torch.float64, device=self.weight.device)
+        slopes = slopes * self.alpha.double()
+        tt, ty, t = (slopes.new_zeros(len(slopes), d) for _ in range(3))
+        y, yy = slopes.new_zeros(d), slopes.new_zeros(d)
+        n = 0
+        for inputs, outputs in pairs:
+            x, out = inputs.flatten(0, -2).double(), outputs.flatten(0, -2).double()
+            n += len(x)
+            y += out.sum(0)
+            yy += out.square().sum(0)
+            for k, slope in enumerate(slopes):
+                bent = torch.tanh(slope * x)
+                tt[k] += bent.square().sum(0)
+                ty[k] += (bent * out).sum(0)
+                t[k] += bent.sum(0)
+        if self.bias is None:
+            gain = ty / tt.clamp(min=torch.finfo(tt.dtype).tiny)
+            bias = torch.zeros_like(gain)
+        else:
+            gain = (ty - t * y / n) / (tt - t * t / n).clamp(min=torch.finfo(tt.dtype).tiny)
+            bias = (y - gain * t) / n
+        error = yy - 2 * gain * ty - 2 * bias * y + gain**2 * tt + 2 * gain * bias * t + n * bias**2
+        best = int(error.sum(1).argmin())
+        self.alpha.copy_(slopes[best])
+        self.weight.copy_(gain[best] - self.offset)
+        if self.bias is not None:
+            self.bias.copy_(bias[best])
+        return "slope and gain" if self.bias is None else "slope, gain and bias"
 
     def forward(self, x: Tensor) -> Tensor:
         """`... d` in and out; computed in float32 at least, as the norms are."""

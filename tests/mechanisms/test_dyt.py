@@ -107,3 +107,21 @@ def test_refusals():
         DyT(blocks[1].input_layernorm, DyTConfig(), context)
     with pytest.raises(SurgeryError, match="no usable token"):
         InputScale().alpha()
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3"])
+def test_refit_finds_planted_slope_gain_and_bias(family):
+    student = swap(tiny(family), "layer1.norm1:dyt")
+    dyt = part(student, slot="norm1")
+    generator = torch.Generator().manual_seed(0)
+    x = [torch.randn(2, 40, len(dyt.weight), generator=generator) * 3 for _ in range(4)]
+    gain = torch.rand(len(dyt.weight), generator=generator) + 0.5
+    bias = 0.0 if dyt.bias is None else torch.randn(len(dyt.weight), generator=generator)
+    slope = dyt.alpha.detach() * 2.0 ** (3 / 4)  # on the grid
+    dyt.weight = torch.nn.Parameter(torch.ones_like(dyt.weight))
+    said = dyt.refit((one, gain * torch.tanh(slope * one) + bias) for one in x)
+    assert said == ("slope and gain" if dyt.bias is None else "slope, gain and bias")
+    torch.testing.assert_close(dyt.alpha.detach(), slope)
+    torch.testing.assert_close(dyt.weight.detach() + dyt.offset, gain, rtol=1e-4, atol=1e-5)
+    if dyt.bias is not None:
+        torch.testing.assert_close(dyt.bias.detach(), bias, rtol=1e-4, atol=1e-5)
