@@ -123,6 +123,7 @@ def _seen(layer: int, parts: AttentionParts, x: Tensor, kwargs: dict[str, Any]) 
     if given is None:
         mask = torch.ones(size, size, dtype=torch.bool, device=x.device).tril()[None, None]
     else:
+        # Eager attention is handed floats to add: 0, or the lowest number of the format.
         mask = given[..., :size] if given.dtype == torch.bool else given[..., :size] > -1e4
     angles = None
     if rotary is not None and parts._rotary is not None:

@@ -61,6 +61,15 @@ class Prompts:
         return asked // segment - self.needle[1] // segment
 
 
+def plain_tokens(vocab: int, tokenizer: Any) -> np.ndarray:
+    """The ids that random tokens are drawn from, int64: all of a vocabulary but special and added ones."""
+    special: set[int] = set()
+    if tokenizer is not None:
+        vocab = min(vocab, len(tokenizer))
+        special = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
+    return np.array([i for i in range(vocab) if i not in special], np.int64)
+
+
 def repeated(setting: Setting, count: int, name: str = "induction") -> tuple[np.ndarray, int, int]:
     """Random tokens, twice.
 

@@ -15,6 +15,7 @@ from asking import setting, subjects
 from conftest import FAMILIES, build
 
 import mismatch.probes as package
+from mismatch import catalog, cli
 from mismatch.probes import PROBES, load_probe
 from mismatch.probes.base import rows
 from mismatch.registry import probes
@@ -127,3 +128,19 @@ def test_every_family_is_asked_about_its_heads():
         assert (found["n"] > 0).all(), family
         assert not math.isnan(found["value"].sum()), family
     assert torch.is_grad_enabled()  # probes leave the caller's mode alone
+
+
+@pytest.mark.parametrize("name", PROBES)
+def test_a_model_in_bfloat16_can_be_asked(name):
+    found = table(name, build("llama").to(torch.bfloat16), "layer1:infini(segment=16)")
+    asked = found[found["n"] > 0]
+    assert asked["value"].notna().all() and np.isfinite(asked["value"]).all()
+
+
+def test_what_list_and_explain_say(capsys):
+    assert set(catalog.list_probes()) == set(PROBES)
+    assert cli.main(["list", "probes"]) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == sorted(PROBES)
+    assert cli.main(["explain", "passkey"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("passkey   probe\n\nCan the model find one number") and "headline" in out
