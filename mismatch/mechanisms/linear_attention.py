@@ -36,6 +36,7 @@ As decided here:
                  seen from behind either
     padding      pads are no tokens: they have no age, fill no window and enter no sum
     dtype        logits, sums and the division in float32 at least
+    branches     near and far; one that is taken out leaves its weight in the denominator
     no weight    a query whose phi is orthogonal to all keys (relu, learned) reads 0
 
 Limits: plain PyTorch on every device. flash-linear-attention (no extra of this package) has CUDA kernels
@@ -48,7 +49,9 @@ the maps' W and b (hedgehog, learned). Dropped: dropout of the attention weights
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
 import torch
@@ -92,6 +95,7 @@ class LinearAttention(AttentionParts):
         "whatever the length; keys and values of the last `window` tokens and of the sinks"
     )
     source = "arXiv 2006.16236; window: arXiv 2410.10254; decay: arXiv 2307.08621; see feature_maps"
+    branch_names = ("near", "far")
 
     def __init__(
         self, original: nn.Module, config: LinearAttentionConfig, context: Context
@@ -105,6 +109,8 @@ class LinearAttention(AttentionParts):
         self.map_k = FeatureMap(config.feature_map, self.n_kv_heads, self.head_dim, kind)
         if config.window or config.sinks:
             self.mix = nn.Parameter(torch.full((self.n_heads,), config.mix_init, **kind))
+        if not (self.has_far and (config.window or config.sinks)):
+            self.branch_names = ()  # one sum alone
         if config.decay == "learned":
             logits = [math.log(2 ** (5 + h) - 1) for h in range(self.n_kv_heads)]
             self.decay = nn.Parameter(torch.tensor(logits, **kind))
@@ -118,6 +124,21 @@ class LinearAttention(AttentionParts):
             f"the module's own window of {self.window} tokens is gone: the sum reaches back to the "
             "first token",
         )
+
+    def gates(self) -> dict[str, nn.Parameter]:
+        return {"near": self.mix} if self.branch_names else {}
+
+    def restores(self) -> dict[str, AbstractContextManager[None]]:
+        softmax = self.settings.window > 0 and self.settings.sinks == 0
+        return {"first_token": self._with_sink()} if softmax else {}
+
+    @contextmanager
+    def _with_sink(self) -> Iterator[None]:
+        before, self.settings = self.settings, replace(self.settings, sinks=1)
+        try:
+            yield
+        finally:
+            self.settings = before
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
         """As the attention it replaces: `batch pos d_model` in, (`batch pos d_model`, None) out."""
@@ -166,16 +187,22 @@ class LinearAttention(AttentionParts):
             if memory is None:
                 features = self.map_k(k[:, :, :1]).shape[-1]
                 memory = k.new_zeros(*k.shape[:2], features, v.shape[-1] + 1)
-            total, memory = self._far(self.map_q(q), self.map_k(left_k), left_v, row, memory)
-            after = {"memory": memory}
+            far, memory = self._far(self.map_q(q), self.map_k(left_k), left_v, row, memory)
+            total, after = self._heard(far, "far"), {"memory": memory}
         if self.near or sinks:
             share = torch.sigmoid(self.mix.to(wide)).view(self.n_kv_heads, 1, self.group, 1, 1)
-            total = total + share * self._near(q, k, v, sinks, row)
+            total = total + share * self._heard(self._near(q, k, v, sinks, row), "near")
         sums, weight = total[..., :-1], total[..., -1:]
         # Filled in BEFORE the division: a `where` around 0 / 0 hides the NaN of the value and not
         # that of its gradient.
         heads = sums / weight.masked_fill(weight < EMPTY, 1.0)
         return heads.movedim(2, 3).flatten(3, 4).flatten(1, 2)[:, :, : q.shape[2]], after
+
+    def _heard(self, total: Tensor, branch: str) -> Tensor:
+        """A sum with its weight; of a branch that is taken out the weight alone."""
+        if branch not in self.silent:
+            return total
+        return torch.cat([torch.zeros_like(total[..., :-1]), total[..., -1:]], dim=-1)
 
     def _far(
         self, phi_q: Tensor, phi_k: Tensor, v: Tensor, row: PackedRows, memory: Tensor

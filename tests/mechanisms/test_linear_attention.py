@@ -275,6 +275,43 @@ def test_learned_maps_start_as_their_fixed_ones(learned, fixed):
     assert a.map_k.weight.shape == (2, 8, 8)
 
 
+# branches --------------------------------------------------------------------------------------
+
+
+def test_what_its_two_branches_take_away_adds_up_to_the_whole():
+    linear, x = module(window=4, decay="learned"), stream(2, 22)
+    linear.o_proj.bias.data.zero_()
+    whole, without = run(linear, x), {}
+    for name, out in linear.branches().items():
+        with out:
+            without[name] = run(linear, x)
+    assert without.keys() == {"near", "far"}
+    assert torch.equal(run(linear, x), whole)
+    assert torch.equal(without["near"][:, :4], torch.zeros_like(whole[:, :4])), "nothing is far yet"
+    assert (without["near"][:, 4:].abs().amax(-1) > 1e-3).all()
+    added = sum(whole - rest for rest in without.values())
+    torch.testing.assert_close(added, whole, atol=1e-5, rtol=0)
+    assert linear.gates().keys() == {"near"}
+
+
+@pytest.mark.parametrize("settings", [{}, {"feature_map": "elu", "decay": "learned"}], ids=str)
+def test_one_sum_alone_has_no_branches(settings):
+    linear = module(**settings)
+    assert linear.branches() == linear.gates() == linear.restores() == {}
+    assert module(family="mistral_window", window=9).branches() == {}
+
+
+def test_the_first_token_can_be_given_back():
+    linear, x = module(window=4), stream(2, 22)
+    before = run(linear, x)
+    with linear.restores()["first_token"]:
+        got = run(linear, x)
+    other = module(window=4, sinks=1)
+    assert torch.equal(got, run(other, x))
+    assert torch.equal(run(linear, x), before)
+    assert other.restores() == {}
+
+
 # heads and parameters --------------------------------------------------------------------------
 
 
