@@ -4,13 +4,14 @@
     python analyses/benchmark_scan.py --quick    fewer tokens: a look, not a claim
 
 The unit is the CPU time of one whole forward of the original over the same windows, `model(ids)` with all logits, one
-process and one thread, all ways interleaved in one run after a warm-up.
+process and one thread. A forward is short and the machine is not alone, so it is timed three times before each way, and the
+median of a round's is that round's unit.
 
 | way | what it does |
 |---|---|
 | `forward` | the original once, logits of every token included: the unit |
 | `blocks` | what a scan cannot avoid: the original's blocks once, and each layer's suffix; no head, nothing measured |
-| `scan` | the whole `mismatch.scan` as it is by default: blocks, head and KL on 40 % of the predictions, table |
+| `scan` | the whole `mismatch.scan` as it is by default: blocks, head and KL on 30 % of the predictions, table |
 | `scan, all scored` | the same with the head and KL on every prediction, as a trace does |
 | `naive` | for each layer a whole forward of the original and of the student, and KL; 3 layers measured, 30 counted |
 
@@ -76,25 +77,34 @@ def times(name: str, tokens: int, seq_len: int, rounds: int) -> tuple[dict[str, 
     given = {"data": "wiki", "tokens": tokens, "seq_len": seq_len, "batch_size": len(ids)}
     given |= {"controls": (), "tasks": ("text",)}
     ways: dict[str, Callable[[], object]] = {
-        "forward": lambda: forward(teacher.model, ids),
         "blocks": lambda: blocks(teacher, ids),
         "scan": lambda: mismatch.scan(teacher, SWAP, **given),
         "scan, all scored": lambda: mismatch.scan(teacher, SWAP, scored=1.0, **given),
         "naive": lambda: [pair(teacher, student.model, ids) for student in students.values()],
     }
     part = layers / len(naive)
-    found: dict[str, list[float]] = {way: [] for way in ways}
+    found: dict[str, list[float]] = {way: [] for way in ("forward", *ways)}
     # Imports and allocations of the first use belong to nobody.
     mismatch.scan(teacher, SWAP, layers="last", **{**given, "tokens": seq_len})
     forward(teacher.model, ids)
     for index in range(rounds):
+        units = []
         for way, run in ways.items():
-            start = time.process_time()
-            run()
-            spent = time.process_time() - start
-            found[way].append(spent * (part if way == "naive" else 1))
-            print(f"round {index + 1} {way}: {found[way][-1]:.1f} CPU-s", file=sys.stderr)
+            units += [spent(lambda: forward(teacher.model, ids)) for _ in range(3)]
+            found[way].append(spent(run) * (part if way == "naive" else 1))
+        found["forward"].append(float(np.median(units)))
+        said = ", ".join(f"{way} {values[-1]:.2f}" for way, values in found.items())
+        print(
+            f"round {index + 1}, CPU-s: {said}; units {min(units):.2f}-{max(units):.2f}",
+            file=sys.stderr,
+        )
     return found, layers
+
+
+def spent(run: Callable[[], object]) -> float:
+    start = time.process_time()
+    run()
+    return time.process_time() - start
 
 
 def template() -> spec.Template:

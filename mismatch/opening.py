@@ -104,12 +104,17 @@ def given(
         found["swap"] = _swap_of(student)
     if isinstance(found["swap"], str):
         found["swap"] = (found["swap"],)
-    named = isinstance(model, (str, Path))
-    texts = {
-        name: str(text) if isinstance(text, (str, Path)) else "given texts"
-        for name, text in (("data", data), ("calibration", calibration))
+    return {**named(model, data, calibration), **found}
+
+
+def named(model: Any, data: Any, calibration: Any) -> dict[str, str]:
+    """What a config says of model and texts: names or paths. What is in memory has none."""
+    whole = {"model": model, "data": data, "calibration": calibration}
+    nameless = {"model": "a loaded model", "data": "given texts", "calibration": "given texts"}
+    return {
+        name: str(value) if isinstance(value, (str, Path)) else nameless[name]
+        for name, value in whole.items()
     }
-    return {"model": str(model) if named else "a loaded model", **texts, **found}
 
 
 def _swap_of(student: Student) -> str:

@@ -24,6 +24,7 @@ from mismatch.job import peak_memory, settings
 from mismatch.operating import Teacher, students_of
 from mismatch.probes import PROBES, load_probe
 from mismatch.probes.base import Probe, Setting, Subject, rows
+from mismatch.probes.inputs import plain_tokens
 from mismatch.report.html import write_html
 from mismatch.result import Probed
 from mismatch.run import Run, RunFolder, load_run, run_id
@@ -82,12 +83,8 @@ def questions(
     if any(registry.probes().card(name).facts["needs"] == "text" for name in names):
         read = read_text(config, data, calibration, tokenizer, swapped=swapped)
         text, docs, calibration = read.cut.ids, read.cut.doc, read.calibration
-    vocab, special = model_config.vocab_size, set()
-    if tokenizer is not None:
-        vocab = min(vocab, len(tokenizer))
-        special = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
     setting = Setting(
-        words=np.array([i for i in range(vocab) if i not in special], np.int64),
+        words=plain_tokens(model_config.vocab_size, tokenizer),
         text=text,
         docs=docs,
         tokenizer=tokenizer,

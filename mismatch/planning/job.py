@@ -171,8 +171,11 @@ class PlanJob:
         if config.keep_retrieval and len(asked) < 2:
             self._check_retrieval(pd.DataFrame({"metric": []}), {})
         sweep = sweep_of(self.teacher, config, prepared.cells, prepared.calibration)
-        most = min(config.layers or len(prepared.layers), len(prepared.layers))
-        with self._bar("greedy", len(prepared.cells) * most, asked) as advance:
+        there, most = len(prepared.cells), len(prepared.layers)
+        taken = range(min(config.layers or most, most))
+        # After each step the cells of one layer are gone.
+        runs = sum(there - round(at * there / most) for at in taken)
+        with self._bar("greedy", runs, asked) as advance:
             steps = greedy(sweep, prepared.cells, asked, config, advance)
         choice: dict[str, list[int]] = {}
         for step in steps:

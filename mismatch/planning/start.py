@@ -10,7 +10,7 @@ from typing import Any
 from mismatch import checkpoint
 from mismatch.errors import UsageError
 from mismatch.job import settings as all_settings
-from mismatch.opening import as_loaded, load, load_options, tokenizer_of
+from mismatch.opening import as_loaded, load, load_options, named, tokenizer_of
 from mismatch.planning.config import PlanConfig
 from mismatch.planning.job import PlanJob, same_model, scan_beside
 from mismatch.planning.result import Planned
@@ -45,20 +45,17 @@ def plan(
     Raises:
         MismatchError: see `mismatch.errors`.
     """
-    named = isinstance(model, (str, Path))
     given = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
     if isinstance(given.get("scan"), Path):
         given["scan"] = str(given["scan"])
     config = PlanConfig(
-        model=str(model) if named else "a loaded model",
+        **named(model, data, calibration),
         mechanism=mechanism,
-        data=_named(data),
-        calibration=_named(calibration),
         **given,
     )
     _check_output(config, False)
     scan = _scan(config)
-    if named:
+    if isinstance(model, (str, Path)):
         prepared = _prepared(config, data, calibration)
         teacher = load(model, **load_options(config, Ranks()))
     else:
@@ -150,8 +147,3 @@ def _before(config: PlanConfig, prepared: Prepared, scan: Run | None) -> str:
         most = config.layers or len(prepared.layers)
         text += f"\ngreedy  so often as layers are taken: up to {most} times the above"
     return text
-
-
-def _named(text: Any) -> str:
-    """What the config says of a text: its name or path; texts in memory have none."""
-    return str(text) if isinstance(text, (str, Path)) else "given texts"

@@ -24,7 +24,7 @@ class SweepConfig(RunConfig):
     """Held-out tokens of the task text."""
     seq_len: Annotated[int, ">= 2"] = 512
     """Tokens per window. A window never mixes documents."""
-    scored: Annotated[float, "0.001..1"] = 0.4
+    scored: Annotated[float, "0.001..1"] = 0.3
     """Share of the tokens of text whose predictions are compared: the head is costly. A trace compares all."""
     samples: Annotated[int, ">= 2"] = 8
     """Sequences of induction, prompts of passkey. With fewer than 8 the intervals are too narrow."""

@@ -49,7 +49,7 @@ class Prepared:
     @property
     def layers(self) -> tuple[int, ...]:
         """The layers that are gone through."""
-        return tuple(dict.fromkeys(cell.layer for cell in (*self.cells, *self.refused)))
+        return tuple(sorted({cell.layer for cell in (*self.cells, *self.refused)}))
 
     @property
     def controls(self) -> dict[str, tuple[str, ...]]:

@@ -10,7 +10,7 @@ from mismatch import checkpoint
 from mismatch.checking import check_settings
 from mismatch.errors import UsageError
 from mismatch.job import settings as all_settings
-from mismatch.opening import as_loaded, load, load_options, tokenizer_of
+from mismatch.opening import as_loaded, load, load_options, named, tokenizer_of
 from mismatch.ranks import Ranks, joined
 from mismatch.run import RunFolder, check_output
 from mismatch.scanning.cells import skeleton_of
@@ -45,18 +45,15 @@ def scan(
     Raises:
         MismatchError: see `mismatch.errors`.
     """
-    named = isinstance(model, (str, Path))
     given = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
     config = ScanConfig(
-        model=str(model) if named else "a loaded model",
+        **named(model, data, calibration),
         swap=(swap,) if isinstance(swap, str) else tuple(swap),
-        data=_named(data),
-        calibration=_named(calibration),
         **given,
     )
     if config.folder is not None:
         check_output(config.folder)
-    if named:
+    if isinstance(model, (str, Path)):
         prepared = _prepared(config, data, calibration)
         teacher = load(model, **load_options(config, Ranks()))
     else:
@@ -127,8 +124,3 @@ def _prepared(config: ScanConfig, data: Any, calibration: Any) -> Prepared:
         config.model, revision=config.revision, trust_remote_code=config.trust_remote_code
     )
     return prepare(config, skeleton, tokenizer_of(config), data, calibration)
-
-
-def _named(text: Any) -> str:
-    """What the config says of a text: its name or path; texts in memory have none."""
-    return str(text) if isinstance(text, (str, Path)) else "given texts"

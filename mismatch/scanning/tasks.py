@@ -22,7 +22,7 @@ import torch
 
 from mismatch.errors import UsageError
 from mismatch.probes.base import Setting
-from mismatch.probes.inputs import passkeys, repeated
+from mismatch.probes.inputs import passkeys, plain_tokens, repeated
 from mismatch.scanning.config import TASKS, SweepConfig
 from mismatch.windows import Windows, prefix_ids
 
@@ -150,12 +150,8 @@ def _task(name: str, config: SweepConfig, cut: Windows | None, setting: Setting)
 
 def _setting(config: SweepConfig, tokenizer: Any, model_config: Any) -> Setting:
     """What the probes' own inputs are made from."""
-    known, special = model_config.vocab_size, set()
-    if tokenizer is not None:
-        known = min(known, len(tokenizer))
-        special = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
     return Setting(
-        words=np.array([token for token in range(known) if token not in special], np.int64),
+        words=plain_tokens(model_config.vocab_size, tokenizer),
         text=np.zeros((0, config.seq_len), np.int64),
         docs=np.zeros(0, np.int64),
         tokenizer=tokenizer,

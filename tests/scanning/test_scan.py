@@ -16,6 +16,7 @@ from mismatch.mechanisms.base import Mechanism
 from mismatch.scanning import sweep as sweeping
 from mismatch.scanning.cells import cells, columns, joint, refused, skeleton_of
 from mismatch.scanning.loop import measure, prove, prove_restored
+from mismatch.scanning.prepare import Prepared
 from mismatch.scanning.sums import Sums
 from mismatch.scanning.sweep import Sweep
 from mismatch.scanning.tasks import Task, text_task
@@ -272,6 +273,19 @@ def test_what_cannot_be_built_in_one_layer_is_left_out_with_the_reason(tiny, bro
     }
     with pytest.raises(SurgeryError, match=r"layer0\.attn: not here"):
         refused([cell for cell in every if cell.layer == 0], skeleton_of(layout))
+
+
+def test_a_mechanism_that_some_layers_of_a_family_cannot_hold(tiny):
+    """gemma2 has windows of its own in layers 0 and 2: they drop the sink, and layer 1 is scanned all the same."""
+    layout = Layout.of(tiny("gemma2"))
+    every = cells(columns(spec.templates("sliding_window(8, 1)"), ()), (0, 1, 2), layout)
+    not_here = refused(every, skeleton_of(layout))
+    assert [cell.layer for cell in not_here] == [0, 2]
+    prepared = Prepared((), every, not_here, (), {}, None, None, None, None, 3)
+    assert prepared.notes() == [
+        "sliding_window(window=8, sinks=1) is not applicable in layers 0, 2: attn: this attention has its own window "
+        "of 16 tokens, and its cache drops what lies behind: sinks cannot be kept"
+    ]
 
 
 def test_a_stream_that_is_changed_in_place_is_found(tiny, broken):
