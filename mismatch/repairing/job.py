@@ -99,6 +99,7 @@ class RepairJob:
             "judged": self.texts.judged.fingerprint,
         }
         device = teacher.layout.embedding_device
+        self._say(f"the teacher runs over {self.texts.judged.tokens:,} held-out tokens, once")
         judge = Judge(teacher.layout, self.texts.judged, parts[0].layer, config.batch_size)
         texts = Texts(
             [
@@ -131,6 +132,7 @@ class RepairJob:
             say=self._say,
         )
         rungs = ladder.climb()
+        self._say("controls and branches are judged")
         beside = {control.name: judge.judge(control.layout) for control in controls}
         judged = {"swap": ladder.swapped, "repaired": ladder.best, **beside}
         notes = bypassed(judge, student, parts, ladder.best)
@@ -149,6 +151,8 @@ class RepairJob:
             return swap
         taken = {clause.layer for clause in swap.plan.clauses}
         layers = [str(n) for n in range(last + 1, end + 1) if n not in taken]
+        if not layers:
+            return swap
         lora = f"lora(r={config.rank}, alpha={float(config.rank)}, targets=all)"
         text = [
             spec.format(config.swap_spec),

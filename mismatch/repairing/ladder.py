@@ -31,10 +31,12 @@ from mismatch.repairing.training import Group, Trained, Trainer
 from mismatch.state import State
 from mismatch.surgery import Student
 
-SHARES = {"local": 0.35, "window": 0.5, "end-to-end": 1.0}
+SHARES = {"local": 0.35, "window": 0.6, "end-to-end": 1.0}
 """Of the minutes that are left when a rung begins."""
 TRIAL_STEPS = 2  # timed to plan the others
-LOOKS = 8  # per rung
+LOOKS = 8  # per rung, fewer where a look is dear:
+LOOKING = 0.2  # share of a rung's time that looks may take
+LEAST_STEPS = 10  # a rung with time for fewer is left out
 NEIGHBOUR_RATE = 0.5  # of the rate of the parts: neighbours start from where the teacher is
 
 
@@ -236,7 +238,10 @@ class Ladder:
         for group in learning:
             for parameter in group.parameters.values():
                 parameter.requires_grad_(True)
-        steps = self._steps(key, loss, learning, seconds)
+        steps, looks = self._planned(key, loss, learning, seconds)
+        if steps < LEAST_STEPS and seconds != float("inf"):
+            rung.notes.append(f"left out: the time that is left allows {steps} steps")
+            return
         deadline = time.monotonic() + seconds
         trainer = Trainer(
             learning,
@@ -244,7 +249,7 @@ class Ladder:
             loss.look,
             batches=self.texts.train,
             steps=steps,
-            every=max(1, steps // LOOKS),
+            every=max(1, steps // looks),
             seed=self.config.seed,
             state=None if self.state is None else State(self.state.folder / key),
             fingerprint={**self.fingerprint, "rung": key, "steps": steps},
@@ -262,30 +267,35 @@ class Ladder:
         rung.gates |= done.gates
         rung.notes += done.notes
 
-    def _steps(self, key: str, loss: Any, learning: list[Group], seconds: float) -> int:
-        """As many as the epochs allow, and as fit into the time; once decided, a resumed run keeps to it."""
+    def _planned(
+        self, key: str, loss: Any, learning: list[Group], seconds: float
+    ) -> tuple[int, int]:
+        """Steps and looks: as many as the epochs allow and as fit into the time; a resumed run keeps to the plan."""
         most = self.config.epochs * len(self.texts.train)
         if seconds == float("inf"):
-            return most
+            return most, LOOKS
         plan = None if self.state is None else State(self.state.folder / f"{key}-steps")
         known = None if plan is None else plan.load(self.fingerprint)
         if known is not None:
-            return known[1]["steps"]
-        loss(0, len(self.texts.train[0]))  # what is made on first use is not part of a step
+            return known[1]["steps"], known[1]["looks"]
+        started = time.monotonic()
+        loss.look()
+        look = time.monotonic() - started
+        loss(
+            0, len(self.texts.train[0])
+        ).backward()  # what is made on first use is not part of a step
         started = time.monotonic()
         for index in range(TRIAL_STEPS):
             loss(index % len(self.texts.train), len(self.texts.train[0])).backward()
         each = (time.monotonic() - started) / TRIAL_STEPS
-        started = time.monotonic()
-        loss.look()
-        room = seconds - (LOOKS + 1) * (time.monotonic() - started)
         for group in learning:
             for parameter in group.parameters.values():
                 parameter.grad = None
-        steps = max(LOOKS, min(most, int(room / each)))
+        looks = min(LOOKS, max(1, int(LOOKING * seconds / look)))
+        steps = max(0, min(most, int((seconds - (looks + 2) * look) / each)))
         if plan is not None:
-            plan.save({}, {"steps": steps}, self.fingerprint)
-        return steps
+            plan.save({}, {"steps": steps, "looks": looks}, self.fingerprint)
+        return steps, looks
 
     # ---- activations ----------------------------------------------------------------------------
 
