@@ -18,6 +18,7 @@ from mismatch.address import FLOOR
 from mismatch.collect import Collector
 from mismatch.errors import NumericsError
 from mismatch.layout import Layout
+from mismatch.pages import kept_pages
 from mismatch.ranks import ALONE, Ranks
 from mismatch.state import State
 from mismatch.surgery import Student
@@ -71,7 +72,7 @@ def measure(
     mine = [(i, batch) for i, batch in batches if ranks.mine(i)]
     first = _resume(collector, state, fingerprint)
     progress(sum(len(batch.ids) for i, batch in mine if i < first))
-    with polite() as stopping:
+    with polite() as stopping, kept_pages():
         saved = time.monotonic()
         for index, batch in mine:
             if index < first:
