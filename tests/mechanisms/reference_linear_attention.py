@@ -61,7 +61,8 @@ def reference(
         fade = torch.ones((), dtype=torch.float64) if g is None else g[kv].double()
         for n in range(length):
             near = [j for j in range(n + 1) if n - j < window or j < sinks]
-            far = [j for j in range(n + 1) if j not in near] if linear else []
+            far = sorted(set(range(n + 1)) - set(near)) if linear else []
+            query = mapped(q[h, n], "q", h)
             sums = torch.zeros(v.shape[-1], dtype=torch.float64)
             weights = torch.zeros((), dtype=torch.float64)
             if near:
@@ -72,7 +73,7 @@ def reference(
                     sums = sums + mu[h].double() * weight * v[kv, j]
                     weights = weights + mu[h].double() * weight
             for j in far:
-                weight = fade ** (n - window - j) * (mapped(q[h, n], "q", h) * keys[j]).sum()
+                weight = fade ** (n - window - j) * (query * keys[j]).sum()
                 sums = sums + weight * v[kv, j]
                 weights = weights + weight
             row.append(sums / weights if weights > 0 else sums)

@@ -54,7 +54,7 @@ def test_gradients_are_those_of_the_definition(settings, chunk):
 
 
 def test_more_tokens_than_one_chunk_of_64():
-    linear, x = module(window=9, sinks=1, decay="learned"), stream(1, 150)
+    linear, x = module(window=9, sinks=1, decay="learned"), stream(1, 70)
     heads, memory = by_definition(linear, x)
     torch.testing.assert_close(run(linear, x), linear.project(heads.float()), atol=2e-5, rtol=1e-4)
     got = state_after(linear, x).rows["memory"]
