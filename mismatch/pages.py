@@ -1,8 +1,8 @@
 """Freed memory stays with the process while batches run.
 
-glibc gives large blocks back to the kernel as soon as they are freed, and takes them again, zeroed page by page, for the
-next batch: the kernel's share of a trace's CPU time was 4 to 7 % on two cores, and is near 0 with this. On another C
-library nothing is changed.
+glibc gives large blocks back to the kernel as soon as they are freed, and takes them again, zeroed page by page, for
+the next batch: the kernel's share of a trace's CPU time was 2 to 7 % on two cores, and is near 0 with this. On another
+C library nothing is changed.
 """
 
 from __future__ import annotations
