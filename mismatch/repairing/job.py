@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import tempfile
 import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
@@ -70,8 +71,9 @@ class RepairJob:
             MismatchError: what else can go wrong; the run folder then says `failed`.
         """
         try:
-            with polite() as stopping:
-                return self._run(time.monotonic(), stopping)
+            # Without a run folder activations live as long as the run does.
+            with polite() as stopping, tempfile.TemporaryDirectory(prefix="mismatch-") as temporary:
+                return self._run(time.monotonic(), stopping, Path(temporary))
         except KeyboardInterrupt as stop:
             if self.folder is not None:
                 self.folder.finish("interrupted")
@@ -83,7 +85,7 @@ class RepairJob:
                     self.folder.finish("failed", error=str(error))
             raise
 
-    def _run(self, started: float, stopping: Any) -> Repaired:
+    def _run(self, started: float, stopping: Any, temporary: Path) -> Repaired:
         config, teacher = self.config, self.teacher
         swap, *controls = students_of(teacher, config, self.texts.text.calibration)
         parts = parts_of(teacher.layout, swap)
@@ -125,7 +127,7 @@ class RepairJob:
             trained,
             judge,
             texts,
-            folder=self._activations(),
+            folder=self._activations(temporary),
             state=state,
             fingerprint=prints,
             stopping=stopping,
@@ -168,10 +170,10 @@ class RepairJob:
             seed=config.seed,
         )
 
-    def _activations(self) -> Path | None:
+    def _activations(self, temporary: Path) -> Path:
         if self.config.store is not None:
             return Path(self.config.store)
-        return None if self.folder is None else self.folder.path / "state" / "activations"
+        return temporary if self.folder is None else self.folder.path / "state" / "activations"
 
     def _say(self, line: str) -> None:
         if self.progress:

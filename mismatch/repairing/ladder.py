@@ -82,7 +82,7 @@ class Ladder:
         neighbours: parameters of the blocks behind that learn too, by name.
         judge: of the reported numbers.
         texts: to learn from and to look at.
-        folder: for activations; None computes them anew.
+        folder: for activations.
         state: where rungs are saved; None never.
         fingerprint: of the run.
         stopping: True asks to save and stop.
@@ -99,7 +99,7 @@ class Ladder:
         judge: Judge,
         texts: Texts,
         *,
-        folder: Path | None,
+        folder: Path,
         state: State | None,
         fingerprint: dict[str, Any],
         stopping: Callable[[], bool],
@@ -124,6 +124,7 @@ class Ladder:
             KeyboardInterrupt: stopped; everything is saved.
         """
         self._resume()
+        self._run_teacher()
         self.swapped = self.judge.judge(self.student.layout)
         self.best = self.swapped
         if not self.rungs:
@@ -135,6 +136,8 @@ class Ladder:
             if self._exhausted():
                 self.say(f"the climb ends before {name}: the time is spent, or it no longer pays")
                 break
+            if self.stopping():
+                raise KeyboardInterrupt
             before = self._weights()
             rung = getattr(self, "_" + name.replace("-", "_"))(name)
             judged = self.judge.judge(self.student.layout)
@@ -204,8 +207,7 @@ class Ladder:
         return rung
 
     def _window(self, name: str) -> Rung:
-        last = min(self.parts[-1].layer + self.config.width, self.teacher.n_layers - 1)
-        entering, leaving = (stream.block(self.teacher, at) for at in (self.parts[0].layer, last))
+        entering, leaving = self._span()
         store, held = self._stores([], [entering, leaving])
         loss = stream.WindowLoss(self.student.layout, store, held, entering, leaving)
         return self._through_blocks(name, loss)
@@ -298,6 +300,25 @@ class Ladder:
         return steps, looks
 
     # ---- activations ----------------------------------------------------------------------------
+
+    def _run_teacher(self) -> None:
+        """Everything that the cheap rungs will want, in one pass; end-to-end wants the whole model, and asks itself."""
+        places = [] if self._in_turn() else list(self.parts)
+        if "window" in self.config.rungs:
+            places += self._span()
+        if places:
+            tokens = sum(ids.numel() for ids in self.texts.train)
+            self.say(f"the teacher runs over {tokens:,} tokens to learn from, once")
+            self._stores([], places)
+
+    def _in_turn(self) -> bool:
+        """Whether the parts after the first one read the student's stream, which is not there yet."""
+        return self.config.order == "sequential" and len(self.parts) > 1
+
+    def _span(self) -> tuple[Part, Part]:
+        """The blocks whose input and output the rung `window` matches."""
+        last = min(self.parts[-1].layer + self.config.width, self.teacher.n_layers - 1)
+        return stream.block(self.teacher, self.parts[0].layer), stream.block(self.teacher, last)
 
     def _stores(self, own: Sequence[Part], places: Sequence[Part]) -> tuple[Store, Store]:
         """Training and held-out activations; `own` are parts that read the student's stream when they come in order."""
