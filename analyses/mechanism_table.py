@@ -218,7 +218,7 @@ def draw(table: pd.DataFrame, caption: str) -> Figure:
     table = table.iloc[::-1].reset_index(drop=True)
     border = int((table.layers.astype(str) == "all").sum()) - 0.5
     figure = new_figure(7.0, 1.4 + 0.14 * len(table))
-    axes = figure.subplots(1, 3, sharey=True, width_ratios=(1.2, 1.1, 1))
+    axes = figure.subplots(1, 3, sharey=True, width_ratios=(1, 1, 1.1))
     titles = (
         "KL\nnats per token",
         "KL / KL of zero\nin the same slot",
@@ -239,14 +239,9 @@ def draw(table: pd.DataFrame, caption: str) -> Figure:
     handles = [
         Line2D([], [], marker="o", linestyle="", color=c, markersize=4) for c, _ in KINDS.values()
     ]
-    axes[0].legend(
-        handles,
-        list(KINDS),
-        loc="lower left",
-        bbox_to_anchor=(-1.35, 1.0),
-        ncols=5,
-        frameon=False,
-        fontsize=7,
+    # Where nothing is lost, nothing is drawn to the right of 0.
+    axes[2].legend(
+        handles, list(KINDS), loc="upper right", frameon=False, fontsize=6, handletextpad=0.1
     )
     frame(figure, "What each mechanism does to the model before any training", caption)
     return figure
@@ -263,13 +258,12 @@ def _panel(ax: Axes, table: pd.DataFrame, column: str) -> None:
         ax.set_xticks([-0.01, 0, 0.01, 0.1, 1, 10], ["-0.01", "0", "", "0.1", "1", "10"])
     else:
         ax.set_xscale("log")
-        floor = 10.0 ** math.floor(math.log10(value[value > ROUNDING].min()))
+        floor = 10.0 ** round(math.log10(value[value > ROUNDING].min()) - 0.5)
         top = 10.0 ** math.ceil(math.log10(np.nanmax(hi)))
         edge = floor / 5
         ticks = [t for t in 10.0 ** np.arange(-6, 4) if floor <= t <= top]
         ax.set_xticks(
-            [edge, *ticks],
-            ["0", *(f"{t:g}" if t >= 0.01 else f"{t:.0e}".replace("e-0", "e-") for t in ticks)],
+            [edge, *ticks], ["0", *(f"{t:g}" if math.log10(t) % 2 == 0 else "" for t in ticks)]
         )
         ax.set_xlim(edge / 1.8, top * 1.3)
         ax.axvline(floor / 2, color=FAINT, linewidth=0.5, linestyle=":")

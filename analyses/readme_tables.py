@@ -6,31 +6,73 @@ import csv
 import re
 from pathlib import Path
 
+from mismatch.layout import FAMILIES
 from mismatch.registry import mechanisms, metrics, probes
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 
 
+COSTS = README.parent / "figures" / "mechanism_table" / "costs.csv"
+
+
 def mechanism_table() -> str:
-    """Name, what it is, slots, arguments, identity limit."""
+    """Name, what it is, source, slots, identity limit, families."""
     rows = []
     registry = mechanisms()
+    counted = _costs()
     for name in registry.names():
         card = registry.card(name)
-        args = ", ".join(f"{arg.name}={_value(arg.default)}" for arg in card.args)
         slots = card.facts["slots"]
-        shown = ", ".join(slots[:4]) + (", ..." if len(slots) > 4 else "")
+        shown = ", ".join(slots[:3]) + (", ..." if len(slots) > 3 else "")
         what = card.summary.partition(": ")[2] or card.summary
-        shown_args = f"`{args}`" if args else ""
-        rows.append((f"`{name}`", what.rstrip("."), shown, shown_args, card.facts["identity"]))
+        limit = card.facts["identity"]
+        limit = "never" if limit.startswith("none: ") else limit
+        has = counted[name]["families"].split()
+        lacks = [family.name for family in FAMILIES if family.name not in has]
+        families = f"all but {', '.join(lacks)}" if lacks else "all"
+        source = _links(card.facts["source"])
+        rows.append((f"`{name}`", what.rstrip("."), source, shown, limit, families))
     head = (
         "mechanism",
         "what it is",
+        "source",
         "slots (first: default)",
-        "arguments",
         "equals the original when",
+        "families",
     )
     return _table(head, rows)
+
+
+def cost_table() -> str:
+    """What `python analyses/mechanism_costs.py` counted and timed."""
+    rows = []
+    for row in _costs().values():
+        first, second, most = (int(row[f"state_{when}"]) for when in ("1024", "2048", "most"))
+        peak = "" if most == max(first, second) else f", at most {most:,} between"
+        state = (f"{first:,}", f"{second:,}{peak}")
+        times = (f"{float(row['forward']):.2f}", f"{float(row['both']):.2f}")
+        rows.append((f"`{row['swap']}`", row["part"], f"{int(row['new']):,}", *times, *state))
+    head = (
+        "mechanism",
+        "part",
+        "new parameters",
+        "forward",
+        "with backward",
+        "state, 1024 tokens",
+        "state, 2048 tokens",
+    )
+    return _table(head, rows)
+
+
+def _costs() -> dict[str, dict[str, str]]:
+    with open(COSTS, newline="") as file:
+        return {row["mechanism"]: row for row in csv.DictReader(file)}
+
+
+def _links(source: str) -> str:
+    """arXiv numbers as links, the first words of a source only."""
+    short = re.split(r"; |, (?=section|eq|table|sections|initial|algorithm)", source)[0]
+    return re.sub(r"\b(\d{4}\.\d{5})(v\d)?\b", r"[\1](https://arxiv.org/abs/\1)", short)
 
 
 def metric_table() -> str:
@@ -83,6 +125,7 @@ def _interval(row: dict[str, str]) -> str:
 
 TABLES = {
     "mechanisms": mechanism_table,
+    "costs": cost_table,
     "metrics": metric_table,
     "probes": probe_table,
     "layer12": layer12_table,
@@ -103,12 +146,6 @@ def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
     lines = [head, tuple("---" for _ in head), *rows]
     cells = [[" ".join(cell.split()).replace("|", "\\|") for cell in line] for line in lines]
     return "\n".join(f"| {' | '.join(line)} |" for line in cells)
-
-
-def _value(default: object) -> str:
-    if default is None or isinstance(default, bool):
-        return str(default).lower()
-    return "..." if repr(default) == "required" else str(default)
 
 
 if __name__ == "__main__":

@@ -5,10 +5,13 @@ Nothing is described twice: the texts are the docstrings of the files themselves
 
 from __future__ import annotations
 
+import csv
+import functools
 import inspect
 import re
 import textwrap
 from collections.abc import Iterable, Sequence
+from importlib import resources
 
 from mismatch import card as cards
 from mismatch import errors
@@ -84,6 +87,31 @@ def explain(name: str) -> str:
     return "\n\n\n".join(parts)
 
 
+def state_bytes(name: str) -> str | None:
+    """What a mechanism carries through `generate()`, in bytes as counted (analyses/mechanism_costs.py); None for one
+    that was not counted."""
+    row = _counted().get(name)
+    if row is None:
+        return None
+    first, second, most = (int(row[f"state_{when}"]) for when in ("1024", "2048", "most"))
+    if second == 0:
+        return "0 (the cache only counts tokens, or belongs to the attention beside it)"
+    if first == second:
+        said = f"{second:,} whatever the length"
+        said = said if most == second else f"{second:,} to {most:,} whatever the length"
+    else:
+        said = f"{first:,} after 1024 tokens, {second:,} after 2048"
+    of = "" if row["swap"] == name else f"{row['swap']}, "
+    return f"{said} ({of}a layer of SmolLM2-135M, one text, float32)"
+
+
+@functools.cache
+def _counted() -> dict[str, dict[str, str]]:
+    path = resources.files("mismatch.mechanisms") / "state_bytes.csv"
+    with path.open(newline="") as file:
+        return {row["mechanism"]: row for row in csv.DictReader(file)}
+
+
 def columns(rows: Iterable[Sequence[str]], indent: str = "", width: int | None = None) -> str:
     """Rows of text with aligned columns. With a width, the last column is wrapped to it."""
     rows = [list(row) for row in rows]
@@ -129,6 +157,8 @@ def _card_text(kind: str, card: Card) -> str:
         ]
         parts.append("arguments\n" + columns(rows, "  ", 100))
     facts = {key: _fact(value) for key, value in card.facts.items()}
+    if kind == "mechanism" and (counted := state_bytes(card.name)) is not None:
+        facts["state in bytes"] = counted
     if facts:
         parts.append("facts\n" + columns(facts.items(), "  ", 100))
     return "\n\n".join(parts)
