@@ -283,9 +283,8 @@ class Ladder:
         started = time.monotonic()
         loss.look()
         look = time.monotonic() - started
-        loss(
-            0, len(self.texts.train[0])
-        ).backward()  # what is made on first use is not part of a step
+        # What is made on first use is not part of a step.
+        loss(0, len(self.texts.train[0])).backward()
         started = time.monotonic()
         for index in range(TRIAL_STEPS):
             loss(index % len(self.texts.train), len(self.texts.train[0])).backward()
