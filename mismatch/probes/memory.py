@@ -4,7 +4,8 @@ Definition: every mechanism that names branches is asked (`Mechanism.branches`):
 what that takes away is its contribution. On text, from the second segment on (the memory is empty before), per swapped
 layer:
     kl               KL(teacher || student) of the whole model as it is; kl[without=B] with a branch taken out,
-                     kl[with=first_token] with the first token (the attention sink) given back; nll likewise
+                     kl[with=first_token] with the first token (the attention sink) given back; kl_change[...]
+                     is the paired difference to kl: below 0 is better without; nll likewise
     share            per head: ||contribution of a branch|| / sum over branches, on the teacher's stream
     query_variation  per head: ||c - mean over the segment's queries|| / ||c||, c the contribution of a branch: 0 is
                      the same answer for everybody
@@ -135,8 +136,14 @@ class Memory(Probe):
                         numbers.setdefault(key, []).append(value.double().cpu().numpy())
         answers: dict[str, list[Measure]] = {subject.name: [] for subject in subjects}
         for (name, case, stat), parts in numbers.items():
-            given = {} if case is None else {case[0]: case[1]}
-            answers[name].append(Measure.mean(under(stat, **given), np.concatenate(parts)))
+            values = np.concatenate(parts)
+            if case is None:
+                answers[name].append(Measure.mean(stat, values))
+                continue
+            given = {case[0]: case[1]}
+            change = values - np.concatenate(numbers[name, None, stat])
+            answers[name].append(Measure.mean(under(stat, **given), values))
+            answers[name].append(Measure.mean(under(f"{stat}_change", **given), change))
         return answers
 
     def _layer(

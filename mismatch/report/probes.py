@@ -29,7 +29,7 @@ def headlines(table: pd.DataFrame, dictionary: Mapping[str, Any] | None = None) 
     """The headline of every probe in a table: teacher, each student, and its paired difference to the teacher.
 
     Returns:
-        Rows metric, stat, unit, layer, head, student, teacher, value, lo, hi, difference, difference_lo,
+        Rows metric, stat, unit, layer, head, site, student, teacher, value, lo, hi, difference, difference_lo,
         difference_hi, n, applies; one for each student, layer, head and condition of the headline. `applies` is False
         where the probe cannot be asked of this model.
     """
@@ -57,6 +57,7 @@ def headlines(table: pd.DataFrame, dictionary: Mapping[str, Any] | None = None) 
                     "unit": quantity.unit,
                     "layer": row.layer,
                     "head": row.head,
+                    "site": row.site,
                     "student": row.student,
                     "teacher": float(teacher["value"].iloc[0]) if len(teacher) else np.nan,
                     "value": row.value,
@@ -125,6 +126,7 @@ def named(row: Any) -> str:
     said = [
         f"{name} {getattr(row, name)}" for name in ("layer", "head") if pd.notna(getattr(row, name))
     ]
+    said += [row.site] if row.site in ("resid_pre", "resid_mid", "mlp_out", "resid_post") else []
     said += [f"{k} {v if isinstance(v, str) else f'{v:g}'}" for k, v in given.items()]
     return ", ".join([f"{row.metric} {stat}", *said])
 
@@ -143,7 +145,9 @@ def _lines(rows: pd.DataFrame) -> list[list[str]]:
                 if pd.notna(row.difference_lo)
                 else "-"
             )
-            lines.append([name, teacher, style.number(row.value), _signed(row.difference), band])
+            alone = pd.isna(row.difference)  # read of this student only: its own interval
+            value = style.interval(row.value, row.lo, row.hi) if alone else style.number(row.value)
+            lines.append([name, teacher, value, _signed(row.difference), band])
     return lines
 
 

@@ -102,6 +102,9 @@ def test_output_readings_are_those_of_whole_forwards():
             q = q.log_softmax(-1)[:, 16:-1]
             wanted = F.kl_div(q, p, log_target=True, reduction="none").sum(-1).mean()
             assert got[f"kl{stat}"].value() == pytest.approx(float(wanted), rel=1e-4, abs=1e-7)
+            if case is not None:
+                change = got[f"kl{stat}"].value() - got["kl"].value()
+                assert got[f"kl_change{stat}"].value() == pytest.approx(change, rel=1e-9, abs=1e-12)
             nll = -q.gather(-1, ids[:, 17:, None]).mean()
             assert got[f"nll{stat}"].value() == pytest.approx(float(nll), abs=1e-5)
     assert readings(answers, "teacher")["kl"].value() == 0
