@@ -260,7 +260,7 @@ def _panel(ax: Axes, table: pd.DataFrame, column: str) -> None:
         ax.set_xscale("log")
         floor = 10.0 ** round(math.log10(value[value > ROUNDING].min()) - 0.5)
         top = 10.0 ** math.ceil(math.log10(np.nanmax(hi)))
-        edge = floor / 5
+        edge = floor / 12
         ticks = [t for t in 10.0 ** np.arange(-6, 4) if floor <= t <= top]
         ax.set_xticks(
             [edge, *ticks], ["0", *(f"{t:g}" if math.log10(t) % 2 == 0 else "" for t in ticks)]
