@@ -22,7 +22,7 @@ import transformers
 from torch import nn
 
 import mismatch
-from mismatch import fetch, models
+from mismatch import fetch, models, registry
 
 VOCAB = 101
 LAYERS = 3
@@ -86,6 +86,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if "slow" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="slow: run with -m slow"))
+
+
+@pytest.fixture(autouse=True)
+def _names_as_they_were():
+    """What a test registers is gone behind it."""
+    tables = (registry.mechanisms(), registry.metrics(), registry.probes())
+    before = [dict(table._added) for table in tables]
+    yield
+    for table, added in zip(tables, before, strict=True):
+        table._added = added
 
 
 @pytest.fixture(scope="session")

@@ -237,7 +237,7 @@ def test_a_killed_process_goes_on(uninterrupted, toy_folder, tmp_path, capsys, m
     assert cli.main(["trace", "--resume", str(run), "--tokens", "512", "--seed", "1"]) == 2
     assert capsys.readouterr().err == (
         f"error: the run in {run} was started with other settings:\n"
-        "  tokens: 768 then, 512 now\n  seed: 0 then, 1 now\n\n"
+        "  seed: 0 then, 1 now\n  tokens: 768 then, 512 now\n\n"
         "hint: resume it with the same settings, or start a new run without --resume\n"
     )
     assert cli.main(["trace", "--resume", str(run), "-q", "--tokens", "768"]) == 0

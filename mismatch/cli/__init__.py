@@ -48,7 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if folder is not None:
             from mismatch.run import made_by
 
-            say(f"\nhint: mismatch {made_by(folder)} --resume {folder}")
+            kind = made_by(folder) or "trace"
+            say(f"\nhint: mismatch {kind} --resume {folder}")
         return 130
     except BrokenPipeError:
         # The reader of stdout is gone (`mismatch list | head`); Python would complain once more at exit.
