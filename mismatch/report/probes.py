@@ -36,20 +36,14 @@ def headlines(table: pd.DataFrame, dictionary: Mapping[str, Any] | None = None) 
     out = []
     for metric in probes_of(table):
         quantity = q.quantity(metric, dictionary)
-        rows = table[table["metric"] == metric]
-        names = rows["stat"].map(lambda stat: conditions(stat)[0])
-        means = rows[names == quantity.stat]
-        shifts = rows[names == f"{quantity.stat}_minus_teacher"]
-        means = means.iloc[sorted(range(len(means)), key=lambda i: _order(means.iloc[i]))]
-        for row in means[means["student"] != "teacher"].itertuples():
-            place = _place(means, row)
-            teacher = means[place & (means["student"] == "teacher")]
+        rows = {_address(row): row for row in table[table["metric"] == metric].itertuples()}
+        mine = [row for row in rows.values() if conditions(row.stat)[0] == quantity.stat]
+        for row in sorted(mine, key=_order):
+            if row.student == "teacher":
+                continue
             stat = row.stat.replace(quantity.stat, f"{quantity.stat}_minus_teacher", 1)
-            shift = shifts[
-                _place(shifts, row) & (shifts["student"] == row.student) & (shifts["stat"] == stat)
-            ]
-            teacher = teacher[teacher["stat"] == row.stat]
-            found = shift.iloc[0] if len(shift) else None
+            teacher = rows.get(_address(row, student="teacher"))
+            shift = rows.get(_address(row, stat=stat))
             out.append(
                 {
                     "metric": metric,
@@ -59,13 +53,13 @@ def headlines(table: pd.DataFrame, dictionary: Mapping[str, Any] | None = None) 
                     "head": row.head,
                     "site": row.site,
                     "student": row.student,
-                    "teacher": float(teacher["value"].iloc[0]) if len(teacher) else np.nan,
+                    "teacher": np.nan if teacher is None else teacher.value,
                     "value": row.value,
                     "lo": row.lo,
                     "hi": row.hi,
-                    "difference": np.nan if found is None else found["value"],
-                    "difference_lo": np.nan if found is None else found["lo"],
-                    "difference_hi": np.nan if found is None else found["hi"],
+                    "difference": np.nan if shift is None else shift.value,
+                    "difference_lo": np.nan if shift is None else shift.lo,
+                    "difference_hi": np.nan if shift is None else shift.hi,
                     "n": row.n,
                     "applies": row.n > 0,
                 }
@@ -73,20 +67,19 @@ def headlines(table: pd.DataFrame, dictionary: Mapping[str, Any] | None = None) 
     return pd.DataFrame(out)
 
 
-def _order(row: pd.Series) -> tuple[Any, ...]:
+def _address(row: Any, **other: str) -> tuple[Any, ...]:
+    """What tells a row of one probe from the others, with some of it changed."""
+    named = {name: getattr(row, name) for name in ("student", "stat", "site", "position")} | other
+    places = (-1 if pd.isna(place) else int(place) for place in (row.layer, row.head))
+    return (*named.values(), *places)
+
+
+def _order(row: Any) -> tuple[Any, ...]:
     """By student, layer and head as in the table, conditions by number."""
-    who = {"teacher": 0, "swap": 1}.get(row["student"], 2)
-    where = [-1 if pd.isna(row[name]) else int(row[name]) for name in ("layer", "head")]
-    given = sorted(conditions(row["stat"])[1].items())
-    return (who, row["student"], *where, len(given), [(k, str(type(v)), v) for k, v in given])
-
-
-def _place(rows: pd.DataFrame, row: Any) -> pd.Series:
-    same = (rows["site"] == row.site) & (rows["position"] == row.position)
-    for name in ("layer", "head"):
-        wanted = getattr(row, name)
-        same &= rows[name].isna() if pd.isna(wanted) else (rows[name] == wanted).fillna(False)
-    return same
+    who = {"teacher": 0, "swap": 1}.get(row.student, 2)
+    places = [-1 if pd.isna(place) else int(place) for place in (row.layer, row.head)]
+    given = sorted(conditions(row.stat)[1].items())
+    return (who, row.student, *places, len(given), [(k, str(type(v)), v) for k, v in given])
 
 
 def probes_of(table: pd.DataFrame) -> list[str]:

@@ -231,20 +231,25 @@ def test_every_setting_is_a_flag_in_one_group():
     assert sorted(names) == sorted(config.fields(ProbeConfig))
 
 
-def test_a_trace_with_probes_behind_it(tmp_path, toy_folder, capsys):
-    folder = tmp_path / "run"
-    more = ["--probes", "induction,order_sensitivity", "--output", str(folder)]
-    assert cli.main([*command(tmp_path, toy_folder, *more)]) == 0
-    assert "\ninduction: nll_second, nats per token" in capsys.readouterr().out
-    table = run.load_run(folder).table
-    assert {"kl", "induction", "order_sensitivity"} <= set(table["metric"])
-    page = (folder / "report.html").read_text()
-    assert "Answers to the probes" in page and "Worst sites" in page
-    plain = tmp_path / "plain"
-    assert cli.main([*command(tmp_path, toy_folder, "--output", str(plain))]) == 0
-    mine = table[~table["metric"].isin(["induction", "order_sensitivity"])].drop(columns="run_id")
-    alone = run.load_run(plain).table.drop(columns="run_id")
+def test_a_trace_with_probes_behind_it(toy, tmp_path):
+    given = {"swap": "layer2:nope", "data": documents(4), "controls": (), "metrics": ("kl",)}
+    sizes = {"tokens": 256, "seq_len": 64, "batch_size": 2}
+    teacher = mismatch.load((toy.model, toy.tokenizer))
+    plain = mismatch.trace(teacher, **given, **sizes)
+    asked = ["induction", "order_sensitivity"]
+    both = mismatch.trace(teacher, **given, **sizes, probes=asked)
+    assert set(both.table["metric"]) == {"kl", *asked}
+    mine = both.table[~both.table["metric"].isin(asked)].drop(columns="run_id")
+    alone = plain.table.drop(columns="run_id")
     assert mine.reset_index(drop=True).equals(alone)  # the trace's own numbers do not know of it
-    refused = command(tmp_path, toy_folder, "--probes", "passkey", "--output", str(tmp_path / "no"))
-    assert cli.main(refused) == 2
+    assert "\ninduction: nll_second, nats per token" in both.summary()
+    assert "induction" not in plain.summary()
+    page = both.to_html(tmp_path / "report.html").read_text()
+    assert "Answers to the probes" in page and "Worst sites" in page
+
+
+def test_a_trace_refuses_what_its_probes_cannot_ask(tmp_path, toy_folder, capsys):
+    words = command(tmp_path, toy_folder, "--probes", "passkey", "--output", str(tmp_path / "no"))
+    assert cli.main(words) == 2
     assert "a passkey prompt of 256 tokens is longer than the context" in capsys.readouterr().err
+    assert not (tmp_path / "no").exists()
