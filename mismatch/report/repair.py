@@ -50,6 +50,7 @@ def repair_plate(
 def repair_curve(climbed: Mapping[str, Any]) -> Figure:
     """Held-out KL of every rung, with its interval; controls as lines. Undone rungs are hollow."""
     frame = rung_table(climbed)
+    frame = frame[(frame["rung"] == "inherit") | (frame["tokens"] > 0)]  # others were left out
     figure = style.new_figure(style.WIDTH, 3.0)
     left, right = figure.subplots(1, 2, sharey=True)
     for ax, column, label in (
