@@ -4,8 +4,8 @@
     python analyses/benchmark_scan.py --quick    fewer tokens: a look, not a claim
 
 The unit is the CPU time of one whole forward of the original over the same windows, `model(ids)` with all logits, one
-process and one thread. A forward is short and the machine is not alone, so it is timed three times before each way, and the
-median of a round's is that round's unit.
+process and one thread. A forward is short and the machine is not alone, so it is timed three times before each way, and
+the median of a round's is that round's unit.
 
 | way | what it does |
 |---|---|
