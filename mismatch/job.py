@@ -20,8 +20,8 @@ from mismatch import checkpoint, models, registry, spec, table
 from mismatch.checking import Text, plan_dict, plan_warnings
 from mismatch.collect import Collector
 from mismatch.config import ELSEWHERE, RunConfig, TraceConfig
-from mismatch.diagnose import Evidence, Finding, diagnose
 from mismatch.errors import MismatchError, RunError
+from mismatch.findings import Evidence, Finding, findings_of
 from mismatch.layout import Layout
 from mismatch.loop import measure
 from mismatch.operating import Teacher, students_of
@@ -226,18 +226,18 @@ class Job:
             run = Run.in_memory(
                 frame, {"run_id": name, "status": "done", **facts}, plan, settings(config)
             )
-            return Result(run, self._diagnose(frame, plan, swap))
+            return Result(run, self._findings(frame, plan, swap))
         folder = self.folder
         frame = folder.write_table(rows)
-        findings = self._diagnose(frame, plan, swap)
+        findings = self._findings(frame, plan, swap)
         folder.write_findings([finding.as_dict() for finding in findings])
         folder.finish("done", **facts)
         write_html(folder.path)
         folder.log("done")
         return Result(load_run(folder.path), findings)
 
-    def _diagnose(self, frame: Any, plan: dict[str, Any], swap: Student) -> list[Finding]:
-        return diagnose(
+    def _findings(self, frame: Any, plan: dict[str, Any], swap: Student) -> list[Finding]:
+        return findings_of(
             Evidence(
                 frame,
                 swap.plan.layers,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from mismatch.diagnose import Finding
+from mismatch.findings import Finding
 from mismatch.files import write_atomic
 from mismatch.report.heatmap import heatmap
 from mismatch.report.html import draw, page

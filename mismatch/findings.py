@@ -75,7 +75,7 @@ class Evidence:
         return tuple(dict.fromkeys(sites))
 
 
-def diagnose(evidence: Evidence) -> list[Finding]:
+def findings_of(evidence: Evidence) -> list[Finding]:
     """Every finding of the rules above, worst first."""
     found = [finding for rule in RULES if (finding := rule(evidence)) is not None]
     return sorted(found, key=lambda f: -SEVERITIES.index(f.severity))

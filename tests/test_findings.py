@@ -5,7 +5,7 @@ from __future__ import annotations
 import pandas as pd
 import pytest
 
-from mismatch.diagnose import Evidence, diagnose, worth_it
+from mismatch.findings import Evidence, findings_of, worth_it
 from mismatch.table import as_table
 
 CLAUSES = ({"layer": 2, "slot": "attn", "mechanism": "infini"},)
@@ -22,7 +22,7 @@ def evidence(*rows: dict) -> Evidence:
 
 
 def titles(*rows: dict) -> list[str]:
-    return [finding.title for finding in diagnose(evidence(*rows))]
+    return [finding.title for finding in findings_of(evidence(*rows))]
 
 
 def kl(swap, zero, lo, hi):
