@@ -67,6 +67,10 @@ def measure(
     device = sweep.teacher.embedding_device
     with polite() as stopping:
         saved = time.monotonic()
+
+        def due() -> bool:
+            return stopping() or time.monotonic() - saved > SAVE_EVERY
+
         for at, task in enumerate(tasks):
             for number, batch in enumerate(task.batches(batch_tokens)):
                 begin = _done(where, (at, number), len(mine))
@@ -78,7 +82,7 @@ def measure(
                 def finished(count: int, begin: int = begin, here: tuple = (at, number)) -> None:
                     nonlocal saved
                     next_ = [*here, begin + count]
-                    if stopping() or time.monotonic() - saved > SAVE_EVERY:
+                    if due():
                         if state is not None:
                             state.save(sums.state(), {"next": next_}, fingerprint or {})
                         saved = time.monotonic()
@@ -90,6 +94,7 @@ def measure(
                     lambda cell, pair, task=task: sums.update(cell, task, pair),
                     broken=lambda cell, task=task: sums.broken.add((cell.key, task.name)),
                     ran=lambda: progress(1),
+                    due=due,
                     done=finished,
                 )  # fmt: skip
         if state is not None and ranks.world > 1:

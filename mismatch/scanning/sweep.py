@@ -73,6 +73,7 @@ class Sweep:
         *,
         broken: Callable[[Cell], None],
         ran: Callable[[], None] = lambda: None,
+        due: Callable[[], bool] = lambda: False,
         done: Callable[[int], None] = lambda cells: None,
     ) -> None:
         """One batch.
@@ -85,6 +86,7 @@ class Sweep:
             met: told of each cell beside the teacher, a chunk of predictions at a time.
             broken: told of a cell whose final states are not finite; it is compared with nothing.
             ran: told whenever a cell's blocks were run.
+            due: asked then whether those that wait for the head should be finished now.
             done: told how many of `cells` are finished, whenever some are.
 
         Raises:
@@ -116,7 +118,7 @@ class Sweep:
                 held.append((cell, state.flatten(0, 1)[rows]))
             else:
                 broken(cell)
-            if len(held) == size or index == len(cells) - 1:
+            if len(held) == size or index == len(cells) - 1 or due():
                 self._compare(reference, held, facts, met)
                 held.clear()
                 done(index + 1)

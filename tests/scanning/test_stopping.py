@@ -64,8 +64,11 @@ def one_cell_at_a_time(monkeypatch):
     monkeypatch.setattr("mismatch.scanning.sweep.HELD", 1)
 
 
+@pytest.mark.parametrize("held", [1, 1 << 28])
 @pytest.mark.parametrize("stop", [1, 2, 5, 6, 7, 12, 17])
-def test_stopped_between_any_two_cells(parts, whole, tmp_path, stop):
+def test_stopped_between_any_two_cells(parts, whole, tmp_path, monkeypatch, stop, held):
+    """Also where the final states of all cells fit into memory: none is held back when one asks to stop."""
+    monkeypatch.setattr("mismatch.scanning.sweep.HELD", held)
     state, again = State(tmp_path / "state"), []
     with pytest.raises(KeyboardInterrupt):
         parts(state, stop=stop)
@@ -98,6 +101,21 @@ def test_killed_it_goes_on_from_the_last_save(parts, whole, tmp_path, monkeypatc
     monkeypatch.setattr(State, "save", real)
     assert state.load(PRINT)[1]["next"] == [0, 1, 2]
     assert parts(state) == whole
+
+
+def test_it_saves_while_a_batch_runs(parts, whole, tmp_path, monkeypatch):
+    """A batch may take minutes: what was run is not held back until its end."""
+    monkeypatch.setattr("mismatch.scanning.sweep.HELD", 1 << 28)
+    monkeypatch.setattr(loop, "SAVE_EVERY", -1.0)
+    saved, real = [], State.save
+
+    def seen(self, arrays, info, fingerprint):
+        saved.append(tuple(info["next"]))
+        real(self, arrays, info, fingerprint)
+
+    monkeypatch.setattr(State, "save", seen)
+    assert parts(State(tmp_path / "state")) == whole
+    assert saved == [(0, batch, cell) for batch in range(3) for cell in range(1, 7)]
 
 
 def test_other_settings_are_refused(parts, tmp_path):
