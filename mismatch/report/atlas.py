@@ -1,4 +1,4 @@
-"""The atlas of a scan: layers across, mechanisms down, one panel a task on the same layer axis.
+"""The atlas of a scan: layers down, mechanisms across, one panel a task, side by side on the same layer axis.
 
 Text is drawn as KL, a distance. On repeated tokens and on a passkey the right token is known, so what is drawn is what
 it lost: nats per token of the second copy, nats per key. That has a sign: a layer whose loss helps is on the other
@@ -8,6 +8,7 @@ side.
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -34,8 +35,14 @@ DECADES = 5
 UNCLEAR = "#eeeeee"
 """Colour of a change whose interval holds 0."""
 
-WORDS = 34
-"""Letters of a mechanism's name that fit beside the panels."""
+WORDS = 24
+"""Letters of a line of a mechanism's name that fit below a panel."""
+
+TALL, LOW, HIGH, TIGHT = 4.2, 0.055, 0.16, 0.1
+"""Inches: of all cells of a column together, of a cell at least and at most; below the last no cell is written in."""
+
+MARGIN, ROOM = 0.6, 0.24
+"""Inches: left of the panels; width that a cell needs for a number."""
 
 
 @dataclass(frozen=True)
@@ -144,7 +151,7 @@ def atlas(
 
     Args:
         table: the long table of a scan.
-        plan: the run's plan.json: order of the mechanisms, and which are controls.
+        plan: the run's plan.json: the model, order of the mechanisms, and which are controls.
         dictionary: not needed; as the other figures take it.
         width: of the figure, in inches.
 
@@ -152,39 +159,59 @@ def atlas(
         UsageError: the table is not that of a scan.
     """
     data = atlas_data(table, dictionary=dictionary)
-    rows = students(table, plan)
+    columns = students(table, plan)
     panels = [panel for panel in PANELS if panel.task in set(data["task"])]
-    figure = style.new_figure(width, 0.95 + len(panels) * (0.42 + 0.19 * len(rows)))
-    axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
+    layers = int(data["layer"].max()) + 1
+    high = min(max(TALL / layers, LOW), HIGH)
+    wide = (width - MARGIN) / len(panels)
+    cell = (wide / len(columns), high)
+    names = [_short(name, two_lines=cell[0] >= ROOM) for name in columns]
+    letters = max(len(line) for name in names for line in name.split("\n"))
+    # What stands around the cells: title, panel titles, names, scale and caption.
+    figure = style.new_figure(width, 1.75 + max(layers * high, 1.0) + 0.062 * letters)
+    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    named: set[int] = set()
     for axis, panel in zip(axes, panels, strict=True):
-        _panel(axis, data[data["task"] == panel.task], panel, rows)
-    axes[-1].set_xlabel("layer that is replaced, alone")
+        mine = data[data["task"] == panel.task]
+        named |= _panel(axis, mine, panel, columns, cell)
+        axis.set_xticks(range(len(columns)), names, rotation=90, ma="right", linespacing=0.95)
+        title = textwrap.wrap(panel.title, max(int(wide * 15), 12))
+        axis.set_title("\n".join(title), pad=5, fontweight="bold", va="bottom")
+    _layer_axis(axes[0], layers, high, named)
+    model = (plan or {}).get("model")
     style.frame(
         figure,
-        "One layer replaced at a time: what it costs",
-        _caption(table, data, panels, rows),
+        "One layer replaced at a time: what it costs" + (f" ({model})" if model else ""),
+        _caption(table, data, panels, columns),
     )
     return figure
 
 
-def _panel(ax: Axes, data: pd.DataFrame, panel: Panel, rows: Mapping[str, bool]) -> None:
+def _panel(
+    ax: Axes,
+    data: pd.DataFrame,
+    panel: Panel,
+    columns: Mapping[str, bool],
+    size: tuple[float, float],
+) -> set[int]:
+    """One task: cells, scale, numbers. Gives the layers whose numbers are written in."""
     layers = int(data["layer"].max()) + 1
     norm = _norm(data, panel.signed)
-    order = {name: at for at, name in enumerate(rows)}
-    cells = data[data["student"].isin(order)].assign(row=data["student"].map(order))
-    cells = cells.sort_values(["row", "layer"])
-    rgba = _colours(cells, norm, panel.signed).reshape(len(order), layers, 4)
+    order = {name: at for at, name in enumerate(columns)}
+    cells = data[data["student"].isin(order)].assign(column=data["student"].map(order))
+    cells = cells.sort_values(["layer", "column"])
+    rgba = _colours(cells, norm, panel.signed).reshape(layers, len(order), 4)
     ax.pcolormesh(
-        np.arange(layers + 1) - 0.5,
         np.arange(len(order) + 1) - 0.5,
+        np.arange(layers + 1) - 0.5,
         rgba,
         edgecolors="white",
-        linewidth=0.4 if style.figure_of(ax).get_figwidth() / layers > 0.15 else 0.1,
+        linewidth=0.4 if min(size) > 0.1 else 0.1,
     )
     for cell in cells[cells["kind"] == "missing"].itertuples():
         ax.add_patch(
             Rectangle(
-                (cell.layer - 0.5, cell.row - 0.5),
+                (cell.column - 0.5, cell.layer - 0.5),
                 1,
                 1,
                 fill=False,
@@ -193,23 +220,36 @@ def _panel(ax: Axes, data: pd.DataFrame, panel: Panel, rows: Mapping[str, bool])
                 lw=0,
             )
         )
-    ax.set_xlim(-0.5, layers - 0.5)
-    ax.set_ylim(len(order) - 0.5, -0.5)
-    ax.set_yticks(range(len(order)), [_short(name) for name in order])
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=min(layers, 15), min_n_ticks=2))
+    ax.set_xlim(-0.5, len(order) - 0.5)
+    ax.set_ylim(layers - 0.5, -0.5)
     ax.tick_params(length=2)
     for side in ax.spines.values():
         side.set_visible(True)
-    first = sum(not control for control in rows.values())
-    if 0 < first < len(rows):
-        ax.axhline(first - 0.5, color=style.INK, lw=0.8)
-    style.panel_title(ax, f"{panel.title} ({panel.unit})")
-    _write_worst(ax, cells[~cells["student"].map(rows).astype(bool)], rgba)
-    _colour_bar(ax, norm, panel.signed)
+    first = sum(not control for control in columns.values())
+    if 0 < first < len(columns):
+        ax.axvline(first - 0.5, color=style.INK, lw=1.0)
+    _colour_bar(ax, norm, panel)
+    return _write_worst(ax, cells[~cells["student"].map(columns).astype(bool)], rgba, size)
 
 
-def _short(name: str) -> str:
-    return name if len(name) <= WORDS else name[: WORDS - 1] + "…"
+def _layer_axis(ax: Axes, layers: int, high: float, named: set[int]) -> None:
+    """Every layer where there is room; those with a number written in are bold."""
+    if high >= TIGHT:
+        ax.set_yticks(range(layers))
+        ax.tick_params(axis="y", labelsize=6)
+    else:
+        ax.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=15, min_n_ticks=2))
+    for at, label in zip(ax.get_yticks(), ax.get_yticklabels(), strict=True):
+        if round(at) in named:
+            label.set_fontweight("bold")
+    ax.set_ylabel("layer that is replaced, alone")
+
+
+def _short(name: str, two_lines: bool) -> str:
+    """A mechanism's name, its arguments in a second line, each cut where it is too long."""
+    stem, bracket, arguments = name.partition("(")
+    lines = [stem, arguments.removesuffix(")")] if bracket and two_lines else [name]
+    return "\n".join(line if len(line) <= WORDS else line[: WORDS - 1] + "…" for line in lines)
 
 
 def _norm(cells: pd.DataFrame, signed: bool) -> Normalize:
@@ -233,20 +273,24 @@ def _colours(cells: pd.DataFrame, norm: Normalize, signed: bool) -> np.ndarray:
     return rgba
 
 
-def _write_worst(ax: Axes, cells: pd.DataFrame, rgba: np.ndarray) -> None:
-    """The largest numbers of a panel, where a cell has room for them."""
-    if style.figure_of(ax).get_figwidth() / rgba.shape[1] < 0.19:
-        return
+def _write_worst(
+    ax: Axes, cells: pd.DataFrame, rgba: np.ndarray, size: tuple[float, float]
+) -> set[int]:
+    """The largest numbers of a panel, framed; written in where a cell has room for them."""
     cells = cells[(cells["kind"] == "value") & (cells["value"] > LEAST)]
-    for cell in cells.nlargest(NAMED, "value").itertuples():
-        colour = rgba[cell.row, cell.layer, :3]
-        light = (
-            float(colour @ (0.299, 0.587, 0.114)) > 0.55
-        )  # as the eye weighs red, green and blue
-        ax.text(
-            cell.layer, cell.row, _four(cell.value), ha="center", va="center", fontsize=4.6,
-            color=style.INK if light else "white",
-        )  # fmt: skip
+    worst = cells.nlargest(NAMED, "value")
+    for cell in worst.itertuples():
+        corner = (cell.column - 0.5, cell.layer - 0.5)
+        ax.add_patch(Rectangle(corner, 1, 1, fill=False, ec=style.INK, lw=0.9, zorder=3))
+        colour = rgba[cell.layer, cell.column, :3]
+        # As the eye weighs red, green and blue.
+        light = float(colour @ (0.299, 0.587, 0.114)) > 0.55
+        if size[0] >= ROOM and size[1] >= TIGHT:
+            ax.text(
+                cell.column, cell.layer, _four(cell.value), ha="center", va="center_baseline",
+                fontsize=6, color=style.INK if light else "white",
+            )  # fmt: skip
+    return set(worst["layer"].astype(int))
 
 
 def _four(value: float) -> str:
@@ -255,27 +299,30 @@ def _four(value: float) -> str:
     return text.removeprefix("0")
 
 
-def _colour_bar(ax: Axes, norm: Normalize, signed: bool) -> None:
-    scale = mpl.colormaps[style.SIGNED_MAP if signed else style.DISTANCE_MAP]
+def _colour_bar(ax: Axes, norm: Normalize, panel: Panel) -> None:
+    scale = mpl.colormaps[style.SIGNED_MAP if panel.signed else style.DISTANCE_MAP]
     bar = style.figure_of(ax).colorbar(
-        ScalarMappable(norm, scale), ax=ax, pad=0.012, aspect=9, shrink=0.98,
-        extend="neither" if signed else "min", extendfrac=0.12,
+        ScalarMappable(norm, scale), ax=ax, location="bottom", pad=0.02, aspect=22, shrink=0.98,
+        extend="neither" if panel.signed else "min", extendfrac=0.06,
     )  # fmt: skip
     bar.outline.set_linewidth(0.4)
     bar.ax.tick_params(length=2, labelsize=6.5)
-    if signed:
-        bar.ax.yaxis.set_major_locator(FixedLocator(_decades(float(norm.vmax), norm.linthresh)))
+    bar.set_label(panel.unit, fontsize=6.5, labelpad=2)
+    if panel.signed:
+        bar.ax.xaxis.set_major_locator(FixedLocator(_decades(float(norm.vmax), norm.linthresh)))
     elif isinstance(norm, LogNorm):
-        bar.ax.yaxis.set_major_locator(LogLocator(10, numticks=4))
-    bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
-    bar.ax.yaxis.set_minor_locator(NullLocator())
+        bar.ax.xaxis.set_major_locator(LogLocator(10, numticks=4))
+    bar.ax.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
+    bar.ax.xaxis.set_minor_locator(NullLocator())
 
 
 def _decades(top: float, least: float) -> list[float]:
-    """0, and the powers of ten outside of the linear part, on both sides."""
+    """0, the powers of ten outside of the linear part, and the end where it is far from them; on both sides."""
     last = math.floor(math.log10(top))
-    powers = [10.0**k for k in range(last - 1, last + 1) if 10.0**k > least]
-    return [*(-power for power in reversed(powers)), 0.0, *powers]
+    marks = [10.0**k for k in range(last - 1, last + 1) if 10.0**k > least]
+    if top > 3 * 10.0**last:
+        marks.append(math.floor(top / 10.0**last) * 10.0**last)
+    return [*(-mark for mark in reversed(marks)), 0.0, *marks]
 
 
 def _caption(
@@ -286,13 +333,13 @@ def _caption(
     if any(panel.signed for panel in panels):
         words.append("Orange: the right token lost probability; purple: it gained.")
     if any(rows.values()):
-        words.append("Below the line: controls in the same slots.")
+        words.append("Right of the line: controls in the same slots.")
     if "zero" in kinds:
         words.append("White: exactly 0.")
     if "unclear" in kinds:
         words.append("Pale grey: the 95 % interval holds 0.")
     if "missing" in kinds:
         words.append("Hatched grey: not applicable, or not measured.")
-    words.append(f"The {NAMED} largest numbers of a panel are written in.")
+    words.append(f"Framed: the {NAMED} largest numbers of a panel.")
     words.append(f"Run {' '.join(table['run_id'].unique())}.")
     return " ".join(words)

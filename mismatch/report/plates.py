@@ -96,10 +96,10 @@ SCAN_PLATES = (
         "Atlas: one layer replaced at a time",
         atlas.atlas,
         atlas.atlas_data,
-        "Each column is a layer, each row a mechanism, each panel a question. Read a row across: where is it cheap. "
-        "Read the panels down: a layer that is pale on text and dark on retrieval carries something that ordinary "
-        "text does not ask for, and should be kept. A mechanism no paler than `zero` in its column has not earned its "
-        "place there.",
+        "Each row is a layer, each column a mechanism, each panel a question. Read a column down: where is it cheap. "
+        "Read a row across the panels: a layer that is pale on text and dark on retrieval carries something that "
+        "ordinary text does not ask for, and should be kept. A mechanism no paler than `zero` in its row has not "
+        "earned its place there.",
         planned=True,
     ),
 )

@@ -40,7 +40,10 @@ def scan_summary(table: pd.DataFrame, plan: Mapping[str, Any] | None = None) -> 
             parts.append("  the original itself cannot do this: nothing follows from these numbers")
         for name, control in rows.items():
             cells = here[here["student"] == name]
-            parts += _lines(table, panel, name, cells, control, able and panel.signed)
+            parts += _lines(table, panel, name, cells, control)
+            if able and panel.signed and (layer := carrier(cells)) is not None:
+                parts.append(f"    -> layer {layer} alone carries it{_on_text(data, name, layer)}")
+            parts += [f"    {text}" for text in _against(table, panel, name)]
     return "\n".join(parts).strip("\n")
 
 
@@ -74,7 +77,6 @@ def _lines(
     name: str,
     cells: pd.DataFrame,
     control: bool,
-    carried: bool,
 ) -> list[str]:
     if cells.empty:
         return [f"  {name}: nowhere measured"]
@@ -87,9 +89,6 @@ def _lines(
     lines = [title, f"    worst layers  {_named(worst)}"]
     if len(rest):
         lines.append(f"    best layers   {_named(rest)}")
-    if carried and (layer := _alone(order)) is not None:
-        lines.append(f"    -> layer {layer} alone carries it")
-    lines += [f"    {text}" for text in _against(table, panel, name)]
     return lines
 
 
@@ -99,12 +98,30 @@ def _named(cells: pd.DataFrame) -> str:
     )
 
 
-def _alone(order: pd.DataFrame) -> int | None:
-    """The layer that costs so much more than every other that they hardly count."""
+def carrier(cells: pd.DataFrame) -> int | None:
+    """The layer that costs a task so much more than every other that they hardly count; None where there is none.
+
+    Args:
+        cells: of one mechanism on one task, as `atlas_data` gives them.
+    """
+    order = cells.dropna(subset="value").sort_values("value", ascending=False, kind="stable")
     values = order["value"].to_numpy(dtype=float)
     if len(values) < 3 or values[0] < LEAST or values[0] < ALONE * max(values[1], 0.0):
         return None
     return int(order["layer"].iloc[0])
+
+
+def _on_text(data: pd.DataFrame, name: str, layer: int) -> str:
+    """What ordinary text says of the same swap."""
+    cells = data[
+        (data["task"] == "text") & (data["student"] == name) & (data["kind"] != "missing")
+    ]
+    here = cells[cells["layer"] == layer]
+    if here.empty:
+        return ""
+    value = float(here["value"].iloc[0])
+    rank = 1 + int((cells["value"] > value).sum())
+    return f"; on text it costs {number(value)} nats, number {rank} of {len(cells)} layers"
 
 
 def _against(table: pd.DataFrame, panel: Panel, name: str) -> list[str]:

@@ -158,6 +158,7 @@ class ScanJob:
     def _finish(self, sums: Sums, measured: dict[str, Any]) -> Scanned:
         config, prepared, teacher = self.config, self.prepared, self.teacher
         plan = {
+            "model": config.model,
             "columns": [_column(column) for column in prepared.columns],
             "layers": list(prepared.layers),
             "n_layers": prepared.n_layers,

@@ -52,8 +52,9 @@ class Scanned:
         return scan_summary(self.run.table, self.run.plan)
 
     def atlas(self, **options: Any) -> Figure:
-        """Layers x mechanisms, one panel a task."""
-        return atlas(self.run.table, plan=self.run.plan, **options)
+        """Layers x mechanisms, one panel a task, side by side."""
+        plan = {"model": self.run.manifest.get("model")} | self.run.plan
+        return atlas(self.run.table, plan=plan, **options)
 
     def __repr__(self) -> str:
         where = "" if self.run_dir is None else f", {self.run_dir}"

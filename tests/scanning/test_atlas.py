@@ -88,30 +88,67 @@ def test_mechanisms_in_the_order_that_was_asked_controls_last(table):
 
 
 def test_the_picture(table):
-    figure = atlas(table, plan=PLAN)
+    """Layers down, mechanisms across, the panels side by side on one axis of layers."""
+    figure = atlas(table, plan=PLAN | {"model": "toy"})
     panels = [ax for ax in figure.axes if ax.get_title(loc="left")]
     assert [ax.get_title(loc="left") for ax in panels] == [
-        "Text: output KL (nats per token)",
-        "Retrieval: what the passkey lost (nats per key)",
+        "Text: output KL",
+        "Retrieval: what the passkey lost",
     ]
     for ax in panels:
-        assert [label.get_text() for label in ax.get_yticklabels()] == ["window", "nope", "zero"]
-        assert ax.get_xlim() == (-0.5, 3.5)
+        assert [label.get_text() for label in ax.get_xticklabels()] == ["window", "nope", "zero"]
+        assert ax.get_ylim() == (3.5, -0.5)
         assert len([p for p in ax.patches if p.get_hatch()]) == 1  # nope in layer 3
         colours = np.asarray(ax.collections[0].get_array())
-        assert tuple(colours[1, 3]) == to_rgba(style.MISSING)
+        assert tuple(colours[3, 1]) == to_rgba(style.MISSING)
+    bars = [ax.get_xlabel() for ax in figure.axes if ax not in panels]
+    assert bars == ["nats per token", "nats per key"]
     text, key = (np.asarray(ax.collections[0].get_array()) for ax in panels)
     assert tuple(text[0, 0]) == to_rgba(style.ZERO)
     light = text[..., :3].sum(-1)
-    assert light[0, 1] > light[0, 2] > light[1, 2] > light[2, 0]  # darker is more
+    assert light[1, 0] > light[2, 0] > light[2, 1] > light[0, 2]  # darker is more
     # A gain is on the other side of the map: purple has more blue than red, orange more red than blue.
-    assert key[0, 1, 2] > key[0, 1, 0]
-    assert key[0, 2, 0] > key[0, 2, 2]
-    written = {t.get_text() for t in panels[1].texts}
-    assert "9" in written
-    caption = figure._supxlabel.get_text()
-    assert "Below the line: controls" in caption.replace("\n", " ")
-    assert "Hatched grey" in caption.replace("\n", " ")
+    assert key[1, 0, 2] > key[1, 0, 0]
+    assert key[2, 0, 0] > key[2, 0, 2]
+    assert figure._suptitle.get_text() == "One layer replaced at a time: what it costs (toy)"
+    caption = figure._supxlabel.get_text().replace("\n", " ")
+    assert "Right of the line: controls" in caption
+    assert "Hatched grey" in caption
+
+
+def test_the_worst_cells_of_the_mechanisms_are_framed_and_numbered(table):
+    """Of a panel the three largest, controls not among them, none of them a gain; their layers are bold."""
+    figure = atlas(table, plan=PLAN)
+    panels = [ax for ax in figure.axes if ax.get_title(loc="left")]
+    framed = [
+        {(p.get_x() + 0.5, p.get_y() + 0.5) for p in ax.patches if not p.get_hatch()}
+        for ax in panels
+    ]
+    assert framed == [{(1, 0), (1, 1), (1, 2)}, {(0, 2), (0, 3), (0, 0)}]
+    assert [{t.get_text() for t in ax.texts} for ax in panels] == [
+        {".3", ".2", ".1"},
+        {"9", "1", ".1"},
+    ]
+
+
+def test_layers_with_a_number_are_bold():
+    rows = [row("a", at, "kl", "mean", 0.1 + abs(at - 5), 0.001) for at in range(10)]
+    labels = atlas(as_table(rows)).axes[0].get_yticklabels()
+    assert [t.get_text() for t in labels if t.get_fontweight() == "bold"] == ["0", "1", "9"]
+
+
+def test_where_cells_are_small_they_are_framed_only():
+    many = [row("a", at, "kl", "mean", 0.01 + at, 0.001) for at in range(80)]
+    axis = atlas(as_table(many)).axes[0]
+    assert {p.get_y() + 0.5 for p in axis.patches} == {77, 78, 79}
+    assert not axis.texts
+
+
+def test_names_of_mechanisms_are_cut():
+    name = "sliding_window(window=64, sinks=1)"
+    assert drawing._short(name, True) == "sliding_window\nwindow=64, sinks=1"
+    assert drawing._short(name, False) == "sliding_window(window=6…"
+    assert drawing._short("nope", True) == "nope"
 
 
 def test_small_numbers_do_not_look_like_large_ones(table):
@@ -132,7 +169,8 @@ def test_ticks_of_the_signed_scale(top, least):
     assert ticks == sorted(ticks)
     assert 0.0 in ticks
     assert max(ticks) <= top
-    assert 3 <= len(ticks) <= 5
+    assert 3 <= len(ticks) <= 7
+    assert max(ticks) > top / 4
 
 
 def test_the_same_picture_again_has_the_same_bytes(table):
@@ -161,7 +199,7 @@ Retrieval: what the passkey lost, nats per key; the original reads -0.0700
   window
     worst layers  2: 9.00 [8.95, 9.05]   3: 1.00 [0.950, 1.05]   0: 0.100 [0.0500, 0.150]
     best layers   1: -0.200 [-0.250, -0.150]
-    -> layer 2 alone carries it
+    -> layer 2 alone carries it; on text it costs 0.100 nats, number 1 of 4 layers
     against zero: better in 2 layers, worse in 1, not told apart in 1
   nope: exactly 0 in all 3 layers
   zero (control)
