@@ -3,7 +3,10 @@
 Definition: y = position of the token, X = its vector at a site, of text; position 0 and massive tokens are left out. A
 ridge regression (channels standardised, lambda = 1 % of the number of tokens) learns on the windows of three quarters
 of the documents and is judged on the others: `r2` = 1 - SSE / SST, SST around the mean of training. `r2_shuffled`:
-the same with positions dealt out at random among the training tokens. Sites: `attn_out` of up to six swapped layers,
+the same with positions dealt out at random among the training tokens. `distance_r2`: y = the distance from one token
+to a later one of its window, X = the later vector minus the earlier; the earlier one is every token of the first half,
+the distance is drawn evenly from 1 to half the window, so that the earlier token alone says nothing about it.
+`distance_r2_shuffled`: with the distances dealt out at random. Sites: `attn_out` of up to six swapped layers,
 `resid_post` of up to six layers from the first swapped one to the last.
 Unit: share of variance. Range: (-inf, 1]. Null: the teacher against itself reads exactly 0 in every `_minus_teacher`.
 Chance: r2_shuffled, about 0 or below.
@@ -38,7 +41,8 @@ class PositionDecoding(Probe):
     tells = "whether position is still written in the stream, by whatever way it came there"
     blind = (
         "whether anything uses it: a model without RoPE decodes as well, for the causal mask leaks "
-        "position; no more than a line of the vector is read"
+        "position; no more than a line of the vector is read, so a distance only as the difference "
+        "of two positions"
     )
     source = "arXiv 2305.19466, arXiv 2305.13571"
     needs = "text"
@@ -64,48 +68,87 @@ class PositionDecoding(Probe):
 
     def run(self, subjects: Sequence[Subject]) -> Answers:
         wanted = _wanted(subjects)
-        decoders: dict[tuple[str, Tap], Decoder] = {}
+        decoders: dict[tuple[str, Tap, str], Decoder] = {}
         draw = self.setting.draw("position_decoding")
-        shape = (len(self.train), self.train.shape[1] - 1)
-        places = np.tile(np.arange(1, self.train.shape[1]), (len(self.train), 1))
-        dealt = draw.permutation(places.reshape(-1)).reshape(shape)
+        length = self.train.shape[1]
+        places = np.tile(np.arange(1, length), (len(self.train), 1))
+        dealt = draw.permutation(places.reshape(-1)).reshape(places.shape)
+        learnt, judged_on = (_gaps(len(part), length, draw) for part in (self.train, self.test))
+        gaps_dealt = draw.permutation(learnt.reshape(-1)).reshape(learnt.shape)
         size = self.setting.batch_size
         with torch.no_grad():
             for at in range(0, len(self.train), size):
-                targets = np.stack([places[at : at + size], dealt[at : at + size]], -1)
+                part = slice(at, at + size)
+                targets = {
+                    "r2": np.stack([places[part], dealt[part]], -1),
+                    "distance_r2": np.stack([learnt[part], gaps_dealt[part]], -1),
+                }
 
                 def learn(
-                    subject: Subject, tap: Tap, value: Tensor, y: np.ndarray = targets
+                    subject: Subject,
+                    tap: Tap,
+                    value: Tensor,
+                    targets: dict[str, np.ndarray] = targets,
+                    gaps: np.ndarray = learnt[part],
                 ) -> None:
-                    decoder = decoders.setdefault((subject.name, tap), Decoder())
-                    decoder.update(value, torch.from_numpy(y))
+                    for stat, (x, kept) in _vectors(value, gaps).items():
+                        y = torch.from_numpy(targets[stat]).double()
+                        decoder = decoders.setdefault((subject.name, tap, stat), Decoder())
+                        decoder.update(x[kept], y[kept])
 
-                for _ in finals(
-                    subjects, on(subjects[0].layout, self.train[at : at + size]), wanted, learn
-                ):
+                for _ in finals(subjects, on(subjects[0].layout, self.train[part]), wanted, learn):
                     pass
             for decoder in decoders.values():
                 decoder.solve()
-            judged: dict[tuple[str, Tap], list[np.ndarray]] = {}
-
-            def judge(subject: Subject, tap: Tap, value: Tensor) -> None:
-                key = (subject.name, tap)
-                judged.setdefault(key, []).append(decoders[key].judge(value))
+            judged: dict[tuple[str, Tap, str], list[np.ndarray]] = {}
 
             for at in range(0, len(self.test), size):
-                for _ in finals(
-                    subjects, on(subjects[0].layout, self.test[at : at + size]), wanted, judge
-                ):
+                part = slice(at, at + size)
+
+                def judge(
+                    subject: Subject, tap: Tap, value: Tensor, gaps: np.ndarray = judged_on[part]
+                ) -> None:
+                    truth = {"r2": np.arange(1, length), "distance_r2": gaps}
+                    for stat, (x, kept) in _vectors(value, gaps).items():
+                        y = torch.from_numpy(truth[stat]).double().expand(kept.shape)
+                        key = (subject.name, tap, stat)
+                        judged.setdefault(key, []).append(decoders[key].judge(x, y, kept))
+
+                for _ in finals(subjects, on(subjects[0].layout, self.test[part]), wanted, judge):
                     pass
         answers: dict[str, list[Measure]] = {subject.name: [] for subject in subjects}
-        for (name, tap), parts in judged.items():
+        for (name, tap, stat), parts in judged.items():
             explained, dealt_, total, n = np.concatenate(parts).T
             address = {"layer": tap.layer, "site": tap.site}
             answers[name] += [
-                Measure("r2", explained, total, int(n.sum()), **address),
-                Measure("r2_shuffled", dealt_, total, int(n.sum()), **address),
+                Measure(stat, explained, total, int(n.sum()), **address),
+                Measure(f"{stat}_shuffled", dealt_, total, int(n.sum()), **address),
             ]
         return answers
+
+
+def _gaps(windows: int, length: int, draw: np.random.Generator) -> np.ndarray:
+    """How far behind the tokens 1, 2, .. of each window the second token of a pair stands: int64 `windows pairs`.
+
+    Without pairs where windows are too short for distances to differ.
+    """
+    reach = (length - 1) // 2
+    pairs = length - 1 - reach if reach > 1 else 0
+    return draw.integers(1, reach + 1, (windows, pairs))
+
+
+def _vectors(value: Tensor, gaps: np.ndarray) -> dict[str, tuple[Tensor, Tensor]]:
+    """What each stat is read from: float64 `windows n d_model`, and bool `windows n`, whether it is looked at."""
+    kept = _kept(value).cpu()
+    x = value[:, 1:].double().cpu()
+    found = {"r2": (x, kept)}
+    if gaps.shape[1]:
+        first = torch.arange(gaps.shape[1])
+        second = first + torch.from_numpy(gaps)
+        rows = torch.arange(len(x))[:, None]
+        both = kept[:, first] & kept[rows, second]
+        found["distance_r2"] = (x[rows, second] - x[:, first], both)
+    return found
 
 
 def _wanted(subjects: Sequence[Subject]):
@@ -138,7 +181,7 @@ def _spread(layers: Sequence[int]) -> set[int]:
 
 @dataclass
 class Decoder:
-    """Ridge regression of two targets at once, from sums: the position, and the dealt one."""
+    """Ridge regression of two targets at once, from sums: the true one, and the dealt one."""
 
     n: int = 0
     sum_x: Tensor | None = None
@@ -147,11 +190,8 @@ class Decoder:
     sum_y: Tensor = field(default_factory=lambda: torch.zeros(2, dtype=torch.float64))
     weights: Tensor | None = None
 
-    def update(self, value: Tensor, targets: Tensor) -> None:
-        """Learn from `batch pos d_model` and targets `batch pos-1 2`."""
-        kept = _kept(value)
-        x = value[:, 1:][kept].double().cpu()
-        y = targets[kept.cpu()].double()
+    def update(self, x: Tensor, y: Tensor) -> None:
+        """Learn from float64 `rows d` and targets `rows 2`."""
         if self.sum_x is None:
             d = x.shape[1]
             self.sum_x = torch.zeros(d, dtype=torch.float64)
@@ -171,11 +211,12 @@ class Decoder:
         cov = cov / torch.outer(scale, scale) + RIDGE * torch.eye(len(scale), dtype=torch.float64)
         self.weights = torch.linalg.solve(cov, cross / scale[:, None]) / scale[:, None]
 
-    def judge(self, value: Tensor) -> np.ndarray:
-        """Per window: SST - SSE of the position, of the dealt decoder, SST, tokens: `batch 4`."""
-        kept = _kept(value).cpu()
-        x = value[:, 1:].double().cpu()
-        y = torch.arange(1, value.shape[1], dtype=torch.float64).expand(len(x), -1)
+    def judge(self, x: Tensor, y: Tensor, kept: Tensor) -> np.ndarray:
+        """Judge float64 `windows n d` against targets `windows n`, where `kept`.
+
+        Returns:
+            Per window SST - SSE, the same of the decoder of dealt targets, SST, and rows: `windows 4`.
+        """
         middle = self.sum_y / self.n
         made = (x - self.sum_x / self.n) @ self.weights + middle
         total = ((y - middle[0]).square() * kept).sum(1)

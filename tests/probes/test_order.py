@@ -13,7 +13,7 @@ from mismatch.layout import Layout
 from mismatch.probes.base import Subject
 from mismatch.probes.forced import entering, update
 from mismatch.probes.order_sensitivity import OrderSensitivity
-from mismatch.probes.position_decoding import RIDGE, Decoder, PositionDecoding
+from mismatch.probes.position_decoding import RIDGE, Decoder, PositionDecoding, _gaps
 from mismatch.probes.shift_invariance import ShiftInvariance
 from mismatch.probes.shuffle_sensitivity import ShuffleSensitivity
 
@@ -119,8 +119,9 @@ def test_decoder_is_ridge_regression():
     dealt = draw.permutation(y.ravel()).reshape(y.shape)
     decoder = Decoder()
     for part in (slice(0, 4), slice(4, 6)):
-        targets = np.stack([y[part], dealt[part]], -1)
-        decoder.update(torch.from_numpy(x[part]), torch.from_numpy(targets))
+        rows = torch.from_numpy(x[part, 1:]).flatten(0, 1)
+        targets = torch.from_numpy(np.stack([y[part], dealt[part]], -1)).flatten(0, 1)
+        decoder.update(rows, targets)
     decoder.solve()
     rows, n = x[:, 1:].reshape(-1, 7), x[:, 1:].shape[0] * 19
     z = (rows - rows.mean(0)) / rows.std(0)
@@ -133,13 +134,18 @@ def test_decoder_is_ridge_regression():
         )
         got = decoder.weights[:, column].numpy() * rows.std(0)
         np.testing.assert_allclose(got, wanted, rtol=1e-8, atol=1e-10)
-    test = draw.normal(size=(3, 20, 7))
-    explained, _, total, count = decoder.judge(torch.from_numpy(test)).T
-    made = (test[:, 1:] - rows.mean(0)) @ decoder.weights[:, 0].numpy() + y.mean()
-    truth = np.arange(1, 20)
-    np.testing.assert_allclose(total - explained, ((truth - made) ** 2).sum(1), rtol=1e-8)
-    np.testing.assert_allclose(total, ((truth - y.mean()) ** 2).sum(), rtol=1e-8)
-    assert (count == 19).all()
+    test, truth = draw.normal(size=(3, 19, 7)), np.arange(1.0, 20)
+    kept = np.ones((3, 19), bool)
+    kept[1, 4] = False
+    judged = decoder.judge(
+        torch.from_numpy(test), torch.from_numpy(truth).expand(3, -1), torch.from_numpy(kept)
+    )
+    explained, _, total, count = judged.T
+    made = (test - rows.mean(0)) @ decoder.weights[:, 0].numpy() + y.mean()
+    left = np.where(kept, (truth - made) ** 2, 0).sum(1)
+    np.testing.assert_allclose(total - explained, left, rtol=1e-8)
+    np.testing.assert_allclose(total, (kept * (truth - y.mean()) ** 2).sum(1), rtol=1e-8)
+    assert list(count) == [19, 18, 19]
 
 
 def test_position_is_decoded_where_it_is_planted():
@@ -150,6 +156,51 @@ def test_position_is_decoded_where_it_is_planted():
     got = readings(answers, "teacher")
     assert got["r2", 0, None].value() > 0.5
     assert got["r2_shuffled", 0, None].value() < 0.2
+
+
+def planted(code):
+    """A probe on streams that hold nothing but `code(position, window)` in the first channel, and noise beside it."""
+
+    def readings_of(monkeypatch):
+        noise = np.random.default_rng(1)
+
+        def finals(subjects, ids, wanted, visit):
+            value = noise.normal(size=(len(ids), ids.shape[1], 4))
+            value[..., 0] = code(np.arange(ids.shape[1])[None], ids[:, :1].numpy())
+            for tap in wanted(subjects[0]):
+                visit(subjects[0], tap, torch.from_numpy(value).float())
+            yield subjects[0], None
+
+        monkeypatch.setattr("mismatch.probes.position_decoding.finals", finals)
+        asked = subjects(build("llama"), "layer1.attn:identity")[:1]
+        found = readings(PositionDecoding(setting(windows=64)).run(asked), "teacher")
+        assert found["distance_r2_shuffled", 2, None].value() < 0.05
+        return {stat: found[stat, 2, None].value() for stat in ("r2", "distance_r2")}
+
+    return readings_of
+
+
+def test_a_distance_is_read_where_each_text_has_a_place_of_its_own_to_count_from(monkeypatch):
+    """Distances survive an unknown offset per window, which absolute positions do not."""
+    from_zero = planted(lambda position, window: position / 20)(monkeypatch)
+    assert from_zero["r2"] > 0.99 and from_zero["distance_r2"] > 0.99
+    from_anywhere = planted(lambda position, window: position / 20 + window)(monkeypatch)
+    assert from_anywhere["r2"] < 0.3
+    assert from_anywhere["distance_r2"] > 0.99
+
+
+def test_a_place_that_two_tokens_share_says_nothing_of_their_distance(monkeypatch):
+    same = planted(lambda position, window: window + 0 * position)(monkeypatch)
+    assert abs(same["r2"]) < 0.1 and abs(same["distance_r2"]) < 0.1
+
+
+def test_pairs_of_a_distance():
+    """The earlier token says nothing of the distance, and no pair leaves its window."""
+    gaps = _gaps(4000, 12, np.random.default_rng(0))
+    assert gaps.shape == (4000, 6)  # behind tokens 1 .. 6, 1 to 5 on
+    assert set(np.unique(gaps)) == {1, 2, 3, 4, 5}
+    np.testing.assert_allclose(gaps.mean(0), 3, atol=0.1)
+    assert _gaps(4, 3, np.random.default_rng(0)).shape == (4, 0)  # one distance: nothing to tell
 
 
 def test_too_few_documents_to_learn_and_judge():
