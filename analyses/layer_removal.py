@@ -78,7 +78,7 @@ def verdict(found: pd.DataFrame) -> str:
 
 def draw(found: pd.DataFrame, model: str, text: dict) -> Figure:
     """Loss against layer, both removals, the paper's layers shaded."""
-    figure = Figure(figsize=(7, 2.9), layout="constrained")
+    figure = Figure(figsize=(7, 3.1), layout="constrained")
     ax = figure.subplots()
     ax.axvspan(CORE[0] - 0.5, CORE[-1] + 0.5, color="#f3e3d3", lw=0, label="paper: critical core")
     for layer in HELPED:
@@ -93,7 +93,9 @@ def draw(found: pd.DataFrame, model: str, text: dict) -> Figure:
         )  # fmt: skip
     ax.axhline(0, color="black", lw=0.6)
     ax.set_yscale("symlog", linthresh=0.1, linscale=0.5)
+    ax.set_ylim(min(-0.03, 1.2 * found.lo.min()), 1.5 * found.hi.max())
     ax.set_yticks([0, 0.1, 1, 10], ["0", "0.1", "1", "10"])
+    ax.minorticks_off()
     ax.set_xticks(range(0, int(found.layer.max()) + 1, 2))
     ax.set(
         xlabel="layer that is removed, alone",
@@ -101,11 +103,12 @@ def draw(found: pd.DataFrame, model: str, text: dict) -> Figure:
         xlim=(-0.7, found.layer.max() + 0.7),
     )
     ax.set_title(
-        f"{model}: one layer removed ({text['tokens']} tokens, {text['documents']} documents, 95 %)",
+        f"{model}, one layer removed at a time ({text['tokens']} tokens of {text['documents']} "
+        "documents, 95 % intervals)",
         fontsize=9, loc="left",
     )  # fmt: skip
     ax.spines[["top", "right"]].set_visible(False)
-    ax.legend(fontsize=7, frameon=False, ncols=2, loc="upper right")
+    figure.legend(fontsize=7.5, frameon=False, ncols=4, loc="outside lower center")
     return figure
 
 
