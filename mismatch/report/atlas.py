@@ -26,7 +26,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocat
 from mismatch.errors import UsageError
 from mismatch.report import style
 
-NAMED, LEAST = 3, 0.001
+NAMED, LEAST = 4, 0.001
 """So many of a panel's largest numbers are written into their cells, if they are not below the second."""
 
 DECADES = 5
@@ -295,8 +295,8 @@ def _write_worst(
 
 def _four(value: float) -> str:
     """A positive number in at most four letters, for a narrow cell: .003, .12, 1.2, 12."""
-    text = f"{value:.3f}" if value < 0.1 else f"{value:.2g}" if value < 10 else f"{value:.0f}"
-    return text.removeprefix("0")
+    digits = 3 if value < 0.1 else 2 if value < 1 else 1 if value < 9.95 else 0
+    return f"{value:.{digits}f}".removeprefix("0")
 
 
 def _colour_bar(ax: Axes, norm: Normalize, panel: Panel) -> None:
@@ -340,6 +340,6 @@ def _caption(
         words.append("Pale grey: the 95 % interval holds 0.")
     if "missing" in kinds:
         words.append("Hatched grey: not applicable, or not measured.")
-    words.append(f"Framed: the {NAMED} largest numbers of a panel.")
+    words.append(f"Framed: the {NAMED} largest numbers of a panel, controls apart.")
     words.append(f"Run {' '.join(table['run_id'].unique())}.")
     return " ".join(words)

@@ -117,31 +117,39 @@ def test_the_picture(table):
 
 
 def test_the_worst_cells_of_the_mechanisms_are_framed_and_numbered(table):
-    """Of a panel the three largest, controls not among them, none of them a gain; their layers are bold."""
+    """Of a panel the four largest, controls not among them, none of them a gain."""
     figure = atlas(table, plan=PLAN)
     panels = [ax for ax in figure.axes if ax.get_title(loc="left")]
     framed = [
         {(p.get_x() + 0.5, p.get_y() + 0.5) for p in ax.patches if not p.get_hatch()}
         for ax in panels
     ]
-    assert framed == [{(1, 0), (1, 1), (1, 2)}, {(0, 2), (0, 3), (0, 0)}]
+    assert framed == [{(1, 0), (1, 1), (1, 2), (0, 2)}, {(0, 2), (0, 3), (0, 0)}]
     assert [{t.get_text() for t in ax.texts} for ax in panels] == [
-        {".3", ".2", ".1"},
-        {"9", "1", ".1"},
+        {".30", ".20", ".10"},
+        {"9.0", "1.0", ".10"},
     ]
 
 
 def test_layers_with_a_number_are_bold():
     rows = [row("a", at, "kl", "mean", 0.1 + abs(at - 5), 0.001) for at in range(10)]
     labels = atlas(as_table(rows)).axes[0].get_yticklabels()
-    assert [t.get_text() for t in labels if t.get_fontweight() == "bold"] == ["0", "1", "9"]
+    assert [t.get_text() for t in labels if t.get_fontweight() == "bold"] == ["0", "1", "2", "9"]
 
 
 def test_where_cells_are_small_they_are_framed_only():
     many = [row("a", at, "kl", "mean", 0.01 + at, 0.001) for at in range(80)]
     axis = atlas(as_table(many)).axes[0]
-    assert {p.get_y() + 0.5 for p in axis.patches} == {77, 78, 79}
+    assert {p.get_y() + 0.5 for p in axis.patches} == {76, 77, 78, 79}
     assert not axis.texts
+
+
+@pytest.mark.parametrize(
+    "value, written",
+    [(0.0012, ".001"), (0.0999, ".100"), (0.27, ".27"), (7.04, "7.0"), (9.94, "9.9"), (10.6, "11")],
+)
+def test_numbers_fit_into_a_cell(value, written):
+    assert drawing._four(value) == written
 
 
 def test_names_of_mechanisms_are_cut():
