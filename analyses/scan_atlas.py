@@ -22,7 +22,7 @@ import torch
 
 import mismatch
 from mismatch import environment
-from mismatch.report.scan_summary import can_do, carrier
+from mismatch.report.scan_summary import can_do, carrier, scan_verdict
 from mismatch.scanning.result import Scanned
 
 SWAP = "infini(segment=64); nope; sliding_window(64); sliding_window(64, 1)"
@@ -60,10 +60,15 @@ def write(scanned: Scanned, folder: Path) -> None:
         name: manifest.get(name)
         for name in ("model", "swap", "seed", "text", "seconds", "work", "versions")
     }
-    made |= {"tasks": scanned.run.plan["tasks"], "drawn_with": environment.versions()}
+    made |= {
+        "tasks": scanned.run.plan["tasks"],
+        "verdict": scan_verdict(scanned.table, scanned.run.plan),
+        "drawn_with": environment.versions(),
+    }
     (folder / "atlas.json").write_text(json.dumps(made, indent=2) + "\n")
     print(said)
     print(found.to_string(index=False))
+    print(made["verdict"])
 
 
 def carriers(scanned: Scanned) -> pd.DataFrame:

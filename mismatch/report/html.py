@@ -15,7 +15,7 @@ from mismatch.report import quantity as q
 from mismatch.report.page import Html, document, grid, join, pairs, picture, tag
 from mismatch.report.plan import plan_summary
 from mismatch.report.plates import Plate, kind, plates
-from mismatch.report.scan_summary import scan_summary
+from mismatch.report.scan_summary import scan_summary, scan_verdict
 from mismatch.report.summary import count, total, verdict, worst_sites
 from mismatch.run import Run, load_run
 
@@ -88,7 +88,8 @@ def page(run: Run, drawn: Mapping[str, bytes | str]) -> str:
     figures = [_plate(plate, drawn[plate.name]) for plate in plates(run)]
     if kind(run) == "scan":
         said = tag("pre", scan_summary(run.table, run.plan))
-        return document(*head, *figures, tag("h2", "Worst and best layers"), said, *end)
+        told = tag("p", scan_verdict(run.table, run.plan), class_="verdict")
+        return document(*head, told, *figures, tag("h2", "Worst and best layers"), said, *end)
     if kind(run) == "plan":
         model = str(run.manifest.get("model", "MODEL"))
         said = tag("pre", plan_summary(run.table, run.plan, model))

@@ -47,6 +47,35 @@ def scan_summary(table: pd.DataFrame, plan: Mapping[str, Any] | None = None) -> 
     return "\n".join(parts).strip("\n")
 
 
+def scan_verdict(table: pd.DataFrame, plan: Mapping[str, Any] | None = None) -> str:
+    """What hangs on one layer, and of which mechanism that is true; "" where nothing was asked that could.
+
+    Args:
+        table: the long table of a scan.
+        plan: the run's plan.json.
+    """
+    data = atlas_data(table)
+    sentences = []
+    for panel in PANELS:
+        here = data[(data["task"] == panel.task) & (data["kind"] != "missing")]
+        if not panel.signed or here.empty or not can_do(table, panel.task, plan):
+            continue
+        at: dict[int, list[str]] = {}
+        for name, control in students(table, plan).items():
+            cells = here[here["student"] == name]
+            if not control and (layer := carrier(cells)) is not None:
+                worst = float(cells["value"].max())
+                at.setdefault(layer, []).append(f"{name} {number(worst)}")
+        what = panel.title.partition(":")[0]
+        said = "; ".join(f"layer {layer} ({', '.join(names)})" for layer, names in at.items())
+        sentences.append(
+            f"{what} hangs on one layer, in {panel.unit} lost: {said}."
+            if said
+            else f"{what} hangs on no single layer."
+        )
+    return " ".join(sentences)
+
+
 def can_do(table: pd.DataFrame, task: str, plan: Mapping[str, Any] | None = None) -> bool:
     """Whether the teacher does a task well enough for its loss to mean anything; text always."""
     panel = next(panel for panel in PANELS if panel.task == task)
@@ -113,9 +142,7 @@ def carrier(cells: pd.DataFrame) -> int | None:
 
 def _on_text(data: pd.DataFrame, name: str, layer: int) -> str:
     """What ordinary text says of the same swap."""
-    cells = data[
-        (data["task"] == "text") & (data["student"] == name) & (data["kind"] != "missing")
-    ]
+    cells = data[(data["task"] == "text") & (data["student"] == name) & (data["kind"] != "missing")]
     here = cells[cells["layer"] == layer]
     if here.empty:
         return ""

@@ -12,7 +12,7 @@ from mismatch.errors import UsageError
 from mismatch.report import atlas as drawing
 from mismatch.report import style
 from mismatch.report.atlas import PANELS, atlas, atlas_data, students
-from mismatch.report.scan_summary import scan_summary
+from mismatch.report.scan_summary import scan_summary, scan_verdict
 from mismatch.table import as_table
 
 PLAN = {
@@ -214,6 +214,16 @@ Retrieval: what the passkey lost, nats per key; the original reads -0.0700
     worst layers  2: 5.00 [4.95, 5.05]   3: 4.00 [3.95, 4.05]   0: 3.00 [2.95, 3.05]
     best layers   1: 2.00 [1.95, 2.05]"""
     )
+
+
+def test_the_verdict_names_what_hangs_on_one_layer(table):
+    assert scan_verdict(table, PLAN) == (
+        "Retrieval hangs on one layer, in nats per key lost: layer 2 (window 9.00)."
+    )
+    spread = table[table["student"] != "window"]
+    assert scan_verdict(spread, PLAN) == "Retrieval hangs on no single layer."
+    cannot = {**PLAN, "tasks": {"passkey": {"chance": 0.1}}}
+    assert scan_verdict(table, cannot) == ""
 
 
 def test_a_task_that_the_original_cannot_do_says_nothing(table):
