@@ -6,6 +6,7 @@ From the finished scan of `scan_atlas.py`, `mismatch plan` picks the layers that
 with and without a budget for the passkey, then replaces them together. Written down for each plan and question: what
 the scan that chose them said in sum (too good: it took the smallest), the same layers one at a time on text and keys
 that chose nothing (`predicted`), all together (`measured`), and the attention of the same layers deleted (`zero`).
+A plan whose run folder is there already is read from it.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--scan", type=Path, required=True, help="run folder of a finished scan")
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="where the plans are kept")
     parser.add_argument("--only", choices=PLANS, help="one of the plans, in this process")
     parser.add_argument("--output", type=Path, default=HERE, help="folder of the results")
     args = parser.parse_args()
@@ -43,9 +45,14 @@ def main() -> None:
     teacher = mismatch.load(scan.manifest["model"])
     for name in [args.only] if args.only else PLANS:
         layers, keep = PLANS[name]
-        planned = mismatch.plan(
-            teacher, MECHANISM, layers=layers, keep_retrieval=keep, scan=str(args.scan), **sizes
-        )
+        folder = args.runs / f"plan_layers-{name}"
+        if (folder / "metrics.parquet").exists():
+            planned = Planned(mismatch.load_run(folder))
+        else:
+            planned = mismatch.plan(
+                teacher, MECHANISM, layers=layers, keep_retrieval=keep, scan=str(args.scan),
+                output=str(folder), **sizes,
+            )  # fmt: skip
         print(planned.summary())
         planned.figure().savefig(args.output / f"{name}.png", dpi=200)
         readings(planned).assign(plan=name).to_csv(args.output / f"{name}.csv", index=False)

@@ -218,6 +218,7 @@ class PlanJob:
         config, teacher, prepared = self.config, self.teacher, self.prepared
         swap = swap_of(config, choice)
         plan = {
+            "model": config.model,
             "swap": swap,
             "method": config.method,
             "choice": {name: sorted(layers) for name, layers in choice.items()},

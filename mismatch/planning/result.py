@@ -53,7 +53,8 @@ class Planned:
 
     def figure(self, **options: Any) -> Figure:
         """Each layer alone, their sum, all together, and the controls."""
-        return plan_figure(self.run.table, plan=self.plan, **options)
+        plan = {"model": self.run.manifest.get("model")} | self.plan
+        return plan_figure(self.run.table, plan=plan, **options)
 
     def __repr__(self) -> str:
         where = "" if self.run_dir is None else f", {self.run_dir}"

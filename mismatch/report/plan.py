@@ -81,14 +81,15 @@ def plan_figure(
     data = plan_data(table, dictionary=dictionary)
     panels = [panel for panel in PANELS if panel.task in set(data["task"])]
     rows = int(data.groupby("task").size().max())
-    figure = style.new_figure(width, 1.1 + 0.17 * rows)
+    figure = style.new_figure(width, 1.25 + 0.17 * rows)
     axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     for axis, panel in zip(axes, panels, strict=True):
         _dots(axis, data[data["task"] == panel.task], panel)
-    swap = (plan or {}).get("swap", "the choice")
+    swap, model = ((plan or {}).get(name) for name in ("swap", "model"))
     style.frame(
         figure,
-        f"{swap}: together, and one layer at a time",
+        f"{swap or 'the choice'}: together, and one layer at a time"
+        + (f" ({model})" if model else ""),
         "Dots with 95 % intervals, on text and keys that chose nothing. Sum: the layers alone, added up; where "
         "`together` is to its right, the damage is more than the sum of its parts. "
         f"Run {' '.join(table['run_id'].unique())}.",
@@ -97,7 +98,8 @@ def plan_figure(
 
 
 def _dots(ax: Axes, data: pd.DataFrame, panel: Panel) -> None:
-    names = [_label(row) for row in data.itertuples()]
+    one = data.loc[data["kind"] == "part", "name"].nunique() == 1
+    names = [_label(row, one) for row in data.itertuples()]
     for at, row in enumerate(data.itertuples()):
         colour = _COLOURS[row.kind]
         if pd.notna(row.lo):
@@ -115,12 +117,14 @@ def _dots(ax: Axes, data: pd.DataFrame, panel: Panel) -> None:
     ax.grid(axis="x", lw=0.3, color="#dddddd")
     ax.set_axisbelow(True)
     short = {"text": "KL", "induction": "induction lost", "passkey": "passkey lost"}[panel.task]
-    ax.set_title(f"{short}, {panel.unit}", fontweight="bold")
+    ax.set_title(short, fontweight="bold")
+    ax.set_xlabel(panel.unit)
 
 
-def _label(row: Any) -> str:
+def _label(row: Any, one_mechanism: bool) -> str:
     if row.kind == "part":
-        return f"layer {row.layer} {row.name}" if len(row.name) < 22 else f"layer {row.layer}"
+        named = not one_mechanism and len(row.name) < 22
+        return f"layer {row.layer} {row.name}" if named else f"layer {row.layer}"
     return {"sum": "sum of these", "together": "together"}.get(row.kind, f"{row.name}, together")
 
 
