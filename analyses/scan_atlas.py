@@ -7,8 +7,9 @@ Infini-attention, attention without RoPE, a window with and without the first to
 in each of SmolLM2's 30 layers, one layer at a time, each asked three things: ordinary text, a second copy of random
 tokens, a passkey. `carriers.csv` holds what follows from the table, for every mechanism and question: the layer that
 costs most, the next one, whether the first carries it alone (three times the next, half a nat at least), and what
-ordinary text says of that layer. No layer is named here. Expected, from single measurements: RoPE carries induction in
-one layer and text does not show it; one layer's reach carries the passkey.
+ordinary text says of that layer; and how far text puts the layers in the same order (Spearman). No layer is named here.
+Expected, from single measurements: RoPE carries induction in one layer and text does not show it; one layer's reach
+carries the passkey.
 """
 
 from __future__ import annotations
@@ -95,6 +96,9 @@ def carriers(scanned: Scanned) -> pd.DataFrame:
                 "carried_by_one": alone and carrier(mine) is not None,
                 "text_kl_there": text[name, worst.layer],
                 "text_rank_there": int(on_text),
+                "spearman_with_text": mine.set_index("layer")["value"].corr(
+                    text[name], method="spearman"
+                ),
                 "layers": len(mine),
             }
         )
