@@ -29,20 +29,22 @@ class RepairConfig(SwapConfig):
     """Other held-out tokens, which choose weights and end a rung."""
     seq_len: Annotated[int, ">= 2"] = 1024
     """Tokens per window. A window never mixes documents."""
-    batch_size: Annotated[int, ">= 1"] = 2
-    """Windows per step."""
-    epochs: Annotated[int, ">= 1"] = 3
-    """Times that a rung may go through the text."""
+    batch_size: Annotated[int, ">= 1"] = 1
+    """Windows per step. Small steps learn more from the same tokens; a GPU wants more windows at once."""
+    epochs: Annotated[int, ">= 1"] = 10
+    """Times that a rung may go through the text; no progress on held-out windows ends it earlier."""
     max_minutes: Annotated[float, "> 0"] | None = 10.0
-    """Wall-clock minutes for all rungs together; a rung plans its steps for its share. none = by tokens alone."""
-    lr: Annotated[float, "> 0"] = 5e-4
+    """Wall-clock minutes for all rungs together, judging not counted; a rung plans its steps for its share. none = by
+    tokens alone."""
+    lr: Annotated[float, "> 0"] = 2e-3
     """Highest learning rate of weights."""
     gate_lr: Annotated[float, "> 0"] = 3e-2
     """Highest learning rate of gates and decays, which have far to go."""
     width: Annotated[int, ">= 1"] = 3
     """Blocks behind the last swapped one whose stream the rung `window` matches."""
     neighbours: Annotated[int, ">= 0"] = 3
-    """Blocks behind the last swapped one that learn too, through LoRA, in the rungs window and end-to-end; 0 = none."""
+    """Blocks behind the last swapped one that learn too, and the MLP of that one, through LoRA, in the rungs window and
+    end-to-end; 0 = none."""
     rank: Annotated[int, ">= 1"] = 16
     """Rank of that LoRA."""
     order: Literal["sequential", "joint"] = "sequential"

@@ -22,9 +22,10 @@ from mismatch.operating import Teacher, calibrated_swap, students_of
 from mismatch.repairing.branches import bypassed
 from mismatch.repairing.config import RepairConfig
 from mismatch.repairing.judge import Judge, Judged
-from mismatch.repairing.ladder import Ladder, Rung, Texts
+from mismatch.repairing.ladder import Ladder, Texts
 from mismatch.repairing.part import own, parts_of
 from mismatch.repairing.result import Repaired
+from mismatch.repairing.rung import Rung
 from mismatch.report.html import write_html
 from mismatch.run import Run, RunFolder, load_run, run_id
 from mismatch.state import State
@@ -151,14 +152,13 @@ class RepairJob:
         end = min(last + config.neighbours, teacher.layout.n_layers - 1)
         if not config.behind or end == last:
             return swap
-        taken = {clause.layer for clause in swap.plan.clauses}
-        layers = [str(n) for n in range(last + 1, end + 1) if n not in taken]
-        if not layers:
-            return swap
         lora = f"lora(r={config.rank}, alpha={float(config.rank)}, targets=all)"
+        taken = {clause.slot for clause in swap.plan.clauses if clause.layer == last}
+        own_mlp = taken.isdisjoint(("block", "mlp", "gate_proj", "up_proj", "down_proj"))
         text = [
             spec.format(config.swap_spec),
-            *(f"layers[{','.join(layers)}].{slot}:{lora}" for slot in ("attn", "mlp")),
+            *([f"layer{last}.mlp:{lora}"] if own_mlp else []),
+            *(f"layers{last + 1}-{end}.{slot}:{lora}" for slot in ("attn", "mlp")),
         ]
         return calibrated_swap(
             teacher,

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from mismatch.repairing.config import RepairConfig
 from mismatch.repairing.judge import Judge, Judged
 from mismatch.repairing.local import LocalLoss, groups
 from mismatch.repairing.part import Part
+from mismatch.repairing.rung import Rung
 from mismatch.repairing.store import Store
 from mismatch.repairing.training import Group, Trained, Trainer
 from mismatch.state import State
@@ -37,29 +38,7 @@ TRIAL_STEPS = 2  # timed to plan the others
 LOOKS = 8  # per rung, fewer where a look is dear:
 LOOKING = 0.2  # share of a rung's time that looks may take
 LEAST_STEPS = 10  # a rung with time for fewer is left out
-NEIGHBOUR_RATE = 0.5  # of the rate of the parts: neighbours start from where the teacher is
-
-
-@dataclass
-class Rung:
-    """One rung as climbed. KL in nats per token on the judged text; errors relative."""
-
-    name: str
-    where: str = ""
-    kl: float = float("nan")
-    lo: float = float("nan")
-    hi: float = float("nan")
-    nll: float = float("nan")
-    gap_closed: float = float("nan")
-    gap_lo: float = float("nan")
-    gap_hi: float = float("nan")
-    tokens: int = 0
-    seconds: float = 0.0
-    steps: int = 0
-    kept: bool = True
-    looks: list[dict[str, float]] = field(default_factory=list)
-    gates: dict[str, Any] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
+LATER_RATE = 0.15  # of the parts' rate, once they have learnt alone; LoRA behind them starts anew, at the whole rate
 
 
 @dataclass
@@ -114,6 +93,7 @@ class Ladder:
         self.best: Judged | None = None
         self.began = time.monotonic()
         self.earlier = 0.0  # seconds of the process that this one resumes
+        self.judging = 0.0  # seconds that mend nothing, which the limit does not count
 
     # ---- the climb ------------------------------------------------------------------------------
 
@@ -125,13 +105,13 @@ class Ladder:
         """
         self._resume()
         self._run_teacher()
-        self.swapped = self.judge.judge(self.student.layout)
+        self.swapped = self._judged()
         self.best = self.swapped
         if not self.rungs:
             self._report(Rung("inherit"), self.swapped)
         else:
             self._load_weights()
-            self.best = self.judge.judge(self.student.layout)
+            self.best = self._judged()
         for name in self.config.rungs[len(self.rungs) - 1 :]:
             if self._exhausted():
                 self.say(f"the climb ends before {name}: the time is spent, or it no longer pays")
@@ -140,7 +120,7 @@ class Ladder:
                 raise KeyboardInterrupt
             before = self._weights()
             rung = getattr(self, "_" + name.replace("-", "_"))(name)
-            judged = self.judge.judge(self.student.layout)
+            judged = self._judged()
             if judged.kl.sum() > self.best.kl.sum():
                 self._set(before)
                 rung.kept = False
@@ -164,7 +144,17 @@ class Ladder:
         """Seconds."""
         if self.config.max_minutes is None:
             return float("inf")
-        return self.config.max_minutes * 60 - self.earlier - (time.monotonic() - self.began)
+        return self.config.max_minutes * 60 - self._spent()
+
+    def _spent(self) -> float:
+        """Seconds of mending, an earlier process's included."""
+        return self.earlier + time.monotonic() - self.began - self.judging
+
+    def _judged(self) -> Judged:
+        started = time.monotonic()
+        judged = self.judge.judge(self.student.layout)
+        self.judging += time.monotonic() - started
+        return judged
 
     def _report(self, rung: Rung, judged: Judged) -> None:
         seed = self.config.seed
@@ -227,10 +217,11 @@ class Ladder:
         rung, learning = Rung(name), []
         fresh = self._fresh()
         for part in self.parts:
-            learning += groups(part, fresh[part.path], self.config.lr, self.config.gate_lr)
+            rate = LATER_RATE * self.config.lr
+            learning += groups(part, fresh[part.path], rate, self.config.gate_lr)
         for group in learning:
             group.joins = 0.0
-        learning.append(Group("neighbours", self.neighbours, NEIGHBOUR_RATE * self.config.lr))
+        learning.append(Group("neighbours", self.neighbours, self.config.lr))
         self._train(rung, name, learning, loss, SHARES[name] * self._left())
         return rung
 
@@ -370,8 +361,7 @@ class Ladder:
         if self.state is None:
             return
         arrays = {name: _bits(tensor) for name, tensor in self._weights().items()}
-        spent = self.earlier + time.monotonic() - self.began
-        info = {"rungs": [asdict(rung) for rung in self.rungs], "seconds": spent}
+        info = {"rungs": [asdict(rung) for rung in self.rungs], "seconds": self._spent()}
         self.state.save(arrays, info, self.fingerprint)
 
     def _resume(self) -> None:
