@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from mismatch.findings import Finding
 from mismatch.files import write_atomic
+from mismatch.findings import Finding
 from mismatch.report.heatmap import heatmap
 from mismatch.report.html import draw, page
 from mismatch.report.position import by_position

@@ -9,6 +9,7 @@ weights are saved, so a run that was killed goes on at the last rung, and inside
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -314,16 +315,17 @@ class Ladder:
         """Training and held-out activations; `own` are parts that read the student's stream when they come in order."""
         behind = self.parts.index(own[0]) > 0 if own else False
         inputs = self.student.layout if behind and self.config.order == "sequential" else None
+        whose = "teacher" if inputs is None else fingerprint(self._weights())
         found = []
         for batches, kind in ((self.texts.train, "train"), (self.texts.look, "look")):
             store = Store(
                 self.teacher,
                 places,
                 batches,
-                folder=None if inputs is not None else self.folder,
+                folder=self.folder,
                 budget=self.config.store_gb * 1e9,
                 dtype=getattr(torch, self.config.store_dtype),
-                key={**self.texts.key, "text": kind},
+                key={**self.texts.key, "text": kind, "inputs": whose},
                 inputs=inputs,
             )
             if store.folder is not None and len(store.stored) < len(places):
@@ -375,6 +377,14 @@ class Ladder:
     def _load_weights(self) -> None:
         named = self._named()
         self._set({n: _tensor(a, named[n]) for n, a in self._arrays.items()})
+
+
+def fingerprint(weights: dict[str, Tensor]) -> str:
+    """sha256 of tensors by name."""
+    found = hashlib.sha256()
+    for name, tensor in sorted(weights.items()):
+        found.update(name.encode() + _bits(tensor).tobytes())
+    return found.hexdigest()
 
 
 def _bits(tensor: Tensor) -> np.ndarray:

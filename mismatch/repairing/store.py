@@ -48,7 +48,7 @@ class Store:
         dtype: of the shards.
         key: facts about model and text that the shards depend on.
         inputs: another model, whose stream the parts get as input (the student as mended so far); the targets stay
-            the teacher's.
+            the teacher's. `key` must then say which student.
     """
 
     def __init__(
@@ -86,14 +86,7 @@ class Store:
         for index, ids in enumerate(self.batches):
             missing = [p for p in self.stored if not self._shard(index, p).exists()]
             if missing:
-                seen = watch(
-                    self.teacher,
-                    [p.path for p in missing],
-                    ids,
-                    last=max(p.layer for p in missing),
-                )
-                for part in missing:
-                    x, y, self._calls[part.path] = seen[part.path]
+                for part, (x, y) in zip(missing, self._run(missing, ids), strict=True):
                     tensors = {n: t.to(self.dtype).contiguous() for n, t in (("x", x), ("y", y))}
                     data = safetensors.torch.save(tensors)
                     write_atomic(self._shard(index, part), lambda file, data=data: file.write(data))
@@ -106,11 +99,8 @@ class Store:
         shard = self._shard(index, part) if part in self.stored else None
         if shard is None or not shard.exists():
             ids = self.batches[index]
-            x, y, call = watch(self.teacher, [part.path], ids, last=part.layer)[part.path]
-            if self.inputs is not None:
-                x = watch(self.inputs, [part.path], ids, last=part.layer)[part.path][0]
-            self._calls[part.path] = call
-            return Example(_wide(x), _wide(y), call)
+            ((x, y),) = self._run([part], ids)
+            return Example(_wide(x), _wide(y), self._calls[part.path])
         tensors = safetensors.torch.load(shard.read_bytes())
         device = next(part.teacher.parameters()).device
         return Example(
@@ -121,6 +111,14 @@ class Store:
         """Every batch of a place, in order."""
         for index in range(len(self.batches)):
             yield self.batch(part, index)
+
+    def _run(self, parts: Sequence[Part], ids: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Input and output of each part, `batch pos d`."""
+        paths, last = [part.path for part in parts], max(part.layer for part in parts)
+        seen = watch(self.teacher, paths, ids, last=last)
+        self._calls |= {path: seen[path][2] for path in paths}
+        given = seen if self.inputs is None else watch(self.inputs, paths, ids, last=last)
+        return [(given[path][0], seen[path][1]) for path in paths]
 
     def _call(self, part: Part) -> Call:
         if (
