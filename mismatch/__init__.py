@@ -24,6 +24,7 @@ _PLACES = {
     "swap": "mismatch.api",
     "trace": "mismatch.api",
     "probe": "mismatch.api",
+    "diagnose": "mismatch.api",
     "check": "mismatch.api",
     "open_nnsight": "mismatch.api",
     "fetch": "mismatch.fetch",

@@ -24,6 +24,8 @@ from mismatch.checking import (
     read_text,
 )
 from mismatch.config import ProbeConfig, TraceConfig
+from mismatch.diagnosing.result import Diagnosed
+from mismatch.diagnosing.start import diagnose, diagnose_command
 from mismatch.errors import UsageError
 from mismatch.generating import Generated
 from mismatch.job import Job
@@ -52,6 +54,7 @@ from mismatch.surgery import Student
 
 __all__ = [
     "Check",
+    "Diagnosed",
     "Planned",
     "Probed",
     "Repaired",
@@ -60,6 +63,8 @@ __all__ = [
     "Student",
     "Teacher",
     "check",
+    "diagnose",
+    "diagnose_command",
     "generate",
     "load",
     "open_nnsight",

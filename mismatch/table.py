@@ -47,7 +47,8 @@ COLUMNS = (
         pa.string(),
         "str",
         False,
-        "surgery: after the swap; scan: one layer at a time; plan: a choice of layers; repair: mending it",
+        "surgery: after the swap; scan: one layer at a time; plan: a choice of layers; "
+        "diagnose: one thing of the update corrected at a time; repair: mending it",
     ),
     Column("step", pa.int64(), "int64", False, "training step of the stage; 0 for surgery"),
     Column(

@@ -14,6 +14,7 @@ from typing import Any
 
 from mismatch import catalog, config
 from mismatch.cli.streams import first_rank, say
+from mismatch.diagnosing.config import DiagnoseConfig
 from mismatch.errors import NumericsError, UsageError
 from mismatch.planning.config import PlanConfig
 from mismatch.repairing.config import RepairConfig
@@ -70,6 +71,25 @@ def probe(args: Namespace) -> int:
     return 0
 
 
+def diagnose(args: Namespace) -> int:
+    flags = _flags(args, DiagnoseConfig)
+    if args.run is not None:
+        taken = {**_of_run(args), "evidence": args.run}
+        flags = {**taken, **{k: v for k, v in flags.items() if v is not None}}
+    settings = config.load(args.config, flags, DiagnoseConfig)
+    from mismatch import api
+
+    result = api.diagnose_command(
+        settings, overwrite=args.overwrite, progress=not args.quiet and first_rank()
+    )
+    if args.json:
+        _print_json(result.as_dict())
+    else:
+        print(result.summary())
+        print(result.run_dir)
+    return 0
+
+
 def scan(args: Namespace) -> int:
     resume = _resume(args)
     file = args.config if resume is None else resume / "config.yaml"
@@ -112,7 +132,7 @@ def repair(args: Namespace) -> int:
     file = args.config if resume is None else resume / "config.yaml"
     flags = _flags(args, RepairConfig)
     if args.run is not None:
-        flags = {**_of_trace(args), **{k: v for k, v in flags.items() if v is not None}}
+        flags = {**_of_run(args), **{k: v for k, v in flags.items() if v is not None}}
     settings = config.load(file, flags, RepairConfig)
     from mismatch import api
 
@@ -130,31 +150,39 @@ def repair(args: Namespace) -> int:
     return 0
 
 
-OF_TRACE = ("model", "revision", "dtype", "swap", "data", "calibration", "seq_len", "seed")
-"""What a repair takes over from a trace."""
+OF_RUN = ("model", "revision", "dtype", "swap", "data", "calibration", "seed")
+"""What a repair or a diagnosis takes over from an earlier run; a repair also the length of the windows."""
+FROM = {
+    "repair": {"trace": config.TraceConfig},
+    "diagnose": {"trace": config.TraceConfig, "probe": config.ProbeConfig},
+}
+"""Command -> the commands whose runs it may start from, and their settings."""
 
 
-def _of_trace(args: Namespace) -> dict[str, Any]:
-    """The settings of the trace that a repair starts from.
+def _of_run(args: Namespace) -> dict[str, Any]:
+    """The settings of the run that a command starts from.
 
     Raises:
         UsageError: together with --config or --resume, or a run of another command.
     """
-    if args.config is not None or args.resume is not None:
+    resume = getattr(args, "resume", None)
+    if args.config is not None or resume is not None:
         given = "--config" if args.config is not None else "--resume"
         raise UsageError(
             f"RUN and {given} do not go together", hint="give one place to take settings from"
         )
     from mismatch.run import made_by
 
-    kind = made_by(args.run)
-    if kind not in (None, "trace"):
+    made = made_by(args.run) or "trace"
+    known = FROM[args.command]
+    if made not in known:
         raise UsageError(
-            f"the run in {args.run} was made by `mismatch {kind}`, not by a trace",
-            hint="repair starts from a trace, or from --model and --swap",
+            f"the run in {args.run} was made by `mismatch {made}`, not by a {' or a '.join(known)}",
+            hint=f"{args.command} starts from one, or from --model and --swap",
         )
-    found = config.load(Path(args.run) / "config.yaml")
-    return {name: getattr(found, name) for name in OF_TRACE}
+    found = config.load(Path(args.run) / "config.yaml", kind=known[made])
+    names = (*OF_RUN, "seq_len") if args.command == "repair" else OF_RUN
+    return {name: getattr(found, name) for name in names}
 
 
 def generate(args: Namespace) -> int:

@@ -12,6 +12,7 @@ from mismatch import config
 from mismatch.card import REQUIRED, Arg
 from mismatch.catalog import LISTS
 from mismatch.cli import commands
+from mismatch.diagnosing.config import DiagnoseConfig
 from mismatch.errors import UsageError
 from mismatch.planning.config import PlanConfig
 from mismatch.registry import did_you_mean
@@ -38,6 +39,16 @@ PROBE_GROUPS = {
 }
 """The same for a run of probes."""
 
+DIAGNOSE_GROUPS = {
+    "model": GROUPS["model"],
+    "swap": ("swap", "controls"),
+    "diagnosis": ("tokens", "judged", "scored", "heads", "evidence"),
+    "data": PROBE_GROUPS["data"],
+    "output": ("output", "run_name"),
+    "dangerous": GROUPS["dangerous"],
+}
+"""The same for a diagnosis."""
+
 SCAN_GROUPS = {
     "model": GROUPS["model"],
     "cells": ("swap", "layers", "controls"),
@@ -52,28 +63,12 @@ REPAIR_GROUPS = {
     "model": GROUPS["model"],
     "swap": ("swap", "controls"),
     "ladder": (
-        *(
-            "rungs",
-            "tokens",
-            "max_minutes",
-            "epochs",
-            "lr",
-            "gate_lr",
-            "width",
-            "neighbours",
-            "rank",
-        ),
-        *("order", "pays"),
+        *("rungs", "tokens", "max_minutes", "epochs", "lr", "gate_lr", "width", "neighbours"),
+        *("rank", "order", "pays"),
     ),
     "data": (
-        "data",
-        "calibration",
-        "judged",
-        "looked",
-        "seq_len",
-        "batch_size",
-        "calibration_tokens",
-        "seed",
+        *("data", "calibration", "judged", "looked", "seq_len", "batch_size"),
+        *("calibration_tokens", "seed"),
     ),
     "activations": ("store_gb", "store", "store_dtype"),
     "output": SCAN_GROUPS["output"],
@@ -106,6 +101,10 @@ EXAMPLES = {
     "probe": (
         'mismatch probe --model smollm2 --swap "layer16:nope"',
         'mismatch probe --model smollm2 --swap "layer18:infini(segment=64)" --probes passkey,memory',
+    ),
+    "diagnose": (
+        'mismatch diagnose --model smollm2 --swap "layer12:infini(segment=64)"',
+        "mismatch diagnose runs/TRACE",
     ),
     "scan": (
         'mismatch scan --model smollm2 --swap "infini(segment=64); nope; sliding_window(64, 1)"',
@@ -225,6 +224,10 @@ def _tree() -> tuple[Parser, dict[str, Parser]]:
         "probe",
         "Ask teacher and swapped model what text hides: copying, retrieval, position, memory.",
     )
+    reasons = command(
+        "diagnose",
+        "Correct one thing at a time in what the swapped part adds, and say why it breaks.",
+    )
     scan = command(
         "scan", "Put every mechanism into every layer, one layer at a time, and draw the atlas."
     )
@@ -242,12 +245,16 @@ def _tree() -> tuple[Parser, dict[str, Parser]]:
         _settings(mend, REPAIR_GROUPS, config.fields(RepairConfig)),
         _settings(probe, PROBE_GROUPS, config.fields(config.ProbeConfig)),
         _settings(plan, PLAN_GROUPS, config.fields(PlanConfig)),
+        _settings(reasons, DIAGNOSE_GROUPS, config.fields(DiagnoseConfig)),
     )
     for group in written[:3]:
         group.add_argument("--resume", metavar="RUN", help="go on with an interrupted run")
     for group in written:
         group.add_argument("--overwrite", action="store_true", help="replace the run in --output")
 
+    reasons.add_argument(
+        "run", nargs="?", metavar="RUN", help="a trace or probes, whose settings and answers to take"
+    )
     mend.add_argument(
         "run", nargs="?", metavar="RUN", help="a trace, whose model, swap and texts to take"
     )

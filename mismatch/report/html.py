@@ -94,6 +94,10 @@ def page(run: Run, drawn: Mapping[str, bytes | str]) -> str:
         model = str(run.manifest.get("model", "MODEL"))
         said = tag("pre", plan_summary(run.table, run.plan, model))
         return document(*head, said, *figures, *end)
+    if kind(run) == "diagnose":
+        told = tag("p", run.plan.get("verdict", ""), class_="verdict")
+        said = (tag("h2", "Findings"), _findings(run), tag("h2", "What was replaced"), _plan(run))
+        return document(*head, told, *figures, *said, *end)
     if kind(run) == "repair":
         return document(*head, *figures, tag("h2", "What was replaced"), _plan(run), *end)
     asked = (

@@ -8,7 +8,17 @@ from dataclasses import dataclass
 import pandas as pd
 from matplotlib.figure import Figure
 
-from mismatch.report import atlas, controls, heatmap, plan, position, probes, profile, repair
+from mismatch.report import (
+    atlas,
+    controls,
+    diagnosis,
+    heatmap,
+    plan,
+    position,
+    probes,
+    profile,
+    repair,
+)
 from mismatch.run import Run
 
 
@@ -134,11 +144,27 @@ REPAIR_PLATES = (
 )
 
 
-_OWN = {"scan": SCAN_PLATES, "plan": PLAN_PLATES, "repair": REPAIR_PLATES}
+DIAGNOSE_PLATES = (
+    Plate(
+        "diagnosis",
+        "Which correction returns the damage",
+        diagnosis.diagnosis_figure,
+        diagnosis.diagnosis_data,
+        "Top: the three causes and the rest add up to 100. Below, one thing corrected at a time, from simple to rich: "
+        "at 100 the damage is gone, at 0 that was not the matter. A richer correction often includes the simpler ones "
+        "above it, so the first long bar is the one to read. Hollow bars took values from the teacher: they name a "
+        "cause, and no repair has them.",
+        planned=True,
+        planned_data=True,
+    ),
+)
+
+
+_OWN = {"diagnose": DIAGNOSE_PLATES, "scan": SCAN_PLATES, "plan": PLAN_PLATES, "repair": REPAIR_PLATES}
 
 
 def kind(run: Run) -> str:
-    """What made the run: trace, probe, scan, plan or repair."""
+    """What made the run: trace, probe, diagnose, scan, plan or repair."""
     return str(run.manifest.get("kind", "trace"))
 
 

@@ -1,0 +1,140 @@
+"""What a diagnosis found: plain numbers, that go into plan.json as they are. No torch."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+SAYS = {
+    "scale": "one scale",
+    "mean": "the mean of each channel",
+    "affine": "mean and scale of each channel",
+    "linear": "the best linear map",
+    "delay": "a filter over neighbouring tokens",
+    "position": "the mean error at each position",
+    "rope": "what the rotary embedding carried",
+    "size": "the size of each token's update",
+    "first": "the update of the first token",
+    "massive": "the updates of massive tokens",
+}
+"""What each correction gives back."""
+
+
+@dataclass(frozen=True)
+class Share:
+    """A share of the damage, 1 = all of it, with its interval over documents; nan where there is none."""
+
+    value: float
+    lo: float
+    hi: float
+
+
+@dataclass(frozen=True)
+class Kl:
+    """KL(teacher || student), nats per token, with its interval over documents."""
+
+    value: float
+    lo: float
+    hi: float
+    n: int
+
+
+@dataclass(frozen=True)
+class Returned:
+    """One correction.
+
+    Attributes:
+        name: of `SAYS`; `head 3`, `without memory`, `with first_token`; `layer 12 attn_out`, given back whole.
+        group: a cause, or `part`.
+        share: of the KL that it returns.
+        kl: what is left.
+        layer, head: where it acts alone; None: at all places.
+        does_nothing: it does not move the update, and was not run.
+        says: in words.
+    """
+
+    name: str
+    group: str
+    share: Share
+    kl: Kl
+    layer: int | None = None
+    head: int | None = None
+    does_nothing: bool = False
+    says: str = ""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "says", self.says or SAYS.get(self.name, self.name))
+
+
+@dataclass(frozen=True)
+class Found:
+    """A whole diagnosis.
+
+    Attributes:
+        swap: in canonical form.
+        damage: KL of the swap.
+        nll: its NLL difference, likewise.
+        controls: KL of each control in the same places.
+        returned: every correction.
+        causes: Shapley shares of the three causes.
+        joint: KL returned by each set of causes, by their names joined with `+`.
+        unexplained: what all three together do not return.
+        leading: name of the simplest correction that returns (nearly) as much as any; None: none returns much.
+        places: for each place `layer`, `site`, `mechanisms`, and numbers: `forced_error`, squared, of the update on the
+            teacher's own input, 1 = as far as an update of zero; `linear_error` likewise behind the best linear map, on
+            text it was not fitted on; `corrected_error` of each correction; `update_to_stream` and
+            `update_to_stream_student`; what was fitted (`scale`, `rope`, ...); `head_errors`, the share of the error
+            that each head returns.
+        behind: `layers`, and how far the stream leaving each is off, `||s - t|| / ||t||`; `growth` from the first to
+            the last.
+        not_applicable: what could not be asked, and why.
+        evidence: readings of an earlier run.
+    """
+
+    swap: str
+    damage: Kl
+    nll: Share
+    controls: dict[str, Kl] = field(default_factory=dict)
+    returned: tuple[Returned, ...] = ()
+    causes: dict[str, Share] = field(default_factory=dict)
+    joint: dict[str, Share] = field(default_factory=dict)
+    unexplained: Share | None = None
+    leading: str | None = None
+    places: tuple[dict[str, Any], ...] = ()
+    behind: dict[str, Any] = field(default_factory=dict)
+    not_applicable: tuple[str, ...] = ()
+    evidence: tuple[dict[str, Any], ...] = ()
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-able."""
+        return asdict(self)
+
+    @classmethod
+    def of(cls, data: dict[str, Any]) -> Found:
+        """What `as_dict` gave, read back."""
+        shares = {
+            name: {k: Share(**v) for k, v in data[name].items()} for name in ("causes", "joint")
+        }
+        returned = tuple(
+            Returned(**{**r, "share": Share(**r["share"]), "kl": Kl(**r["kl"])})
+            for r in data["returned"]
+        )
+        rest = data["unexplained"]
+        return cls(
+            **{
+                **data,
+                **shares,
+                "damage": Kl(**data["damage"]),
+                "nll": Share(**data["nll"]),
+                "controls": {k: Kl(**v) for k, v in data["controls"].items()},
+                "returned": returned,
+                "unexplained": None if rest is None else Share(**rest),
+                "places": tuple(data["places"]),
+                "not_applicable": tuple(data["not_applicable"]),
+                "evidence": tuple(data["evidence"]),
+            }
+        )
+
+    def get(self, name: str) -> Returned | None:
+        """A correction by name."""
+        return next((r for r in self.returned if r.name == name), None)
