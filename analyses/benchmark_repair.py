@@ -5,13 +5,11 @@
 
 CPU time of one process and one thread, ways interleaved, median of the rounds. Per token that is learnt from:
 
-| way | what it does |
-|---|---|
-| `layer` | forward and backward of the swapped layer alone, all of its parameters, on inputs in memory: the unit |
-| `step` | a whole step of the rung `local`: inputs and targets read from disk, layer, loss, backward, clipping, optimiser |
-| `store` | the original's blocks up to the layer, inputs and targets to disk: paid once, whatever the number of epochs |
-| `field` | a step as it is usually done: the whole original runs on the batch, logits included, the layer learns from its |
-|         | hooked input and output (LoLCATs, MOHAWK, RADLADS) |
+    layer   forward and backward of the swapped layer alone, all of its parameters, on inputs in memory: the unit
+    step    a whole step of the rung `local`: read from disk, layer, loss, backward, clipping, optimiser
+    store   the original's blocks up to the layer, inputs and targets to disk: paid once
+    field   a step as it is usually done: the whole original runs on the batch, logits included, and the layer learns
+            from its hooked input and output (LoLCATs, MOHAWK, RADLADS)
 
 A repair that goes through its text E times costs `store / E + step` a token, the field's way `field`.
 """

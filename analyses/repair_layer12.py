@@ -29,7 +29,7 @@ def main() -> None:
     )
     parser.add_argument("--only", choices=SWAPS, help="one of the two, in this process")
     parser.add_argument("--minutes", type=float, default=10.0, help="for all rungs together")
-    parser.add_argument("--tokens", type=int, default=65536, help="to learn from")
+    parser.add_argument("--tokens", type=int, default=131072, help="to learn from")
     parser.add_argument("--output", type=Path, default=HERE, help="folder of the results")
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)

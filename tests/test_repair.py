@@ -298,10 +298,10 @@ def test_what_gets_no_gradient_is_named():
 
 def test_repair_mends_and_the_checkpoint_is_the_student(toy_teacher, tmp_path):
     result = mismatch.repair(
-        toy_teacher, "layer2:infini(segment=16)", output=str(tmp_path / "run"), **SMALL
+        toy_teacher, "layer2:infini(segment=16)", output=str(tmp_path / "run"), pays=0.0, **SMALL
     )
     frame = result.rungs
-    assert list(frame["rung"]) == ["inherit", "closed-form", "local", "window", "end-to-end"]
+    assert list(frame["rung"]) == ["inherit", "closed-form", "local", "block", "window", "end-to-end"]
     assert frame["kl"].iloc[-1] < 0.6 * frame["kl"].iloc[0]
     kept = frame[frame["kept"]]
     assert (kept["kl"].diff().dropna() <= 1e-9).all()

@@ -9,7 +9,7 @@ from mismatch.config import SwapConfig
 from mismatch.errors import ConfigError
 from mismatch.registry import did_you_mean
 
-RUNGS = ("closed-form", "local", "window", "end-to-end")
+RUNGS = ("closed-form", "local", "block", "window", "end-to-end")
 """The ladder, from cheap to dear. What the swap inherits is rung 0, and is always there."""
 
 
@@ -19,9 +19,9 @@ class RepairConfig(SwapConfig):
 
     controls: tuple[str, ...] = ("zero", "linear")
     """Controls that are judged beside the repair: nothing in the place, the best linear map; none for no control."""
-    rungs: tuple[str, ...] = ("closed-form", "local", "window", "end-to-end")
+    rungs: tuple[str, ...] = ("closed-form", "local", "block", "window", "end-to-end")
     """Rungs of the ladder to climb, in its order."""
-    tokens: Annotated[int, ">= 1"] = 65536
+    tokens: Annotated[int, ">= 1"] = 131072
     """Tokens to learn from, out of the calibration text."""
     judged: Annotated[int, ">= 1"] = 8192
     """Held-out tokens behind every number that is reported."""
@@ -43,8 +43,7 @@ class RepairConfig(SwapConfig):
     width: Annotated[int, ">= 1"] = 3
     """Blocks behind the last swapped one whose stream the rung `window` matches."""
     neighbours: Annotated[int, ">= 0"] = 3
-    """Blocks behind the last swapped one that learn too, and the MLP of that one, through LoRA, in the rungs window and
-    end-to-end; 0 = none."""
+    """Blocks behind the last swapped one that learn too, through LoRA, in the rungs window and end-to-end; 0 = none."""
     rank: Annotated[int, ">= 1"] = 16
     """Rank of that LoRA."""
     order: Literal["sequential", "joint"] = "sequential"
@@ -77,3 +76,8 @@ class RepairConfig(SwapConfig):
     def behind(self) -> bool:
         """Whether blocks behind the swap learn too."""
         return self.neighbours > 0 and bool({"window", "end-to-end"} & {*self.rungs})
+
+    @property
+    def around(self) -> bool:
+        """Whether the rest of a swapped block learns too."""
+        return bool({"block", "window", "end-to-end"} & {*self.rungs})

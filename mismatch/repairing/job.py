@@ -94,6 +94,7 @@ class RepairJob:
         parts = parts_of(teacher.layout, swap) if student is swap else _moved(parts, student)
         for part in parts:
             own(part.student, teacher.model)
+        companions = self._companions(student, parts)
         trained = _neighbour_parameters(student, parts)
         prints = {
             "settings": config.fingerprint(),
@@ -125,6 +126,7 @@ class RepairJob:
             teacher.layout,
             student,
             parts,
+            companions,
             trained,
             judge,
             texts,
@@ -153,11 +155,8 @@ class RepairJob:
         if not config.behind or end == last:
             return swap
         lora = f"lora(r={config.rank}, alpha={float(config.rank)}, targets=all)"
-        taken = {clause.slot for clause in swap.plan.clauses if clause.layer == last}
-        own_mlp = taken.isdisjoint(("block", "mlp", "gate_proj", "up_proj", "down_proj"))
         text = [
             spec.format(config.swap_spec),
-            *([f"layer{last}.mlp:{lora}"] if own_mlp else []),
             *(f"layers{last + 1}-{end}.{slot}:{lora}" for slot in ("attn", "mlp")),
         ]
         return calibrated_swap(
@@ -169,6 +168,27 @@ class RepairJob:
             batch_size=config.batch_size,
             seed=config.seed,
         )
+
+    def _companions(
+        self, student: Student, parts: Any
+    ) -> dict[int, dict[str, nn.Parameter]]:
+        """The matrices of each swapped block outside of its parts, as its own copies, by layer and name."""
+        found: dict[int, dict[str, nn.Parameter]] = {}
+        if not self.config.around:
+            return found
+        inside = tuple(f"{part.path}." for part in parts)
+        for layer in dict.fromkeys(part.layer for part in parts):
+            path = student.layout.slot_path(layer, "block")
+            block = student.model.get_submodule(path)
+            own(block, self.teacher.model)
+            found[layer] = {
+                name: parameter
+                for inner, parameter in block.named_parameters()
+                if parameter.ndim > 1
+                and parameter.is_floating_point()
+                and not (name := f"{path}.{inner}").startswith(inside)
+            }
+        return found
 
     def _activations(self, temporary: Path) -> Path:
         if self.config.store is not None:

@@ -1,6 +1,6 @@
 """The ladder: each rung mends what it can, is judged, and is kept only if it helped.
 
-    inherit -> closed-form -> local -> window -> end-to-end
+    inherit -> closed-form -> local -> block -> window -> end-to-end
 
 A rung's weights are those that did best on held-out windows; the judged windows are others, and are only looked at
 between rungs. When the KL that is judged got worse, the weights from before the rung come back. After each rung the
@@ -33,13 +33,13 @@ from mismatch.repairing.training import Group, Trained, Trainer
 from mismatch.state import State
 from mismatch.surgery import Student
 
-SHARES = {"local": 0.35, "window": 0.6, "end-to-end": 1.0}
+SHARES = {"local": 0.15, "block": 0.6, "window": 0.9, "end-to-end": 1.0}
 """Of the minutes that are left when a rung begins."""
 TRIAL_STEPS = 2  # timed to plan the others
 LOOKS = 8  # per rung, fewer where a look is dear:
 LOOKING = 0.2  # share of a rung's time that looks may take
 LEAST_STEPS = 10  # a rung with time for fewer is left out
-LATER_RATE = 0.15  # of the parts' rate, once they have learnt alone; LoRA behind them starts anew, at the whole rate
+LATER_RATE = 0.25  # of all rates, once the parts have learnt alone; LoRA behind them starts anew, at the whole rate
 
 
 @dataclass
@@ -59,6 +59,7 @@ class Ladder:
         teacher: layout of the untouched model.
         student: its parts own their tensors.
         parts: the swapped places, in depth order.
+        companions: by layer and name, the other parameters of the swapped blocks.
         neighbours: parameters of the blocks behind that learn too, by name.
         judge: of the reported numbers.
         texts: to learn from and to look at.
@@ -75,6 +76,7 @@ class Ladder:
         teacher: Layout,
         student: Student,
         parts: Sequence[Part],
+        companions: dict[int, dict[str, nn.Parameter]],
         neighbours: dict[str, nn.Parameter],
         judge: Judge,
         texts: Texts,
@@ -86,7 +88,8 @@ class Ladder:
         say: Callable[[str], None],
     ) -> None:
         self.config, self.teacher, self.student = config, teacher, student
-        self.parts, self.neighbours, self.judge, self.texts = parts, neighbours, judge, texts
+        self.parts, self.companions, self.neighbours = parts, companions, neighbours
+        self.judge, self.texts = judge, texts
         self.folder, self.state, self.fingerprint = folder, state, fingerprint
         self.stopping, self.say = stopping, say
         self.rungs: list[Rung] = []
@@ -197,6 +200,31 @@ class Ladder:
             self._train(rung, f"{name}-{index}", learning, loss, share * self._left())
         return rung
 
+    def _block(self, name: str) -> Rung:
+        """Each swapped block as a whole: what is left of the part's error, the rest of its block takes up."""
+        rung = Rung(name)
+        for layer in self.companions:
+            mine = [part for part in self.parts if part.layer == layer]
+            place = stream.block(self.teacher, layer)
+            store, held = self._stores(mine, [place])
+            loss = stream.WindowLoss(self.student.layout, store, held, place, place)
+            learning = self._later(mine, self.companions[layer])
+            share = SHARES[name] / len(self.companions)
+            self._train(rung, f"{name}-{layer}", learning, loss, share * self._left())
+        return rung
+
+    def _later(
+        self, parts: Sequence[Part], companions: dict[str, nn.Parameter]
+    ) -> list[Group]:
+        """Parts that have learnt alone, and what stands around them, all at once."""
+        learning, fresh = [], self._fresh()
+        rates = (LATER_RATE * self.config.lr, LATER_RATE * self.config.gate_lr)
+        for part in parts:
+            learning += groups(part, fresh[part.path], *rates)
+        for group in learning:
+            group.joins = 0.0
+        return [*learning, Group("block", companions, rates[0])]
+
     def _window(self, name: str) -> Rung:
         entering, leaving = self._span()
         store, held = self._stores([], [entering, leaving])
@@ -215,13 +243,9 @@ class Ladder:
         return self._through_blocks(name, loss)
 
     def _through_blocks(self, name: str, loss: Any) -> Rung:
-        rung, learning = Rung(name), []
-        fresh = self._fresh()
-        for part in self.parts:
-            rate = LATER_RATE * self.config.lr
-            learning += groups(part, fresh[part.path], rate, self.config.gate_lr)
-        for group in learning:
-            group.joins = 0.0
+        rung = Rung(name)
+        around = {n: p for found in self.companions.values() for n, p in found.items()}
+        learning = self._later(self.parts, around)
         learning.append(Group("neighbours", self.neighbours, self.config.lr))
         self._train(rung, name, learning, loss, SHARES[name] * self._left())
         return rung
@@ -295,8 +319,10 @@ class Ladder:
     def _run_teacher(self) -> None:
         """Everything that the cheap rungs will want, in one pass; end-to-end wants the whole model, and asks itself."""
         places = [] if self._in_turn() else list(self.parts)
+        if "block" in self.config.rungs and not self._in_turn():
+            places += [stream.block(self.teacher, layer) for layer in self.companions]
         if "window" in self.config.rungs:
-            places += self._span()
+            places += [part for part in self._span() if part.path not in {p.path for p in places}]
         if places:
             tokens = sum(ids.numel() for ids in self.texts.train)
             self.say(f"the teacher runs over {tokens:,} tokens to learn from, once")
@@ -349,6 +375,8 @@ class Ladder:
             for part in self.parts
             for name, tensor in part.student.state_dict(keep_vars=True).items()
         }
+        for companions in self.companions.values():
+            named |= companions
         return named | self.neighbours
 
     def _weights(self) -> dict[str, Tensor]:

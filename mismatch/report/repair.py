@@ -19,6 +19,7 @@ RUNG_COLOURS = {
     "inherit": "#777777",
     "closed-form": "#0072b2",
     "local": "#009e73",
+    "block": "#56b4e9",
     "window": "#e69f00",
     "end-to-end": "#cc79a7",
 }
