@@ -33,8 +33,8 @@ from mismatch.repairing.training import Group, Trained, Trainer
 from mismatch.state import State
 from mismatch.surgery import Student
 
-SHARES = {"local": 0.15, "block": 0.6, "window": 0.9, "end-to-end": 1.0}
-"""Of the minutes that are left when a rung begins."""
+WEIGHTS = {"local": 15, "block": 51, "window": 30.6, "end-to-end": 3.4}
+"""How rungs part the time among those that are still to come."""
 TRIAL_STEPS = 2  # timed to plan the others
 LOOKS = 8  # per rung, fewer where a look is dear:
 LOOKING = 0.2  # share of a rung's time that looks may take
@@ -150,6 +150,11 @@ class Ladder:
             return float("inf")
         return self.config.max_minutes * 60 - self._spent()
 
+    def _seconds(self, name: str) -> float:
+        """What a rung may spend: its part of the time that is left, among the rungs from it on."""
+        coming = self.config.rungs[self.config.rungs.index(name) :]
+        return self._left() * WEIGHTS[name] / sum(WEIGHTS[rung] for rung in coming)
+
     def _spent(self) -> float:
         """Seconds of mending, an earlier process's included."""
         return self.earlier + time.monotonic() - self.began - self.judging
@@ -192,25 +197,25 @@ class Ladder:
     def _local(self, name: str) -> Rung:
         rung = Rung(name)
         fresh = self._fresh()
-        share = SHARES[name] / len(self.parts)
+        seconds = self._seconds(name) / len(self.parts)
         for index, part in enumerate(self.parts):
             store, held = self._stores([part], [part])
             learning = groups(part, fresh[part.path], self.config.lr, self.config.gate_lr)
             loss = LocalLoss(part, store, held)
-            self._train(rung, f"{name}-{index}", learning, loss, share * self._left())
+            self._train(rung, f"{name}-{index}", learning, loss, seconds)
         return rung
 
     def _block(self, name: str) -> Rung:
         """Each swapped block as a whole: what is left of the part's error, the rest of its block takes up."""
         rung = Rung(name)
+        seconds = self._seconds(name) / max(1, len(self.companions))
         for layer in self.companions:
             mine = [part for part in self.parts if part.layer == layer]
             place = stream.block(self.teacher, layer)
             store, held = self._stores(mine, [place])
             loss = stream.WindowLoss(self.student.layout, store, held, place, place)
             learning = self._later(mine, self.companions[layer])
-            share = SHARES[name] / len(self.companions)
-            self._train(rung, f"{name}-{layer}", learning, loss, share * self._left())
+            self._train(rung, f"{name}-{layer}", learning, loss, seconds)
         return rung
 
     def _later(
@@ -247,7 +252,7 @@ class Ladder:
         around = {n: p for found in self.companions.values() for n, p in found.items()}
         learning = self._later(self.parts, around)
         learning.append(Group("neighbours", self.neighbours, self.config.lr))
-        self._train(rung, name, learning, loss, SHARES[name] * self._left())
+        self._train(rung, name, learning, loss, self._seconds(name))
         return rung
 
     def _train(

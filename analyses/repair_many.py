@@ -1,0 +1,142 @@
+"""Many layers replaced at once: does it matter in which order they are mended?
+
+    python analyses/repair_many.py            about 30 minutes of CPU; goes on where it was stopped
+
+Layers 4, 8, ..., 28 of SmolLM2 become `gated_deltanet`. `sequential` mends them in depth order, each on the stream of
+the student as mended so far, towards the original's values; `joint` mends each on the original's stream, as if it stood
+alone. Same text, same rungs, same minutes; judged on held-out text of another source. The paired difference is over
+documents. Writes figures/repair_many/{orders.csv,json,png}.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import pandas as pd
+import torch
+from matplotlib.figure import Figure
+
+import mismatch
+from mismatch import environment
+
+SWAP = "layers[4-28/4]:gated_deltanet"
+ORDERS = ("sequential", "joint")
+RUNGS = ("closed-form", "local", "block")
+COLOURS = {"sequential": "#0072b2", "joint": "#d55e00"}
+HERE = Path(__file__).resolve().parent.parent / "figures" / "repair_many"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", default="smollm2", help="what to repair")
+    parser.add_argument("--swap", default=SWAP, help="several places")
+    parser.add_argument("--minutes", type=float, default=10.0, help="of mending, each order")
+    parser.add_argument("--tokens", type=int, default=32768, help="to learn from")
+    parser.add_argument("--judged", type=int, default=8192, help="to judge on")
+    parser.add_argument("--output", type=Path, default=HERE, help="folder of the results")
+    args = parser.parse_args()
+    args.output.mkdir(parents=True, exist_ok=True)
+    for order in ORDERS:
+        file = args.output / f"{order}.json"
+        if not file.exists():
+            file.write_text(json.dumps(climb(order, args), indent=2) + "\n")
+    frame = table(args.output)
+    frame.to_csv(args.output / "orders.csv", index=False)
+    figure(frame, args.swap).savefig(args.output / "orders.png", dpi=200)
+    print(frame.to_string(index=False, float_format=lambda x: f"{x:.4f}"))
+    print(verdict(frame))
+
+
+def climb(order: str, args: argparse.Namespace) -> dict:
+    """One order: what `mismatch.repair` gives."""
+    result = mismatch.repair(
+        args.model,
+        args.swap,
+        order=order,
+        rungs=RUNGS,
+        pays=0.0,
+        max_minutes=args.minutes,
+        tokens=args.tokens,
+        judged=args.judged,
+        progress=True,
+    )
+    print(result.summary(), file=sys.stderr)
+    return {
+        "swap": args.swap,
+        "order": order,
+        "minutes": args.minutes,
+        "tokens": args.tokens,
+        "threads": torch.get_num_threads(),
+        "climb": result.climbed,
+        "versions": environment.versions(),
+    }
+
+
+def table(folder: Path) -> pd.DataFrame:
+    """A row per order and rung, and the controls."""
+    rows = []
+    for order in ORDERS:
+        climbed = json.loads((folder / f"{order}.json").read_text())["climb"]
+        for rung in climbed["rungs"]:
+            names = ("kl", "lo", "hi", "gap_closed", "gap_lo", "gap_hi", "tokens", "seconds", "kept")
+            rows.append({"order": order, "rung": rung["name"], **{n: rung[n] for n in names}})
+        for name, found in climbed["students"].items():
+            if name not in ("swap", "repaired") and order == ORDERS[0]:
+                kl, lo, hi = found["kl"]
+                rows.append({"order": "control", "rung": name, "kl": kl, "lo": lo, "hi": hi})
+    return pd.DataFrame(rows)
+
+
+def last(frame: pd.DataFrame, order: str) -> pd.Series:
+    """The last rung of an order that was kept."""
+    mine = frame[frame["order"] == order]
+    return mine[mine["kept"].astype(bool)].iloc[-1]
+
+
+def verdict(frame: pd.DataFrame) -> str:
+    """Which order leaves less, where their intervals are apart."""
+    one, other = (last(frame, order) for order in ORDERS)
+    said = ", ".join(
+        f"{row['order']} {row['kl']:.3f} [{row['lo']:.3f}, {row['hi']:.3f}]" for row in (one, other)
+    )
+    if one["hi"] < other["lo"]:
+        return f"sequential is better: {said} nats left"
+    if other["hi"] < one["lo"]:
+        return f"joint is better: {said} nats left"
+    return f"the intervals overlap: {said} nats left"
+
+
+def figure(frame: pd.DataFrame, swap: str) -> Figure:
+    """KL after each rung, both orders, controls dashed."""
+    picture = Figure(figsize=(6.0, 3.2), layout="constrained")
+    ax = picture.subplots()
+    rungs = list(dict.fromkeys(frame.loc[frame["order"] != "control", "rung"]))
+    for shift, order in zip((-0.06, 0.06), ORDERS, strict=True):
+        mine = frame[frame["order"] == order]
+        x = [rungs.index(rung) + shift for rung in mine["rung"]]
+        bars = [(mine["kl"] - mine["lo"]).clip(lower=0), (mine["hi"] - mine["kl"]).clip(lower=0)]
+        ax.errorbar(
+            x, mine["kl"], yerr=bars, marker="o", ms=5, capsize=2, lw=1, color=COLOURS[order], label=order
+        )
+    for row in frame[frame["order"] == "control"].itertuples():
+        ax.axhline(row.kl, color="#777777", lw=0.8, ls="--")
+        ax.annotate(
+            row.rung, (0.0, row.kl), xycoords=("axes fraction", "data"), xytext=(4, 2),
+            textcoords="offset points", fontsize=8, color="#777777",
+        )  # fmt: skip
+    ax.set_xticks(range(len(rungs)), rungs)
+    ax.set_yscale("log")
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.set_ylabel("KL to the original, nats per token")
+    ax.set_title(f"{swap}, mended in two orders", loc="left", fontsize=9)
+    ax.legend(frameon=False, fontsize=8)
+    return picture
+
+
+if __name__ == "__main__":
+    main()
