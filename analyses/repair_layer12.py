@@ -3,7 +3,7 @@
     python analyses/repair_layer12.py             about 26 minutes of CPU
 
 SmolLM2, `infini(segment=64)` with and without a sink in attention of layer 12, learnt from `sotu`, judged on `wiki`.
-Steps are counted, not timed, so that the result does not depend on what else the machine does; the CPU time of the whole,
+Steps are counted, not timed, so that the result does not depend on the machine; the CPU time of the whole,
 judging and controls included, is written beside it. Both gaps are also given against the KL of the unrepaired swap
 WITHOUT a sink, so that the two can be compared.
 """

@@ -5,7 +5,7 @@
 
 Layer 12 of SmolLM2, learnt from `sotu`, judged on 8 documents of `wiki` in windows of 512, rungs up to `block`, the
 same steps for each; the controls `zero` and `linear` stand in the same place on the same tokens. A mechanism that does
-not repair is said to be one, with the reason that the numbers give. Writes figures/repair_table/table.{csv,json,png} and a json per row.
+not repair is said to be one, with the reason that the numbers give. Writes figures/repair_table/.
 """
 
 from __future__ import annotations
