@@ -20,8 +20,10 @@ from typing import IO, Any, ParamSpec, TypeVar
 import matplotlib as mpl
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from mismatch.errors import UsageError
 from mismatch.files import json_text, write_atomic
@@ -160,6 +162,13 @@ def interval(value: float, lo: float, hi: float) -> str:
     if pd.isna(lo) or pd.isna(hi):
         return number(value)
     return f"{number(value)} [{number(lo)}, {number(hi)}]"
+
+
+def plain_log(*axes: Axis) -> None:
+    """Plain numbers at the powers of ten of logarithmic axes: math text is off."""
+    for axis in axes:
+        axis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
+        axis.set_minor_formatter(NullFormatter())
 
 
 def spread(heights: Sequence[float], gap: float) -> list[float]:
