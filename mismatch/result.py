@@ -87,7 +87,10 @@ class Result:
         """What `mismatch trace` prints at the end."""
         found = [finding.as_dict() for finding in self.findings]
         text = summary(self.table, self.plan, found, dictionary=self.run.dictionary)
-        return "\n".join([text, *answer_lines(self.table, self.run.dictionary)])
+        lines = [text, *answer_lines(self.table, self.run.dictionary)]
+        if self.run_dir is not None and any(c["layer"] is not None for c in self.plan["clauses"]):
+            lines += ["", f"next: mismatch diagnose {self.run_dir}   # why, and what would mend it"]
+        return "\n".join(lines)
 
     def heatmap(self, metric: Any = None, site: Any = None, **options: Any) -> Figure:
         """The shift of every layer and site; see `mismatch.report.heatmap`."""

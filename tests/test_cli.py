@@ -19,7 +19,7 @@ from mismatch.planning.config import PlanConfig
 from mismatch.scanning.config import ScanConfig
 
 COMMANDS = (
-    *("trace", "check", "probe", "scan", "plan", "repair", "generate"),
+    *("trace", "check", "probe", "diagnose", "scan", "plan", "repair", "generate"),
     *("fetch", "report", "compare", "list", "explain", "env"),
 )
 TRACE = ["trace", "--model", "m", "--swap", "layer1:zero"]

@@ -20,16 +20,16 @@ class DiagnoseConfig(SwapConfig):
     """Controls that stand in the same places, to say what the damage is worth; none for no control."""
     tokens: Annotated[int, ">= 1"] = 8192
     """Tokens of the calibration text that corrections are fitted on."""
-    judged: Annotated[int, ">= 1"] = 4096
+    judged: Annotated[int, ">= 1"] = 3072
     """Held-out tokens that they are judged on."""
-    seq_len: Annotated[int, ">= 8"] = 512
+    seq_len: Annotated[int, ">= 8"] = 384
     """Tokens per window. A window never mixes documents."""
     batch_size: Annotated[int, ">= 1"] = 2
     """Windows per forward pass."""
     scored: Annotated[float, "0.001..1"] = 0.2
     """Share of the held-out tokens whose predictions are compared, the same for all: the head is costly."""
     heads: Annotated[int, ">= 0"] = 3
-    """Heads of each place that are given back one by one: those whose return mends most of the update."""
+    """Heads that are given back one by one: those whose return mends most of the update."""
     evidence: str | None = None
     """Run folder of a trace or of probes of the same swap, whose readings are put beside."""
 

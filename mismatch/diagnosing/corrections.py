@@ -79,35 +79,47 @@ def fit(sample: Sample) -> Fitted:
     single["size"] = _size(facts["size"])
     single["first"], single["massive"] = _first, _massive
     single = {name: _effective(change, sample) for name, change in single.items()}
-    joint = {chosen: _together(chosen, sample) for chosen in SUBSETS}
+    joint = {chosen: _together(chosen, sample, single) for chosen in SUBSETS}
     return Fitted(single, joint, facts)
 
 
-def _together(causes: tuple[str, ...], sample: Sample) -> Change | None:
-    """All corrections of these causes, each fitted on what those before it left."""
+RICHEST: dict[str, tuple[str, ...]] = {
+    "position": ("delay", "rope", "position"),
+    "distribution": ("linear",),
+    "premise": ("size", "first", "massive"),
+}
+"""What a cause corrects, in this order."""
+
+
+def _together(
+    causes: tuple[str, ...], sample: Sample, single: dict[str, Change | None]
+) -> Change | None:
+    """All corrections of these causes, each fitted on what those before it left; the first one is fitted already."""
     taken: list[Change] = []
     now = sample
-
-    def take(change: Change | None) -> None:
-        nonlocal now
-        if (change := _effective(change, now)) is not None:
+    for name in (name for cause in ORDER if cause in causes for name in RICHEST[cause]):
+        change = _effective(_again(name, now), now) if taken else single[name]
+        if change is not None:
             taken.append(change)
             now = now.after(change)
+    if len(taken) < 2:
+        return taken[0] if taken else None
+    return _chain(taken)
 
-    for cause in ORDER:
-        if cause not in causes:
-            continue
-        if cause == "position":
-            take(_sparing(fits.delay(now)[0], now))
-            take(_rope(fits.rope(now)))
-            take(_plain(fits.position(now)))
-        elif cause == "distribution":
-            take(_sparing(fits.linear(now)[0], now))
-        else:
-            take(_size(fits.own_size(now)))
-            take(_first)
-            take(_massive)
-    return _chain(taken) if taken else None
+
+def _again(name: str, now: Sample) -> Change | None:
+    """One correction, fitted on what others left."""
+    if name == "linear":
+        return _sparing(fits.linear(now)[0], now)
+    if name == "delay":
+        return _sparing(fits.delay(now)[0], now)
+    if name == "rope":
+        return _rope(fits.rope(now))
+    if name == "position":
+        return _plain(fits.position(now))
+    if name == "size":
+        return _size(fits.own_size(now))
+    return {"first": _first, "massive": _massive}[name]
 
 
 def _chain(changes: list[Change]) -> Change:

@@ -8,7 +8,7 @@ gives a map s -> y^ that is then applied to every token of other text:
     affine     y^ = a * s + b                             mean and scale of every channel
     linear     y^ = s + (s - mean s) D + b                best linear map; ridge on D, so that lambda = inf is `mean`
     delay      y^_t = m + g (f_- u_{t-1} + f_0 u_t + f_+ u_{t+1}),  u = s - m
-    position   y^_t = s_t + e(bin of t)                   mean error per position, less the mean error of all
+    position   y^_t = s_t + e(bin of t)                   mean error per position, less the mean error of all; 0 at position 0
     rope       y^ = s + c (y - n)                         c from s = a y + c n + rest, means taken out, 0 <= c <= 1
     size       y^_t = s_t g |y_t| / |s_t|                 g = |s| / |y| of a usual token
 
@@ -261,13 +261,14 @@ def bins(n_pos: int) -> Tensor:
 
 
 def position(sample: Sample) -> Apply:
-    """Mean error per bin of positions less the mean error of all, shrunk by how much of it is chance.
+    """Mean error per bin of positions less the mean error of all, shrunk by how much of it is chance; 0 at position 0,
+    which is the matter of another correction (the first token's update).
 
     Each bin's mean over windows is multiplied by max(0, 1 - noise / signal), the positive-part shrinkage of a mean
     (Efron and Morris 1973): a bin of few tokens says little.
     """
     error = sample.teacher.double() - sample.student.double()
-    kept = ~sample.known.massive | (torch.arange(error.shape[1], device=error.device) == 0)
+    kept = sample.bulk
     where = bins(error.shape[1]).to(error.device)
     overall = error[sample.bulk].mean(0)
     steps = torch.zeros(int(where.max()) + 1, error.shape[2], dtype=error.dtype, device=error.device)

@@ -166,12 +166,15 @@ class DiagnoseJob:
         returned = []
         for one in apart.asked:
             share, kl = none
-            if one.trial in judged:
-                share, kl = (f(judged[one.trial], *a) for f, a in _pairs(damage, seed))
+            after = judged.get(apart.trial_of(one.trial))
+            if after is not None:
+                share, kl = share_of(after, damage, seed), kl_of(after, seed)
             returned.append(
-                Returned(one.name, one.group, share, kl, one.layer, one.head, one.trial not in judged)
+                Returned(one.name, one.group, share, kl, one.layer, one.head, after is None)
             )
-        joint = {chosen: judged.get(joint_name(chosen), damage) for chosen in SUBSETS}
+        joint = {
+            chosen: judged.get(apart.trial_of(joint_name(chosen)), damage) for chosen in SUBSETS
+        }
         causes, unexplained = causes_of(joint, damage, seed)
         return Found(
             **shared,
@@ -222,10 +225,6 @@ class DiagnoseJob:
         write_html(folder.path)
         folder.log("done")
         return Diagnosed(load_run(folder.path), found, findings)
-
-
-def _pairs(damage: Judged, seed: int) -> tuple[tuple[Any, tuple], ...]:
-    return (share_of, (damage, seed)), (kl_of, (seed,))
 
 
 def _about(cut: Windows, documents: Any) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from mismatch.diagnosing.found import Kl, Returned, Share
 from mismatch.metrics.readings import interval, resamples
 from mismatch.repairing.judge import Judged
 
-NEARLY = 0.9
+NEARLY = 0.95
 """Of the best share: a simpler correction that returns so much is the name of it."""
 LITTLE = 0.25
 """Below this no correction leads."""

@@ -74,6 +74,8 @@ class TakenApart:
         self.config, self.not_applicable = config, []
         self.fitted: dict[Place, Fitted] | None = None
         self.asked: list[Asked] = []
+        self._made: dict[tuple, str] = {}
+        self._same: dict[str, str] = {}
         self._bare = self._without_rope(teacher)
         self._counts = {p: heads_shared(self.teacher, self.student, p) for p in places}
         self._left: dict[Place, list[float]] = {}
@@ -156,7 +158,9 @@ class TakenApart:
 
     def _changes(self, name: str, changes: dict[Place, Change | None]) -> list[Trial]:
         used = {place: change for place, change in changes.items() if change is not None}
-        if not used:
+        key = tuple((place, id(change)) for place, change in used.items())
+        self._same[name] = self._made.setdefault(key, name)
+        if not used or self._same[name] != name:
             return []
 
         @contextmanager
@@ -175,26 +179,36 @@ class TakenApart:
 
         return [Trial(name, self.student, during)]
 
+    def trial_of(self, name: str) -> str:
+        """The trial that judged a correction: one that does the very same is not run again."""
+        return self._same.get(name, name)
+
     def _head_trials(self) -> list[Trial]:
         found = []
         if self.config.heads and not any(self._counts.values()):
             self.not_applicable.append(
                 "heads: the swapped part does not share the output projection of the original's heads"
             )
-        for place in self.places:
-            errors = self.head_errors(place)
-            best = sorted(range(len(errors)), key=lambda h: -errors[h])[: self.config.heads]
-            for head in (h for h in best if errors[h] > WORTH):
-                name = f"head {head}" if len(self.places) == 1 else f"layer {place.layer}, head {head}"
-                self.asked.append(Asked(name, "part", name, place.layer, head))
+        ranked = sorted(
+            (
+                (share, place, head)
+                for place in self.places
+                for head, share in enumerate(self.head_errors(place))
+                if share > WORTH
+            ),
+            key=lambda one: -one[0],
+        )
+        for _, place, head in ranked[: self.config.heads]:
+            name = f"head {head}" if len(self.places) == 1 else f"layer {place.layer}, head {head}"
+            self.asked.append(Asked(name, "part", name, place.layer, head))
 
-                def during(
-                    batch: Batch, place: Place = place, head: int = head
-                ) -> AbstractContextManager[None]:
-                    heads = batch.sides[place].heads
-                    return head_given(self.student, place, head, self._counts[place], heads)
+            def during(
+                batch: Batch, place: Place = place, head: int = head
+            ) -> AbstractContextManager[None]:
+                heads = batch.sides[place].heads
+                return head_given(self.student, place, head, self._counts[place], heads)
 
-                found.append(Trial(name, self.student, during))
+            found.append(Trial(name, self.student, during))
         return found
 
     def _branch_trials(self) -> list[Trial]:

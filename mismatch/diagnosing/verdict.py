@@ -101,7 +101,7 @@ def _leading(found: Found, ask: _Next) -> Iterator[Finding]:
     yield Finding(
         "medium",
         f"{_percent(lead.share)} of the damage: {lead.says}",
-        f"Corrected by {lead.says} alone, the KL falls from {found.damage.value:.3g} to {lead.kl.value:.3g} nats"
+        f"With that alone changed the KL falls from {found.damage.value:.3g} to {lead.kl.value:.3g} nats"
         f"{_band(lead.kl)}. Nothing simpler returns as much, and nothing richer much more.",
         _numbers(lead.name, lead.share),
         ask.cure(lead),
