@@ -3,11 +3,11 @@
     python analyses/nope_layers.py                about 9 minutes of CPU, one thread, behind scan_atlas.py
 
 Where: what `nope` costs text, copying and the passkey in each of SmolLM2's 30 layers, from the scan of `scan_atlas.py`,
-beside the teacher's best previous-token head of that layer. What still carries it: (1) at layers 8, 12, 16 and 19,
-whether that layer's attention still knows order (its prefix permuted), and whether the position of a token can still be
-read off its update and off the stream behind it (what can be read need not be used); (2) RoPE removed from the k layers
-that cost copying most, or from all others: if a few layers carry position, the rest can do without. The layers are
-ranked on the scan's random tokens and keys, and judged on others. 95 % intervals: documents, sequences, prompts.
+beside the teacher's best previous-token head of that layer. What still carries it: (1) RoPE removed from layers 8, 12,
+16 and 19, do they still know order (their prefix permuted), and can the position of a token still be read off their
+updates and off the stream (what can be read need not be used)? (2) RoPE removed from the k layers that cost copying
+most, or from all others: if a few layers carry position, the rest can do without. The layers are ranked on the scan's
+random tokens, and judged on others. 95 % intervals: documents, sequences, prompts.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def main() -> None:
     heads = asked(teacher, "all:nope", ("heads",))
     previous = heads[(heads.student == "teacher") & (heads.stat == "previous")]
     best = previous.groupby("layer")["value"].max()
-    local = pd.concat([left(teacher, layer) for layer in LAYERS], ignore_index=True)
+    local = left(teacher)
     together = pd.concat(
         [
             jointly(teacher, chosen).assign(k=k, removed=removed)
@@ -87,37 +87,29 @@ def asked(
     return result.table
 
 
-def left(teacher: mismatch.api.Teacher, layer: int) -> pd.DataFrame:
-    """What a layer without RoPE still knows: stat, layer, site, who, value, lo, hi."""
-    table = asked(teacher, f"layer{layer}:nope", ("order_sensitivity", "position_decoding"))
+def left(teacher: mismatch.api.Teacher) -> pd.DataFrame:
+    """What layers and stream still know without RoPE in these four: stat, layer, site, student, value, lo, hi."""
+    swap = f"layers[{','.join(map(str, LAYERS))}]:nope"
+    table = asked(teacher, swap, ("order_sensitivity", "position_decoding"))
     order = table[(table.metric == "order_sensitivity") & (table.stat == "change[keep=1]")]
     read = table[(table.metric == "position_decoding") & table.stat.isin(["r2", "r2_shuffled"])]
-    behind = read[(read.site == "attn_out") | (read.layer == read.layer.max())]
-    rows = pd.concat([order, behind])[["stat", "layer", "site", "student", "value", "lo", "hi"]]
-    return rows.assign(swapped=layer)
+    return pd.concat([order, read])[["stat", "layer", "site", "student", "value", "lo", "hi"]]
 
 
 def jointly(teacher: mismatch.api.Teacher, layers: list[int]) -> pd.DataFrame:
     """task, value, lo, hi: what the model loses without RoPE in these layers."""
     swap = f"layers[{','.join(map(str, sorted(layers)))}]:nope"
-    table = asked(teacher, swap, ("induction", "passkey"), lengths=("256",), depths=("0.1",))
-    rows = []
-    for task, stat, sign in (
-        ("induction", "nll_second_minus_teacher", 1),
-        ("passkey", "logprob_minus_teacher", -1),
-    ):
-        row = table[(table.metric == task) & (table.stat == stat) & (table.student == "swap")].iloc[
-            0
-        ]
-        ends = sorted((sign * row.lo, sign * row.hi))
-        rows.append({"task": task, "value": sign * row.value, "lo": ends[0], "hi": ends[1]})
-    traced = mismatch.trace(
-        teacher, swap=swap, tokens=1536, seq_len=192, metrics=("kl",), **SIZES
-    ).table  # fmt: skip
+    copied = asked(teacher, swap, ("induction",))
+    copied = copied[copied.stat == "nll_second_minus_teacher"]
+    text = {"tokens": 1536, "seq_len": 192, "metrics": ("kl",)}
+    traced = mismatch.trace(teacher, swap=swap, **text, **SIZES).table
     kl = traced[(traced.metric == "kl") & (traced.stat == "mean") & (traced.site == "logits")]
-    kl = kl[(kl.position == "all") & (kl.student == "swap")].iloc[0]
-    rows.append({"task": "text", "value": kl.value, "lo": kl.lo, "hi": kl.hi})
-    return pd.DataFrame(rows)
+    both = {"induction": copied, "text": kl[kl.position == "all"]}
+    rows = [
+        found[found.student == "swap"].assign(task=task)[["task", "value", "lo", "hi"]]
+        for task, found in both.items()
+    ]
+    return pd.concat(rows, ignore_index=True)
 
 
 def ranked_by_head(where: pd.DataFrame) -> dict[str, list[float]]:
@@ -152,10 +144,13 @@ def verdict(where: pd.DataFrame, local: pd.DataFrame, together: pd.DataFrame, or
         )
     swap = local[local["student"] == "swap"]
     blind = bool((swap[swap["stat"] == "change[keep=1]"]["value"] < 1e-4).all())
-    read = swap[swap["stat"] == "r2"]
+    read = local[(local["stat"] == "r2") & (local["site"] == "resid_post")]
+    read = read.groupby("student")["value"].agg(["min", "max"])
     said.append(
         f"the layer itself {'knows no order any more' if blind else 'still knows order'}; position is still read off "
-        f"the stream with R2 {read['value'].min():.2f} to {read['value'].max():.2f}"
+        f"the stream with R2 "
+        f"{read['min']['swap']:.2f} to {read['max']['swap']:.2f} (with RoPE {read['min']['teacher']:.2f} to "
+        f"{read['max']['teacher']:.2f})"
     )
     at = together.set_index(["removed", "k", "task"]).sort_index()
     enough = [
@@ -215,34 +210,24 @@ def draw(where: pd.DataFrame, local: pd.DataFrame, together: pd.DataFrame) -> Fi
     top.set_xticks(range(0, int(where["layer"].max()) + 1, 2))
     top.legend(frameon=False, fontsize=6.5, ncols=4, loc="lower left", bbox_to_anchor=(0, 1.0))
     low = figure.add_subplot(grid[1, 0])
-    ticks = []
-    for at, layer in enumerate(LAYERS):
-        mine = local[local["swapped"] == layer]
-        for shift, who, face in ((-0.15, "teacher", "white"), (0.15, "swap", None)):
-            for stat, site, marker, colour in (
-                ("change[keep=1]", "attn_out", "o", "#d55e00"),
-                ("r2", "attn_out", "s", "#009e73"),
-                ("r2", "resid_post", "D", "#332288"),
-            ):
-                row = mine[
-                    (mine["stat"] == stat) & (mine["site"] == site) & (mine["student"] == who)
-                ].iloc[0]
-                label = {
-                    "o": "order, attention",
-                    "s": "position, attention",
-                    "D": "position, last stream",
-                }[marker]
-                low.errorbar(
-                    [at + shift], [row.value], [[row.value - row.lo], [row.hi - row.value]], fmt=marker, ms=4,
-                    color=colour, mfc=face or colour, lw=0.8, label=label if at == 0 and who == "swap" else None,
-                )  # fmt: skip
-        ticks.append(str(layer))
-    low.set_xticks(range(len(ticks)), ticks)
+    for stat, site, colour, marker, words in (
+        ("change[keep=1]", "attn_out", "#d55e00", "o", "order, update"),
+        ("r2", "attn_out", "#009e73", "s", "position, update"),
+        ("r2", "resid_post", "#332288", "D", "position, stream"),
+    ):
+        mine = local[(local["stat"] == stat) & (local["site"] == site)]
+        for student, line, face in (("teacher", "--", "white"), ("swap", "-", colour)):
+            one = mine[mine["student"] == student].sort_values("layer")
+            error = [one["value"] - one["lo"], one["hi"] - one["value"]]
+            low.errorbar(
+                one["layer"], one["value"], error, ls=line, marker=marker, ms=3.5, lw=0.8,
+                color=colour, mfc=face, label=words if student == "swap" else None,
+            )  # fmt: skip
     low.axhline(0, color=style.FAINT, lw=0.5)
-    low.set(xlabel="layer (open: with RoPE, filled: without)", ylabel="change, or R2")
+    low.set(xlabel="layer (broken: with RoPE)", ylabel="relative change, or R2")
     low.legend(frameon=False, fontsize=6, loc="lower left", bbox_to_anchor=(0, 1.0), ncols=2)
     right = figure.add_subplot(grid[1, 1])
-    for task in TASKS:
+    for task in ("text", "induction"):
         colour, marker = LOOKS[task]
         for removed, line, face in (("the k", "-", colour), ("all others", "--", "white")):
             mine = together[(together["task"] == task) & (together["removed"] == removed)]
@@ -260,6 +245,7 @@ def draw(where: pd.DataFrame, local: pd.DataFrame, together: pd.DataFrame) -> Fi
             )
     right.set_xscale("log", base=2)
     right.set_yscale("log")
+    style.plain_log(right.yaxis)
     right.set_xticks(COUNTS, [str(k) for k in COUNTS])
     right.minorticks_off()
     right.set(xlabel="k (full: RoPE removed there; broken: from all others)", ylabel="lost, nats")

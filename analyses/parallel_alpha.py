@@ -35,6 +35,8 @@ INNERS = {
     "identity": ("itself again", "#56b4e9"),
 }
 ALPHAS = (0.01, 0.0316, 0.1, 0.316, 1.0, 3.16)
+FINE = ("infini(segment=64)", "random")
+"""On the whole grid; the others without its ends."""
 LAYERS = "4,12,20"
 MARK = 0.01
 """Nats per token: what counts as hurt. A window of 64 with a sink costs less than this in every layer."""
@@ -84,13 +86,14 @@ def main() -> None:
     print(made["verdict"])
 
 
-def grid() -> tuple[float, ...]:
-    return (0.0, *(sign * alpha for sign in (1, -1) for alpha in ALPHAS))
+def grid(inner: str) -> tuple[float, ...]:
+    alphas = ALPHAS if inner in FINE else ALPHAS[1:-1]
+    return (0.0, *(sign * alpha for sign in (1, -1) for alpha in alphas))
 
 
 def swaps(inner: str) -> list[str]:
     """The columns of one scan: beside the original at every alpha, and in its place."""
-    beside = [f"parallel({inner}, alpha={alpha})" for alpha in grid()]
+    beside = [f"parallel({inner}, alpha={alpha})" for alpha in grid(inner)]
     return beside if inner == "identity" else [*beside, inner]
 
 
@@ -98,9 +101,10 @@ def readings(cells: pd.DataFrame, inner: str) -> pd.DataFrame:
     """inner, how (beside, replaced, zero), alpha, layer, value, lo, hi: KL in nats per token."""
     named = {
         str(spec.templates(text)[0]): alpha
-        for text, alpha in zip(swaps(inner), grid(), strict=False)
+        for text, alpha in zip(swaps(inner), grid(inner), strict=False)
     }
-    mine = cells[["student", "layer", "value", "lo", "hi"]].assign(inner=inner)
+    mine = cells[cells["kind"] != "missing"]
+    mine = mine[["student", "layer", "value", "lo", "hi"]].assign(inner=inner)
     mine["alpha"] = mine["student"].map(named)
     mine["how"] = mine["student"].map(
         {**dict.fromkeys(named, "beside"), inner: "replaced", "zero": "zero"}
@@ -126,18 +130,20 @@ def crossing(alphas: pd.Series, values: pd.Series) -> float:
 
 
 def crossings(found: pd.DataFrame) -> pd.DataFrame:
-    """inner, layer, sign: alpha at the mark with its interval, KL at alpha 1, KL of the replacement and of zero."""
+    """inner, layer, sign: alpha at the mark with its interval, the power of alpha that KL begins with, other KLs."""
     rows = []
     for (inner, layer), mine in found.groupby(["inner", "layer"], sort=False):
         beside = mine[mine["how"] == "beside"]
         one = {how: mine[mine["how"] == how]["value"] for how in ("replaced", "zero")}
         for sign in (1, -1):
             side = beside[beside["alpha"] * sign > 0]
+            (a, x), (b, y) = sorted(zip(side["alpha"].abs(), side["value"], strict=True))[:2]
             at = {bound: crossing(side["alpha"], side[bound]) for bound in ("value", "hi", "lo")}
             rows.append(
                 {
                     "inner": inner, "layer": layer, "sign": "+" if sign > 0 else "-",
                     "alpha": at["value"], "lo": at["hi"], "hi": at["lo"],
+                    "power": math.log(y / x) / math.log(b / a),
                     "kl_at_0": float(beside.loc[beside["alpha"] == 0, "value"].iloc[0]),
                     "kl_at_1": float(side.loc[side["alpha"].abs() == 1, "value"].iloc[0]),
                     "kl_replaced": float(one["replaced"].iloc[0]) if len(one["replaced"]) else math.nan,
@@ -150,7 +156,8 @@ def crossings(found: pd.DataFrame) -> pd.DataFrame:
 def verdict(found: pd.DataFrame, crossed: pd.DataFrame) -> str:
     """Exactly 0 at alpha = 0 or not; and whether one alpha can be named for all mechanisms and layers."""
     start = found[(found["how"] == "beside") & (found["alpha"] == 0)]
-    keeps = bool((start[["value", "lo", "hi"]] == 0).all(axis=None))
+    exact = int((start[["value", "lo", "hi"]] == 0).all(axis=1).sum())
+    keeps = "holds" if exact == len(start) else "does not hold"
     apart = crossed["lo"].max() > crossed["hi"].min()
     by = {
         inner: f"{style.number(mine['alpha'].min())} to {style.number(mine['alpha'].max())}"
@@ -163,8 +170,9 @@ def verdict(found: pd.DataFrame, crossed: pd.DataFrame) -> str:
     both = both[both["sign"] == "+"]
     less = int((both["kl_at_1"] < both["kl_replaced"]).sum())
     return (
-        f"alpha = 0 keeps the model: {'holds' if keeps else 'does not hold'} (KL exactly 0 in {len(start)} cells). "
+        f"alpha = 0 keeps the model: {keeps} (KL exactly 0 in {exact} of {len(start)} cells). "
         f"How far alpha can go before KL passes {MARK:g} nats {words}: {each}; below {style.number(safe)} nowhere. "
+        f"KL grows as alpha to the {crossed['power'].min():.2f} to {crossed['power'].max():.2f} at first. "
         f"Added in full (alpha = 1) it costs less than in place of the attention in {less} of {len(both)} cells."
     )
 
@@ -203,24 +211,25 @@ def draw(found: pd.DataFrame) -> Figure:
         zero = found[(found["layer"] == layer) & (found["how"] == "zero")].iloc[0]
         ax.plot([7.0], [zero["value"]], "s", ms=4, color="#0072b2")
         ax.axvline(4.7, color=style.FAINT, lw=0.4)
-        ax.set(xscale="log", yscale="log", xlim=(0.007, 10), ylim=(1e-7, 20))
+        ax.set(xscale="log", yscale="log", xlim=(0.007, 10), ylim=(3e-7, 20))
         ax.set_xticks([0.01, 0.1, 1, 7], ["0.01", "0.1", "1", "in its\nplace"])
         ax.minorticks_off()
         ax.set_title(f"layer {layer}", fontweight="bold")
         ax.set_xlabel("|alpha|")
     axes[0].set_ylabel("KL, nats per token")
     axes[0].annotate(f"mark: {MARK:g}", (0.0075, MARK * 1.25), fontsize=6, color=style.FAINT)
-    keys = [
-        Line2D([], [], color=c, marker="o", ms=3, lw=1, label=f"+ {words}")
-        for words, c in INNERS.values()
-    ]
-    keys += [
-        Line2D([], [], color=style.INK, lw=1, ls="--", marker="o", mfc="white", ms=3, label="alpha < 0"),
-        Line2D([], [], color=style.INK, lw=0, marker="D", ms=4, label="in place of attention"),
+    style.plain_log(axes[0].yaxis)
+    lines = [Line2D([], [], color=c, lw=1.4, label=words) for words, c in INNERS.values()]
+    signs = [
+        Line2D([], [], color=style.INK, lw=1, marker="o", ms=3, label="added"),
+        Line2D([], [], color=style.INK, lw=1, ls="--", marker="o", mfc="white", ms=3, label="taken away"),
+        Line2D([], [], color=style.INK, lw=0, marker="D", ms=4, label="in its place"),
         Line2D([], [], color="#0072b2", lw=0, marker="s", ms=4, label="attention deleted"),
     ]  # fmt: skip
-    figure.legend(handles=keys, ncols=7, loc="outside upper left", frameon=False, fontsize=6.3,
-                  columnspacing=1.0, handlelength=1.6)  # fmt: skip
+    for ax, keys in ((axes[0], lines), (axes[1], signs)):
+        ax.legend(
+            handles=keys, frameon=False, fontsize=6, loc="lower right", bbox_to_anchor=(0.88, 0)
+        )
     style.frame(
         figure,
         "How much of another mechanism can be added to an attention (smollm2)",

@@ -224,7 +224,7 @@ def draw(found: pd.DataFrame, said: pd.DataFrame) -> Figure:
         "Does an update's size say what losing it costs? (smollm2, one layer at a time)",
         "Above the panels: Spearman's r over 30 layers of size and damage, 95 % over resampled layers (at random |r| "
         "< 0.36), and of fisher, the quadratic guess at the KL from the teacher alone. Bars: 95 % over documents; "
-        "layers.",
+        "numbers: layers.",
     )
     return figure
 

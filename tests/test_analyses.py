@@ -69,7 +69,7 @@ def alphas(module: ModuleType, scale: dict[str, float], at_0: float = 0.0) -> pd
     rows = []
     for inner, factor in scale.items():
         for layer in (4, 12):
-            for alpha in module.grid():
+            for alpha in module.grid(inner):
                 kl = factor * alpha**2 if alpha else at_0
                 rows.append((inner, "beside", alpha, layer, kl))
             if inner != "identity":
@@ -86,6 +86,7 @@ def test_the_alpha_at_the_mark_is_found_with_its_interval():
     assert row["alpha"] == pytest.approx(0.05, rel=1e-6)  # 4 alpha^2 = 0.01
     assert row["lo"] == pytest.approx(0.05 / 1.1**0.5, rel=1e-6)
     assert row["hi"] == pytest.approx(0.05 / 0.9**0.5, rel=1e-6)
+    assert row["power"] == pytest.approx(2, rel=1e-3)
 
 
 def test_an_alpha_off_the_grid_is_said_to_be():
@@ -169,8 +170,12 @@ def nope(worst: int, change: float, few: float, rest: float) -> tuple:
     where = where.assign(lo=0.9 * where["value"], hi=1.1 * where["value"])
     where["best_previous"] = where["value"]
     local = pd.DataFrame(
-        [("swap", "change[keep=1]", change), ("swap", "r2", 0.7), ("teacher", "r2", 0.7)],
-        columns=["student", "stat", "value"],
+        [
+            ("swap", "change[keep=1]", "attn_out", change),
+            ("swap", "r2", "resid_post", 0.6),
+            ("teacher", "r2", "resid_post", 0.7),
+        ],
+        columns=["student", "stat", "site", "value"],
     )
     together = pd.DataFrame(
         [("the k", 1, "induction", few), ("all others", 1, "induction", rest)],
@@ -185,6 +190,7 @@ def test_nope_names_the_layer_and_the_carrier():
     said = module.verdict(where, local, together, module.ranked_by_head(where))
     assert "induction loses most in one layer: 16" in said
     assert "the layer itself knows no order any more" in said
+    assert "R2 0.60 to 0.60 (with RoPE 0.70 to 0.70)" in said
     assert "RoPE in the 1 layers that copying needs most is worth more" in said
     where, local, together = nope(worst=16, change=0.3, few=1.0, rest=6.0)
     said = module.verdict(where, local, together, module.ranked_by_head(where))
