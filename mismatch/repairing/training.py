@@ -31,6 +31,7 @@ WARMUP = 0.05  # share of the steps
 BETAS = (0.9, 0.95)
 CLIP = 1.0  # norm of the whole gradient
 MOVED = 0.05  # a gate that moved less has not moved
+DRAWN = 64  # numbers of a gate's tensor, at most, of a trajectory: one a head can be drawn, one a channel cannot
 
 
 @dataclass
@@ -58,6 +59,8 @@ class Look:
     tokens: int
     seconds: float
     error: float
+    gates: dict[str, list[float]] = field(default_factory=dict)
+    """Tensors of the gate groups as they were then, by name; those of at most `DRAWN` numbers."""
 
 
 @dataclass
@@ -243,7 +246,12 @@ class Trainer:
 
     def _look(self, done: Trained) -> None:
         error = self.look()
-        done.looks.append(Look(done.steps, done.tokens, done.seconds, error))
+        gates = {
+            name: self.masters[name].detach().flatten().tolist()
+            for name in self._gate_names()
+            if self.masters[name].numel() <= DRAWN
+        }
+        done.looks.append(Look(done.steps, done.tokens, done.seconds, error, gates))
         if math.isfinite(error) and (done.best is None or error < done.best.error):
             done.best = done.looks[-1]
             self.kept = {name: m.detach().clone() for name, m in self.masters.items()}
@@ -289,10 +297,11 @@ class Trainer:
     def _gates(self) -> dict[str, tuple[list[float], list[float]]]:
         return {
             name: (self.start[name].flatten().tolist(), self.masters[name].flatten().tolist())
-            for group in self.groups
-            if group.name == "gates"
-            for name in group.parameters
+            for name in self._gate_names()
         }
+
+    def _gate_names(self) -> list[str]:
+        return [n for group in self.groups if group.name == "gates" for n in group.parameters]
 
     def _save(self, done: Trained) -> None:
         if self.state is None:
