@@ -8,7 +8,7 @@ gives a map s -> y^ that is then applied to every token of other text:
     affine     y^ = a * s + b                             mean and scale of every channel
     linear     y^ = s + (s - mean s) D + b                best linear map; ridge on D, so that lambda = inf is `mean`
     delay      y^_t = m + g (f_- u_{t-1} + f_0 u_t + f_+ u_{t+1}),  u = s - m
-    position   y^_t = s_t + e(bin of t)                   mean error per position, less the mean error of all; 0 at position 0
+    position   y^_t = s_t + e(bin of t)                   mean error per position, less that of all
     rope       y^ = s + c (y - n)                         c from s = a y + c n + rest, means taken out, 0 <= c <= 1
     size       y^_t = s_t g |y_t| / |s_t|                 g = |s| / |y| of a usual token
 
@@ -190,10 +190,9 @@ def delay(sample: Sample) -> tuple[Apply, tuple[float, float, float]]:
         return nothing
     weights = _taps(sample, middle)
     centred = sample.student.double() - middle
-    w = sample.weight
-    before = (w * centred.square().sum(-1)).sum()
-    after = (w * _filtered(centred, weights).square().sum(-1)).sum()
-    gain = float((before / after).sqrt()) if after > 0 else 1.0
+    before, after = (v.norm(dim=-1)[sample.bulk] for v in (centred, _filtered(centred, weights)))
+    used = (before > 0) & (after > 0)
+    gain = float((before[used] / after[used]).log().mean().exp()) if bool(used.any()) else 1.0
     taps = tuple(float(gain * v) for v in weights)
     return (lambda x: middle.to(x) + _filtered(x - middle.to(x), taps)), taps
 
