@@ -62,9 +62,11 @@ def main() -> None:
                 controls=("zero",), output=str(folder), **SIZES,
             )  # fmt: skip
     folders = {name: args.runs / f"parallel_alpha-{short}" for short, name in names.items()}
-    if not all((folder / "metrics.parquet").exists() for folder in folders.values()):
-        return
-    runs = {name: Scanned(mismatch.load_run(folder)) for name, folder in folders.items()}
+    runs = {
+        name: Scanned(mismatch.load_run(folder))
+        for name, folder in folders.items()
+        if (folder / "metrics.parquet").exists()
+    }
     found = pd.concat([readings(run.cells, name) for name, run in runs.items()], ignore_index=True)
     crossed = crossings(found)
     made = {
@@ -73,7 +75,7 @@ def main() -> None:
         "mark": MARK,
         "crossings": crossed.to_dict("records"),
         "verdict": verdict(found, crossed),
-        "text": runs["random"].run.manifest["text"],
+        "text": next(iter(runs.values())).run.manifest["text"],
         "versions": environment.versions(),
     }
     args.output.mkdir(parents=True, exist_ok=True)
@@ -185,7 +187,8 @@ def draw(found: pd.DataFrame) -> Figure:
     axes = figure.subplots(1, len(layers), sharey=True)
     for ax, layer in zip(axes, layers, strict=True):
         ax.axhline(MARK, color=style.INK, lw=0.6, ls=":")
-        for inner, (_, colour) in INNERS.items():
+        for inner in found["inner"].unique():
+            colour = INNERS[inner][1]
             mine = found[(found["layer"] == layer) & (found["inner"] == inner)]
             for sign, line, face in ((1, "-", colour), (-1, "--", "white")):
                 side = mine[(mine["how"] == "beside") & (mine["alpha"] * sign > 0)]
@@ -219,7 +222,8 @@ def draw(found: pd.DataFrame) -> Figure:
     axes[0].set_ylabel("KL, nats per token")
     axes[0].annotate(f"mark: {MARK:g}", (0.0075, MARK * 1.25), fontsize=6, color=style.FAINT)
     style.plain_log(axes[0].yaxis)
-    lines = [Line2D([], [], color=c, lw=1.4, label=words) for words, c in INNERS.values()]
+    there = [INNERS[inner] for inner in found["inner"].unique()]
+    lines = [Line2D([], [], color=colour, lw=1.4, label=words) for words, colour in there]
     signs = [
         Line2D([], [], color=style.INK, lw=1, marker="o", ms=3, label="added"),
         Line2D([], [], color=style.INK, lw=1, ls="--", marker="o", mfc="white", ms=3, label="taken away"),
