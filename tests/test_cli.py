@@ -13,7 +13,16 @@ from pathlib import Path
 import pytest
 
 from mismatch import cli, config
-from mismatch.cli.parser import EXAMPLES, GROUPS, PLAN_GROUPS, PROBE_GROUPS, SCAN_GROUPS, read
+from mismatch.cli.parser import (
+    DIAGNOSE_GROUPS,
+    EXAMPLES,
+    GROUPS,
+    PLAN_GROUPS,
+    PROBE_GROUPS,
+    SCAN_GROUPS,
+    read,
+)
+from mismatch.diagnosing.config import DiagnoseConfig
 from mismatch.errors import MismatchError, NumericsError, RunError
 from mismatch.planning.config import PlanConfig
 from mismatch.scanning.config import ScanConfig
@@ -215,6 +224,7 @@ def test_help_opens_with_two_examples_that_parse(capsys, command):
     [
         (GROUPS, config.TraceConfig),
         (PROBE_GROUPS, config.ProbeConfig),
+        (DIAGNOSE_GROUPS, DiagnoseConfig),
         (SCAN_GROUPS, ScanConfig),
         (PLAN_GROUPS, PlanConfig),
     ],

@@ -216,7 +216,8 @@ FAST = ["--tokens", "512", "--judged", "256", "--seq-len", "64", "--device", "cp
 
 def test_the_command_goes_on_from_a_trace(toy_folder, tmp_path, capsys):
     traced, run = tmp_path / "trace", tmp_path / "why"
-    begin = words(tmp_path, toy_folder, "--tokens", "256", "--seq-len", "64", "--probes", "induction")
+    short = ("--tokens", "128", "--seq-len", "64", "--controls", "none", "--metrics", "kl")
+    begin = words(tmp_path, toy_folder, *short, "--probes", "induction")
     assert cli.main(["trace", *begin, "--output", str(traced)]) == 0
     out = capsys.readouterr().out.splitlines()
     assert out[-1] == str(traced)
