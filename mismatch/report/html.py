@@ -10,7 +10,7 @@ import pandas as pd
 
 from mismatch.errors import UsageError
 from mismatch.files import write_atomic
-from mismatch.report import controls, probes, style
+from mismatch.report import controls, probes, repair_page, style
 from mismatch.report import quantity as q
 from mismatch.report.page import Html, document, grid, join, pairs, picture, tag
 from mismatch.report.plan import plan_summary
@@ -99,7 +99,9 @@ def page(run: Run, drawn: Mapping[str, bytes | str]) -> str:
         said = (tag("h2", "Findings"), _findings(run), tag("h2", "What was replaced"), _plan(run))
         return document(*head, told, *figures, *said, *end)
     if kind(run) == "repair":
-        return document(*head, *figures, tag("h2", "What was replaced"), _plan(run), *end)
+        named = dict(zip((plate.name for plate in plates(run)), figures, strict=True))
+        said = repair_page.sections(run, named)
+        return document(*head, *said, tag("h2", "What was replaced"), _plan(run), *end)
     asked = (
         (tag("h2", "Answers to the probes"), _probes(run)) if probes.probes_of(run.table) else ()
     )

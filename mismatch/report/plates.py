@@ -12,6 +12,7 @@ from mismatch.report import (
     atlas,
     controls,
     diagnosis,
+    gates,
     heatmap,
     plan,
     position,
@@ -138,6 +139,16 @@ REPAIR_PLATES = (
         "Each point is the student after a rung, on text that was neither learnt from nor used to choose. Lower is "
         "nearer to the teacher. Dashed: controls, which the repaired swap must be below to have earned its place. "
         "Hollow: a rung that made it worse and was undone.",
+        planned=True,
+        planned_data=True,
+    ),
+    Plate(
+        "gates",
+        "Where the gates went",
+        gates.gates_figure,
+        gates.gates_data,
+        "A gate at its dotted line was not moved by the repair: its learning rate was too small, or the swap does not "
+        "need it. All heads at 0 or at 1: one branch was given up, and the table of branches says whether it matters.",
         planned=True,
         planned_data=True,
     ),
