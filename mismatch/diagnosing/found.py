@@ -63,7 +63,17 @@ class Returned:
     says: str = ""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "says", self.says or SAYS.get(self.name, self.name))
+        object.__setattr__(self, "says", self.says or _says(self.name))
+
+
+def _says(name: str) -> str:
+    """A correction in words: `head 3 given back`, `memory left out`."""
+    if name in SAYS:
+        return SAYS[name]
+    word, _, rest = name.partition(" ")
+    return {"without": f"{rest} left out", "with": f"{rest} given back"}.get(
+        word, f"{name} given back"
+    )
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from mismatch import registry, spec
 from mismatch.diagnosing.config import DiagnoseConfig
 from mismatch.diagnosing.found import Found, Returned, Share
 from mismatch.findings import SEVERITIES, Finding
-from mismatch.report.diagnosis import CAUSES
+from mismatch.report.diagnosis import CAUSES, percent
 
 SPOKEN = 0.1
 """A smaller share is left to the table."""
@@ -102,7 +102,8 @@ def _leading(found: Found, ask: _Next) -> Iterator[Finding]:
         "medium",
         f"{_percent(lead.share)} of the damage: {lead.says}",
         f"With that alone changed the KL falls from {found.damage.value:.3g} to {lead.kl.value:.3g} nats"
-        f"{_band(lead.kl)}. Nothing simpler returns as much, and nothing richer much more.",
+        f"{_band(lead.kl)}. Nothing simpler returns as much, and nothing richer much more."
+        + (" A closed form can mend that much, without gradients." if _closed(lead) else ""),
         _numbers(lead.name, lead.share),
         ask.cure(lead),
     )
@@ -137,6 +138,10 @@ def _causes(found: Found, ask: _Next) -> Iterator[Finding]:
             _numbers("unexplained", rest),
             ask.repair(),
         )
+
+
+def _closed(lead: Returned) -> bool:
+    return lead.name in CLOSED_FORM and lead.share.lo > MUCH
 
 
 _WHAT = {
@@ -304,14 +309,14 @@ def _with(call: str, argument: str) -> str | None:
 
 def _percent(share: Share | float) -> str:
     value = share if isinstance(share, float) else share.value
-    return f"{100 * value:.0f} %"
+    return f"{percent(value)} %"
 
 
 def _band(number: Any, unit: float = 1.0) -> str:
     if number.lo != number.lo:
         return ""
-    digits = ".0f" if unit == 100 else ".3g"
-    return f" [{unit * number.lo:{digits}}, {unit * number.hi:{digits}}]"
+    lo, hi = (percent(v) if unit == 100 else f"{v:.3g}" for v in (number.lo, number.hi))
+    return f" [{lo}, {hi}]"
 
 
 def _numbers(name: str, share: Share) -> dict[str, float | str]:

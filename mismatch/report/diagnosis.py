@@ -131,7 +131,7 @@ def _bars(ax: Axes, data: pd.DataFrame, left: float) -> None:
             ax.plot(
                 [max(row.lo, left), row.hi], [at, at], color=style.INK, lw=0.9, solid_capstyle="butt"
             )
-        text = "no effect" if row.does_nothing else f"{100 * row.share:.0f}"
+        text = "no effect" if row.does_nothing else percent(row.share)
         ax.annotate(
             f"< {100 * left:.0f}: {text}" if row.share < left else text,
             (max(row.hi if pd.notna(row.hi) else row.share, row.share, 0.0), at),
@@ -180,6 +180,11 @@ def diagnosis_summary(plan: Mapping[str, Any], findings: Sequence[Mapping[str, A
     return "\n".join(parts)
 
 
+def percent(share: float) -> str:
+    """A share in whole percent, without a negative zero."""
+    return f"{round(100 * share) + 0.0:.0f}"
+
+
 def _name(row: Any) -> str:
     return f"{row.says}{' *' if row.leading else ''}"
 
@@ -187,6 +192,6 @@ def _name(row: Any) -> str:
 def _cells(row: Any) -> list[str]:
     if row.does_nothing:
         return ["0", "no effect", ""]
-    band = "-" if pd.isna(row.lo) else f"[{100 * row.lo:.0f}, {100 * row.hi:.0f}]"
+    band = "-" if pd.isna(row.lo) else f"[{percent(row.lo)}, {percent(row.hi)}]"
     kl = "" if pd.isna(row.kl) else f"KL {style.number(row.kl)}"
-    return [f"{100 * row.share:.0f}", band, kl]
+    return [percent(row.share), band, kl]
