@@ -29,7 +29,7 @@ from mismatch.repairing.local import LocalLoss, groups
 from mismatch.repairing.part import Part
 from mismatch.repairing.rung import Rung
 from mismatch.repairing.store import Store
-from mismatch.repairing.training import Group, Trained, Trainer
+from mismatch.repairing.training import Group, Trained, Trainer, no_room
 from mismatch.state import State
 from mismatch.surgery import Student
 
@@ -304,12 +304,7 @@ class Ladder:
         started = time.monotonic()
         loss.look()
         look = time.monotonic() - started
-        # What is made on first use is not part of a step.
-        loss(0, len(self.texts.train[0])).backward()
-        started = time.monotonic()
-        for index in range(TRIAL_STEPS):
-            loss(index % len(self.texts.train), len(self.texts.train[0])).backward()
-        each = (time.monotonic() - started) / TRIAL_STEPS
+        each = self._timed(loss, len(self.texts.train[0]))
         for group in learning:
             for parameter in group.parameters.values():
                 parameter.grad = None
@@ -318,6 +313,20 @@ class Ladder:
         if plan is not None:
             plan.save({}, {"steps": steps, "looks": looks}, self.fingerprint)
         return steps, looks
+
+    def _timed(self, loss: Any, rows: int) -> float:
+        """Seconds of a step, with as many windows as there is memory for; the loop itself finds out how many."""
+        try:
+            # What is made on first use is not part of a step.
+            loss(0, rows).backward()
+            started = time.monotonic()
+            for index in range(TRIAL_STEPS):
+                loss(index % len(self.texts.train), rows).backward()
+        except torch.OutOfMemoryError as error:
+            if rows == 1:
+                raise no_room("while steps were timed") from error
+            return self._timed(loss, rows // 2)
+        return (time.monotonic() - started) / TRIAL_STEPS
 
     # ---- activations ----------------------------------------------------------------------------
 

@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from mismatch.errors import MismatchError
 from mismatch.state import State
 
 WARMUP = 0.05  # share of the steps
@@ -198,9 +199,9 @@ class Trainer:
                     return False
                 loss.backward()
                 break
-            except torch.OutOfMemoryError:
+            except torch.OutOfMemoryError as error:
                 if self.rows == 1:
-                    raise
+                    raise no_room(f"at step {done.steps}") from error
                 self._clear()
                 self.rows = self.rows // 2
                 done.notes.append(
@@ -349,3 +350,11 @@ class Trainer:
         return Trained(
             info["steps"], info["tokens"], info["seconds"], looks, best, list(info["notes"])
         )
+
+
+def no_room(when: str) -> MismatchError:
+    """Nothing is left to halve."""
+    return MismatchError(
+        f"out of memory {when}, with one window a batch",
+        hint="take a smaller --seq-len, --dtype bfloat16, or leave out the dearest --rungs",
+    )
