@@ -70,6 +70,7 @@ REPAIR_GROUPS = {
         *("data", "calibration", "judged", "looked", "seq_len", "batch_size"),
         *("calibration_tokens", "seed"),
     ),
+    "questions": ("probes", "traced"),
     "activations": ("store_gb", "store", "store_dtype"),
     "output": SCAN_GROUPS["output"],
     "dangerous": GROUPS["dangerous"],

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from mismatch.config import SwapConfig
 from mismatch.errors import ConfigError
-from mismatch.registry import did_you_mean
+from mismatch.registry import did_you_mean, probes
 
 RUNGS = ("closed-form", "local", "block", "window", "end-to-end")
 """The ladder, from cheap to dear. What the swap inherits is rung 0, and is always there."""
@@ -27,6 +27,11 @@ class RepairConfig(SwapConfig):
     """Held-out tokens behind every number that is reported."""
     looked: Annotated[int, ">= 1"] = 2048
     """Other held-out tokens, which choose weights and end a rung."""
+    traced: Annotated[int, ">= 0"] = 2048
+    """Tokens, of those judged, behind the heatmaps before and after; 0 = no heatmaps."""
+    probes: tuple[str, ...] | None = None
+    """Probes put to teacher, swap and repaired model. By default passkey, induction and generation where the model can
+    be asked; none = no probe."""
     seq_len: Annotated[int, ">= 2"] = 1024
     """Tokens per window. A window never mixes documents."""
     batch_size: Annotated[int, ">= 1"] = 1
@@ -59,6 +64,7 @@ class RepairConfig(SwapConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self._known(self.probes or (), probes())
         for index, name in enumerate(self.rungs):
             if name not in RUNGS:
                 raise ConfigError(f"unknown rung `{name}`", hint=did_you_mean(name, RUNGS))

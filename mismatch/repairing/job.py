@@ -1,4 +1,8 @@
-"""One repair as a job: texts, student and its own tensors, the ladder, controls, then curve, table, checkpoint."""
+"""One repair as a job: texts, student and its own tensors, the ladder, what is asked beside it, then table and report.
+
+The swap stays as it was, beside a second student over the same teacher that learns: at the end both are judged, probed
+and traced against one teacher, on the same held-out tokens.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,7 @@ import sys
 import tempfile
 import time
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +23,18 @@ from mismatch.errors import RunError
 from mismatch.job import peak_memory, settings
 from mismatch.loop import polite
 from mismatch.operating import Teacher, calibrated_swap, students_of
-from mismatch.repairing.branches import bypassed
+from mismatch.probing import Questions
+from mismatch.repairing import questions
+from mismatch.repairing.branches import Knocked, knocked_out
 from mismatch.repairing.config import RepairConfig
 from mismatch.repairing.judge import Judge, Judged
 from mismatch.repairing.ladder import Ladder, Texts
-from mismatch.repairing.part import own, parts_of
+from mismatch.repairing.part import Part, own, parts_of
 from mismatch.repairing.result import Repaired
+from mismatch.repairing.rows import AS_REPAIRED, AS_SWAPPED, branch_rows, rung_rows, student_rows
 from mismatch.repairing.rung import Rung
 from mismatch.report.html import write_html
+from mismatch.report.repair import branch_line
 from mismatch.run import Run, RunFolder, load_run, run_id
 from mismatch.state import State
 from mismatch.surgery import Student
@@ -38,12 +46,28 @@ CHECKPOINT = "checkpoint"
 
 @dataclass(frozen=True)
 class RepairTexts:
-    """Held-out windows to judge and other ones to look at, of one source; windows of another to learn from."""
+    """Held-out windows to judge and other ones to look at, of one source; windows of another to learn from.
+
+    `asked` are the probes, `unasked` says which usual ones this model cannot be asked.
+    """
 
     judged: Windows
     looked: Windows
     train: Windows
     text: Text
+    asked: Questions | None = None
+    unasked: tuple[str, ...] = ()
+
+
+@dataclass
+class Outcome:
+    """What a repair found: the rungs, what the judge said of each student, branches, further rows, seconds."""
+
+    rungs: list[Rung]
+    judged: dict[str, Judged]
+    branches: list[Knocked]
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    facts: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -89,9 +113,9 @@ class RepairJob:
     def _run(self, started: float, stopping: Any, temporary: Path) -> Repaired:
         config, teacher = self.config, self.teacher
         swap, *controls = students_of(teacher, config, self.texts.text.calibration)
-        parts = parts_of(teacher.layout, swap)
-        student = self._with_neighbours(swap, parts[-1].layer)
-        parts = parts_of(teacher.layout, swap) if student is swap else _moved(parts, student)
+        last = parts_of(teacher.layout, swap)[-1].layer
+        student = self._learner(last)
+        parts = _of_the_swap(parts_of(teacher.layout, student), swap)
         for part in parts:
             own(part.student, teacher.model)
         companions = self._companions(student, parts)
@@ -101,6 +125,7 @@ class RepairJob:
             "model": teacher.info.sha256,
             "train": self.texts.train.fingerprint,
             "judged": self.texts.judged.fingerprint,
+            "looked": self.texts.looked.fingerprint,
         }
         device = teacher.layout.embedding_device
         self._say(f"the teacher runs over {self.texts.judged.tokens:,} held-out tokens, once")
@@ -139,26 +164,45 @@ class RepairJob:
         rungs = ladder.climb()
         self._say("controls and branches are judged")
         beside = {control.name: judge.judge(control.layout) for control in controls}
-        judged = {"swap": ladder.swapped, "repaired": ladder.best, **beside}
-        notes = bypassed(judge, student, parts, ladder.best)
-        for note in notes:
-            self._say(note)
-        facts = {"prints": prints, "minutes": (time.monotonic() - started) / 60}
-        return self._finish(student, rungs, judged, notes, facts)
+        judged = {AS_SWAPPED: ladder.swapped, AS_REPAIRED: ladder.best, **beside}
+        knocked = knocked_out(judge, student, parts, ladder.best, config.seed)
+        for at in knocked:
+            self._say(branch_line(vars(at), ladder.best.mean_kl()[0]))
+        began = time.monotonic()
+        rows = self._questions(swap, student)
+        facts = {
+            "prints": prints,
+            "minutes": (time.monotonic() - started) / 60,
+            "seconds_of_questions": time.monotonic() - began,
+        }
+        return self._finish(student, Outcome(rungs, judged, knocked, rows, facts))
+
+    def _questions(self, swap: Student, repaired: Student) -> list[dict[str, Any]]:
+        """Shift of both at every site, and the probes."""
+        config, rows = self.config, []
+        if config.traced:
+            cut = questions.few(self.texts.judged, config.traced)
+            self._say(f"swap and repaired model are traced on {cut.tokens:,} held-out tokens")
+            rows += questions.shift_rows(
+                self.teacher, swap, repaired, cut, batch_size=config.batch_size, seed=config.seed
+            )
+        if self.texts.asked is not None:
+            self._say(f"probes: {', '.join(self.texts.asked.probes)}")
+            rows += questions.probe_rows(self.texts.asked, self.teacher, swap, repaired)
+        for line in self.texts.unasked:
+            self._say(line)
+        return rows
 
     # ---- parts ----------------------------------------------------------------------------------
 
-    def _with_neighbours(self, swap: Student, last: int) -> Student:
-        """The same swap with LoRA in the blocks behind it: at the start it changes nothing."""
+    def _learner(self, last: int) -> Student:
+        """The same swap once more, to learn; with LoRA in the blocks behind it, which at the start changes nothing."""
         config, teacher = self.config, self.teacher
+        text = [spec.format(config.swap_spec)]
         end = min(last + config.neighbours, teacher.layout.n_layers - 1)
-        if not config.behind or end == last:
-            return swap
-        lora = f"lora(r={config.rank}, alpha={float(config.rank)}, targets=all)"
-        text = [
-            spec.format(config.swap_spec),
-            *(f"layers{last + 1}-{end}.{slot}:{lora}" for slot in ("attn", "mlp")),
-        ]
+        if config.behind and end > last:
+            lora = f"lora(r={config.rank}, alpha={float(config.rank)}, targets=all)"
+            text += [f"layers{last + 1}-{end}.{slot}:{lora}" for slot in ("attn", "mlp")]
         return calibrated_swap(
             teacher,
             spec.parse(text),
@@ -169,9 +213,7 @@ class RepairJob:
             seed=config.seed,
         )
 
-    def _companions(
-        self, student: Student, parts: Any
-    ) -> dict[int, dict[str, nn.Parameter]]:
+    def _companions(self, student: Student, parts: Any) -> dict[int, dict[str, nn.Parameter]]:
         """The matrices of each swapped block outside of its parts, as its own copies, by layer and name."""
         found: dict[int, dict[str, nn.Parameter]] = {}
         if not self.config.around:
@@ -203,24 +245,19 @@ class RepairJob:
 
     # ---- results --------------------------------------------------------------------------------
 
-    def _finish(
-        self,
-        student: Student,
-        rungs: list[Rung],
-        judged: dict[str, Judged],
-        notes: list[str],
-        facts: dict[str, Any],
-    ) -> Repaired:
-        config, cut = self.config, self.texts.judged
+    def _finish(self, student: Student, outcome: Outcome) -> Repaired:
+        config, cut, judged = self.config, self.texts.judged, outcome.judged
         plan = plan_dict(student.plan, plan_warnings(student.plan, cut.seq_len))
         climbed = {
-            "rungs": [asdict(rung) for rung in rungs],
-            "notes": notes,
+            "rungs": [asdict(rung) for rung in outcome.rungs],
+            "branches": [asdict(at) for at in outcome.branches],
+            "notes": list(self.texts.unasked),
             "students": {
                 name: {
                     "kl": found.mean_kl(config.seed)[:3],
                     "nll": found.mean_nll(config.seed)[:3],
-                    "gap_closed": found.gap_closed(judged["swap"], config.seed),
+                    "gap_closed": found.gap_closed(judged[AS_SWAPPED], config.seed),
+                    "repaired_minus": judged[AS_REPAIRED].more_than(found, config.seed),
                 }
                 for name, found in judged.items()
             },
@@ -241,11 +278,17 @@ class RepairJob:
                 "tokens": cut.tokens,
                 "fingerprint": cut.fingerprint,
             },
-            "fingerprints": facts["prints"],
-            "minutes": round(facts["minutes"], 2),
+            "fingerprints": outcome.facts["prints"],
+            "minutes": round(outcome.facts["minutes"], 2),
+            "seconds_of_questions": round(outcome.facts["seconds_of_questions"], 1),
             "peak_memory_bytes": peak_memory(),
         }
-        rows = [*_rows(rungs), *_student_rows(judged, config.seed)]
+        rows = [
+            *rung_rows(outcome.rungs, cut.tokens),
+            *student_rows(judged, config.seed),
+            *branch_rows(outcome.branches, cut.tokens),
+            *outcome.rows,
+        ]
         if self.folder is None:
             name = run_id(config.model, spec.format(config.swap_spec), settings(config))
             frame = table.as_table([row | {"run_id": name} for row in rows])
@@ -262,9 +305,10 @@ class RepairJob:
         return Repaired(load_run(folder.path), climbed, student)
 
 
-def _moved(parts: Any, student: Student) -> Any:
-    """The same places in another tree."""
-    return tuple(replace(p, student=student.model.get_submodule(p.path)) for p in parts)
+def _of_the_swap(parts: tuple[Part, ...], swap: Student) -> tuple[Part, ...]:
+    """Those of the parts that were swapped; the others hold LoRA alone."""
+    swapped = {clause.path for clause in swap.plan.clauses}
+    return tuple(part for part in parts if part.path in swapped)
 
 
 def _neighbour_parameters(student: Student, parts: Any) -> dict[str, nn.Parameter]:
@@ -276,48 +320,3 @@ def _neighbour_parameters(student: Student, parts: Any) -> dict[str, nn.Paramete
         if clause.path not in own_paths
         for name in clause.new_parameters
     }
-
-
-def _rows(rungs: list[Rung]) -> list[dict[str, Any]]:
-    return [
-        {
-            "stage": "repair",
-            "step": number,
-            "mode": "free",
-            "student": "swap",
-            "site": "logits",
-            "metric": "kl",
-            "stat": f"mean[rung={rung.name}]",
-            "value": rung.kl,
-            "lo": rung.lo,
-            "hi": rung.hi,
-            "n": 0,
-            "swapped": False,
-        }
-        for number, rung in enumerate(rungs)
-    ]
-
-
-def _student_rows(judged: dict[str, Judged], seed: int) -> list[dict[str, Any]]:
-    rows = []
-    for name, found in judged.items():
-        for metric, stat, (value, lo, hi, n) in (
-            ("kl", "mean", found.mean_kl(seed)),
-            ("nll", "shift", found.mean_nll(seed)),
-        ):
-            rows.append(
-                {
-                    "stage": "repair" if name == "repaired" else "surgery",
-                    "step": 0,
-                    "mode": "free",
-                    "student": "swap" if name == "repaired" else name,
-                    "site": "logits",
-                    "metric": metric,
-                    "stat": stat,
-                    "value": value,
-                    "lo": lo,
-                    "hi": hi,
-                    "n": n,
-                }
-            )
-    return rows

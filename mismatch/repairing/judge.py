@@ -48,6 +48,14 @@ class Judged:
         """NLL difference to the teacher: value, lo, hi in nats per token, and the number of tokens."""
         return mean_of(self.nll, self.targets, seed)
 
+    def more_than(self, other: Judged, seed: int = 0) -> tuple[float, float, float]:
+        """KL of this minus KL of another student on the same tokens: value, and its paired interval over documents."""
+        value = (self.kl.sum() - other.kl.sum()) / self.counts.sum()
+        if len(self.kl) < 2:
+            return float(value), np.nan, np.nan
+        weights = resamples(len(self.kl), seed)
+        return float(value), *interval((weights @ (self.kl - other.kl)) / (weights @ self.counts))
+
     def gap_closed(self, swapped: Judged, seed: int = 0) -> tuple[float, float, float]:
         """(KL swapped - KL this) / KL swapped, and its paired interval over documents."""
         value = 1.0 - self.kl.sum() / swapped.kl.sum() if swapped.kl.sum() > 0 else np.nan

@@ -18,6 +18,8 @@ from mismatch.opening import as_loaded, load, load_options, tokenizer_of
 from mismatch.ranks import Ranks
 from mismatch.repairing.config import RepairConfig
 from mismatch.repairing.job import RepairJob, RepairTexts
+from mismatch.repairing.overlap import assert_apart
+from mismatch.repairing.questions import asked
 from mismatch.repairing.result import Repaired
 from mismatch.run import RunFolder, check_output
 from mismatch.windows import Windows, windows
@@ -64,6 +66,7 @@ def repair(
         config = as_loaded(config, teacher)
     check_context(teacher.model.config, config)
     read = read_texts(config, data, calibration, teacher.tokenizer)
+    read = with_probes(config, read, teacher.model.config, teacher.tokenizer)
     folder = None if config.folder is None else create(config)
     return RepairJob(config, teacher, read, folder, progress).run()
 
@@ -95,7 +98,9 @@ def repair_command(
         config.model, revision=config.revision, trust_remote_code=config.trust_remote_code
     )
     check_context(model_config, config)
-    read = read_texts(config, config.data, config.calibration, tokenizer_of(config))
+    tokenizer = tokenizer_of(config)
+    read = read_texts(config, config.data, config.calibration, tokenizer)
+    read = with_probes(config, read, model_config, tokenizer)
     if progress:
         print(
             f"learn from {read.train.tokens:,} tokens of {config.calibration}, judge on "
@@ -131,12 +136,50 @@ def read_texts(config: RepairConfig, data: Any, calibration: Any, tokenizer: Any
             f"`{data}` would be learnt from and judged on",
             hint="judge on text of another source: --data and --calibration must differ",
         )
-    learnt, held_out = texts.calibration_and_evaluation(calibration, data)
+    learnt, held_out = texts.read(calibration), texts.read(data)
+    _assert_apart(learnt, held_out)
     judged = windows(held_out, tokenizer, config.seq_len, config.judged, config.seed)
     rest = _without(held_out, judged)
     looked = windows(rest, tokenizer, config.seq_len, config.looked, config.seed)
     train = windows(learnt, tokenizer, config.seq_len, config.tokens, config.seed)
+    assert_apart(train, judged, "which is judged on")
+    assert_apart(train, looked, "which chooses weights")
     return RepairTexts(judged, looked, train, Text(held_out, learnt, judged))
+
+
+def _assert_apart(learnt: Documents, held_out: Documents) -> None:
+    """Whether no document is in both, whatever its name.
+
+    Raises:
+        DataError: one is.
+    """
+    names = dict(zip(learnt.hashes, learnt.names, strict=True))
+    shared = [
+        (names[digest], name)
+        for digest, name in zip(held_out.hashes, held_out.names, strict=True)
+        if digest in names
+    ]
+    if shared:
+        (theirs, ours), more = shared[0], len(shared) - 1
+        raise DataError(
+            f"the document {ours} of {held_out.source} is {theirs} of {learnt.source}: it would be learnt from and "
+            f"judged on{f', and {more} more' if more else ''}",
+            hint="judge on text of another source: --data and --calibration must differ",
+        )
+
+
+def with_probes(
+    config: RepairConfig, read: RepairTexts, model_config: Any, tokenizer: Any
+) -> RepairTexts:
+    """The texts with the questions that go with them, made of the judged documents alone.
+
+    Raises:
+        MismatchError: a probe that was named cannot be asked.
+    """
+    held_out, judged = read.text.held_out, set(read.judged.names)
+    documents = held_out.select((name in judged for name in held_out.names), "judged")
+    put, refused = asked(config, model_config, tokenizer, documents)
+    return dataclasses.replace(read, asked=put, unasked=tuple(refused))
 
 
 def _without(documents: Documents, used: Windows) -> Documents:

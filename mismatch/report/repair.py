@@ -32,6 +32,28 @@ def rung_table(climbed: Mapping[str, Any]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=list(COLUMNS))
 
 
+def branch_line(at: Mapping[str, Any], repaired: float) -> str:
+    """What a person reads of one branch that was taken out.
+
+    Args:
+        at: the fields of `mismatch.repairing.branches.Knocked`.
+        repaired: the KL with the branch in, nats per token.
+    """
+    if at["branch"] is None:
+        return f"{at['where']}: branches not applicable, the mechanism has none"
+    more = (f"{at[name]:+.4f}" for name in ("more", "more_lo", "more_hi"))
+    said = {
+        "used": "",
+        "bypassed": f": repaired by bypass, the {at['branch']} branch is not used",
+        "open": ": whether it is used is open, the interval is too wide (give more --judged tokens)",
+    }
+    change = "{} [{}, {}]".format(*more)
+    return (
+        f"{at['where']} without its {at['branch']}: KL {repaired:.4f} -> {at['kl']:.4f}, {change}"
+        f"{said[at['verdict']]}"
+    )
+
+
 def repair_data(
     _table: pd.DataFrame, *, plan: Mapping[str, Any], dictionary: Any = None
 ) -> pd.DataFrame:
