@@ -370,7 +370,7 @@ class Ladder:
             )
             if store.folder is not None and len(store.stored) < len(places):
                 self.say(
-                    f"the activations of {len(places)} places need {store.needed / 1e9:.2f} GB and --store-gb is "
+                    f"the activations of {len(places)} places need {store.needed / 1e9:.3g} GB and --store-gb is "
                     f"{self.config.store_gb:g}: {len(places) - len(store.stored)} of them are computed anew each time"
                 )
             store.fill()

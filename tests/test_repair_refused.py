@@ -1,0 +1,200 @@
+"""What a repair refuses, and what it survives: short disks, full memory, NaN, other models, texts that overlap."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from killed_repair import SETTINGS, SWAP
+from wonderland import documents, jsonl
+
+import mismatch
+from mismatch import config
+from mismatch.api import repair_command
+from mismatch.errors import DataError, MismatchError, OutputError
+from mismatch.repairing import job
+from mismatch.repairing.config import RepairConfig
+from mismatch.repairing.local import LocalLoss
+from mismatch.repairing.training import Trainer
+
+LOCAL = {"rungs": ("local",), "epochs": 1}
+
+
+@pytest.fixture(autouse=True)
+def _no_figures(monkeypatch):
+    monkeypatch.setattr(job, "write_html", lambda _folder: None)
+
+
+def mended(teacher, folder: Path | None = None, **settings):
+    texts = {"data": documents(12), "calibration": documents(8, seed=1)}
+    given = SETTINGS | LOCAL | texts | settings
+    output = None if folder is None else str(folder)
+    return mismatch.repair(teacher, given.pop("swap", SWAP), output=output, **given)
+
+
+# ---- what runs short ----------------------------------------------------------------------------
+
+
+def test_a_disk_budget_that_is_too_small_is_said_and_changes_no_weight(toy_teacher, tmp_path):
+    rungs = ("closed-form", "local")
+    whole = mended(toy_teacher, tmp_path / "whole", rungs=rungs)
+    short = mended(toy_teacher, tmp_path / "short", rungs=rungs, store_gb=0.0)
+    log = (tmp_path / "short" / "log.txt").read_text()
+    # 384 tokens, d_model 128, in and out, float32
+    assert "the activations of 1 places need 0.000393 GB and --store-gb is 0: 1 of them are" in log
+    assert "computed anew each time" in log
+    assert "computed anew" not in (tmp_path / "whole" / "log.txt").read_text()
+    weights = dict(whole.student.model.named_parameters())
+    assert all(torch.equal(weights[n], p) for n, p in short.student.model.named_parameters())
+
+
+def starve(monkeypatch, most: int) -> list[int]:
+    """Memory for so many windows of the local loss and no more; the sizes that were tried."""
+    tried: list[int] = []
+    real = LocalLoss.__call__
+
+    def loss(self, index, rows):
+        tried.append(rows)
+        if rows > most:
+            raise torch.OutOfMemoryError("planted")
+        return real(self, index, rows)
+
+    monkeypatch.setattr(LocalLoss, "__call__", loss)
+    return tried
+
+
+@pytest.mark.parametrize("minutes", [None, 1.0])  # with a limit steps are timed first
+def test_out_of_memory_halves_the_batch_and_says_so(toy_teacher, monkeypatch, minutes):
+    tried = starve(monkeypatch, 1)
+    result = mended(toy_teacher, batch_size=4, tokens=768, epochs=4, max_minutes=minutes)
+    rung = result.climbed["rungs"][-1]
+    assert "out of memory at step 0: 2 windows a batch from here on" in rung["notes"]
+    assert "out of memory at step 0: 1 windows a batch from here on" in rung["notes"]
+    assert tried[0] == 4 and tried[-1] == 1
+    assert rung["tokens"] == rung["steps"] * 48
+    assert "1 windows a batch" in result.summary()
+
+
+@pytest.mark.parametrize("minutes", [None, 1.0])
+def test_out_of_memory_with_one_window_is_an_error_with_a_way_out(
+    toy_teacher, monkeypatch, minutes
+):
+    starve(monkeypatch, 0)
+    with pytest.raises(MismatchError, match=r"out of memory .*, with one window a batch") as error:
+        mended(toy_teacher, max_minutes=minutes)
+    assert "--seq-len" in error.value.hint
+
+
+def test_a_loss_that_is_nan_ends_the_rung_at_the_last_good_weights(toy_teacher, monkeypatch):
+    taken = []
+    real = LocalLoss.__call__
+
+    def loss(self, index, rows):
+        taken.append(index)
+        return real(self, index, rows) * (float("nan") if len(taken) == 4 else 1.0)
+
+    monkeypatch.setattr(LocalLoss, "__call__", loss)
+    result = mended(toy_teacher, epochs=2)
+    rung = result.climbed["rungs"][-1]
+    assert rung["steps"] == 3
+    assert "the loss of step 3 is nan: stopped, the last good weights are kept" in rung["notes"]
+    assert all(p.isfinite().all() for p in result.student.model.parameters())
+    assert result.rungs["kl"].iloc[-1] <= result.rungs["kl"].iloc[0]
+    assert "the loss of step 3 is nan" in result.summary()
+
+
+# ---- other models, other swaps ------------------------------------------------------------------
+
+
+def stopped(model: str, folder: Path, monkeypatch) -> Path:
+    """A repair of the local rung that was interrupted in it."""
+    real = Trainer._step
+
+    def step(self, done):
+        if done.steps == 2:
+            self.stopping = lambda: True
+        return real(self, done)
+
+    texts = {
+        "data": str(jsonl(folder / "held_out.jsonl", documents(12))),
+        "calibration": str(jsonl(folder / "learnt.jsonl", documents(8, seed=1))),
+    }
+    given = SETTINGS | LOCAL | texts | {"output": str(folder / "run")}
+    monkeypatch.setattr(Trainer, "_step", step)
+    with pytest.raises(KeyboardInterrupt):
+        mismatch.repair(model, SWAP, **given)
+    monkeypatch.setattr(Trainer, "_step", real)
+    return folder / "run"
+
+
+def test_resuming_with_another_swap_is_refused_and_says_which(toy_folder, tmp_path, monkeypatch):
+    run = stopped(str(toy_folder), tmp_path, monkeypatch)
+    told = config.load(run / "config.yaml", {"swap": ("layer1:nope",)}, RepairConfig)
+    with pytest.raises(OutputError, match="was started with other settings") as error:
+        repair_command(told, resume=run, progress=False)
+    assert f"swap: ['{SWAP}'] then, ['layer1:nope'] now" in str(error.value)
+
+
+def test_resuming_on_another_model_is_refused_and_says_which(model_folder, tmp_path, monkeypatch):
+    """Under the same name: the weights in the folder are others."""
+    folder = model_folder()
+    run = stopped(str(folder), tmp_path, monkeypatch)
+    import safetensors.torch
+
+    (weights,) = folder.glob("*.safetensors")
+    tensors = safetensors.torch.load_file(weights)
+    name = next(iter(tensors))
+    tensors[name] = tensors[name] * 1.5
+    safetensors.torch.save_file(tensors, weights, metadata={"format": "pt"})
+    told = config.load(run / "config.yaml", kind=RepairConfig)
+    with pytest.raises(OutputError, match="was started with other settings") as error:
+        repair_command(told, resume=run, progress=False)
+    assert "\n  model: '" in str(error.value)
+    assert json.loads((run / "manifest.json").read_text())["status"] == "failed"
+
+
+def test_a_store_is_shared_by_swaps_and_not_by_models(toy_teacher, toy, tmp_path):
+    store = str(tmp_path / "store")
+    shards = lambda: {path.parent.name for path in Path(store).rglob("*.safetensors")}  # noqa: E731
+    mended(toy_teacher, store=store)
+    kept = shards()
+    mended(toy_teacher, store=store, swap="layer2:sliding_window(window=8)")
+    assert shards() == kept
+    other = copy.deepcopy(toy.model)
+    with torch.no_grad():
+        next(other.parameters()).mul_(1.5)
+    mended(mismatch.load((other, toy.tokenizer)), store=store)
+    assert not shards() <= kept
+
+
+# ---- texts that overlap -------------------------------------------------------------------------
+
+
+def test_a_document_in_both_texts_is_refused_whatever_its_name(toy_teacher):
+    held_out, learnt = documents(12), documents(8, seed=1)
+    with pytest.raises(DataError, match="learnt from and judged on") as error:
+        mended(toy_teacher, data=held_out, calibration=[*learnt, held_out[3]])
+    assert "text 8" in str(error.value) and "text 3" in str(error.value)
+
+
+def test_a_document_inside_a_larger_one_is_refused(toy_teacher):
+    """Another hash, the same words: nothing but the tokens tells."""
+    held_out, learnt = documents(6), documents(8, seed=1)
+    longer = f"{learnt[0]} {' '.join(held_out)} {learnt[1]}"
+    given = {"seq_len": 128, "judged": 512, "looked": 256, "tokens": 20480}
+    with pytest.raises(DataError, match=r"64 tokens in a row of the document .* stand in"):
+        mended(toy_teacher, data=held_out, calibration=[longer, *learnt[2:]], **given)
+
+
+def test_texts_of_the_same_words_that_do_not_overlap_are_taken(toy_teacher):
+    assert len(mended(toy_teacher).rungs) == 2
+
+
+def test_the_same_documents_under_two_names_are_refused(toy_teacher, tmp_path):
+    one = jsonl(tmp_path / "one.jsonl", documents(12))
+    two = jsonl(tmp_path / "two.jsonl", documents(12))
+    with pytest.raises(DataError, match="learnt from"):
+        mended(toy_teacher, data=str(one), calibration=str(two))
