@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from mismatch.report.repair import repair_curve, rung_table
+from mismatch.report.repair import branch_line, repair_curve, rung_table
+from mismatch.report.repair_page import probe_lines
 from mismatch.run import Run
 
 if TYPE_CHECKING:
@@ -49,6 +50,17 @@ class Repaired:
 
     def summary(self) -> str:
         """What `mismatch repair` prints at the end."""
+        parts = [self._rung_lines(), self._control_lines()]
+        parts.append(probe_lines(self.table, self.climbed, self.run.dictionary))
+        whole = self.climbed["students"]["repaired"]["kl"][0]
+        notes = [note for rung in self.climbed["rungs"] for note in rung["notes"]]
+        notes += [branch_line(at, whole) for at in self.climbed["branches"]]
+        parts.append([f"- {note}" for note in dict.fromkeys([*notes, *self.climbed["notes"]])])
+        if self.checkpoint is not None:
+            parts.append([f'next: mismatch generate {self.checkpoint} "Once upon a time"'])
+        return "\n\n".join("\n".join(lines) for lines in parts if lines)
+
+    def _rung_lines(self) -> list[str]:
         lines = []
         for row in self.rungs.itertuples():
             line = f"{row.rung:12}  KL {row.kl:.4f} [{row.lo:.4f}, {row.hi:.4f}] nats"
@@ -59,16 +71,22 @@ class Repaired:
                     f"   {row.tokens:,} tokens   {row.seconds:.0f} s"
                 )
             lines.append(line + ("" if row.kept else "   undone: it got worse"))
-        lines.append("")
+        return lines
+
+    def _control_lines(self) -> list[str]:
+        """Each control, and the repaired model minus it, paired."""
+        lines = []
         for name, found in self.climbed["students"].items():
-            if name not in ("swap", "repaired"):
-                kl, lo, hi = found["kl"]
-                lines.append(f"{name:12}  KL {kl:.4f} [{lo:.4f}, {hi:.4f}] nats   control")
-        notes = [note for rung in self.climbed["rungs"] for note in rung["notes"]]
-        lines += [f"- {note}" for note in [*notes, *self.climbed["notes"]]]
-        if self.checkpoint is not None:
-            lines += ["", f'next: mismatch generate {self.checkpoint} "Once upon a time"']
-        return "\n".join(lines)
+            if name in ("swap", "repaired"):
+                continue
+            (kl, lo, hi), (less, less_lo, less_hi) = found["kl"], found["repaired_minus"]
+            line = (
+                f"{name:12}  KL {kl:.4f} [{lo:.4f}, {hi:.4f}] nats   control; repaired minus it "
+                f"{less:+.4f} [{less_lo:+.4f}, {less_hi:+.4f}]"
+            )
+            # NaN, with a single document, compares false: nothing can be said then.
+            lines.append(line + ("   no better than it" if less_hi >= 0 else ""))
+        return lines
 
     def _repr_html_(self) -> str:
         return f"<pre>{html.escape(self.summary())}</pre>"

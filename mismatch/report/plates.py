@@ -14,6 +14,7 @@ from mismatch.report import (
     diagnosis,
     gates,
     heatmap,
+    mended,
     plan,
     position,
     probes,
@@ -141,6 +142,16 @@ REPAIR_PLATES = (
         "Hollow: a rung that made it worse and was undone.",
         planned=True,
         planned_data=True,
+    ),
+    Plate(
+        "before_after",
+        "The shift before and after",
+        mended.before_after,
+        mended.before_after_data,
+        "Pairs of panels on one scale: what is paler below than above was mended. Read the stream (resid_post) from "
+        "the swap to the right: what stays dark at its end is what the prediction still lacks. An update (attn_out, "
+        "mlp_out) that is darker after the repair is one that learnt to answer for another.",
+        planned=True,
     ),
     Plate(
         "gates",
