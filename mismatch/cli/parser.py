@@ -61,7 +61,7 @@ SCAN_GROUPS = {
 
 REPAIR_GROUPS = {
     "model": GROUPS["model"],
-    "swap": ("swap", "controls"),
+    "swap": ("swap", "controls", "same_steps"),
     "ladder": (
         *("rungs", "tokens", "max_minutes", "epochs", "lr", "gate_lr", "width", "neighbours"),
         *("rank", "order", "pays"),

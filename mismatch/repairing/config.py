@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from mismatch.config import SwapConfig
 from mismatch.errors import ConfigError
-from mismatch.registry import did_you_mean, probes
+from mismatch.registry import did_you_mean, mechanisms, probes
 
 RUNGS = ("closed-form", "local", "block", "window", "end-to-end")
 """The ladder, from cheap to dear. What the swap inherits is rung 0, and is always there."""
@@ -19,6 +19,9 @@ class RepairConfig(SwapConfig):
 
     controls: tuple[str, ...] = ("zero", "linear")
     """Controls that are judged beside the repair: nothing in the place, the best linear map; none for no control."""
+    same_steps: tuple[str, ...] = ()
+    """Controls that are trained for the same steps as the swap: identity (does training alone move the model?), zero
+    (what is mended without the mechanism?). Each takes as long as the repair; none for no such control."""
     rungs: tuple[str, ...] = ("closed-form", "local", "block", "window", "end-to-end")
     """Rungs of the ladder to climb, in its order."""
     tokens: Annotated[int, ">= 1"] = 131072
@@ -65,6 +68,7 @@ class RepairConfig(SwapConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._known(self.probes or (), probes())
+        self._known(self.same_steps, mechanisms())
         for index, name in enumerate(self.rungs):
             if name not in RUNGS:
                 raise ConfigError(f"unknown rung `{name}`", hint=did_you_mean(name, RUNGS))

@@ -10,29 +10,30 @@ import sys
 import tempfile
 import time
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from mismatch import spec, table
 from mismatch.checking import Text, plan_dict, plan_warnings
 from mismatch.errors import RunError
 from mismatch.job import peak_memory, settings
 from mismatch.loop import polite
-from mismatch.operating import Teacher, calibrated_swap, students_of
+from mismatch.operating import Teacher, students_of
 from mismatch.probing import Questions
 from mismatch.repairing import questions
 from mismatch.repairing.branches import Knocked, knocked_out
 from mismatch.repairing.config import RepairConfig
+from mismatch.repairing.gates import standing, weighing
 from mismatch.repairing.judge import Judge, Judged
 from mismatch.repairing.ladder import Ladder, Texts
-from mismatch.repairing.part import Part, own, parts_of
+from mismatch.repairing.learner import learner
 from mismatch.repairing.result import Repaired
 from mismatch.repairing.rows import AS_REPAIRED, AS_SWAPPED, branch_rows, rung_rows, student_rows
 from mismatch.repairing.rung import Rung
+from mismatch.repairing.same_steps import SameSteps
 from mismatch.report.html import write_html
 from mismatch.report.repair import branch_line
 from mismatch.run import Run, RunFolder, load_run, run_id
@@ -61,11 +62,12 @@ class RepairTexts:
 
 @dataclass
 class Outcome:
-    """What a repair found: the rungs, what the judge said of each student, branches, further rows, seconds."""
+    """What a repair found: rungs, what the judge said of each student, branches, gates, further rows, seconds."""
 
     rungs: list[Rung]
     judged: dict[str, Judged]
     branches: list[Knocked]
+    gates: dict[str, Any] = field(default_factory=dict)
     rows: list[dict[str, Any]] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)
 
@@ -113,13 +115,9 @@ class RepairJob:
     def _run(self, started: float, stopping: Any, temporary: Path) -> Repaired:
         config, teacher = self.config, self.teacher
         swap, *controls = students_of(teacher, config, self.texts.text.calibration)
-        last = parts_of(teacher.layout, swap)[-1].layer
-        student = self._learner(last)
-        parts = _of_the_swap(parts_of(teacher.layout, student), swap)
-        for part in parts:
-            own(part.student, teacher.model)
-        companions = self._companions(student, parts)
-        trained = _neighbour_parameters(student, parts)
+        mine = learner(teacher, config, swap, self.texts.text.calibration)
+        student, parts = mine.student, mine.parts
+        gates = {"weighs": weighing(parts), "start": standing(parts)}
         prints = {
             "settings": config.fingerprint(),
             "model": teacher.info.sha256,
@@ -146,24 +144,21 @@ class RepairJob:
             },
         )
         state = None if self.folder is None else State(self.folder.path / "state")
-        ladder = Ladder(
-            config,
-            teacher.layout,
-            student,
-            parts,
-            companions,
-            trained,
-            judge,
-            texts,
-            folder=self._activations(temporary),
-            state=state,
-            fingerprint=prints,
-            stopping=stopping,
-            say=self._say,
-        )
+        shared = {
+            "folder": self._activations(temporary),
+            "fingerprint": prints,
+            "stopping": stopping,
+            "say": self._say,
+        }
+        ladder = Ladder(config, teacher.layout, mine, judge, texts, state=state, **shared)
         rungs = ladder.climb()
         self._say("controls and branches are judged")
         beside = {control.name: judge.judge(control.layout) for control in controls}
+        for control in self._same_steps(swap):
+            self._say(f"the control {control.name} is trained for the same steps")
+            other = learner(teacher, config, control, self.texts.text.calibration)
+            like = SameSteps(config, teacher.layout, other, judge, texts, state=None, **shared)
+            beside[f"{control.name}-same-steps"] = like.climb_like(rungs)
         judged = {AS_SWAPPED: ladder.swapped, AS_REPAIRED: ladder.best, **beside}
         knocked = knocked_out(judge, student, parts, ladder.best, config.seed)
         for at in knocked:
@@ -175,7 +170,13 @@ class RepairJob:
             "minutes": (time.monotonic() - started) / 60,
             "seconds_of_questions": time.monotonic() - began,
         }
-        return self._finish(student, Outcome(rungs, judged, knocked, rows, facts))
+        gates["end"] = standing(parts)
+        return self._finish(student, Outcome(rungs, judged, knocked, gates, rows, facts))
+
+    def _same_steps(self, swap: Student) -> list[Student]:
+        """The controls that are trained like the swap."""
+        named = replace(self.config, controls=self.config.same_steps)
+        return students_of(self.teacher, named, self.texts.text.calibration, swap)[1:]
 
     def _questions(self, swap: Student, repaired: Student) -> list[dict[str, Any]]:
         """Shift of both at every site, and the probes."""
@@ -192,45 +193,6 @@ class RepairJob:
         for line in self.texts.unasked:
             self._say(line)
         return rows
-
-    # ---- parts ----------------------------------------------------------------------------------
-
-    def _learner(self, last: int) -> Student:
-        """The same swap once more, to learn; with LoRA in the blocks behind it, which at the start changes nothing."""
-        config, teacher = self.config, self.teacher
-        text = [spec.format(config.swap_spec)]
-        end = min(last + config.neighbours, teacher.layout.n_layers - 1)
-        if config.behind and end > last:
-            lora = f"lora(r={config.rank}, alpha={float(config.rank)}, targets=all)"
-            text += [f"layers{last + 1}-{end}.{slot}:{lora}" for slot in ("attn", "mlp")]
-        return calibrated_swap(
-            teacher,
-            spec.parse(text),
-            calibration=self.texts.text.calibration,
-            tokens=config.calibration_tokens,
-            seq_len=config.seq_len,
-            batch_size=config.batch_size,
-            seed=config.seed,
-        )
-
-    def _companions(self, student: Student, parts: Any) -> dict[int, dict[str, nn.Parameter]]:
-        """The matrices of each swapped block outside of its parts, as its own copies, by layer and name."""
-        found: dict[int, dict[str, nn.Parameter]] = {}
-        if not self.config.around:
-            return found
-        inside = tuple(f"{part.path}." for part in parts)
-        for layer in dict.fromkeys(part.layer for part in parts):
-            path = student.layout.slot_path(layer, "block")
-            block = student.model.get_submodule(path)
-            own(block, self.teacher.model)
-            found[layer] = {
-                name: parameter
-                for inner, parameter in block.named_parameters()
-                if parameter.ndim > 1
-                and parameter.is_floating_point()
-                and not (name := f"{path}.{inner}").startswith(inside)
-            }
-        return found
 
     def _activations(self, temporary: Path) -> Path:
         if self.config.store is not None:
@@ -251,6 +213,7 @@ class RepairJob:
         climbed = {
             "rungs": [asdict(rung) for rung in outcome.rungs],
             "branches": [asdict(at) for at in outcome.branches],
+            "gates": outcome.gates,
             "notes": list(self.texts.unasked),
             "students": {
                 name: {
@@ -303,20 +266,3 @@ class RepairJob:
         folder.finish("done", **about)
         write_html(folder.path)
         return Repaired(load_run(folder.path), climbed, student)
-
-
-def _of_the_swap(parts: tuple[Part, ...], swap: Student) -> tuple[Part, ...]:
-    """Those of the parts that were swapped; the others hold LoRA alone."""
-    swapped = {clause.path for clause in swap.plan.clauses}
-    return tuple(part for part in parts if part.path in swapped)
-
-
-def _neighbour_parameters(student: Student, parts: Any) -> dict[str, nn.Parameter]:
-    """What LoRA added behind the parts, by name."""
-    own_paths = {part.path for part in parts}
-    return {
-        f"{clause.path}.{name}": student.model.get_submodule(clause.path).get_parameter(name)
-        for clause in student.plan.clauses
-        if clause.path not in own_paths
-        for name in clause.new_parameters
-    }

@@ -25,13 +25,13 @@ from mismatch.repairing import stream
 from mismatch.repairing.closed_form import closed_form
 from mismatch.repairing.config import RepairConfig
 from mismatch.repairing.judge import Judge, Judged
+from mismatch.repairing.learner import Learner
 from mismatch.repairing.local import LocalLoss, groups
 from mismatch.repairing.part import Part
 from mismatch.repairing.rung import Rung
 from mismatch.repairing.store import Store
 from mismatch.repairing.training import Group, Trained, Trainer, no_room
 from mismatch.state import State
-from mismatch.surgery import Student
 
 WEIGHTS = {"local": 15, "block": 51, "window": 30.6, "end-to-end": 3.4}
 """How rungs part the time among those that are still to come."""
@@ -57,10 +57,7 @@ class Ladder:
     Args:
         config: the settings.
         teacher: layout of the untouched model.
-        student: its parts own their tensors.
-        parts: the swapped places, in depth order.
-        companions: by layer and name, the other parameters of the swapped blocks.
-        neighbours: parameters of the blocks behind that learn too, by name.
+        learner: the student, its parts and what else of it trains.
         judge: of the reported numbers.
         texts: to learn from and to look at.
         folder: for activations.
@@ -74,10 +71,7 @@ class Ladder:
         self,
         config: RepairConfig,
         teacher: Layout,
-        student: Student,
-        parts: Sequence[Part],
-        companions: dict[int, dict[str, nn.Parameter]],
-        neighbours: dict[str, nn.Parameter],
+        learner: Learner,
         judge: Judge,
         texts: Texts,
         *,
@@ -87,8 +81,9 @@ class Ladder:
         stopping: Callable[[], bool],
         say: Callable[[str], None],
     ) -> None:
-        self.config, self.teacher, self.student = config, teacher, student
-        self.parts, self.companions, self.neighbours = parts, companions, neighbours
+        self.config, self.teacher, self.student = config, teacher, learner.student
+        self.parts, self.companions = learner.parts, learner.companions
+        self.neighbours = learner.neighbours
         self.judge, self.texts = judge, texts
         self.folder, self.state, self.fingerprint = folder, state, fingerprint
         self.stopping, self.say = stopping, say
