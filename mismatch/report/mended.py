@@ -98,4 +98,5 @@ def _learnt(plan: Mapping[str, Any] | None) -> str:
     behind = sorted({c["layer"] for c in clauses if c["mechanism"] == "lora"} - swapped)
     if not behind:
         return ""
-    return f"Blocks {behind[0]}-{behind[-1]} learnt too, through LoRA."
+    which = f"Blocks {behind[0]}-{behind[-1]}" if len(behind) > 1 else f"Block {behind[0]}"
+    return f"{which} learnt too, through LoRA."

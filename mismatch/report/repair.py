@@ -8,6 +8,8 @@ from typing import Any
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from mismatch.report import style
 
@@ -23,7 +25,6 @@ RUNG_COLOURS = {
     "window": "#e69f00",
     "end-to-end": "#cc79a7",
 }
-LEAST_SECONDS = 1.0  # where a logarithmic axis begins
 
 
 def rung_table(climbed: Mapping[str, Any]) -> pd.DataFrame:
@@ -77,8 +78,8 @@ def repair_curve(climbed: Mapping[str, Any]) -> Figure:
     figure = style.new_figure(style.WIDTH, 3.0)
     left, right = figure.subplots(1, 2, sharey=True)
     for ax, column, label in (
-        (left, "tokens", "tokens learnt from"),
-        (right, "seconds", "seconds"),
+        (left, "tokens", "tokens learnt from, all rungs"),
+        (right, "seconds", "seconds of mending"),
     ):
         _curve(ax, frame, column)
         for name, found in climbed["students"].items():
@@ -86,22 +87,49 @@ def repair_curve(climbed: Mapping[str, Any]) -> Figure:
                 continue
             colour = style.look(name)[0]
             ax.axhline(found["kl"][0], color=colour, linewidth=0.8, linestyle="--")
-            if ax is left:
+            if ax is right:
                 ax.annotate(
                     name,
-                    (0.0, found["kl"][0]),
+                    (1.0, found["kl"][0]),
                     xycoords=("axes fraction", "data"),
-                    xytext=(3, 2),
+                    xytext=(-2, 2),
                     textcoords="offset points",
                     color=colour,
                     fontsize=7,
+                    ha="right",
                 )
         ax.set_xlabel(label)
         ax.set_yscale("log")
+        ax.xaxis.set_major_locator(MaxNLocator(5))
+        ax.xaxis.set_major_formatter(FuncFormatter(lambda v, _: _short(v)))
+        ax.yaxis.set_major_locator(LogLocator(10, subs=(1.0, 2.0, 5.0)))
+        ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
+        ax.yaxis.set_minor_locator(NullLocator())
     left.set_ylabel("KL to the teacher, nats per token")
-    right.legend(frameon=False, fontsize=7, loc="upper right")
-    style.frame(figure, "What is left of the damage, on held-out text", "bars: 95 % over documents")
+    marks = [
+        Line2D([], [], ls="none", marker="o", ms=5, color=RUNG_COLOURS[r]) for r in frame["rung"]
+    ]
+    right.legend(
+        marks,
+        list(frame["rung"]),
+        frameon=False,
+        fontsize=7,
+        loc="lower left",
+        bbox_to_anchor=(1.0, 0.0),
+    )
+    style.frame(
+        figure,
+        "What is left of the damage, on held-out text",
+        "Bars: 95 % over documents. Hollow: a rung that made it worse and was undone. Dashed: controls.",
+    )
     return figure
+
+
+def _short(value: float) -> str:
+    """`500`, `20k`, `1.5M`."""
+    if value < 1000:
+        return f"{value:g}"
+    return f"{value / 1000:g}k" if value < 1e6 else f"{value / 1e6:g}M"
 
 
 def _curve(ax: Axes, frame: pd.DataFrame, column: str) -> None:
@@ -121,5 +149,4 @@ def _curve(ax: Axes, frame: pd.DataFrame, column: str) -> None:
             markerfacecolor=colour if row.kept else "white",
             capsize=2,
             linestyle="none",
-            label=row.rung,
         )
