@@ -25,6 +25,8 @@ RUNG_COLOURS = {
     "window": "#e69f00",
     "end-to-end": "#cc79a7",
 }
+SMALLEST = 1e-4
+"""Share of the damage below which a control is not drawn: the unswapped layer reads 0, up to the rounding of a sum."""
 
 
 def rung_table(climbed: Mapping[str, Any]) -> pd.DataFrame:
@@ -77,52 +79,64 @@ def repair_curve(climbed: Mapping[str, Any]) -> Figure:
     frame = frame[(frame["rung"] == "inherit") | (frame["tokens"] > 0)]  # others were left out
     figure = style.new_figure(style.WIDTH, 3.0)
     left, right = figure.subplots(1, 2, sharey=True)
+    controls = {
+        name: found["kl"][0]
+        for name, found in climbed["students"].items()
+        if name not in ("swap", "repaired") and found["kl"][0] > 0
+    }
+    low, high = _range(frame, controls)
     for ax, column, label in (
         (left, "tokens", "tokens learnt from, all rungs"),
         (right, "seconds", "seconds of mending"),
     ):
-        _curve(ax, frame, column)
-        for name, found in climbed["students"].items():
-            if name in ("swap", "repaired"):
-                continue
-            colour = style.look(name)[0]
-            ax.axhline(found["kl"][0], color=colour, linewidth=0.8, linestyle="--")
-            if ax is right:
-                ax.annotate(
-                    name,
-                    (1.0, found["kl"][0]),
-                    xycoords=("axes fraction", "data"),
-                    xytext=(-2, 2),
-                    textcoords="offset points",
-                    color=colour,
-                    fontsize=7,
-                    ha="right",
-                )
-        ax.set_xlabel(label)
         ax.set_yscale("log")
+        _curve(ax, frame, column)
+        for name, kl in controls.items():
+            colour = style.look(name, list(controls))[0]
+            ax.axhline(kl, color=colour, linewidth=0.8, linestyle="--", zorder=0)
+        ax.set_xlabel(label)
         ax.xaxis.set_major_locator(MaxNLocator(5))
         ax.xaxis.set_major_formatter(FuncFormatter(lambda v, _: _short(v)))
         ax.yaxis.set_major_locator(LogLocator(10, subs=(1.0, 2.0, 5.0)))
         ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
         ax.yaxis.set_minor_locator(NullLocator())
+        ax.set_ylim(low, high)
     left.set_ylabel("KL to the teacher, nats per token")
     marks = [
         Line2D([], [], ls="none", marker="o", ms=5, color=RUNG_COLOURS[r]) for r in frame["rung"]
     ]
-    right.legend(
+    left.set_title(" ")  # room for the names, which are as wide as both panels
+    names = left.legend(
         marks,
         list(frame["rung"]),
         frameon=False,
         fontsize=7,
         loc="lower left",
-        bbox_to_anchor=(1.0, 0.0),
+        bbox_to_anchor=(0.0, 1.0),
+        ncols=len(marks),
+        handletextpad=0.1,
+        columnspacing=1.0,
+        borderpad=0.0,
     )
+    names.set_in_layout(False)
     style.frame(
         figure,
         "What is left of the damage, on held-out text",
         "Bars: 95 % over documents. Hollow: a rung that made it worse and was undone. Dashed: controls.",
     )
+    edge = right.get_xlim()[1]
+    style.label_ends(
+        right,
+        [(edge, kl, name, style.look(name, list(controls))[0]) for name, kl in controls.items()],
+    )
     return figure
+
+
+def _range(frame: pd.DataFrame, controls: Mapping[str, float]) -> tuple[float, float]:
+    """Of the y axis: everything that is drawn; a control that reads exactly 0 has no place on it."""
+    drawn = [*frame["kl"], *frame["lo"].dropna(), *frame["hi"].dropna(), *controls.values()]
+    shown = [value for value in drawn if value > SMALLEST * float(frame["kl"].max())]
+    return 0.8 * min(shown), 1.25 * max(shown)
 
 
 def _short(value: float) -> str:
@@ -134,9 +148,12 @@ def _short(value: float) -> str:
 
 def _curve(ax: Axes, frame: pd.DataFrame, column: str) -> None:
     spent = frame[column].cumsum().clip(lower=0)
-    ax.plot(
-        spent, frame["kl"].where(frame["kept"]).ffill(), color=style.FAINT, linewidth=0.8, zorder=1
-    )
+    kept = list(frame["kl"].where(frame["kept"]).ffill())
+    reached = list(spent)
+    for at, rung in enumerate(frame["rung"].iloc[1:], 1):
+        # What a rung that was undone left is what it found.
+        line = (reached[at - 1 : at + 1], kept[at - 1 : at + 1])
+        ax.plot(*line, color=RUNG_COLOURS[rung], linewidth=1.1, zorder=1)
     for x, row in zip(spent, frame.itertuples(), strict=True):
         colour = RUNG_COLOURS[row.rung]
         ax.errorbar(
