@@ -186,38 +186,28 @@ def draw(found: pd.DataFrame, medians: pd.DataFrame, together: pd.DataFrame) -> 
     ):
         for at, student in enumerate(order):
             mine = found[found["student"] == student]
+            height = at + rng.uniform(-0.2, 0.2, len(mine))
             colour = COLOURS[CASES[student][0]]
-            ax.scatter(
-                mine[name],
-                at + rng.uniform(-0.2, 0.2, len(mine)),
-                s=6,
-                color=colour,
-                alpha=0.45,
-                lw=0,
-            )
+            ax.scatter(mine[name], height, s=6, color=colour, alpha=0.45, lw=0)
             row = medians[medians["student"] == student].iloc[0]
             ax.plot([row[f"{name}_lo"], row[f"{name}_hi"]], [at, at], color=style.INK, lw=2.2)
             ax.plot([row[name]], [at], "o", color="white", mec=style.INK, ms=4.5, zorder=4)
-        ax.set(xscale="log", xlabel=unit)
+        ax.set(xscale="log", xlabel=unit, yticks=range(len(order)))
         ax.set_title(title, fontweight="bold")
-    left.set_yticks(range(len(order)), [CASES[name][1] for name in order])
-    middle.set_yticks(range(len(order)), [])
+    left.set_xticks([1e-4, 0.01, 1])
+    middle.set_xticks([1e-3, 0.01, 0.1, 1])
+    left.set_yticklabels([CASES[name][1] for name in order])
+    middle.set_yticklabels([])
     middle.axvline(1, color=COLOURS["control"], lw=0.8, ls="--")
     whole = together[::-1].reset_index(drop=True)
     for at, row in whole.iterrows():
         error = [[row.kl - row.lo], [row.hi - row.kl]]
         right.errorbar([row.kl], [at], xerr=error, fmt="o", ms=4.5, lw=1.2, color=COLOURS[row.kind])
-        right.annotate(
-            row.words,
-            (row.kl, at),
-            xytext=(0, 5),
-            textcoords="offset points",
-            fontsize=6,
-            ha="center",
-        )
-    right.set_yticks([])
-    right.set(xscale="log", xlabel="KL, nats per token", ylim=(-0.5, len(whole) - 0.3))
+        right.annotate(row.words, (0.04, at + 0.22), fontsize=6.5, color=COLOURS[row.kind])
+    right.set(xscale="log", xlabel="KL, nats per token", xlim=(0.03, 20), yticks=[])
+    right.set(xticks=[0.1, 1, 10], ylim=(-0.5, len(whole) - 0.3))
     right.set_title("all layers at once", fontweight="bold")
+    style.plain_log(*(ax.xaxis for ax in (left, middle, right)))
     style.frame(
         figure,
         "Is a norm easier to replace than an attention? (smollm2)",
