@@ -93,8 +93,8 @@ def main() -> None:
     print("\n".join(made["verdict"]))
 
 
-def mended(teacher: mismatch.api.Teacher, swap: str, gate_rate: float, store: str | None = None):
-    return mismatch.repair(teacher, swap, gate_lr=gate_rate, store=store, **REPAIR)
+def mended(teacher: mismatch.api.Teacher, swap: str, gate_rate: float, **more: object):
+    return mismatch.repair(teacher, swap, gate_lr=gate_rate, **(REPAIR | more))
 
 
 def gates(teacher: mismatch.api.Teacher) -> pd.DataFrame:
@@ -102,7 +102,7 @@ def gates(teacher: mismatch.api.Teacher) -> pd.DataFrame:
     rows = []
     store = tempfile.TemporaryDirectory(prefix="mismatch-")  # the teacher runs once for all rates
     for rate in GATE_RATES:
-        result = mended(teacher, "layer12:infini(segment=64)", rate, store.name)
+        result = mended(teacher, "layer12:infini(segment=64)", rate, store=store.name)
         rung = result.climbed["rungs"][-1]
         start, end = (np.array(x) for x in next(iter(rung["gates"].values())))
         share = 1 / (1 + np.exp(-end))
@@ -146,7 +146,10 @@ def memory(teacher: mismatch.api.Teacher) -> pd.DataFrame:
 def retrieval(teacher: mismatch.api.Teacher, name: str) -> pd.DataFrame:
     """student, stat, segments, value, lo, hi: nats per key lost by segment borders; text KL; exact keys."""
     swap, rate, *_ = STUDENTS[name]
-    student = mismatch.swap(teacher, swap) if rate is None else mended(teacher, swap, rate).student
+    if rate is None:
+        student = mismatch.swap(teacher, swap)
+    else:  # text is judged below: here it only says whether to keep the repair
+        student = mended(teacher, swap, rate, judged=2048).student
     table = mismatch.probe(teacher, student, controls=(), **PROMPTS).table
     rows = []
     for row in table[(table["student"] == "swap") & (table["metric"] == "passkey")].itertuples():

@@ -1,0 +1,286 @@
+"""Beside the ladder: branches taken out, the shift before and after, probes of teacher, swap and repaired model."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from killed_repair import SETTINGS, SWAP
+from measured import cut, student_of
+from wonderland import documents
+
+import mismatch
+from mismatch.data import read
+from mismatch.errors import ConfigError, UsageError
+from mismatch.layout import Layout
+from mismatch.operating import Teacher
+from mismatch.repairing import questions
+from mismatch.repairing.branches import MATTERS, knocked_out, verdict
+from mismatch.repairing.config import RepairConfig
+from mismatch.repairing.judge import Judge, Judged
+from mismatch.repairing.part import parts_of
+from mismatch.repairing.rows import branch_rows, rung_rows, student_rows
+from mismatch.repairing.rung import Rung
+from mismatch.report.mended import before_after, before_after_data
+from mismatch.report.repair import branch_line
+from mismatch.surgery import Student
+from mismatch.table import as_table
+from mismatch.windows import Windows
+
+INFINI = "layer1:infini(segment=8)"
+
+
+def kl_by_document(teacher, student, windows: Windows) -> np.ndarray:
+    """Sum of KL(teacher || student) of each document, in float64, from the whole logits of both models."""
+    ids = torch.from_numpy(windows.ids)
+    with torch.no_grad():
+        p, q = (m(ids).logits.double().log_softmax(-1) for m in (teacher, student))
+    kl = (p.exp() * (p - q)).sum(-1).sum(-1).numpy()
+    return np.bincount(windows.doc, kl, windows.n_docs)
+
+
+def judged_of(model, student: Student, windows: Windows, first: int = 1) -> tuple[Judge, Judged]:
+    judge = Judge(Layout.of(model), windows, first, 2)
+    return judge, judge.judge(student.layout)
+
+
+# ---- branches -----------------------------------------------------------------------------------
+
+
+def test_a_branch_taken_out_is_the_model_without_it_and_its_growth_is_paired(tiny):
+    model, windows = tiny("llama"), cut(12)
+    student = student_of(model, INFINI)
+    judge, whole = judged_of(model, student, windows)
+    found = knocked_out(judge, student, parts_of(Layout.of(model), student), whole)
+    assert [at.branch for at in found] == ["memory", "local"]
+    part = student.model.get_submodule(student.plan.clauses[0].path)
+    before = kl_by_document(model, student.model, windows)
+    for at in found:
+        part.silent = frozenset({at.branch})
+        without = kl_by_document(model, student.model, windows)
+        part.silent = frozenset()
+        assert at.kl == pytest.approx(without.sum() / windows.tokens, rel=1e-4)
+        assert at.more == pytest.approx((without - before).sum() / windows.tokens, rel=1e-3)
+        # The documents are equally long: all 27 resamples of the three, by hand.
+        draws = np.stack(np.meshgrid(*[range(3)] * 3), -1).reshape(-1, 3)
+        each = (without - before)[draws].sum(1) / windows.tokens
+        lo, hi = np.quantile(each, [0.025, 0.975], method="inverted_cdf")
+        assert (at.more_lo, at.more_hi) == pytest.approx((lo, hi), rel=1e-3)
+    assert part.silent == frozenset()
+
+
+def test_a_branch_whose_gate_is_shut_is_bypassed_and_the_other_is_used(tiny):
+    model = tiny("llama")
+    student = student_of(model, "layer1:infini(segment=8, gate_init=-60)")
+    judge, whole = judged_of(model, student, cut(12))
+    memory, local = knocked_out(judge, student, parts_of(Layout.of(model), student), whole)
+    assert (memory.more, memory.more_lo, memory.more_hi) == (0.0, 0.0, 0.0)
+    assert memory.verdict == "bypassed"
+    assert local.verdict == "used"
+    said = branch_line(vars(memory), whole.mean_kl()[0])
+    assert "layer1.attn without its memory: KL" in said
+    assert said.endswith("repaired by bypass, the memory branch is not used")
+
+
+def test_branches_of_what_a_wrapper_holds_are_found(tiny):
+    model = tiny("llama")
+    student = student_of(model, f"layer1:parallel({INFINI.partition(':')[2]}, alpha=0.5)")
+    judge, whole = judged_of(model, student, cut())
+    found = knocked_out(judge, student, parts_of(Layout.of(model), student), whole)
+    assert [at.branch for at in found] == ["memory", "local"]
+    assert all(at.more != 0 for at in found)
+
+
+def test_a_mechanism_without_branches_is_not_applicable_and_not_0(tiny):
+    model = tiny("llama")
+    student = student_of(model, "layer1:nope")
+    judge, whole = judged_of(model, student, cut())
+    (at,) = knocked_out(judge, student, parts_of(Layout.of(model), student), whole)
+    assert at.branch is None and at.verdict == "not applicable" and math.isnan(at.kl)
+    assert branch_line(vars(at), 0.1) == (
+        "layer1.rope: branches not applicable, the mechanism has none"
+    )
+    rows = as_table([r | {"run_id": "test"} for r in branch_rows([at], 100)])
+    assert rows["value"].isna().all() and (rows["n"] == 0).all()
+
+
+@pytest.mark.parametrize(
+    "more, said",
+    [
+        ((0.05, 0.02, 0.08), "used"),
+        ((0.005, -0.001, 0.009), "bypassed"),
+        ((-0.02, -0.03, -0.01), "bypassed"),
+        ((0.02, 0.005, 0.04), "open"),
+        ((0.02, math.nan, math.nan), "used"),  # one document: no interval
+        ((0.005, math.nan, math.nan), "bypassed"),
+    ],
+)
+def test_a_verdict_needs_the_whole_interval(more, said):
+    assert verdict(more, MATTERS * 0.1) == said
+
+
+# ---- the judge ----------------------------------------------------------------------------------
+
+
+def test_the_difference_of_two_students_is_paired_over_documents(tiny):
+    model, windows = tiny("llama"), cut(12)
+    one, other = (
+        judged_of(model, student_of(model, text), windows)[1] for text in (INFINI, "layer1:nope")
+    )
+    assert one.more_than(one) == (0.0, 0.0, 0.0)
+    value, lo, hi = one.more_than(other)
+    assert value == pytest.approx(one.mean_kl()[0] - other.mean_kl()[0])
+    assert lo <= value <= hi
+    back = other.more_than(one)
+    assert back == pytest.approx((-value, -hi, -lo))
+    alone = Judged(one.kl[:1], one.nll[:1], one.counts[:1], one.targets[:1])
+    assert np.isnan(alone.more_than(alone)[1:]).all()
+
+
+def test_rows_say_who_and_when(tiny):
+    model, windows = tiny("llama"), cut()
+    judge, swap = judged_of(model, student_of(model, INFINI), windows)
+    zero = judge.judge(student_of(model, "layer1:zero").layout)
+    half = Judged(swap.kl / 2, swap.nll / 2, swap.counts, swap.targets)
+    judged = {"swap": swap, "repaired": half, "zero": zero}
+    rungs = [Rung("inherit", kl=0.2, gap_closed=0.0), Rung("local", kl=0.1, gap_closed=0.5)]
+    rows = [*rung_rows(rungs, windows.tokens), *student_rows(judged, 0)]
+    found = as_table([row | {"run_id": "test"} for row in rows])
+    value = found.set_index(["stage", "student", "metric", "stat"])["value"].to_dict()
+    assert value["surgery", "swap", "kl", "mean"] == pytest.approx(swap.mean_kl()[0])
+    assert value["repair", "swap", "kl", "mean"] == pytest.approx(swap.mean_kl()[0] / 2)
+    assert value["repair", "swap", "kl", "mean_minus_zero"] == pytest.approx(
+        half.mean_kl()[0] - zero.mean_kl()[0]
+    )
+    assert value["repair", "swap", "kl", "gap_closed[rung=local]"] == 0.5
+    assert (found["n"] > 0).all()
+
+
+# ---- the shift before and after -----------------------------------------------------------------
+
+
+def shifts(model, swap: Student, repaired: Student, windows: Windows) -> pd.DataFrame:
+    teacher = Teacher(model, None, Layout.of(model), None)  # type: ignore[arg-type]
+    rows = questions.shift_rows(teacher, swap, repaired, windows, batch_size=2, seed=0)
+    return as_table([row | {"run_id": "test"} for row in rows])
+
+
+def of_stage(table: pd.DataFrame, stage: str) -> pd.DataFrame:
+    rows = table[(table["student"] == "swap") & (table["stage"] == stage)]
+    return rows.drop(columns="stage").reset_index(drop=True)
+
+
+def test_nothing_learnt_reads_the_same_before_and_after(tiny):
+    model = tiny("llama")
+    table = shifts(model, student_of(model, INFINI), student_of(model, INFINI), cut())
+    pd.testing.assert_frame_equal(of_stage(table, "surgery"), of_stage(table, "repair"))
+
+
+def test_the_shift_after_is_that_of_the_learner_and_its_neighbours_are_not_swapped(tiny):
+    model, windows = tiny("llama"), cut()
+    swap = student_of(model, INFINI)
+    repaired = student_of(model, f"{INFINI}; layer2.mlp:lora(r=2)")
+    _, lora = repaired.plan.clauses
+    with torch.no_grad():
+        for name in lora.new_parameters:
+            repaired.model.get_submodule(lora.path).get_parameter(name).add_(0.1)
+    table = shifts(model, swap, repaired, windows)
+    ids = torch.from_numpy(windows.ids)
+    states: dict[str, torch.Tensor] = {}
+    for name, module in (("teacher", model), ("surgery", swap.model), ("repair", repaired.model)):
+        with torch.no_grad():
+            states[name] = module.model(ids).last_hidden_state.double()
+    for stage in ("surgery", "repair"):
+        rows = of_stage(table, stage)
+        shown = rows[(rows.site == "final") & (rows.metric == "rel_l2") & (rows.stat == "mean")]
+        distance = (states[stage] - states["teacher"]).norm(dim=-1)
+        relative = distance / states["teacher"].norm(dim=-1)
+        assert shown["value"].iloc[0] == pytest.approx(relative.mean().item(), rel=1e-4)
+        assert set(rows.loc[rows["swapped"], "layer"]) == {1}
+    assert not of_stage(table, "surgery").equals(of_stage(table, "repair"))
+
+
+def test_one_scale_for_both_panels(tiny, monkeypatch):
+    model = tiny("llama")
+    table = shifts(model, student_of(model, INFINI), student_of(model, "layer1:identity"), cut())
+    norms: list[Any] = []
+    from mismatch.report import heatmap
+
+    draw = heatmap.draw_panel
+
+    def noted(ax, cells, quantity, norm, title=None):
+        norms.append((quantity.metric, norm.vmin, norm.vmax))
+        draw(ax, cells, quantity, norm, title)
+
+    monkeypatch.setattr(heatmap, "draw_panel", noted)
+    before_after(table)
+    assert [metric for metric, *_ in norms] == ["rel_l2", "rel_l2", "norm_ratio", "norm_ratio"]
+    assert norms[0] == norms[1] and norms[2] == norms[3]
+    data = before_after_data(table)
+    after = data[(data["stage"] == "repair") & (data["metric"] == "rel_l2")]
+    assert (after["kind"] == "zero").all()  # an identity is the teacher, to the bit
+    with pytest.raises(UsageError, match="not traced before and after"):
+        before_after(table[table["stage"] == "surgery"])
+
+
+def test_few_windows_keep_their_documents():
+    windows = cut(6)
+    some = questions.few(windows, 2 * windows.seq_len)
+    assert some.tokens == 2 * windows.seq_len
+    assert some.names == windows.names[:2] and some.n_docs == 2
+    assert len(questions.few(windows, 1)) == 1
+
+
+# ---- probes -------------------------------------------------------------------------------------
+
+
+def config_of(**settings: Any) -> RepairConfig:
+    return RepairConfig(model="glassllm", swap=(SWAP,), **(SETTINGS | settings))
+
+
+def test_usual_probes_that_the_model_cannot_be_asked_are_left_out_and_named(toy_teacher):
+    held_out = read(documents(12))
+    told = (toy_teacher.model.config, toy_teacher.tokenizer, held_out)
+    found, notes = questions.asked(config_of(probes=None), *told)
+    assert list(found.probes) == ["induction", "generation"]
+    (note,) = notes
+    assert note.startswith(
+        "the probe passkey is not asked: a passkey prompt of 256 tokens is longer"
+    )
+    with pytest.raises(UsageError, match="a passkey prompt of 256 tokens is longer"):
+        questions.asked(config_of(probes=("passkey",)), *told)
+    assert questions.asked(config_of(probes=()), *told) == (None, [])
+    with pytest.raises(ConfigError, match="unknown probe `passkye`"):
+        config_of(probes=("passkye",))
+
+
+def test_a_repair_asks_teacher_swap_and_repaired_model(toy_teacher):
+    """The swap that is asked afterwards is the one that was swapped, whatever the learner became."""
+    texts = {"data": documents(12), "calibration": documents(8, seed=1)}
+    given = SETTINGS | {"rungs": ("closed-form", "local"), "traced": 96, "probes": ("induction",)}
+    result = mismatch.repair(toy_teacher, SWAP, **given, **texts)
+    alone = mismatch.probe(
+        toy_teacher,
+        mismatch.swap(toy_teacher, SWAP),
+        probes=("induction",),
+        samples=questions.SAMPLES,
+        controls=(),
+    )
+    asked = result.table[result.table["metric"] == "induction"]
+    for student, stage in (("teacher", "surgery"), ("swap", "surgery")):
+        mine = asked[(asked["student"] == student) & (asked["stage"] == stage)]
+        ours = alone.table[alone.table["student"] == student]
+        value = dict(zip(mine["stat"], mine["value"], strict=True))
+        assert dict(zip(ours["stat"], ours["value"], strict=True)).items() <= value.items()
+    after = asked[(asked["student"] == "swap") & (asked["stage"] == "repair")]
+    assert {"nll_second", "nll_second_minus_teacher"} <= set(after["stat"])
+    swap = asked[(asked["student"] == "swap") & (asked["stage"] == "surgery")]
+    assert "nll_second_minus_repaired" in set(swap["stat"])
+    assert result.climbed["rungs"][0]["kl"] == result.climbed["students"]["swap"]["kl"][0]
+    assert set(result.table["stage"]) == {"surgery", "repair"}
+    assert "teacher -> swap -> repaired" in result.summary()
+    assert "without its memory" in result.summary()
