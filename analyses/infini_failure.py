@@ -146,10 +146,12 @@ def memory(teacher: mismatch.api.Teacher) -> pd.DataFrame:
 def retrieval(teacher: mismatch.api.Teacher, name: str) -> pd.DataFrame:
     """student, stat, segments, value, lo, hi: nats per key lost by segment borders; text KL; exact keys."""
     swap, rate, *_ = STUDENTS[name]
-    if rate is None:
-        student = mismatch.swap(teacher, swap)
-    else:  # text is judged below: here it only says whether to keep the repair
-        student = mended(teacher, swap, rate, judged=2048).student
+    # Text is judged below: in a repair it only says whether to keep it.
+    student = (
+        mismatch.swap(teacher, swap)
+        if rate is None
+        else mended(teacher, swap, rate, judged=2048).student
+    )
     table = mismatch.probe(teacher, student, controls=(), **PROMPTS).table
     rows = []
     for row in table[(table["student"] == "swap") & (table["metric"] == "passkey")].itertuples():

@@ -268,6 +268,7 @@ def test_a_repair_asks_teacher_swap_and_repaired_model(toy_teacher):
         mismatch.swap(toy_teacher, SWAP),
         probes=("induction",),
         samples=questions.SAMPLES,
+        seq_len=48,
         controls=(),
     )
     asked = result.table[result.table["metric"] == "induction"]

@@ -9,14 +9,12 @@ weights are saved, so a run that was killed goes on at the last rung, and inside
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -27,17 +25,14 @@ from mismatch.repairing.config import RepairConfig
 from mismatch.repairing.judge import Judge, Judged
 from mismatch.repairing.learner import Learner
 from mismatch.repairing.local import LocalLoss, groups
+from mismatch.repairing.pace import LOOKS, Pace, planned
 from mismatch.repairing.part import Part
 from mismatch.repairing.rung import Rung
 from mismatch.repairing.store import Store
-from mismatch.repairing.training import Group, Trained, Trainer, no_room
+from mismatch.repairing.training import Group, Trained, Trainer
+from mismatch.repairing.weights import bits, fingerprint, tensor
 from mismatch.state import State
 
-WEIGHTS = {"local": 15, "block": 51, "window": 30.6, "end-to-end": 3.4}
-"""How rungs part the time among those that are still to come."""
-TRIAL_STEPS = 2  # timed to plan the others
-LOOKS = 8  # per rung, fewer where a look is dear:
-LOOKING = 0.2  # share of a rung's time that looks may take
 LEAST_STEPS = 10  # a rung with time for fewer is left out
 LATER_RATE = 0.25  # of all rates, once the parts have learnt alone; LoRA behind them starts anew, at the whole rate
 
@@ -90,9 +85,7 @@ class Ladder:
         self.rungs: list[Rung] = []
         self.swapped: Judged | None = None
         self.best: Judged | None = None
-        self.began = time.monotonic()
-        self.earlier = 0.0  # seconds of the process that this one resumes
-        self.judging = 0.0  # seconds that mend nothing, which the limit does not count
+        self.pace = Pace(config)
 
     # ---- the climb ------------------------------------------------------------------------------
 
@@ -131,7 +124,7 @@ class Ladder:
         return self.rungs
 
     def _exhausted(self) -> bool:
-        if self._left() <= 0:
+        if self.pace.left() <= 0:
             return True
         gains = [
             b.gap_closed - a.gap_closed for a, b in zip(self.rungs, self.rungs[1:], strict=False)
@@ -139,26 +132,9 @@ class Ladder:
         tired = [gain < self.config.pays for gain in gains]
         return len(tired) >= 2 and all(tired[-2:])
 
-    def _left(self) -> float:
-        """Seconds."""
-        if self.config.max_minutes is None:
-            return float("inf")
-        return self.config.max_minutes * 60 - self._spent()
-
-    def _seconds(self, name: str) -> float:
-        """What a rung may spend: its part of the time that is left, among the rungs from it on."""
-        coming = self.config.rungs[self.config.rungs.index(name) :]
-        return self._left() * WEIGHTS[name] / sum(WEIGHTS[rung] for rung in coming)
-
-    def _spent(self) -> float:
-        """Seconds of mending, an earlier process's included."""
-        return self.earlier + time.monotonic() - self.began - self.judging
-
     def _judged(self) -> Judged:
-        started = time.monotonic()
-        judged = self.judge.judge(self.student.layout)
-        self.judging += time.monotonic() - started
-        return judged
+        with self.pace.uncounted():
+            return self.judge.judge(self.student.layout)
 
     def _report(self, rung: Rung, judged: Judged) -> None:
         seed = self.config.seed
@@ -192,7 +168,7 @@ class Ladder:
     def _local(self, name: str) -> Rung:
         rung = Rung(name)
         fresh = self._fresh()
-        seconds = self._seconds(name) / len(self.parts)
+        seconds = self.pace.share(name) / len(self.parts)
         for index, part in enumerate(self.parts):
             store, held = self._stores([part], [part])
             learning = groups(part, fresh[part.path], self.config.lr, self.config.gate_lr)
@@ -203,7 +179,7 @@ class Ladder:
     def _block(self, name: str) -> Rung:
         """Each swapped block as a whole: what is left of the part's error, the rest of its block takes up."""
         rung = Rung(name)
-        seconds = self._seconds(name) / max(1, len(self.companions))
+        seconds = self.pace.share(name) / max(1, len(self.companions))
         for layer in self.companions:
             mine = [part for part in self.parts if part.layer == layer]
             place = stream.block(self.teacher, layer)
@@ -247,7 +223,7 @@ class Ladder:
         around = {n: p for found in self.companions.values() for n, p in found.items()}
         learning = self._later(self.parts, around)
         learning.append(Group("neighbours", self.neighbours, self.config.lr))
-        self._train(rung, name, learning, loss, self._seconds(name))
+        self._train(rung, name, learning, loss, self.pace.share(name))
         return rung
 
     def _train(
@@ -296,32 +272,12 @@ class Ladder:
         known = None if plan is None else plan.load(self.fingerprint)
         if known is not None:
             return known[1]["steps"], known[1]["looks"]
-        started = time.monotonic()
-        loss.look()
-        look = time.monotonic() - started
-        each = self._timed(loss, len(self.texts.train[0]))
-        for group in learning:
-            for parameter in group.parameters.values():
-                parameter.grad = None
-        looks = min(LOOKS, max(1, int(LOOKING * seconds / look)))
-        steps = max(0, min(most, int((seconds - (looks + 2) * look) / each)))
+        steps, looks = planned(
+            loss, learning, most, len(self.texts.train), len(self.texts.train[0]), seconds
+        )
         if plan is not None:
             plan.save({}, {"steps": steps, "looks": looks}, self.fingerprint)
         return steps, looks
-
-    def _timed(self, loss: Any, rows: int) -> float:
-        """Seconds of a step, with as many windows as there is memory for; the loop itself finds out how many."""
-        try:
-            # What is made on first use is not part of a step.
-            loss(0, rows).backward()
-            started = time.monotonic()
-            for index in range(TRIAL_STEPS):
-                loss(index % len(self.texts.train), rows).backward()
-        except torch.OutOfMemoryError as error:
-            if rows == 1:
-                raise no_room("while steps were timed") from error
-            return self._timed(loss, rows // 2)
-        return (time.monotonic() - started) / TRIAL_STEPS
 
     # ---- activations ----------------------------------------------------------------------------
 
@@ -393,14 +349,14 @@ class Ladder:
 
     @torch.no_grad()
     def _set(self, weights: dict[str, Tensor]) -> None:
-        for name, tensor in self._named().items():
-            tensor.copy_(weights[name])
+        for name, own in self._named().items():
+            own.copy_(weights[name])
 
     def _save(self) -> None:
         if self.state is None:
             return
-        arrays = {name: _bits(tensor) for name, tensor in self._weights().items()}
-        info = {"rungs": [asdict(rung) for rung in self.rungs], "seconds": self._spent()}
+        arrays = {name: bits(own) for name, own in self._weights().items()}
+        info = {"rungs": [asdict(rung) for rung in self.rungs], "seconds": self.pace.spent()}
         self.state.save(arrays, info, self.fingerprint)
 
     def _resume(self) -> None:
@@ -409,29 +365,8 @@ class Ladder:
             return
         self._arrays, info = found
         self.rungs = [Rung(**rung) for rung in info["rungs"]]
-        self.earlier = info["seconds"]
+        self.pace.earlier = info["seconds"]
 
     def _load_weights(self) -> None:
         named = self._named()
-        self._set({n: _tensor(a, named[n]) for n, a in self._arrays.items()})
-
-
-def fingerprint(weights: dict[str, Tensor]) -> str:
-    """sha256 of tensors by name."""
-    found = hashlib.sha256()
-    for name, tensor in sorted(weights.items()):
-        found.update(name.encode() + _bits(tensor).tobytes())
-    return found.hexdigest()
-
-
-def _bits(tensor: Tensor) -> np.ndarray:
-    """numpy has no bfloat16: its bits as int16."""
-    tensor = tensor.cpu().contiguous()
-    return tensor.view(torch.int16).numpy() if tensor.dtype == torch.bfloat16 else tensor.numpy()
-
-
-def _tensor(array: np.ndarray, like: Tensor) -> Tensor:
-    tensor = torch.from_numpy(np.array(array))
-    if like.dtype == torch.bfloat16:
-        tensor = tensor.view(torch.bfloat16)
-    return tensor.reshape(like.shape).to(like.device)
+        self._set({n: tensor(a, named[n]) for n, a in self._arrays.items()})
