@@ -104,7 +104,7 @@ def table(folder: Path) -> pd.DataFrame:
             continue
         climbed = json.loads(_file(folder, name).read_text())["climb"]
         students = climbed["students"]
-        row: dict[str, Any] = {"mechanism": name, "swap": swap}
+        row: dict[str, Any] = {"mechanism": name, "spec": swap}
         for student in ("swap", "repaired", "zero", "linear"):
             for part, value in zip(("", "_lo", "_hi"), students[student]["kl"], strict=True):
                 row[f"{student}{part}"] = value
@@ -129,7 +129,7 @@ def verdict(row: dict[str, Any], notes: list[str]) -> str:
         said += "; no better than a linear map"
     if row["swap_lo"] > row["zero_hi"]:
         said += "; began worse than no layer"
-    if row["swap"].endswith("nope"):
+    if row["spec"].endswith("nope"):
         said += "; no rung can give back what rotation told"
     bypass = [note for note in notes if "bypass" in note]
     return said + ("; by bypass" if bypass else "")
