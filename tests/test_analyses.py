@@ -10,6 +10,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
+import mismatch
+
 ANALYSES = Path(__file__).resolve().parent.parent / "analyses"
 
 
@@ -246,3 +248,104 @@ def test_infini_failure_follows_what_was_planted():
 def test_travel_is_about_half_of_rate_times_steps():
     module = script("infini_failure")
     assert module.travel(3e-2, 400) == pytest.approx(0.5 * 3e-2 * 400, rel=0.06)
+
+
+# ---- one_or_all -------------------------------------------------------------------------------------
+
+
+def by_document(module: ModuleType, together_of) -> pd.DataFrame:
+    """Eight documents; layer i costs document d (i + 1)(d + 1); `together_of(k)` times their sum together."""
+    places = [(layer,) for layer in range(30)] + [s for k in module.NUMBERS for s in module.sets(k)]
+    rows = [
+        (
+            " ".join(map(str, layers)), len(layers), document,
+            (document + 1) * sum(i + 1 for i in layers) * together_of(len(layers)), 10,
+        )
+        for layers in places
+        for document in range(8)
+    ]  # fmt: skip
+    return pd.DataFrame(rows, columns=["layers", "k", "document", "kl", "n"])
+
+
+def test_the_ratio_of_together_to_alone_is_paired_by_document():
+    module = script("one_or_all")
+    found = module.ratios(by_document(module, lambda k: 1 if k == 1 else 0.5 + k / 8))
+    assert (
+        found[["ratio", "lo", "hi"]].nunique(axis=1).eq(1).all()
+    )  # documents differ, their ratio does not
+    pooled = found[found["layers"] == "pooled"].set_index("k")["ratio"]
+    assert pooled.to_dict() == pytest.approx({k: 0.5 + k / 8 for k in module.NUMBERS})
+    said = module.verdict(found.assign(name="infini"))
+    assert "depends on mechanism and number" in said[0]
+    assert "2 layers 0.75 [0.75, 0.75] less" in said[1]
+    assert "4 layers 1.00 [1.00, 1.00] additive" in said[1]
+    assert "30 layers 4.25 [4.25, 4.25] more" in said[1]
+
+
+def test_sets_of_layers_are_even_and_whole():
+    module = script("one_or_all")
+    for k in module.NUMBERS:
+        assert all(len(set(layers)) == k and max(layers) < 30 for layers in module.sets(k))
+    assert module.sets(30) == [tuple(range(30))]
+    assert module.REPAIRED in module.sets(4)
+
+
+@pytest.mark.parametrize(
+    ("after", "word"), [(0.10, "holds"), (0.18, "does not hold"), (0.02, "holds")]
+)
+def test_repair_of_several_is_held_against_the_sum_of_single_ones(after, word):
+    module = script("one_or_all")
+    rows = [("5", 1, 0.1, 0.05), ("13", 1, 0.1, 0.05), ("5 13", 2, 0.2, after)]
+    mended = pd.DataFrame(rows, columns=["layers", "k", "before", "after"]).assign(zero=0.2)
+    mended["gap_closed"] = 1 - mended["after"] / mended["before"]
+    for end, off in (("lo", -0.05), ("hi", 0.05)):
+        mended[f"gap_{end}"] = mended["gap_closed"] + off
+        mended[f"after_{end}"] = mended["after"] + off / 10
+    said = module.repair_verdict(mended)
+    assert f"Sequential repair scales: {word}." in said
+    assert "0.200 -> 0.100 nats, 50% [45%, 55%]" in said
+
+
+# ---- kept_or_replaced -------------------------------------------------------------------------------
+
+
+def kept(module: ModuleType, beside: float, random: float = 0.001) -> pd.DataFrame:
+    """Replaced: 0.1 nats, mended to 0.05; added: `beside`, mended to 0.001 with alpha turned to 0.02."""
+    rows = []
+    for case in module.cases():
+        adapter = case.mechanism in module.ADAPTERS
+        before = 0.0 if adapter else 0.1 if case.column == "replaced" else beside
+        after = before / 2 if adapter or case.column == "replaced" else 0.001
+        if case.mechanism == "random" and case.column != "replaced":
+            after = random
+        alpha = 0.02 if "parallel(" in case.swap else np.nan
+        rows.append((case.mechanism, case.column, case.slot, case.swap, before, after, alpha))
+    columns = ["mechanism", "column", "slot", "swap", "before", "after", "alpha"]
+    found = pd.DataFrame(rows, columns=columns).assign(gap_closed=0.5, zero=0.2, linear=0.08)
+    for name in ("before", "after", "zero", "linear"):
+        found[f"{name}_lo"], found[f"{name}_hi"] = 0.9 * found[name], 1.1 * found[name]
+    return found
+
+
+def test_every_cell_of_the_table_is_a_swap():
+    module = script("kept_or_replaced")
+    swaps = [case.swap for case in module.cases()]
+    assert len(set(swaps)) == len(swaps)
+    for swap in swaps:
+        mismatch.spec.check(mismatch.spec.parse(swap))
+    assert sum(bool(case.controls) for case in module.cases()) == len(module.CONTROLLED)
+
+
+def test_kept_or_replaced_follows_what_was_planted():
+    module = script("kept_or_replaced")
+    said = module.verdict(kept(module, beside=0.01))
+    assert (
+        "before repair: added in full in 8 of 8 (holds), a tenth added in 8 of 8 (holds)" in said[0]
+    )
+    assert "less than half of it in 8 of 8" in said[2]
+    assert "not measurably worse than the mechanism in 14 of 14" in said[2]
+    assert "Mamba-2 0.0500 [0.0450, 0.0550] (better than)" in said[3]
+    assert "start at 0 in 6 of 6; not: none" in said[4]
+    said = module.verdict(kept(module, beside=0.3, random=0.1))
+    assert "before repair: added in full in 0 of 8 (does not hold)" in said[0]
+    assert "not measurably worse than the mechanism in 0 of 14" in said[2]

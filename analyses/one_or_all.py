@@ -1,0 +1,351 @@
+"""One layer replaced, several, all: does the damage add up, and does mending them one after the other scale?
+
+    python analyses/one_or_all.py                about 25 minutes of CPU, one thread; goes on where it was stopped
+    python analyses/one_or_all.py --only infini  one mechanism's damage; --only repair  the repairs
+    python analyses/one_or_all.py --draw         only the picture, from what is there
+
+Damage: Infini-attention, linear attention with and without a window, and no attention at all, in each of SmolLM2's 30
+layers alone and in 2, 4, 8, 16 evenly spaced layers (two sets of each size) and in all 30, one pass of the original for
+all, the text and the predictions of `scan_atlas.py`. The number is KL together / sum of the KLs alone, both of the same
+documents, resampled together: 1 is additive. It is what errors that do not know of each other would give, because KL
+grows with the square of a small error; errors that point the same way give more, and where the prediction is lost
+already there is little left to lose.
+Repair: four layers with Infini-attention, each mended alone, then all of them in depth order (each on the stream of the
+student as mended so far), closed form and local, the same small text for each.
+Writes figures/one_or_all/: KL per document of each mechanism, ratios.csv, repairs.csv, one_or_all.{json,png}.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from tqdm import tqdm
+
+import mismatch
+from mismatch import data, environment, spec
+from mismatch.metrics.readings import interval, resamples
+from mismatch.report import style
+from mismatch.scanning.cells import joint
+from mismatch.scanning.config import ScanConfig
+from mismatch.scanning.job import sweep_of
+from mismatch.scanning.loop import measure, prove_restored
+from mismatch.scanning.tasks import text_task
+from mismatch.windows import windows
+
+N_LAYERS = 30
+MECHANISMS = {
+    "infini": ("infini(segment=64)", "Infini-attention", "#d55e00", "o"),
+    "linear": ("linear_attention", "linear attention", "#a6761d", "s"),
+    "hybrid": ("linear_attention(window=64, sinks=1)", "the same, window and sink", "#009e73", "D"),
+    "zero": ("zero", "attention deleted", "#0072b2", "v"),
+}
+NUMBERS = (2, 4, 8, 16, N_LAYERS)
+SHIFTS = (0.25, 0.75)
+"""Where a set begins, in its own spacing."""
+SIZES = {"tokens": 1536, "seq_len": 192, "batch_size": 8}
+REPAIRED = (5, 13, 20, 28)
+"""A set of four of the above."""
+REPAIR: dict[str, Any] = {
+    "tokens": 8192,
+    "seq_len": 256,
+    "judged": 2048,
+    "looked": 1024,
+    "epochs": 2,
+}
+HERE = Path(__file__).resolve().parent.parent / "figures" / "one_or_all"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--only", choices=[*MECHANISMS, "repair"], help="one part")
+    parser.add_argument("--draw", action="store_true", help="only the picture")
+    parser.add_argument("--output", type=Path, default=HERE, help="folder of the results")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    args.output.mkdir(parents=True, exist_ok=True)
+    files = {name: args.output / f"{name}.csv" for name in MECHANISMS}
+    repairs = args.output / "repairs.csv"
+    if not args.draw:
+        teacher = mismatch.load("smollm2")
+        for name in [args.only] if args.only else MECHANISMS:
+            if name in files and not files[name].exists():
+                documents(teacher, MECHANISMS[name][0]).to_csv(files[name], index=False)
+        if args.only in (None, "repair"):
+            repair(teacher, repairs)
+    found = pd.concat(
+        [ratios(pd.read_csv(file)).assign(name=n) for n, file in files.items() if file.exists()]
+    )
+    mended = pd.read_csv(repairs, dtype={"layers": str}) if repairs.exists() else pd.DataFrame()
+    made = {
+        "model": "smollm2", **SIZES, "sets": {k: sets(k) for k in NUMBERS}, "repair": REPAIR,
+        "verdict": [*verdict(found), *([] if mended.empty else [repair_verdict(mended)])],
+        "versions": environment.versions(),
+    }  # fmt: skip
+    found.to_csv(args.output / "ratios.csv", index=False)
+    (args.output / "one_or_all.png").write_bytes(style.to_bytes(draw(found, mended), "png"))
+    (args.output / "one_or_all.json").write_text(json.dumps(made, indent=2) + "\n")
+    print(found[found["layers"] == "pooled"].round(4).to_string(index=False))
+    print("\n".join(made["verdict"]))
+
+
+def sets(k: int) -> list[tuple[int, ...]]:
+    """Sets of `k` evenly spaced layers; only one holds all."""
+    found = [tuple(int((i + shift) * N_LAYERS / k) for i in range(k)) for shift in SHIFTS]
+    return list(dict.fromkeys(found))
+
+
+def swap_of(layers: tuple[int, ...], mechanism: str) -> str:
+    return f"layers[{','.join(map(str, layers))}]:{mechanism}"
+
+
+# ---- damage -----------------------------------------------------------------------------------------
+
+
+def documents(teacher: mismatch.api.Teacher, mechanism: str) -> pd.DataFrame:
+    """layers, k, document, kl, n: sums over the scored predictions of a document, each layer alone and each set."""
+    config = ScanConfig(model="smollm2", swap=(mechanism,), **SIZES)
+    places = [(layer,) for layer in range(N_LAYERS)] + [s for k in NUMBERS for s in sets(k)]
+    texts = {swap_of(layers, mechanism): layers for layers in places}
+    made = {
+        joint(text, spec.check(spec.parse(text)), teacher.layout): layers
+        for text, layers in texts.items()
+    }
+    every = tuple(sorted(made, key=lambda cell: cell.first))
+    learnt, held_out = data.calibration_and_evaluation(config.calibration, config.data)
+    cut = windows(held_out, teacher.tokenizer, config.seq_len, config.tokens, config.seed)
+    task = text_task(cut, config.scored, config.seed)
+    sweep = sweep_of(teacher, config, every, learnt)
+    with tqdm(total=len(every), unit="run", desc=mechanism) as bar:
+        sums = measure(sweep, every, [task], batch_tokens=cut.tokens, progress=bar.update)
+    prove_restored(sweep)
+    rows = []
+    for cell, layers in made.items():
+        part = sums.part(cell, task, "kl")
+        kl = part.sums[part.columns.index("kl")].sum(1)
+        rows += [
+            (" ".join(map(str, layers)), len(layers), document, value, n)
+            for document, (value, n) in enumerate(zip(kl, part.counts.sum(1), strict=True))
+        ]
+    return pd.DataFrame(rows, columns=["layers", "k", "document", "kl", "n"])
+
+
+def ratios(found: pd.DataFrame) -> pd.DataFrame:
+    """Per set, and pooled over the sets of a size: k, layers, together and alone (nats per token), ratio, lo, hi."""
+    kl = found.pivot_table(index="document", columns="layers", values="kl")
+    n = found.groupby("document")["n"].first().to_numpy(float)
+    rows = []
+    for k in NUMBERS:
+        names = [name for name in found.loc[found["k"] == k, "layers"].unique()]
+        pairs = [(kl[name].to_numpy(), kl[name.split()].to_numpy().sum(axis=1)) for name in names]
+        pooled = tuple(np.mean(side, axis=0) for side in zip(*pairs, strict=True))
+        for name, (together, alone) in [*zip(names, pairs, strict=True), ("pooled", pooled)]:
+            weights = resamples(len(n))
+            lo, hi = interval((weights @ together) / (weights @ alone))
+            rows.append(
+                {
+                    "k": k, "layers": name, "together": together.sum() / n.sum(),
+                    "alone": alone.sum() / n.sum(), "ratio": together.sum() / alone.sum(),
+                    "lo": lo, "hi": hi,
+                }
+            )  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def verdict(found: pd.DataFrame) -> list[str]:
+    """Additive where the interval holds 1; over the sizes of one mechanism, and over mechanisms."""
+    said, every = [], []
+    for name, mine in found[found["layers"] == "pooled"].groupby("name", sort=False):
+        words = [_word(row) for row in mine.itertuples()]
+        every += words
+        spans = ", ".join(
+            f"{row.k} layers {row.ratio:.2f} [{row.lo:.2f}, {row.hi:.2f}] {word}"
+            for row, word in zip(mine.itertuples(), words, strict=True)
+        )
+        said.append(f"{MECHANISMS[name][1]}: {spans}")
+    kinds = set(every)
+    answer = (
+        "holds" if kinds == {"additive"}
+        else "does not hold" if "additive" not in kinds
+        else "depends on mechanism and number"
+    )  # fmt: skip
+    return [f"KL together is the sum of the KLs alone: {answer}. Together / sum:", *said]
+
+
+def _word(row: Any) -> str:
+    return "more" if row.lo > 1 else "less" if row.hi < 1 else "additive"
+
+
+# ---- repair -----------------------------------------------------------------------------------------
+
+
+def repair(teacher: mismatch.api.Teacher, file: Path) -> None:
+    """The repairs that the file has not yet, each written when it is done."""
+    rows = pd.read_csv(file, dtype={"layers": str}).to_dict("records") if file.exists() else []
+    done = {row["layers"] for row in rows}
+    with tempfile.TemporaryDirectory(prefix="mismatch-") as store:
+        for layers in [*((layer,) for layer in REPAIRED), REPAIRED]:
+            if (name := " ".join(map(str, layers))) not in done:
+                rows.append({"layers": name, "k": len(layers)} | _repair(teacher, layers, store))
+                pd.DataFrame(rows).to_csv(file, index=False)
+
+
+def _repair(teacher: mismatch.api.Teacher, layers: tuple[int, ...], store: str) -> dict[str, Any]:
+    started = time.process_time()
+    climbed = mismatch.repair(
+        teacher, swap_of(layers, MECHANISMS["infini"][0]), rungs=("closed-form", "local"), max_minutes=None,
+        pays=0.0, traced=0, probes=(), controls=("zero",), store=store, progress=True, **REPAIR,
+    ).climbed  # fmt: skip
+    students = climbed["students"]
+    row: dict[str, Any] = {}
+    for name, student in (("before", "swap"), ("after", "repaired"), ("zero", "zero")):
+        row[name], row[f"{name}_lo"], row[f"{name}_hi"] = students[student]["kl"]
+    row["gap_closed"], row["gap_lo"], row["gap_hi"] = students["repaired"]["gap_closed"]
+    row["after_closed_form"] = climbed["rungs"][1]["kl"]
+    row["cpu_seconds"] = time.process_time() - started
+    return row
+
+
+def alone(mended: pd.DataFrame) -> pd.Series:
+    """The single repairs added up. The ends of the gap are those of all layers at once: too wide, not too narrow."""
+    one = mended[mended["k"] == 1]
+    total = one[["before", "after", "zero"]].sum()
+    total["gap_closed"] = 1 - total["after"] / total["before"]
+    for end in ("gap_lo", "gap_hi"):
+        total[end] = (one[end] * one["before"]).sum() / total["before"]
+    return total
+
+
+def repair_verdict(mended: pd.DataFrame) -> str:
+    """Does mending several in turn close as much of the gap as mending each alone?"""
+    several = mended[mended["k"] > 1]
+    if several.empty:
+        return "Sequential repair scales: not measured yet."
+    one, parts, words = alone(mended), [], set()
+    for row in several.itertuples():
+        word = (
+            "as much" if row.gap_lo <= one["gap_hi"] and row.gap_hi >= one["gap_lo"]
+            else "more" if row.gap_lo > one["gap_hi"] else "less"
+        )  # fmt: skip
+        words.add(word)
+        parts.append(
+            f"{row.k} together {row.before:.3f} -> {style.interval(row.after, row.after_lo, row.after_hi)} nats, gap "
+            f"closed {row.gap_closed:.0%} [{row.gap_lo:.0%}, {row.gap_hi:.0%}] ({word})"
+        )
+    answer = (
+        "does not hold"
+        if words == {"less"}
+        else "depends on the number"
+        if "less" in words
+        else "holds"
+    )
+    return (
+        f"Sequential repair scales: {answer}. Alone, summed over {int((mended['k'] == 1).sum())}: "
+        f"{one['before']:.3f} -> {one['after']:.3f} nats, {one['gap_closed']:.0%} "
+        f"[{one['gap_lo']:.0%}, {one['gap_hi']:.0%}]; {'; '.join(parts)}."
+    )
+
+
+# ---- picture ----------------------------------------------------------------------------------------
+
+
+@style.styled
+def draw(found: pd.DataFrame, mended: pd.DataFrame) -> Figure:
+    """KL together and summed, their ratio, and the repairs."""
+    figure = style.new_figure(style.WIDTH, 3.1)
+    left, middle, right = figure.subplots(1, 3)
+    for at, name in enumerate(found["name"].unique()):
+        _, words, colour, mark = MECHANISMS[name]
+        mine = found[found["name"] == name]
+        pooled, each = mine[mine["layers"] == "pooled"], mine[mine["layers"] != "pooled"]
+        left.plot(
+            pooled["k"],
+            pooled["together"],
+            "-",
+            marker=mark,
+            ms=3.5,
+            lw=1.2,
+            color=colour,
+            label=words,
+        )
+        left.plot(pooled["k"], pooled["alone"], ":", lw=1.2, color=colour)
+        shift = 1 + 0.05 * (at - 1.5)
+        error = [pooled["ratio"] - pooled["lo"], pooled["hi"] - pooled["ratio"]]
+        middle.errorbar(
+            pooled["k"] * shift,
+            pooled["ratio"],
+            error,
+            fmt="-" + mark,
+            ms=3.5,
+            lw=1.1,
+            color=colour,
+        )
+        middle.scatter(each["k"] * shift, each["ratio"], s=4, color=colour, alpha=0.5, lw=0)
+    for ax in (left, middle):
+        ax.set(xscale="log", yscale="log", xlabel="layers replaced")
+        ax.set_xticks(NUMBERS, [str(k) for k in NUMBERS])
+        ax.minorticks_off()
+    middle.axhline(1, color=style.INK, lw=0.7, ls="--")
+    middle.set_yticks([0.5, 1, 2, 4], ["0.5", "1", "2", "4"])
+    left.set_ylabel("KL, nats per token")
+    style.plain_log(left.yaxis)
+    left.set_title("together (full), summed (dotted)", fontweight="bold")
+    middle.set_title("together / sum of alone", fontweight="bold")
+    left.legend(frameon=False, fontsize=6, loc="lower right")
+    _repairs(right, mended)
+    style.frame(
+        figure,
+        "One layer replaced, several, all: does damage add up, does repair? (smollm2)",
+        "Left and middle: evenly spaced layers, two sets of each size (dots in the middle) pooled (marks); bars: 95 % "
+        "over 8 documents, together and alone resampled alike (few: too narrow). Right: Infini-attention in layers "
+        f"{', '.join(map(str, REPAIRED))}, mended alone and in depth order; below: what is closed of the gap.",
+    )
+    return figure
+
+
+def _repairs(ax: Axes, mended: pd.DataFrame) -> None:
+    """Before and after of each layer alone, of their sum, and of sets together."""
+    ax.set_title("Infini-attention, repaired", fontweight="bold")
+    if mended.empty:
+        ax.set_axis_off()
+        return
+    rows = [(f"{row.layers}", row._asdict()) for row in mended[mended["k"] == 1].itertuples()]
+    rows.append(("sum", alone(mended).to_dict()))
+    rows += [
+        (f"{row.k} to-\ngether", row._asdict()) for row in mended[mended["k"] > 1].itertuples()
+    ]
+    looks = (
+        ("zero", "#777777", "v", "attention deleted"),
+        ("before", "#d55e00", "o", "as it starts"),
+        ("after", "#0072b2", "o", "repaired"),
+    )
+    for name, colour, mark, words in looks:
+        face = "white" if name == "before" else colour
+        for x, (_, row) in enumerate(rows):
+            ends = [row.get(f"{name}_{end}", row[name]) for end in ("lo", "hi")]
+            ax.plot([x, x], ends, color=colour, lw=1)
+            ax.plot(x, row[name], mark, ms=4, color=colour, mfc=face, label=None if x else words)
+    for x, (_, row) in enumerate(rows):
+        ax.annotate(
+            f"{100 * row['gap_closed']:.0f} %", (x, 0.02), xycoords=("data", "axes fraction"), ha="center",
+            fontsize=6,
+        )  # fmt: skip
+    ax.set(yscale="log", xlabel="layer alone")
+    ax.set_xticks(range(len(rows)), [label for label, _ in rows])
+    style.plain_log(ax.yaxis)
+    ax.legend(frameon=False, fontsize=6, loc="upper left")
+
+
+if __name__ == "__main__":
+    main()
