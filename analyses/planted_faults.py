@@ -4,8 +4,9 @@
                                                   already is not planted again
 
 Attention of layer 12 of SmolLM2 keeps its weights, and its output is spoilt in one known way: doubled, rotated,
-shifted, delayed by one token, wrong at the first token, every token of a size of its own, one head gone. `mismatch.diagnose` is
-told nothing. Writes figures/planted_faults/faults.{csv,png,json}: what each correction returns of each fault.
+shifted, delayed by one token, wrong at the first token, every token of a size of its own, one head gone.
+`mismatch.diagnose` is told nothing. Writes figures/planted_faults/faults.{csv,png,json}: what each correction returns of
+each fault.
 """
 
 from __future__ import annotations
