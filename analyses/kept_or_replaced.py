@@ -296,31 +296,39 @@ def _bounds(found: pd.DataFrame) -> dict[str, pd.Series]:
 @style.styled
 def draw(found: pd.DataFrame) -> Figure:
     """A panel a column, a line a mechanism: before (ring), after (disc), controls of the slot; grey: means nothing."""
-    figure = style.new_figure(style.WIDTH, 4.6)
-    axes = figure.subplots(1, len(COLUMNS), sharex=True, sharey=True)
+    figure = style.new_figure(style.WIDTH, 4.8)
+    grid = figure.add_gridspec(2, len(COLUMNS), height_ratios=(0.04, 1))
+    keys = figure.add_subplot(grid[0, :])
+    keys.set_axis_off()
+    keys.legend(handles=_keys(), frameon=False, fontsize=6.5, loc="center left", ncols=5)
+    axes: list[Axes] = []
+    for at in range(len(COLUMNS)):
+        first = axes[0] if axes else None
+        axes.append(figure.add_subplot(grid[1, at], sharex=first, sharey=first))
     order = list(MECHANISMS)[::-1]
     floor = 1e-6
     for ax, column in zip(axes, COLUMNS, strict=True):
         _panel(ax, found, column, order, floor)
-        ax.set(xscale="log", xlim=(floor / 4, 30), ylim=(-0.6, len(order) - 0.4))
+        ax.set(xscale="log", xlim=(floor / 4, EDGE), ylim=(-0.6, len(order) - 0.4))
         ax.set_xticks([floor / 2, 1e-4, 1e-2, 1], ["0", "0.0001", "0.01", "1"])
         ax.minorticks_off()
         ax.axvline(floor, color=style.FAINT, lw=0.5, ls=":")
         ax.set_title(COLUMNS[column], fontweight="bold")
-        ax.tick_params(axis="y", length=0)
+        ax.tick_params(axis="y", length=0, labelleft=ax is axes[0])
     axes[0].set_yticks(range(len(order)), [MECHANISMS[name] for name in order])
     axes[1].set_xlabel("KL to the original, nats per token")
-    figure.legend(handles=_keys(), frameon=False, fontsize=6.5, loc="outside upper right", ncols=5)
     style.frame(
         figure,
         f"Layer {LAYER} of smollm2: with and without the original kept, before and after repair",
-        "Bars: 95 % over 8 documents (few: too narrow). At the right of each cell what repair closes of the gap and, "
-        "beside an original, what it makes of alpha. Controls where the slot is emptied or holds its best linear map, "
-        "untrained. Grey: the combination means nothing.",
+        "Bars: 95 % over 8 documents (few: too narrow). At the right of each cell: what repair closes of the gap and, "
+        "beside an original, what it makes of alpha. Deleted, linear: in the place of the original, before any repair. "
+        "Left of the dotted line: 0 up to rounding. Grey: the combination means nothing.",
     )
     return figure
 
 
+EDGE = 2e3
+"""The right of a panel: notes stand there."""
 BEFORE, AFTER, ZERO, LINEAR = "#d55e00", "#0072b2", "#777777", "#a6761d"
 
 
@@ -364,21 +372,22 @@ def _panel(ax: Axes, found: pd.DataFrame, column: str, order: list[str], floor: 
             x = row[when]
             face = "white" if when == "before" else colour
             if x <= ROUNDING:
-                ax.plot([floor / 2], [height], "o", ms=4.5, color=colour, mfc=face)
+                ax.plot([floor / 2], [height], "o", ms=3.8, color=colour, mfc=face)
                 continue
             error = [[max(x - row[f"{when}_lo"], 0)], [max(row[f"{when}_hi"] - x, 0)]]
-            ax.errorbar([x], [height], xerr=error, fmt="o", ms=4.5, color=colour, mfc=face, lw=1.1)
+            ax.errorbar([x], [height], xerr=error, fmt="o", ms=3.8, color=colour, mfc=face, lw=1.1)
         ax.annotate(
-            _note(row), (28, y - 0.02), ha="right", va="center", fontsize=5.5, color=style.INK
+            _note(row), (EDGE, y - 0.02), ha="right", va="center", fontsize=5.5, color=style.INK
         )
 
 
 def _note(row: pd.Series) -> str:
     """Share of the gap that is closed and the branch's weight after repair."""
     if row["before"] <= ROUNDING:
-        return "nothing to mend"
-    closed = f"{100 * row['gap_closed']:.0f} %"
-    return closed if pd.isna(row["alpha"]) else f"{closed}\nα {row['alpha']:+.2f}"
+        return "exact"
+    share = 100 * row["gap_closed"]
+    closed = f"{share:.0f} %" if share < 99 else f"{min(share, 99.9):.1f} %"
+    return closed if pd.isna(row["alpha"]) else f"{closed}\nα {row['alpha']:.2f}"
 
 
 if __name__ == "__main__":
