@@ -5,8 +5,8 @@
 
 Attention of layer 12 of SmolLM2 keeps its weights, and its output is spoilt in one known way: doubled, rotated,
 shifted, delayed by one token, wrong at the first token, every token of a size of its own, one head gone.
-`mismatch.diagnose` is told nothing. Writes figures/planted_faults/faults.{csv,png,json}: what each correction returns of
-each fault.
+`mismatch.diagnose` is told nothing. Writes figures/planted_faults/faults.{png,json} and a csv a fault: what each
+correction returns of it.
 """
 
 from __future__ import annotations
