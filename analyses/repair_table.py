@@ -38,6 +38,8 @@ RUNGS = ("closed-form", "local", "block")
 SEQ_LEN = 512
 REPAIRED = 0.5
 """A smaller share of the gap that is closed is no repair."""
+HARMLESS = 0.05
+"""A swap that costs a smaller share of what deleting the part costs has little to repair."""
 HERE = Path(__file__).resolve().parent.parent / "figures" / "repair_table"
 
 
@@ -120,6 +122,8 @@ def table(folder: Path) -> pd.DataFrame:
 
 def verdict(row: dict[str, Any], notes: list[str]) -> str:
     """What the numbers say of one mechanism."""
+    if row["swap"] < HARMLESS * row["zero"]:
+        return f"little to repair: {100 * row['swap'] / row['zero']:.0f} % of what deleting costs"
     said = "repairs" if row["gap_closed"] >= REPAIRED else "does not repair"
     if row["gap_hi"] >= REPAIRED > row["gap_lo"]:
         said = "repairs in part"
@@ -129,8 +133,6 @@ def verdict(row: dict[str, Any], notes: list[str]) -> str:
         said += "; no better than a linear map"
     if row["swap_lo"] > row["zero_hi"]:
         said += "; began worse than no layer"
-    if row["spec"].endswith("nope"):
-        said += "; no rung can give back what rotation told"
     bypass = [note for note in notes if "bypass" in note]
     return said + ("; by bypass" if bypass else "")
 
