@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -18,6 +19,7 @@ ANALYSES = Path(__file__).resolve().parent.parent / "analyses"
 def script(name: str) -> ModuleType:
     found = importlib.util.spec_from_file_location(name, ANALYSES / f"{name}.py")
     module = importlib.util.module_from_spec(found)
+    sys.modules[name] = module  # a dataclass looks up the module of its annotations
     found.loader.exec_module(module)
     return module
 
@@ -349,3 +351,57 @@ def test_kept_or_replaced_follows_what_was_planted():
     said = module.verdict(kept(module, beside=0.3, random=0.1))
     assert "before repair: added in full in 0 of 8 (does not hold)" in said[0]
     assert "not measurably worse than the mechanism in 0 of 14" in said[2]
+
+
+# ---- repair_table -----------------------------------------------------------------------------------
+
+
+def row_of(**students: tuple[float, float, float]) -> dict:
+    """A row of the table; each student as value, lower and upper end."""
+    row = {"gap_closed": 0.8, "gap_lo": 0.7, "gap_hi": 0.9}
+    usual = {
+        "swap": (0.08, 0.06, 0.10), "repaired": (0.02, 0.015, 0.025),
+        "zero": (0.10, 0.09, 0.11), "linear": (0.06, 0.05, 0.07),
+    }  # fmt: skip
+    for name, values in (usual | students).items():
+        row |= dict(zip((name, f"{name}_lo", f"{name}_hi"), values, strict=True))
+    return row
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        (row_of(), "repairs"),
+        (row_of(swap=(0.001, 0.0009, 0.0011)), "little to repair: 1 % of what deleting costs"),
+        (row_of(repaired=(0.055, 0.05, 0.06)), "repairs; no better than a linear map"),
+        (row_of(repaired=(0.09, 0.08, 0.10)), "repairs; worse than a linear map"),
+        (row_of(swap=(0.2, 0.18, 0.22)), "repairs; began worse than no layer"),
+        (row_of() | {"gap_lo": 0.4}, "repairs in part"),
+        (row_of() | {"gap_closed": 0.1, "gap_lo": 0.0, "gap_hi": 0.2}, "does not repair"),
+    ],
+)
+def test_repair_table_says_what_the_numbers_say(row, said):
+    assert script("repair_table").verdict(row, []) == said
+    assert script("repair_table").verdict(row, ["repaired by bypass"]).endswith(
+        "by bypass" if "little" not in said else said
+    )
+
+
+# ---- planted_faults ---------------------------------------------------------------------------------
+
+
+def test_planted_faults_are_right_only_if_the_planted_one_leads():
+    module = script("planted_faults")
+    rows = [
+        {
+            "fault": kind, "panel": "part", "name": wanted if kind != "delayed" else "linear",
+            "leading": kind != "first", "share": 0.9, "lo": 0.8, "hi": 1.0, "damage": 0.1,
+        }
+        for kind, (_, wanted) in module.FAULTS.items()
+    ]  # fmt: skip
+    found = module.named(pd.DataFrame(rows))
+    wrong = {kind for kind, said in found.items() if not said["right"]}
+    assert wrong == {"delayed", "first"}
+    assert found["first"]["leading"] is None
+    assert found["scaled"]["share"] == 0.9
+    assert module.draw(pd.DataFrame(rows)).axes
