@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-import mismatch
+from mismatch import spec
 
 ANALYSES = Path(__file__).resolve().parent.parent / "analyses"
 
@@ -334,7 +334,7 @@ def test_every_cell_of_the_table_is_a_swap():
     swaps = [case.swap for case in module.cases()]
     assert len(set(swaps)) == len(swaps)
     for swap in swaps:
-        mismatch.spec.check(mismatch.spec.parse(swap))
+        spec.check(spec.parse(swap))
     assert sum(bool(case.controls) for case in module.cases()) == len(module.CONTROLLED)
 
 
