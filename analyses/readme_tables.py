@@ -123,12 +123,53 @@ def _interval(row: dict[str, str]) -> str:
     return "0" if value == lo == hi == 0 else f"{value:.4f} [{lo:.4f}, {hi:.4f}]"
 
 
+def rung_table() -> str:
+    """What `python analyses/repair_layer12.py` measured."""
+    with open(README.parent / "figures" / "repair_layer12" / "rungs.csv", newline="") as file:
+        found = {(row["swap"], row["name"]): row for row in csv.DictReader(file)}
+    swaps = list(dict.fromkeys(swap for swap, _ in found))
+    rows = []
+    for rung in dict.fromkeys(rung for _, rung in found):
+        cells = [f"`{rung}`"]
+        for swap in swaps:
+            row = {name: found[swap, rung][name] for name in ("kl", "lo", "hi")}
+            cells += [
+                _interval({**row, "value": row["kl"]}),
+                f"{100 * float(found[swap, rung]['of_plain']):.0f} %",
+            ]
+        rows.append(tuple(cells))
+    names = [swap.partition(":")[2] for swap in swaps]
+    head = [cell for name in names for cell in (f"`{name}`: KL left", "closed")]
+    return _table(("after", *head), rows)
+
+
+def repair_table() -> str:
+    """What `python analyses/repair_table.py` measured."""
+    with open(README.parent / "figures" / "repair_table" / "table.csv", newline="") as file:
+        found = list(csv.DictReader(file))
+    rows = []
+    for row in found:
+        kl = [_kl(row, student) for student in ("swap", "repaired", "zero", "linear")]
+        closed = tuple(100 * float(row[name]) for name in ("gap_closed", "gap_lo", "gap_hi"))
+        gap = "{:.0f} % [{:.0f}, {:.0f}]".format(*closed)
+        rows.append((f"`{row['mechanism']}`", kl[0], kl[1], gap, *kl[2:], row["verdict"]))
+    head = ("layer 12", "swapped", "repaired", "gap closed", "`zero`", "`linear`", "verdict")
+    return _table(head, rows)
+
+
+def _kl(row: dict[str, str], student: str) -> str:
+    names = zip(("value", "lo", "hi"), ("", "_lo", "_hi"), strict=True)
+    return _interval({name: row[f"{student}{part}"] for name, part in names})
+
+
 TABLES = {
     "mechanisms": mechanism_table,
     "costs": cost_table,
     "metrics": metric_table,
     "probes": probe_table,
     "layer12": layer12_table,
+    "rungs": rung_table,
+    "repair": repair_table,
 }
 
 
