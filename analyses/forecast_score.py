@@ -1,275 +1,299 @@
 """Which number that is known before training says what a swap will cost, and how much of it repair will give back?
 
-    python analyses/forecast_score.py               about 25 minutes of CPU, one thread; goes on where it was stopped
-    python analyses/forecast_score.py --score       the same from the rows that are there
+    python analyses/forecast_record.py              the rows: half an hour of CPU
+    python analyses/forecast_score.py               seconds
 
-Eight layers of SmolLM2 by five attention mechanisms. Before anything learns, the numbers of `NUMBERS` are read: what the
-swap and its controls cost on held-out text, and what the part does on the teacher's own input. Then every cell climbs
-the rungs closed-form and local, some also block, on the same text with the same steps. Learnt from `sotu`, judged on
-`wiki`; no judged window is looked at before. Spearman's r of each number with the damage and with the gap that each
-rung closes, 95 % by resampling cells; then the forecasts of `mismatch.repairing.forecast`, each made from a record that
-holds no cell of the same layer, or none of the same mechanism, beside the record's mean.
+Spearman's r of each number with the damage and with the gap that each rung closes, 95 % by resampling cells (cells of
+one layer or one mechanism are alike, so these intervals are rather too narrow). Then `mismatch.forecast` is put to the
+test: every cell is forecast from a record that holds no cell of its layer, and again from one that holds none of its
+mechanism, choice of the numbers and interval included; beside it the mean of that record, and where the mechanism is
+known the mean of its own cells. Negative results are kept.
 
-Writes figures/forecast_score/, and mismatch/repairing/forecast.csv, which `mismatch repair` reads.
+Writes figures/forecast_score/, and mismatch/forecast.csv, which `mismatch repair` reads.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
-import sys
-import tempfile
-import time
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from scipy import stats
 
-import mismatch
-from mismatch import data
-from mismatch.repairing import stream
-from mismatch.repairing.closed_form import Sums
-from mismatch.repairing.config import RepairConfig
-from mismatch.repairing.judge import Judge
-from mismatch.repairing.ladder import Ladder, Texts
-from mismatch.repairing.learner import learner
-from mismatch.repairing.part import Part, parts_of, watch
-from mismatch.repairing.start import read_texts
-from mismatch.repairing.store import Store
-from mismatch.repairing.weighing import weights
-from mismatch.tracing import hooks
-from mismatch.tracing.sites import taps
+from mismatch import environment
+from mismatch.forecast import MISS, NUMBERS, Swap, forecast
+from mismatch.report import style
 
-LAYERS = (2, 6, 10, 12, 14, 18, 22, 26)
-MECHANISMS = {
-    "infini": "infini(segment=64)",
-    "nope": "nope",
-    "sliding_window": "sliding_window(window=64)",
-    "linear_attention": "linear_attention(feature_map=hedgehog)",
-    "gated_deltanet": "gated_deltanet",
-}
-CONTROLS = ("zero", "mean", "linear")
-RUNGS = ("closed-form", "local", "block")
-BLOCK_LAYERS = (2, 10, 18, 26)
-"""Whose cells climb to the rung block."""
-SIZES = {"tokens": 8192, "judged": 2048, "looked": 1024, "seq_len": 512, "epochs": 3}
-DRAWS = 4
-"""Times that labels are drawn from the teacher's prediction, for `guess`."""
-RIDGE = 1e-3
-"""Of the mean of the diagonal, for the linear map of a part's own output."""
 ROOT = Path(__file__).resolve().parent.parent
-
-
-@dataclass
-class Bench:
-    """The teacher and everything that cells share: texts, activations, slopes of the loss; per layer a judge."""
-
-    teacher: Any
-    config: RepairConfig
-    read: Any
-    texts: Texts
-    folder: Path
-    slopes: dict[int, list[Tensor]] = field(default_factory=dict)
-    judges: dict[int, Judge] = field(default_factory=dict)
-    controls: dict[int, dict[str, float]] = field(default_factory=dict)
+HERE = ROOT / "figures" / "forecast_score"
+RECORD = ROOT / "mismatch" / "forecast.csv"
+RUNGS = ("closed-form", "local", "block")
+OUTCOMES = {"kl": "damage", **{f"closed {rung}": f"closed by {rung}" for rung in RUNGS}}
+MODEL = {"model": "SmolLM2-135M", "n_layers": 30, "d_model": 576, "slot": "attn"}
+BEFORE = {
+    "kl": "KL of the swap",
+    "kl_zero": "KL of zero there",
+    "kl_mean": "KL of the mean there",
+    "kl_linear": "KL of the best linear map there",
+    "of_zero": "KL of the swap / of zero",
+    "of_linear": "KL of the swap / of linear",
+    "linear_of_zero": "KL of linear / of zero",
+    "guess": "quadratic guess at the KL",
+    "local_error": "error on the teacher's input",
+    "mapped_error": "same, best linear map behind it",
+    "removed": "share of it that the map removes",
+    "turn": "1 - cos(update, teacher's)",
+    "size": "|update| / |teacher's|",
+    "step": "|teacher's update| / |stream|",
+    "step_student": "|update| / |stream|",
+    "step_error": "|error| / |stream|",
+    "layer": "layer",
+}
+"""Every number that is known before training."""
+COLOURS = {
+    "infini": ("#d55e00", "o"),
+    "nope": ("#e69f00", "^"),
+    "sliding_window": ("#0072b2", "s"),
+    "linear_attention": ("#009e73", "D"),
+    "gated_deltanet": ("#cc79a7", "v"),
+}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--score", action="store_true", help="run nothing")
-    parser.add_argument("--output", type=Path, default=ROOT / "figures" / "forecast_score")
-    args = parser.parse_args()
-    rows = args.output / "rows"
-    rows.mkdir(parents=True, exist_ok=True)
-    if not args.score:
-        torch.set_num_threads(1)
-        climb_all(rows)
+    cells = table(HERE / "rows")
+    record = as_record(cells)
+    record.to_csv(RECORD, index=False, float_format="%.6g", lineterminator="\n")
+    known = correlations(cells)
+    scored = pd.concat([scores(record, by) for by in ("layer", "mechanism")], ignore_index=True)
+    told = summary(scored)
+    said = verdict(known, told)
+    cells.to_csv(HERE / "cells.csv", index=False)
+    known.to_csv(HERE / "correlations.csv", index=False)
+    made = {"cells": len(cells), "verdict": said, "scores": told.to_dict("records")}
+    made |= {"versions": environment.versions()}
+    style.save(draw(scored, known, told), HERE, "forecast_score", scored, made)
+    print(known.to_string(index=False, float_format=lambda x: f"{x:.2f}"))
+    print(told.to_string(index=False, float_format=lambda x: f"{x:.3f}"))
+    print(said)
 
 
-# ---- running ------------------------------------------------------------------------------------
+def table(rows: Path) -> pd.DataFrame:
+    """Every row that is there, with the ratios that are made from its numbers."""
+    read = [json.loads(path.read_text()) for path in sorted(rows.glob("*.json"))]
+    cells = pd.DataFrame(read)
+    cells["of_zero"] = cells["kl"] / cells["kl_zero"]
+    cells["of_linear"] = cells["kl"] / cells["kl_linear"]
+    cells["linear_of_zero"] = cells["kl_linear"] / cells["kl_zero"]
+    cells["removed"] = 1 - cells["mapped_error"] / cells["local_error"]
+    return cells
 
 
-def climb_all(rows: Path) -> None:
-    """Every cell that has no row yet: first those without the rung block, which is the dearest."""
-    cells = [(layer, name) for layer in LAYERS for name in MECHANISMS]
-    missing = [cell for cell in cells if not _row(rows, *cell).exists()]
-    if not missing:
-        return
-    with tempfile.TemporaryDirectory(prefix="mismatch-") as store:
-        bench = prepared(Path(store))
-        for layer, name in missing:
-            started = time.process_time()
-            found = one_cell(bench, layer, name)
-            found["cpu_seconds"] = time.process_time() - started
-            _row(rows, layer, name).write_text(json.dumps(found, indent=2) + "\n")
-            print(json.dumps(found), file=sys.stderr, flush=True)
+def as_record(cells: pd.DataFrame) -> pd.DataFrame:
+    """What `mismatch.forecast` reads: mechanisms as they stand in a swap, the numbers that a repair has, gaps."""
+    sizes = {"tokens": 8192, "epochs": 3}
+    calls = cells["swap"].str.partition(":")[2]
+    kept = ["layer", *NUMBERS, *(f"closed {rung}" for rung in RUNGS)]
+    return cells[kept].assign(mechanism=calls, **MODEL, **sizes)[
+        [*MODEL, *sizes, "layer", "mechanism", *kept[1:]]
+    ]
 
 
-def _row(rows: Path, layer: int, name: str) -> Path:
-    return rows / f"{layer:02d}-{name}.json"
+# ---- which number predicts ----------------------------------------------------------------------
 
 
-def prepared(folder: Path) -> Bench:
-    """One pass of the teacher over the text to learn from, one over what is looked at."""
-    teacher = mismatch.load("smollm2")
-    config = _config("layer2:nope", ("closed-form", "local"))
-    read = read_texts(config, data.read("wiki"), data.read("sotu"), teacher.tokenizer)
-    cuts = (read.train, read.looked)
-    batches = [[torch.from_numpy(b.ids) for b in cut.batches(config.batch_size)] for cut in cuts]
-    key = {"model": teacher.info.sha256, "train": cuts[0].fingerprint, "look": cuts[1].fingerprint}
-    bench = Bench(teacher, config, read, Texts(*batches, key), folder)
-    places = []
-    for layer in LAYERS:
-        path = teacher.layout.slot_path(layer, "attn")
-        module = teacher.model.get_submodule(path)
-        places.append(Part(layer, "attn", path, module, module))
-        if layer in BLOCK_LAYERS:
-            places.append(stream.block(teacher.layout, layer))
-    for text, ids in zip(("train", "look"), batches, strict=True):
-        _store(bench, places, ids, text).fill()
-    bench.slopes = slopes(teacher, bench.texts.look)
-    return bench
+def correlations(cells: pd.DataFrame) -> pd.DataFrame:
+    """outcome, number, n, spearman, lo, hi; `best` marks the largest |r| of an outcome, and `less_lo`, `less_hi` are by
+    how much |r| falls short of it on the same resampled cells."""
+    rows = []
+    for outcome in OUTCOMES:
+        mine = cells[cells[outcome].notna()]
+        draws = np.random.default_rng(0).integers(0, len(mine), (2000, len(mine)))
+        y = mine[outcome].to_numpy(float)
+        names = [name for name in BEFORE if name != outcome]
+        of = {name: mine[name].to_numpy(float) for name in names}
+        r = {name: float(spearman(x[None], y[None])[0]) for name, x in of.items()}
+        sampled = {name: spearman(x[draws], y[draws]) for name, x in of.items()}
+        best = max(names, key=lambda name: np.nan_to_num(abs(r[name])))
+        for name in names:
+            less = np.abs(sampled[best]) - np.abs(sampled[name])
+            (lo, hi), (less_lo, less_hi) = (
+                np.nanquantile(values, [0.025, 0.975]) for values in (sampled[name], less)
+            )
+            rows.append((outcome, name, len(mine), r[name], lo, hi, name == best, less_lo, less_hi))
+    heads = ("outcome", "number", "n", "spearman", "lo", "hi", "best", "less_lo", "less_hi")
+    return pd.DataFrame(rows, columns=heads)
 
 
-def _config(swap: str, rungs: tuple[str, ...]) -> RepairConfig:
-    return RepairConfig(
-        model="smollm2", swap=(swap,), rungs=rungs, controls=(), max_minutes=None, pays=0.0,
-        traced=0, probes=(), **SIZES,
-    )  # fmt: skip
+def spearman(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Spearman's r of each row of two matrices `rows cells`; nan where all of a row is one number."""
+    x, y = (stats.rankdata(part, axis=1) - (part.shape[1] + 1) / 2 for part in (x, y))
+    with np.errstate(invalid="ignore"):
+        return (x * y).sum(1) / np.sqrt((x * x).sum(1) * (y * y).sum(1))
 
 
-def _store(bench: Bench, places: list[Part], ids: Any, text: str) -> Store:
-    """As the ladder makes it, so that it finds what is stored."""
-    return Store(
-        bench.teacher.layout,
-        places,
-        ids,
-        folder=bench.folder,
-        budget=4e9,
-        key={**bench.texts.key, "text": text, "inputs": "teacher"},
-    )
+# ---- are the forecasts worth anything -----------------------------------------------------------
 
 
-def one_cell(bench: Bench, layer: int, name: str) -> dict[str, Any]:
-    """Numbers before training, then the climb."""
-    teacher, swap_text = bench.teacher, f"layer{layer}:{MECHANISMS[name]}"
-    if layer not in bench.judges:
-        bench.judges = {layer: Judge(teacher.layout, bench.read.judged, layer, 2)}
-        bench.controls = {layer: controls(bench, layer)}
-    judge, known = bench.judges[layer], dict(bench.controls[layer])
-    rungs = RUNGS if layer in BLOCK_LAYERS else RUNGS[:2]
-    config = _config(swap_text, rungs)
-    swap = _swap(bench, swap_text)
-    mine = learner(teacher, config, swap, bench.read.text.calibration)
-    known |= before(bench, mine.parts[0])
-    ladder = Ladder(
-        config, teacher.layout, mine, judge, bench.texts, folder=bench.folder, state=None,
-        fingerprint={}, stopping=lambda: False, say=lambda line: print(line, file=sys.stderr),
-    )  # fmt: skip
-    climbed = ladder.climb()
-    found = {"layer": layer, "mechanism": name, "swap": swap_text, "kl": climbed[0].kl, **known}
-    closed = 0.0
-    for rung in climbed[1:]:
-        closed = rung.gap_closed if rung.kept else closed  # undone: what was there before it stands
-        found[f"closed {rung.name}"] = closed
-        found[f"seconds {rung.name}"] = rung.seconds
-    return found
+def scores(record: pd.DataFrame, by: str) -> pd.DataFrame:
+    """Every cell and rung, forecast from the record without its layer, or without its mechanism."""
+    rows = []
+    for left_out, held in record.groupby(by, sort=False):
+        rest = record[record[by] != left_out]
+        for cell in held.to_dict("records"):
+            numbers = {name: cell[name] for name in NUMBERS}
+            swap = Swap(cell["mechanism"], "attn", 1, cell["n_layers"], cell["d_model"], numbers)
+            for rung in RUNGS:
+                measured = cell[f"closed {rung}"]
+                told = None if np.isnan(measured) else forecast(swap, rung, rest)
+                if told is None:
+                    continue
+                gaps = rest[f"closed {rung}"]
+                rows.append(
+                    {
+                        "left_out": by, "rung": rung, "layer": cell["layer"],
+                        "mechanism": cell["mechanism"].partition("(")[0], "forecast": told.value,
+                        "lo": told.lo, "hi": told.hi, "measured": measured,
+                        "inside": told.has(measured), "used": " + ".join(told.used) or "mean",
+                        "mean": gaps.mean(),
+                        "own_mean": gaps[rest["mechanism"] == cell["mechanism"]].mean(),
+                    }
+                )  # fmt: skip
+    return pd.DataFrame(rows)
 
 
-def _swap(bench: Bench, text: str) -> Any:
-    return mismatch.swap(
-        bench.teacher, text, calibration=bench.read.text.calibration, seq_len=SIZES["seq_len"]
-    )
-
-
-def controls(bench: Bench, layer: int) -> dict[str, float]:
-    """KL of each control in this place, on the judged text."""
-    found = {}
-    for control in CONTROLS:
-        student = _swap(bench, f"layer{layer}.attn:{control}")
-        found[f"kl_{control}"] = bench.judges[layer].judge(student.layout).mean_kl()[0]
-    return found
-
-
-@torch.no_grad()
-def before(bench: Bench, part: Part) -> dict[str, float]:
-    """What the part does on the teacher's own input: errors relative as in `weighing`, medians over tokens."""
-    fit, held = Sums(), Sums()
-    for example in _store(bench, [part], bench.texts.train, "train").batches_of(part):
-        fit.add(_with_one(example.call(part.student, example.x)), example.y)
-    lost = whole = guess = 0.0
-    ratios: dict[str, list[Tensor]] = {"size": [], "step": [], "step_student": [], "step_error": []}
-    turns = []
-    block = stream.block(bench.teacher.layout, part.layer)
-    for index, ids in enumerate(bench.texts.look):
-        seen = watch(bench.teacher.layout, [block.path, part.path], ids, last=part.layer)
-        entering, (x, y, call) = seen[block.path][0], seen[part.path]
-        s = call(part.student, x)
-        held.add(_with_one(s), y)
-        weight = weights(y)
-        lost += float((weight * (s - y).square().sum(-1)).sum())
-        whole += float((weight * y.square().sum(-1)).sum())
-        onto, theirs, ours = (t[:, 1:].norm(dim=-1) for t in (entering, y, s))
-        for key, value in (
-            ("size", ours / theirs),
-            ("step", theirs / onto),
-            ("step_student", ours / onto),
-            ("step_error", (s - y)[:, 1:].norm(dim=-1) / onto),
-        ):
-            ratios[key].append(value.flatten())
-        turns.append(1 - torch.cosine_similarity(s, y, dim=-1)[:, 1:].flatten())
-        slope = bench.slopes[part.layer][index]
-        guess += float(0.5 * (slope * (s - y)).sum((-1, -2)).square().mean()) / ids.numel()
-    eye = torch.eye(len(fit.hh), dtype=torch.float64)
-    ridge = RIDGE * fit.hh.diagonal().mean()
-    mapped = held.error(torch.linalg.solve(fit.hh + ridge * eye, fit.hy))
-    parameters = {n: p.numel() for n, p in part.student.named_parameters()}
-    theirs = {n for n, _ in part.teacher.named_parameters()}
-    new = sum(count for n, count in parameters.items() if n not in theirs)
-    return {
-        "local_error": lost / whole,
-        "mapped_error": mapped,
-        "turn": float(torch.cat(turns).mean()),
-        **{key: float(torch.cat(values).median()) for key, values in ratios.items()},
-        "guess": guess / len(bench.texts.look),
-        "new_share": new / sum(parameters.values()),
-    }
-
-
-def _with_one(s: Tensor) -> Tensor:
-    return torch.cat([s, torch.ones_like(s[..., :1])], dim=-1)
-
-
-def slopes(teacher: Any, look: Any) -> dict[int, list[Tensor]]:
-    """By layer and batch, d log p(y) / d attn_out, y drawn from the model's own prediction: `draws pos d`."""
-    layout = teacher.layout
-    generator = torch.Generator().manual_seed(0)
-    wanted = [tap for layer in LAYERS for tap in taps(layout, layer) if tap.site == "attn_out"]
-    start = layout.model.get_input_embeddings().register_forward_hook(
-        lambda _module, _args, out: out.requires_grad_()
-    )
-    found: dict[int, list[Tensor]] = {layer: [] for layer in LAYERS}
-    for ids in look:
-        seen: dict[int, Tensor] = {}
-        final = hooks.run(
-            layout, ids, wanted, lambda tap, x, s=seen: s.__setitem__(tap.layer, x)
+def summary(scored: pd.DataFrame) -> pd.DataFrame:
+    """left_out, rung, cells, error: mean absolute, of the forecast, of the mean and of the mechanism's own mean; what
+    the forecast saves against the mean, 95 % by resampling cells; coverage, mean width, the numbers used most."""
+    rows = []
+    for (by, rung), mine in scored.groupby(["left_out", "rung"], sort=False):
+        errors, mean, own = (
+            (mine[name] - mine["measured"]).abs().to_numpy()
+            for name in ("forecast", "mean", "own_mean")
         )
-        log_p = layout.model.get_output_embeddings()(final).log_softmax(-1)[0]
-        drawn: dict[int, list[Tensor]] = {layer: [] for layer in LAYERS}
-        for _ in range(DRAWS):
-            labels = torch.multinomial(log_p.detach().exp(), 1, generator=generator)
-            score = log_p.gather(-1, labels).sum()
-            grads = torch.autograd.grad(score, [seen[n] for n in LAYERS], retain_graph=True)
-            for layer, grad in zip(LAYERS, grads, strict=True):
-                drawn[layer].append(grad[0])
-        for layer in LAYERS:
-            found[layer].append(torch.stack(drawn[layer]))
-    start.remove()
-    return found
+        draws = np.random.default_rng(0).integers(0, len(mine), (2000, len(mine)))
+        saves_lo, saves_hi = np.quantile((mean - errors)[draws].mean(1), [0.025, 0.975])
+        rows.append(
+            {
+                "left_out": by, "rung": rung, "cells": len(mine), "error": errors.mean(),
+                "error_mean": mean.mean(), "error_own_mean": own.mean(),
+                "saves_lo": saves_lo, "saves_hi": saves_hi, "coverage": mine["inside"].mean(),
+                "width": (mine["hi"] - mine["lo"]).mean(), "used": mine["used"].mode()[0],
+            }
+        )  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def verdict(known: pd.DataFrame, told: pd.DataFrame) -> str:
+    """Which number is best for what, and whether the forecast beats the mean."""
+    parts = []
+    for outcome, mine in known.groupby("outcome", sort=False):
+        best = mine[mine["best"]].iloc[0]
+        level = mine[~mine["best"] & (mine["less_lo"] <= 0)]
+        text = (
+            f"{OUTCOMES[outcome]}: {BEFORE[best['number']]} ({best.spearman:+.2f} [{best.lo:+.2f}, {best.hi:+.2f}], "
+            f"{best.n} cells"
+        )
+        if len(level):
+            text += f"; {len(level)} others not worse beyond their interval"
+        parts.append(f"{text})")
+    lines = ["Best rank correlation with " + "; ".join(parts) + "."]
+    for row in told.itertuples():
+        word = (
+            "better than the mean" if row.saves_lo > 0
+            else "worse than the mean" if row.saves_hi < 0
+            else "no better than the mean beyond its interval"
+        )  # fmt: skip
+        lines.append(
+            f"A {row.left_out} left out, {row.rung}: error {100 * row.error:.0f} points against "
+            f"{100 * row.error_mean:.0f} of the mean ({word}), {100 * row.coverage:.0f} % of {row.cells} inside the "
+            f"{100 * (1 - MISS):.0f} % interval."
+        )
+    return " ".join(lines)
+
+
+# ---- the picture --------------------------------------------------------------------------------
+
+
+@style.styled
+def draw(scored: pd.DataFrame, known: pd.DataFrame, told: pd.DataFrame) -> Figure:
+    """Forecast against measured for each rung, twice; beside it the rank correlations."""
+    figure = style.new_figure(style.WIDTH, 4.1)
+    left, right = figure.subfigures(1, 2, width_ratios=[1.72, 1])
+    axes = left.subplots(2, 3, sharex=True, sharey=True)
+    for line, by in zip(axes, ("layer", "mechanism"), strict=True):
+        for ax, rung in zip(line, RUNGS, strict=True):
+            _forecasts(ax, scored[(scored["left_out"] == by) & (scored["rung"] == rung)])
+            for one in told[(told["left_out"] == by) & (told["rung"] == rung)].itertuples():
+                words = f"error {100 * one.error:.0f}, mean's {100 * one.error_mean:.0f}; "
+                words += f"{100 * one.coverage:.0f} % of {one.cells} in"
+                ax.text(-3, 108, words, fontsize=5.5, color=style.FAINT)
+        line[0].set_ylabel(f"measured gap closed, %\n({by} left out)", fontsize=7)
+    for ax, rung in zip(axes[0], RUNGS, strict=True):
+        ax.set_title(rung, fontweight="bold", pad=13)
+    for ax in axes[1]:
+        ax.set_xlabel("forecast, %", fontsize=7)
+    _ranks(right.subplots(), known)
+    handles = [
+        Line2D([], [], ls="none", marker=mark, ms=4, color=colour, label=name)
+        for name, (colour, mark) in COLOURS.items()
+    ]
+    left.legend(
+        handles=handles, frameon=False, fontsize=6.5, loc="outside lower center", ncols=5,
+        handletextpad=0.1, columnspacing=0.8,
+    )  # fmt: skip
+    style.frame(
+        figure,
+        "How much of the damage will repair give back? Forecast before, scored after",
+        "SmolLM2-135M, attention of one layer replaced. Left: each mark is one swap, forecast from a record without "
+        "its layer (above) or without its mechanism (below); bars: 90 % interval (CV+); dotted: forecast = measured. "
+        "Above the panels: mean absolute error in points, that of the record's mean, share of swaps inside the "
+        "interval. Right: Spearman's r over swaps of what is known before training; bold: the largest |r|; a dot: not "
+        "worse than it beyond the 95 % interval.",
+    )
+    return figure
+
+
+def _forecasts(ax: Axes, mine: pd.DataFrame) -> None:
+    ax.plot([0, 100], [0, 100], color=style.FAINT, lw=0.6, ls=":")
+    for name, (colour, mark) in COLOURS.items():
+        some = 100 * mine[mine["mechanism"] == name][["forecast", "lo", "hi", "measured"]]
+        ax.hlines(some["measured"], some["lo"], some["hi"], color=colour, alpha=0.3, lw=0.8)
+        ax.scatter(
+            some["forecast"],
+            some["measured"],
+            s=11,
+            color=colour,
+            marker=mark,
+            zorder=3,
+            linewidth=0,
+        )
+    ticks = [0, 50, 100]
+    ax.set(xlim=(-3, 105), ylim=(-3, 105), xticks=ticks, yticks=ticks, aspect="equal")
+
+
+def _ranks(ax: Axes, known: pd.DataFrame) -> None:
+    wide = known.pivot(index="number", columns="outcome", values="spearman")
+    wide = wide.loc[list(BEFORE), list(OUTCOMES)]
+    ax.pcolormesh(wide, cmap=style.SIGNED_MAP, vmin=-1, vmax=1, edgecolor="white", lw=0.8)
+    for row in known[known["spearman"].notna()].itertuples():
+        dot = "" if row.best or row.less_lo > 0 else "\u00b7"
+        ax.text(
+            wide.columns.get_loc(row.outcome) + 0.5, wide.index.get_loc(row.number) + 0.5,
+            f"{row.spearman:.2f}{dot}".replace("-", "\u2212"), ha="center", va="center", fontsize=5.5,
+            fontweight="bold" if row.best else "normal",
+            color="white" if abs(row.spearman) > 0.7 else style.INK,
+        )  # fmt: skip
+    heads = ["damage", "closed-\nform", "local", "block"]
+    ax.set_xticks(np.arange(len(heads)) + 0.5, heads)
+    ax.set_yticks(np.arange(len(wide)) + 0.5, [BEFORE[name] for name in wide.index])
+    ax.tick_params(length=0, labelsize=5.8, labeltop=True, labelbottom=False)
+    ax.spines[:].set_visible(False)
+    ax.set_facecolor(style.MISSING)
+    ax.invert_yaxis()
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from tqdm import tqdm
@@ -28,8 +28,10 @@ from mismatch.diagnosing.shares import causes_of, kl_of, leading, share_of
 from mismatch.diagnosing.taken_apart import TakenApart, joint_name
 from mismatch.diagnosing.verdict import headline, verdicts
 from mismatch.errors import NumericsError, RunError
+from mismatch.forecast import Foretold, Swap, foretell
 from mismatch.job import peak_memory, settings
 from mismatch.operating import Teacher, students_of
+from mismatch.repairing.config import RUNGS
 from mismatch.repairing.judge import Judged
 from mismatch.report.html import write_html
 from mismatch.run import Run, RunFolder, load_run, run_id
@@ -187,6 +189,32 @@ class DiagnoseJob:
             not_applicable=tuple(apart.not_applicable),
         )
 
+    def _foretold(self, found: Found, swap: Student) -> Foretold:
+        """What a repair would close. Errors here leave out first and massive tokens, and are read on calibration text:
+        near those of the record, not the same."""
+        place, zero = found.places[0], found.controls.get("zero")
+        local, mapped = place["forced_error"], place["linear_error"]
+        numbers = {
+            "local_error": local,
+            "mapped_error": mapped,
+            "removed": max(0.0, 1 - mapped / local) if local > 0 else math.nan,
+        }
+        if zero is not None:
+            numbers["of_zero"] = found.damage.value / zero.value
+        layout, clauses = self.teacher.layout, swap.plan.clauses
+        return foretell(
+            Swap(
+                found.swap.partition(":")[2],
+                clauses[0].slot,
+                len({clause.path for clause in clauses}),
+                layout.n_layers,
+                layout.d_model,
+                numbers,
+            ),
+            RUNGS,
+            None,
+        )
+
     def _finish(self, found: Found, swap: Student, seconds: float) -> Diagnosed:
         config, cut, learnt = self.config, self.texts.judged, self.texts.fitted
         warned = list(plan_warnings(swap.plan, cut.seq_len))
@@ -197,6 +225,8 @@ class DiagnoseJob:
             )
         plan = plan_dict(swap.plan, warned)
         plan |= {"diagnosis": found.as_dict(), "verdict": headline(found)}
+        if found.places:
+            plan["forecast"] = asdict(self._foretold(found, swap))
         findings = verdicts(found, config, plan["clauses"])
         facts = {
             "kind": "diagnose",

@@ -50,7 +50,7 @@ class Fit:
         return self.after < self.before
 
 
-class _Sums:
+class Sums:
     """A, B and the size of the targets."""
 
     def __init__(self) -> None:
@@ -175,10 +175,10 @@ def _ridge(part: Part, store: Store, held: Store, linear: nn.Module) -> Fit:
     return found
 
 
-def _summed(part: Part, store: Store, linear: nn.Module) -> _Sums:
+def _summed(part: Part, store: Store, linear: nn.Module) -> Sums:
     entering: list[Tensor] = []
     handle = linear.register_forward_pre_hook(lambda _m, args: entering.append(args[0]))
-    sums = _Sums()
+    sums = Sums()
     try:
         for example in store.batches_of(part):
             entering.clear()

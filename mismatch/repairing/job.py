@@ -26,6 +26,7 @@ from mismatch.probing import Questions
 from mismatch.repairing import questions
 from mismatch.repairing.branches import Knocked, knocked_out
 from mismatch.repairing.config import RepairConfig
+from mismatch.repairing.foretold import foretell
 from mismatch.repairing.gates import standing, weighing
 from mismatch.repairing.judge import Judge, Judged
 from mismatch.repairing.ladder import Ladder, Texts
@@ -34,6 +35,7 @@ from mismatch.repairing.result import Repaired
 from mismatch.repairing.rows import AS_REPAIRED, AS_SWAPPED, branch_rows, rung_rows, student_rows
 from mismatch.repairing.rung import Rung
 from mismatch.repairing.same_steps import SameSteps
+from mismatch.report.forecast import forecast_lines
 from mismatch.report.html import write_html
 from mismatch.report.repair import branch_line
 from mismatch.run import Run, RunFolder, load_run, run_id
@@ -62,11 +64,13 @@ class RepairTexts:
 
 @dataclass
 class Outcome:
-    """What a repair found: rungs, what the judge said of each student, branches, gates, further rows, seconds."""
+    """What a repair found: rungs, what the judge said of each student, branches, the forecast with its score, gates,
+    further rows, seconds."""
 
     rungs: list[Rung]
     judged: dict[str, Judged]
     branches: list[Knocked]
+    forecast: dict[str, Any]
     gates: dict[str, Any] = field(default_factory=dict)
     rows: list[dict[str, Any]] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)
@@ -150,10 +154,14 @@ class RepairJob:
             "stopping": stopping,
             "say": self._say,
         }
-        ladder = Ladder(config, teacher.layout, mine, judge, texts, state=state, **shared)
-        rungs = ladder.climb()
-        self._say("controls and branches are judged")
         beside = {control.name: judge.judge(control.layout) for control in controls}
+        ladder = Ladder(config, teacher.layout, mine, judge, texts, state=state, **shared)
+        ladder.begin()
+        foretold = foretell(config, teacher, ladder, beside)
+        for line in forecast_lines(asdict(foretold)):
+            self._say(line)
+        rungs = ladder.climb()
+        self._say("branches are judged")
         for control in self._same_steps(swap):
             self._say(f"the control {control.name} is trained for the same steps")
             other = learner(teacher, config, control, self.texts.text.calibration)
@@ -171,7 +179,8 @@ class RepairJob:
             "seconds_of_questions": time.monotonic() - began,
         }
         gates["end"] = standing(parts)
-        return self._finish(student, Outcome(rungs, judged, knocked, gates, rows, facts))
+        said = foretold.scored(rungs)
+        return self._finish(student, Outcome(rungs, judged, knocked, said, gates, rows, facts))
 
     def _same_steps(self, swap: Student) -> list[Student]:
         """The controls that are trained like the swap."""
@@ -212,6 +221,7 @@ class RepairJob:
         plan = plan_dict(student.plan, plan_warnings(student.plan, cut.seq_len))
         climbed = {
             "rungs": [asdict(rung) for rung in outcome.rungs],
+            "forecast": outcome.forecast,
             "branches": [asdict(at) for at in outcome.branches],
             "gates": outcome.gates,
             "notes": list(self.texts.unasked),

@@ -89,16 +89,20 @@ class Ladder:
 
     # ---- the climb ------------------------------------------------------------------------------
 
+    def begin(self) -> Judged:
+        """What comes before the first rung: the teacher's activations, and the damage. Weights are those of the swap
+        even where a climb is resumed."""
+        self._resume()
+        self._run_teacher()
+        self.swapped = self.best = self._judged()
+        return self.swapped
+
     def climb(self) -> list[Rung]:
-        """Every rung that was asked for, until it no longer pays.
+        """Every rung that was asked for, until it no longer pays; behind `begin`.
 
         Raises:
             KeyboardInterrupt: stopped; everything is saved.
         """
-        self._resume()
-        self._run_teacher()
-        self.swapped = self._judged()
-        self.best = self.swapped
         if not self.rungs:
             self._report(Rung("inherit"), self.swapped)
         else:
@@ -153,7 +157,7 @@ class Ladder:
     def _closed_form(self, name: str) -> Rung:
         rung, started = Rung(name), time.monotonic()
         for part in self.parts:
-            store, held = self._stores([part], [part])
+            store, held = self.stores([part], [part])
             for fit in closed_form(part, store, held):
                 done = "taken" if fit.taken else "not taken"
                 rung.notes.append(
@@ -170,7 +174,7 @@ class Ladder:
         fresh = self._fresh()
         seconds = self.pace.share(name) / len(self.parts)
         for index, part in enumerate(self.parts):
-            store, held = self._stores([part], [part])
+            store, held = self.stores([part], [part])
             learning = groups(part, fresh[part.path], self.config.lr, self.config.gate_lr)
             loss = LocalLoss(part, store, held)
             self._train(rung, f"{name}-{index}", learning, loss, seconds)
@@ -183,7 +187,7 @@ class Ladder:
         for layer in self.companions:
             mine = [part for part in self.parts if part.layer == layer]
             place = stream.block(self.teacher, layer)
-            store, held = self._stores(mine, [place])
+            store, held = self.stores(mine, [place])
             loss = stream.WindowLoss(self.student.layout, store, held, place, place)
             learning = self._later(mine, self.companions[layer])
             self._train(rung, f"{name}-{layer}", learning, loss, seconds)
@@ -203,7 +207,7 @@ class Ladder:
 
     def _window(self, name: str) -> Rung:
         entering, leaving = self._span()
-        store, held = self._stores([], [entering, leaving])
+        store, held = self.stores([], [entering, leaving])
         loss = stream.WindowLoss(self.student.layout, store, held, entering, leaving)
         return self._through_blocks(name, loss)
 
@@ -212,7 +216,7 @@ class Ladder:
             stream.block(self.teacher, self.parts[0].layer),
             stream.final(self.teacher),
         )
-        store, held = self._stores([], [entering, leaving])
+        store, held = self.stores([], [entering, leaving])
         loss = stream.EndToEndLoss(
             self.teacher, self.student.layout, store, held, entering, leaving
         )
@@ -291,7 +295,7 @@ class Ladder:
         if places:
             tokens = sum(ids.numel() for ids in self.texts.train)
             self.say(f"the teacher runs over {tokens:,} tokens to learn from, once")
-            self._stores([], places)
+            self.stores([], places)
 
     def _in_turn(self) -> bool:
         """Whether the parts after the first one read the student's stream, which is not there yet."""
@@ -302,7 +306,7 @@ class Ladder:
         last = min(self.parts[-1].layer + self.config.width, self.teacher.n_layers - 1)
         return stream.block(self.teacher, self.parts[0].layer), stream.block(self.teacher, last)
 
-    def _stores(self, own: Sequence[Part], places: Sequence[Part]) -> tuple[Store, Store]:
+    def stores(self, own: Sequence[Part], places: Sequence[Part]) -> tuple[Store, Store]:
         """Training and held-out activations; `own` are parts that read the student's stream when they come in order."""
         behind = self.parts.index(own[0]) > 0 if own else False
         inputs = self.student.layout if behind and self.config.order == "sequential" else None

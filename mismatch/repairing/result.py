@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
+from mismatch.report.forecast import score
 from mismatch.report.repair import branch_line, repair_curve, rung_table
 from mismatch.report.repair_page import probe_lines
 from mismatch.run import Run
@@ -70,6 +71,8 @@ class Repaired:
                     f"[{100 * row.gap_lo:.1f}, {100 * row.gap_hi:.1f}]"
                     f"   {row.tokens:,} tokens   {row.seconds:.0f} s"
                 )
+                said = score(self.climbed.get("forecast"), row.rung)
+                line += f"   {said}" if said else ""
             lines.append(line + ("" if row.kept else "   undone: it got worse"))
         return lines
 

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 
 from mismatch.errors import UsageError
 from mismatch.report import style
+from mismatch.report.forecast import forecast_lines
 from mismatch.report.summary import columns
 
 CAUSES = {
@@ -173,6 +174,8 @@ def diagnosis_summary(plan: Mapping[str, Any], findings: Sequence[Mapping[str, A
             lines = [[_name(row), *_cells(row)] for row in rows.itertuples()]
             parts += [f"{title}, % of the KL", columns(lines), ""]
         parts += [f"not applicable  {text}" for text in found["not_applicable"]]
+    if "forecast" in plan:
+        parts += ["a repair, as forecast", *(f"  {line}" for line in forecast_lines(plan["forecast"])), ""]
     for finding in findings:
         parts += [f"  {finding['severity'].upper():<6} {finding['title']}", f"         {finding['text']}"]
         if finding.get("next"):

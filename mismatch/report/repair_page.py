@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from mismatch.report import probes, style
+from mismatch.report import forecast, probes, style
 from mismatch.report.page import Html, grid, join, tag
 from mismatch.report.repair import rung_table
 from mismatch.run import Run
@@ -39,12 +39,13 @@ def percent(read: Sequence[float]) -> str:
 
 def rungs(climb: Mapping[str, Any]) -> Html:
     """A row per rung: share and nats, with intervals, and what they cost."""
-    frame = rung_table(climb)
+    frame, told = rung_table(climb), climb.get("forecast")
     rows = [
         (
             r.rung,
             percent((r.gap_closed, r.gap_lo, r.gap_hi)) if r.Index else "-",
             style.interval(r.kl, r.lo, r.hi),
+            forecast.score(told, r.rung).removeprefix("forecast ") or "-",
             f"{r.tokens:,}" if r.Index else "-",
             f"{r.steps:,}" if r.Index else "-",
             f"{r.seconds:.0f}" if r.Index else "-",
@@ -54,10 +55,11 @@ def rungs(climb: Mapping[str, Any]) -> Html:
     ]
     heads = (
         *("rung", "gap closed, 95 % interval", "KL left, nats per token, 95 % interval"),
-        *("tokens", "steps", "seconds", ""),
+        *(f"forecast of the gap, {forecast.SURE} % interval", "tokens", "steps", "seconds", ""),
     )
     kept = [i for i, r in enumerate(frame.itertuples()) if r.kept]
-    return grid(heads, rows, numbers=(1, 2, 3, 4, 5), marked=kept[-1:])
+    said = [tag("p", line, class_="faint") for line in forecast.forecast_lines(told)] if told else []
+    return join([grid(heads, rows, numbers=(1, 2, 3, 4, 5, 6), marked=kept[-1:]), *said])
 
 
 def students(climb: Mapping[str, Any]) -> Html:

@@ -1,0 +1,248 @@
+"""What is known of a swap before anything learns, and what each rung of repair then gave back: a row per swap.
+
+    python analyses/forecast_record.py              about 28 minutes of CPU, one thread; goes on where it was stopped
+
+Eight layers of SmolLM2 by five attention mechanisms. First the numbers of `before` and `controls` are read: what the
+swap and its controls cost on held-out text, and what the part does on the teacher's own input. Then the cell climbs the
+rungs closed-form and local, some also block, all on the same text with the same steps. Learnt from `sotu`, judged on
+`wiki`; the numbers of the part are read on other documents of it than those that are judged. Writes
+figures/forecast_score/rows/; `forecast_score.py` says what they are worth.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import mismatch
+from mismatch import data
+from mismatch.repairing import stream
+from mismatch.repairing.config import RepairConfig
+from mismatch.repairing.foretold import errors
+from mismatch.repairing.judge import Judge
+from mismatch.repairing.ladder import Ladder, Texts
+from mismatch.repairing.learner import learner
+from mismatch.repairing.part import Part, watch
+from mismatch.repairing.start import read_texts
+from mismatch.repairing.store import Store
+from mismatch.tracing import hooks
+from mismatch.tracing.sites import taps
+
+LAYERS = (2, 10, 18, 26, 6, 14, 22, 12)
+"""In the order in which they are run: stopped half-way, the record still spans the depth."""
+MECHANISMS = {
+    "infini": "infini(segment=64)",
+    "nope": "nope",
+    "sliding_window": "sliding_window(window=64)",
+    "linear_attention": "linear_attention(feature_map=hedgehog)",
+    "gated_deltanet": "gated_deltanet",
+}
+CONTROLS = ("zero", "mean", "linear")
+RUNGS = ("closed-form", "local", "block")
+BLOCK_LAYERS = (2, 10, 18, 26)
+"""Whose cells climb to the rung block."""
+SIZES = {"tokens": 8192, "judged": 2048, "looked": 1024, "seq_len": 512, "epochs": 3}
+DRAWS = 4
+"""Times that labels are drawn from the teacher's prediction, for `guess`."""
+ROWS = Path(__file__).resolve().parent.parent / "figures" / "forecast_score" / "rows"
+
+
+@dataclass
+class Bench:
+    """The teacher and everything that cells share: texts, activations, slopes of the loss; per layer a judge."""
+
+    teacher: Any
+    config: RepairConfig
+    read: Any
+    texts: Texts
+    folder: Path
+    slopes: dict[int, list[Tensor]] = field(default_factory=dict)
+    judges: dict[int, Judge] = field(default_factory=dict)
+    controls: dict[int, dict[str, float]] = field(default_factory=dict)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rows", type=Path, default=ROWS, help="folder of the rows")
+    rows = parser.parse_args().rows
+    rows.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(1)
+    climb_all(rows)
+
+
+def climb_all(rows: Path) -> None:
+    """Every cell that has no row yet."""
+    cells = [(layer, name) for layer in LAYERS for name in MECHANISMS]
+    missing = [cell for cell in cells if not _row(rows, *cell).exists()]
+    if not missing:
+        return
+    with tempfile.TemporaryDirectory(prefix="mismatch-") as store:
+        bench = prepared(Path(store))
+        for layer, name in missing:
+            started = time.process_time()
+            found = one_cell(bench, layer, name)
+            found["cpu_seconds"] = time.process_time() - started
+            _row(rows, layer, name).write_text(json.dumps(found, indent=2) + "\n")
+            print(json.dumps(found), file=sys.stderr, flush=True)
+
+
+def _row(rows: Path, layer: int, name: str) -> Path:
+    return rows / f"{layer:02d}-{name}.json"
+
+
+def prepared(folder: Path) -> Bench:
+    """One pass of the teacher over the text to learn from, one over what is looked at."""
+    teacher = mismatch.load("smollm2")
+    config = _config("layer2:nope", ("closed-form", "local"))
+    read = read_texts(config, data.read("wiki"), data.read("sotu"), teacher.tokenizer)
+    cuts = (read.train, read.looked)
+    batches = [[torch.from_numpy(b.ids) for b in cut.batches(config.batch_size)] for cut in cuts]
+    key = {"model": teacher.info.sha256, "train": cuts[0].fingerprint, "look": cuts[1].fingerprint}
+    bench = Bench(teacher, config, read, Texts(*batches, key), folder)
+    places = []
+    for layer in LAYERS:
+        path = teacher.layout.slot_path(layer, "attn")
+        module = teacher.model.get_submodule(path)
+        places.append(Part(layer, "attn", path, module, module))
+        if layer in BLOCK_LAYERS:
+            places.append(stream.block(teacher.layout, layer))
+    for text, ids in zip(("train", "look"), batches, strict=True):
+        _store(bench, places, ids, text).fill()
+    bench.slopes = slopes(teacher, bench.texts.look)
+    return bench
+
+
+def _config(swap: str, rungs: tuple[str, ...]) -> RepairConfig:
+    return RepairConfig(
+        model="smollm2", swap=(swap,), rungs=rungs, controls=(), max_minutes=None, pays=0.0,
+        traced=0, probes=(), **SIZES,
+    )  # fmt: skip
+
+
+def _store(bench: Bench, places: list[Part], ids: Any, text: str) -> Store:
+    """As the ladder makes it, so that it finds what is stored."""
+    return Store(
+        bench.teacher.layout,
+        places,
+        ids,
+        folder=bench.folder,
+        budget=4e9,
+        key={**bench.texts.key, "text": text, "inputs": "teacher"},
+    )
+
+
+def one_cell(bench: Bench, layer: int, name: str) -> dict[str, Any]:
+    """Numbers before training, then the climb."""
+    teacher, swap_text = bench.teacher, f"layer{layer}:{MECHANISMS[name]}"
+    if layer not in bench.judges:
+        bench.judges = {layer: Judge(teacher.layout, bench.read.judged, layer, 2)}
+        bench.controls = {layer: controls(bench, layer)}
+    judge, known = bench.judges[layer], dict(bench.controls[layer])
+    rungs = RUNGS if layer in BLOCK_LAYERS else RUNGS[:2]
+    config = _config(swap_text, rungs)
+    swap = _swap(bench, swap_text)
+    mine = learner(teacher, config, swap, bench.read.text.calibration)
+    known |= before(bench, mine.parts[0])
+    ladder = Ladder(
+        config, teacher.layout, mine, judge, bench.texts, folder=bench.folder, state=None,
+        fingerprint={}, stopping=lambda: False, say=lambda line: print(line, file=sys.stderr),
+    )  # fmt: skip
+    ladder.begin()
+    climbed = ladder.climb()
+    found = {"layer": layer, "mechanism": name, "swap": swap_text, "kl": climbed[0].kl, **known}
+    closed = 0.0
+    for rung in climbed[1:]:
+        closed = rung.gap_closed if rung.kept else closed  # undone: what was there before it stands
+        found[f"closed {rung.name}"] = closed
+        found[f"seconds {rung.name}"] = rung.seconds
+    return found
+
+
+def _swap(bench: Bench, text: str) -> Any:
+    return mismatch.swap(
+        bench.teacher, text, calibration=bench.read.text.calibration, seq_len=SIZES["seq_len"]
+    )
+
+
+def controls(bench: Bench, layer: int) -> dict[str, float]:
+    """KL of each control in this place, on the judged text."""
+    found = {}
+    for control in CONTROLS:
+        student = _swap(bench, f"layer{layer}.attn:{control}")
+        found[f"kl_{control}"] = bench.judges[layer].judge(student.layout).mean_kl()[0]
+    return found
+
+
+@torch.no_grad()
+def before(bench: Bench, part: Part) -> dict[str, float]:
+    """What the part does on the teacher's own input: errors, and medians over tokens behind the first."""
+    texts, layout = bench.texts, bench.teacher.layout
+    found = errors(
+        part, _store(bench, [part], texts.train, "train"), _store(bench, [part], texts.look, "look")
+    )
+    ratios: dict[str, list[Tensor]] = {
+        "turn": [],
+        "size": [],
+        "step": [],
+        "step_student": [],
+        "step_error": [],
+    }
+    guess, block = 0.0, stream.block(layout, part.layer)
+    for index, ids in enumerate(texts.look):
+        seen = watch(layout, [block.path, part.path], ids, last=part.layer)
+        onto, (x, y, call) = seen[block.path][0], seen[part.path]
+        s = call(part.student, x)
+        theirs, ours, wrong, stood = (t[:, 1:].norm(dim=-1) for t in (y, s, s - y, onto))
+        for name, value in (
+            ("turn", 1 - torch.cosine_similarity(s, y, dim=-1)[:, 1:]),
+            ("size", ours / theirs),
+            ("step", theirs / stood),
+            ("step_student", ours / stood),
+            ("step_error", wrong / stood),
+        ):
+            ratios[name].append(value.flatten())
+        slope = bench.slopes[part.layer][index]
+        guess += float(0.5 * (slope * (s - y)).sum((-1, -2)).square().mean()) / ids.numel()
+    found |= {name: float(torch.cat(values).median()) for name, values in ratios.items()}
+    return {**found, "guess": guess / len(texts.look)}
+
+
+def slopes(teacher: Any, look: Any) -> dict[int, list[Tensor]]:
+    """By layer and batch, d log p(y) / d attn_out, y drawn from the model's own prediction: `draws pos d`."""
+    layout = teacher.layout
+    generator = torch.Generator().manual_seed(0)
+    wanted = [tap for layer in LAYERS for tap in taps(layout, layer) if tap.site == "attn_out"]
+    start = layout.model.get_input_embeddings().register_forward_hook(
+        lambda _module, _args, out: out.requires_grad_()
+    )
+    found: dict[int, list[Tensor]] = {layer: [] for layer in LAYERS}
+    for ids in look:
+        seen: dict[int, Tensor] = {}
+        final = hooks.run(layout, ids, wanted, lambda tap, x, s=seen: s.__setitem__(tap.layer, x))
+        log_p = layout.model.get_output_embeddings()(final).log_softmax(-1)[0]
+        drawn: dict[int, list[Tensor]] = {layer: [] for layer in LAYERS}
+        for _ in range(DRAWS):
+            labels = torch.multinomial(log_p.detach().exp(), 1, generator=generator)
+            score = log_p.gather(-1, labels).sum()
+            grads = torch.autograd.grad(score, [seen[n] for n in LAYERS], retain_graph=True)
+            for layer, grad in zip(LAYERS, grads, strict=True):
+                drawn[layer].append(grad[0])
+        for layer in LAYERS:
+            found[layer].append(torch.stack(drawn[layer]))
+    start.remove()
+    return found
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,96 @@
+"""The forecast of one repair: read off before the first rung, with what repair has at that point.
+
+The KL of swap and controls is judged in any case. The part's error, and what a linear map of its own output would
+remove of it, cost one pass of the part alone over a few thousand activations that are stored already.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from mismatch import forecast, spec
+from mismatch.forecast import Foretold, Swap
+from mismatch.operating import Teacher
+from mismatch.repairing.closed_form import Sums
+from mismatch.repairing.config import RepairConfig
+from mismatch.repairing.judge import Judged
+from mismatch.repairing.ladder import Ladder
+from mismatch.repairing.part import Part
+from mismatch.repairing.store import Example, Store
+
+FITTED = 8192
+"""Tokens that fit the linear map: as many as in the record."""
+RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
+"""Towards the map that leaves the output as it is, in means of the diagonal; held-out text chooses."""
+
+
+def foretell(
+    config: RepairConfig, teacher: Teacher, ladder: Ladder, controls: Mapping[str, Judged]
+) -> Foretold:
+    """The forecast for each rung that is asked for.
+
+    Args:
+        config: the settings.
+        teacher: the untouched model.
+        ladder: that has begun, and has not climbed.
+        controls: as judged in the same place; what is missing is not used.
+    """
+    layout, parts = teacher.layout, ladder.parts
+    numbers = {}
+    if "zero" in controls:
+        zero = controls["zero"].kl.sum()
+        numbers["of_zero"] = float(ladder.swapped.kl.sum() / zero) if zero > 0 else math.nan
+    if len(parts) == 1:
+        with ladder.pace.uncounted():
+            numbers |= errors(parts[0], *ladder.stores([parts[0]], [parts[0]]))
+    return forecast.foretell(
+        Swap(
+            spec.format(config.swap_spec).partition(":")[2],
+            parts[0].slot,
+            len(parts),
+            layout.n_layers,
+            layout.d_model,
+            numbers,
+        ),
+        config.rungs,
+        config.tokens * config.epochs,
+    )
+
+
+@torch.no_grad()
+def errors(part: Part, store: Store, held: Store) -> dict[str, float]:
+    """`local_error`, `mapped_error`, `removed` of a part, on held-out inputs of the teacher; errors as in `weighing`.
+
+    Args:
+        part: as swapped.
+        store: `FITTED` tokens of it fit the linear map of the part's own output.
+        held: of another source.
+    """
+    fit, judge = Sums(), Sums()
+    count = math.ceil(FITTED / store.batches[0].numel())
+    for index in range(min(count, len(store.batches))):
+        fit.add(*_pair(part, store.batch(part, index)))
+    for example in held.batches_of(part):
+        judge.add(*_pair(part, example))
+    size = fit.hh.diagonal().mean()
+    eye = torch.eye(len(fit.hh), dtype=torch.float64, device=fit.hh.device)
+    asis = eye[:, :-1]
+    maps = (
+        torch.linalg.solve(fit.hh + ridge * size * eye, fit.hy + ridge * size * asis)
+        for ridge in RIDGES
+    )
+    local = judge.error(asis)
+    mapped = min(local, *(judge.error(one) for one in maps))
+    removed = 1 - mapped / local if local > 0 else math.nan
+    return {"local_error": local, "mapped_error": mapped, "removed": removed}
+
+
+def _pair(part: Part, example: Example) -> tuple[Tensor, Tensor]:
+    """The part's output with a one behind it, for the bias, and the teacher's."""
+    dtype = next(p.dtype for p in part.teacher.parameters())
+    s = example.call(part.student, example.x.to(dtype)).to(example.y.dtype)
+    return torch.cat([s, torch.ones_like(s[..., :1])], dim=-1), example.y
