@@ -1,6 +1,6 @@
 """Adapters, DyT, recurrent layers, windows, positions: does it help to keep the original beside them, and after repair?
 
-    python analyses/kept_or_replaced.py                 about 25 minutes of CPU; goes on where it was stopped
+    python analyses/kept_or_replaced.py                 about 18 minutes of CPU; goes on where it was stopped
     python analyses/kept_or_replaced.py --only mamba2   the cells of one mechanism
     python analyses/kept_or_replaced.py --draw          only the picture, from the csv that is there
 
@@ -208,13 +208,15 @@ def verdict(found: pd.DataFrame) -> list[str]:
     for when, words in (("before", "before repair"), ("after", "after repair")):
         parts = []
         for column in ALPHAS:
-            better = []
-            for mechanism in MECHANISMS:
-                if {(mechanism, "replaced"), (mechanism, column)} <= set(at.index):
-                    kept, replaced = at.loc[(mechanism, column)], at.loc[(mechanism, "replaced")]
-                    better.append(kept[f"{when}_hi"] < replaced[f"{when}_lo"])
-            parts.append(f"{COLUMNS[column]} in {sum(better)} of {len(better)}")
-            parts[-1] += f" ({_word(better)})"
+            better = {
+                name: at.loc[(name, column), f"{when}_hi"]
+                < at.loc[(name, "replaced"), f"{when}_lo"]
+                for name in MECHANISMS
+                if {(name, "replaced"), (name, column)} <= set(at.index)
+            }
+            parts.append(
+                f"{COLUMNS[column]} in {sum(better.values())} of {len(better)} ({_word(better)})"
+            )
         said.append(f"Keeping the original is less damage, {words}: " + ", ".join(parts) + ".")
     said.append(_branches(found))
     said.append(_repaired(found))
@@ -222,34 +224,33 @@ def verdict(found: pd.DataFrame) -> list[str]:
     return said
 
 
-def _word(better: list[bool]) -> str:
-    return (
-        "holds" if all(better) else "depends on the mechanism" if any(better) else "does not hold"
+def _word(better: dict[str, bool]) -> str:
+    """Holds, does not hold, or for which mechanisms: the fewer of the two are named."""
+    yes, no = (
+        [MECHANISMS[name] for name in better if better[name] == side] for side in (True, False)
     )
+    if not (yes and no):
+        return "holds" if yes else "does not hold"
+    few = f"{', '.join(yes)}" if len(yes) <= len(no) else f"not {', '.join(no)}"
+    return f"depends on the mechanism: {few}"
 
 
 def _branches(found: pd.DataFrame) -> str:
     """What became of the weight of the branch, and whether random weights end worse than a mechanism."""
-    beside = found[found["alpha"].notna()]
-    parts = []
+    turned, worse = [], []
     for column, alpha in ALPHAS.items():
-        mine = beside[beside["column"] == column]
-        low, high = mine["alpha"].min(), mine["alpha"].max()
-        off = int((mine["alpha"].abs() < alpha / 2).sum())
-        parts.append(
-            f"from {alpha:g} to {style.number(low)} .. {style.number(high)}, less than half of it in {off} of "
-            f"{len(mine)}"
+        mine = found[(found["column"] == column) & found["alpha"].notna()].set_index("mechanism")
+        less = int((mine["alpha"] < alpha / 2).sum())
+        turned.append(
+            f"from {alpha:g} to {mine['alpha'].min():.2f} .. {mine['alpha'].max():.2f}, down by more than half in "
+            f"{less} of {len(mine)}"
         )
-    others = beside[beside["mechanism"] != "random"].set_index(["mechanism", "column"])
-    random = beside[beside["mechanism"] == "random"].set_index("column")
-    no_worse = [
-        random.loc[column, "after_lo"] <= row["after_hi"]
-        for (_, column), row in others.iterrows()
-        if column in random.index
-    ]
+        others = mine.drop(index="random")
+        same = int((others["after_hi"] >= mine.loc["random", "after_lo"]).sum())
+        worse.append(f"{same} of {len(others)} ({COLUMNS[column]})")
     return (
-        f"What repair does beside an original: it turns alpha {'; '.join(parts)}. Random weights are then not "
-        f"measurably worse than the mechanism in {sum(no_worse)} of {len(no_worse)}."
+        f"What repair does beside an original: it turns alpha {'; '.join(turned)}. Random weights are then not "
+        f"measurably worse than the mechanism in {', '.join(worse)}."
     )
 
 
