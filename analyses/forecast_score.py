@@ -25,6 +25,7 @@ from matplotlib.lines import Line2D
 from scipy import stats
 
 from mismatch import environment
+from mismatch.files import json_text
 from mismatch.forecast import MISS, NUMBERS, Swap, forecast
 from mismatch.report import style
 
@@ -75,7 +76,10 @@ def main() -> None:
     known.to_csv(HERE / "correlations.csv", index=False)
     made = {"cells": len(cells), "verdict": said, "scores": told.to_dict("records")}
     made |= {"versions": environment.versions()}
-    style.save(draw(scored, known, told), HERE, "forecast_score", scored, made)
+    picture = style.to_bytes(draw(scored, known, told), "png")
+    (HERE / "forecast_score.png").write_bytes(picture)
+    scored.to_csv(HERE / "forecast_score.csv", index=False)
+    (HERE / "forecast_score.json").write_text(json_text(made))
     print(known.to_string(index=False, float_format=lambda x: f"{x:.2f}"))
     print(told.to_string(index=False, float_format=lambda x: f"{x:.3f}"))
     print(said)
@@ -94,7 +98,7 @@ def table(rows: Path) -> pd.DataFrame:
 
 def as_record(cells: pd.DataFrame) -> pd.DataFrame:
     """What `mismatch.forecast` reads: mechanisms as they stand in a swap, the numbers that a repair has, gaps."""
-    sizes = {"tokens": 8192, "epochs": 3}
+    sizes = {"tokens": 8192, "epochs": 3, "seq_len": 512}
     calls = cells["swap"].str.partition(":")[2]
     kept = ["layer", *NUMBERS, *(f"closed {rung}" for rung in RUNGS)]
     return cells[kept].assign(mechanism=calls, **MODEL, **sizes)[

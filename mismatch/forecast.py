@@ -6,11 +6,11 @@ is known), or a line in one or two of the numbers, whichever errs least on cells
 that helps no more than the mean is not used.
 
 The interval is CV+ (Barber, Candes, Ramdas, Tibshirani 2021, Predictive inference with the jackknife+, section 3): for
-each fold k a line without it, its errors R_i on the cells of that fold, and quantiles of line_k(x) - R_i and of
-line_k(x) + R_i over all cells. A fold is one layer where the record knows the mechanism, and one mechanism where it
-does not: the forecast for a mechanism that nobody tried is judged by mechanisms that were left out. Coverage is
-promised for a swap that is drawn like those of the record (at least 1 - 2 `MISS`, usually about 1 - `MISS`). Nothing is
-promised for another, so what lies outside of the record is refused in words. No torch.
+each fold k a line chosen and fitted without it, its errors R_i on the cells of that fold, and quantiles of line_k(x) -
+R_i and of line_k(x) + R_i over all cells. A fold is one layer where the record knows the mechanism, and one mechanism
+where it does not: the forecast for a mechanism that nobody tried is judged by mechanisms that were left out. Coverage
+is promised for a swap that is drawn like those of the record (at least 1 - 2 `MISS`, usually about 1 - `MISS`). Nothing
+is promised for another, so what lies outside of the record is refused in words. No torch.
 """
 
 from __future__ import annotations
@@ -126,8 +126,12 @@ class Foretold:
 
 @functools.cache
 def shipped() -> pd.DataFrame:
-    """The record that comes with mismatch: model, n_layers, d_model, tokens, epochs, layer, mechanism, slot, numbers,
-    and `closed R` for each rung R."""
+    """The record that comes with mismatch.
+
+    Returns:
+        A row per repair: model, n_layers, d_model, slot, tokens, epochs, seq_len, layer, mechanism, the numbers of
+        `NUMBERS`, and `closed R` for each rung R, NaN where it was not climbed.
+    """
     with (resources.files("mismatch") / "forecast.csv").open() as file:
         return pd.read_csv(file)
 
@@ -142,7 +146,10 @@ def foretell(swap: Swap, rungs: Sequence[str], seen: int | None) -> Foretold:
     """
     record = shipped()
     first, cells = record.iloc[0], len(record)
-    said = f"{cells} repairs of {first['model']}, {first['tokens']:,} tokens seen {first['epochs']} times by each rung"
+    said = (
+        f"{cells} repairs of {first['model']}, {first['tokens']:,} tokens in windows of {first['seq_len']} seen "
+        f"{first['epochs']} times by each rung"
+    )
     numbers = dict(swap.numbers)
     why = outside(swap, record)
     if why is not None:
@@ -197,50 +204,60 @@ def forecast(swap: Swap, rung: str, record: pd.DataFrame) -> Forecast | None:
     y, folds = rows[column].to_numpy(float), rows[by].to_numpy()
     known = [name for name in NUMBERS if name in swap.numbers and name in rows]
     starts = ((), (OWN,)) if by == "layer" else ((),)
-    # In whole points, the mean first: of choices that err alike the one with the fewest numbers is taken.
-    choices = [(*s, *c) for n in range(USED + 1) for s in starts for c in combinations(known, n)]
-    used = min(choices, key=lambda names: round(_errors(_x(rows, names, rows), y, folds).mean(), 2))
-    x, new = _x(rows, used, rows), _x(pd.DataFrame([_row(swap)]), used, rows)
-    errors = _errors(x, y, folds)
-    there = np.empty(len(y))
+    names = [(*s, *c) for n in range(USED + 1) for s in starts for c in combinations(known, n)]
+    cells = pd.concat([rows, pd.DataFrame([{OWN: swap.mechanism, **swap.numbers}])])
+    designs = {chosen: _design(cells, chosen) for chosen in names}  # the last row is the swap
+    every = np.ones(len(y), bool)
+    errors, there = np.empty(len(y)), np.empty(len(y))
     for fold in np.unique(folds):
-        there[folds == fold] = _line(x[folds != fold], y[folds != fold], new)[0]
-    lo, hi = _interval(there, errors)
-    return Forecast(float(_line(x, y, new)[0]), lo, hi, used, len(rows))
+        held = folds == fold
+        x = designs[_choice(designs, y, folds, ~held)]
+        read = _line(x[:-1][~held], y[~held], x)
+        errors[held], there[held] = np.abs(y[held] - read[:-1][held]), read[-1]
+    used = _choice(designs, y, folds, every)
+    value = _line(designs[used][:-1], y, designs[used][-1:])[0]
+    return Forecast(float(value), *_interval(there, errors), used, len(rows))
 
 
-def _row(swap: Swap) -> dict[str, Any]:
-    return {"mechanism": swap.mechanism, **swap.numbers}
+def _design(cells: pd.DataFrame, names: tuple[str, ...]) -> np.ndarray:
+    """`cells columns`: a one, or one for each mechanism; and numbers."""
+    of = cells[OWN].to_numpy()[:, None]
+    start = of == np.unique(of) if OWN in names else np.ones_like(of)
+    numbers = [_scaled(name, cells[name].to_numpy(float)) for name in names if name != OWN]
+    return np.column_stack([start, *numbers]).astype(float)
 
 
 def _scaled(name: str, values: Any) -> Any:
     return values if name in SHARES else np.log(values)
 
 
-def _x(cells: pd.DataFrame, names: tuple[str, ...], record: pd.DataFrame) -> np.ndarray:
-    """`cells columns`: a one, or one for each mechanism of the record; and numbers."""
-    kinds = np.unique(record["mechanism"]) if OWN in names else None
-    start = (
-        np.ones((len(cells), 1))
-        if kinds is None
-        else (cells["mechanism"].to_numpy()[:, None] == kinds).astype(float)
-    )
-    numbers = [_scaled(name, cells[name].to_numpy(float)) for name in names if name != OWN]
-    return np.column_stack([start, *numbers])
+def _choice(
+    designs: Mapping[tuple[str, ...], np.ndarray],
+    y: np.ndarray,
+    folds: np.ndarray,
+    mask: np.ndarray,
+) -> tuple[str, ...]:
+    """The numbers whose line errs least on folds that it was not fitted on, among the cells of `mask`.
+
+    Errors are compared in whole points, the mean first: of choices that err alike the simplest is taken.
+    """
+    y, folds = y[mask], folds[mask]
+    kept = np.unique(folds)
+
+    def error(names: tuple[str, ...]) -> float:
+        x = designs[names][:-1][mask]
+        off = [
+            np.abs(y[held] - _line(x[~held], y[~held], x[held]))
+            for held in (folds == fold for fold in kept)
+        ]
+        return round(float(np.concatenate(off).mean()), 2)
+
+    return min(designs, key=error) if len(kept) > 1 else ()
 
 
 def _line(x: np.ndarray, y: np.ndarray, at: np.ndarray) -> np.ndarray:
     """Least squares of y on x, read at other x; a share that is closed lies in 0..1."""
     return np.clip(at @ np.linalg.lstsq(x, y, rcond=None)[0], 0.0, 1.0)
-
-
-def _errors(x: np.ndarray, y: np.ndarray, folds: np.ndarray) -> np.ndarray:
-    """|y - line without the cell's fold|, per cell."""
-    found = np.empty(len(y))
-    for fold in np.unique(folds):
-        held = folds == fold
-        found[held] = np.abs(y[held] - _line(x[~held], y[~held], x[held]))
-    return found
 
 
 def _interval(there: np.ndarray, errors: np.ndarray) -> tuple[float, float]:

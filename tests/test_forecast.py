@@ -37,7 +37,7 @@ def planted(seed: int = 0, noise: float = 0.05, useless: bool = False) -> pd.Dat
             rows.append(
                 {
                     "model": "toy", "n_layers": 4, "d_model": 32, "slot": "attn", "tokens": 8192,
-                    "epochs": 3, "layer": layer, "mechanism": f"planted{mechanism}", **numbers,
+                    "epochs": 3, "seq_len": 512, "layer": layer, "mechanism": f"planted{mechanism}", **numbers,
                     "closed local": float(np.clip(closed + noise * rng.normal(), 0, 1)),
                 }
             )  # fmt: skip
@@ -56,16 +56,14 @@ def swap(mechanism: str = KNOWN, **changes) -> Swap:
 @pytest.mark.parametrize("mechanism", [KNOWN, NEW])
 def test_the_interval_covers(mechanism):
     inside = []
-    for seed in range(20):
-        record, fresh = planted(seed), planted(1000 + seed).iloc[:5]
-        for row in fresh.to_dict("records"):
-            told = forecast.forecast(
-                swap(mechanism, numbers={n: row[n] for n in NUMBERS}), "local", record
-            )
-            inside.append(told.has(row["closed local"]))
-    # The promise is 1 - 2 MISS at least, and 1 - MISS is usual: 100 draws, of which five at a time share a record.
-    assert np.mean(inside) > 1 - 2 * MISS
-    assert np.mean(inside) == pytest.approx(1 - MISS, abs=0.08)
+    for seed in range(40):
+        fresh = planted(1000 + seed).iloc[seed]
+        told = forecast.forecast(
+            swap(mechanism, numbers={n: fresh[n] for n in NUMBERS}), "local", planted(seed)
+        )
+        inside.append(told.has(fresh["closed local"]))
+    # The promise is 1 - 2 MISS at least, and 1 - MISS is usual; 0.1 is two standard errors of 40 draws.
+    assert np.mean(inside) == pytest.approx(1 - MISS, abs=0.1)
 
 
 def test_a_perfect_predictor_gets_a_narrow_interval_and_is_named():
@@ -172,7 +170,7 @@ def test_an_undone_rung_counts_as_what_was_there_and_one_left_out_does_not_count
 )
 def test_the_script_says_whether_forecasts_beat_the_mean(useless, words):
     module = script("forecast_score")
-    record = planted(noise=0.02, useless=useless)
+    record = planted(noise=0.02, useless=useless).query("layer < 4")
     for rung in module.RUNGS:
         record[f"closed {rung}"] = record["closed local"]
     told = module.summary(module.scores(record, "layer"))
