@@ -232,12 +232,12 @@ def draw(scored: pd.DataFrame, known: pd.DataFrame, told: pd.DataFrame) -> Figur
         for ax, rung in zip(line, RUNGS, strict=True):
             _forecasts(ax, scored[(scored["left_out"] == by) & (scored["rung"] == rung)])
             for one in told[(told["left_out"] == by) & (told["rung"] == rung)].itertuples():
-                words = f"error {100 * one.error:.0f}, mean's {100 * one.error_mean:.0f}; "
-                words += f"{100 * one.coverage:.0f} % of {one.cells} in"
-                ax.text(-3, 108, words, fontsize=5.5, color=style.FAINT)
+                words = f"error {100 * one.error:.0f}, mean's {100 * one.error_mean:.0f}\n"
+                words += f"{100 * one.coverage:.0f} % of {one.cells} inside"
+                ax.text(-3, 108, words, fontsize=5.5, color=style.FAINT).set_in_layout(False)
         line[0].set_ylabel(f"measured gap closed, %\n({by} left out)", fontsize=7)
     for ax, rung in zip(axes[0], RUNGS, strict=True):
-        ax.set_title(rung, fontweight="bold", pad=13)
+        ax.set_title(rung, fontweight="bold", pad=18)
     for ax in axes[1]:
         ax.set_xlabel("forecast, %", fontsize=7)
     _ranks(right.subplots(), known)

@@ -21,6 +21,7 @@ from mismatch.repairing.ladder import Ladder
 from mismatch.repairing.part import parts_of
 from mismatch.repairing.rung import Rung
 from mismatch.repairing.store import Store
+from mismatch.report import repair_page
 
 KNOWN, NEW = "planted0", "planted(never=tried)"
 TRUTH = 0.35
@@ -233,7 +234,11 @@ def test_it_is_scored_after(of_the_toy, toy_teacher):
     )
     assert local["inside"] == (local["lo"] <= local["measured"] <= local["hi"])
     line = next(line for line in result.summary().splitlines() if line.startswith("local"))
-    assert f"]: {'inside' if local['inside'] else 'outside'}" in line
+    word = "inside" if local["inside"] else "outside"
+    assert f"]: {word}" in line
+    page = str(repair_page.rungs(result.climbed))
+    assert "forecast of the gap, 90 % interval" in page
+    assert f"]: {word}" in page
 
 
 def test_two_places_get_no_forecast_and_the_reason(of_the_toy, toy_teacher, capsys):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -39,26 +40,17 @@ def foretell(
         ladder: that has begun, and has not climbed.
         controls: as judged in the same place; what is missing is not used.
     """
-    layout, parts = teacher.layout, ladder.parts
-    numbers = {}
-    if "zero" in controls:
-        zero = controls["zero"].kl.sum()
-        numbers["of_zero"] = float(ladder.swapped.kl.sum() / zero) if zero > 0 else math.nan
-    if len(parts) == 1:
+    layout, part = teacher.layout, ladder.parts[0]
+    call = spec.format(config.swap_spec).partition(":")[2]
+    swap = Swap(call, part.slot, len(ladder.parts), layout.n_layers, layout.d_model, {})
+    if forecast.outside(swap, forecast.shipped()) is None:  # else nothing needs to be measured
         with ladder.pace.uncounted():
-            numbers |= errors(parts[0], *ladder.stores([parts[0]], [parts[0]]))
-    return forecast.foretell(
-        Swap(
-            spec.format(config.swap_spec).partition(":")[2],
-            parts[0].slot,
-            len(parts),
-            layout.n_layers,
-            layout.d_model,
-            numbers,
-        ),
-        config.rungs,
-        config.tokens * config.epochs,
-    )
+            numbers = errors(part, *ladder.stores([part], [part]))
+        if "zero" in controls:
+            zero = controls["zero"].kl.sum()
+            numbers["of_zero"] = float(ladder.swapped.kl.sum() / zero) if zero > 0 else math.nan
+        swap = replace(swap, numbers=numbers)
+    return forecast.foretell(swap, config.rungs, config.tokens * config.epochs)
 
 
 @torch.no_grad()
