@@ -50,6 +50,7 @@ MECHANISMS = {
     "zero": ("zero", "attention deleted", "#0072b2", "v"),
 }
 NUMBERS = (2, 4, 8, 16, N_LAYERS)
+FEW = 8
 SHIFTS = (0.25, 0.75)
 """Where a set begins, in its own spacing."""
 SIZES = {"tokens": 1536, "seq_len": 192, "batch_size": 8}
@@ -164,11 +165,12 @@ def ratios(found: pd.DataFrame) -> pd.DataFrame:
 
 
 def verdict(found: pd.DataFrame) -> list[str]:
-    """Additive where the interval holds 1; over the sizes of one mechanism, and over mechanisms."""
+    """Additive where the interval holds 1; over the sizes of a mechanism, and over mechanisms, the control apart."""
     said, every = [], []
-    for name, mine in found[found["layers"] == "pooled"].groupby("name", sort=False):
+    pooled = found[found["layers"] == "pooled"]
+    for name, mine in pooled.groupby("name", sort=False):
         words = [_word(row) for row in mine.itertuples()]
-        every += words
+        every += words if name != "zero" else []
         spans = ", ".join(
             f"{row.k} layers {row.ratio:.2f} [{row.lo:.2f}, {row.hi:.2f}] {word}"
             for row, word in zip(mine.itertuples(), words, strict=True)
@@ -180,7 +182,16 @@ def verdict(found: pd.DataFrame) -> list[str]:
         else "does not hold" if "additive" not in kinds
         else "depends on mechanism and number"
     )  # fmt: skip
-    return [f"KL together is the sum of the KLs alone: {answer}. Together / sum:", *said]
+    swaps = pooled[pooled["name"] != "zero"]
+    spans = [
+        f"{side['ratio'].min():.2f} to {side['ratio'].max():.2f}"
+        for side in (swaps[swaps["k"] <= FEW], swaps[swaps["k"] > FEW])
+    ]
+    return [
+        f"KL together is the sum of the KLs alone: {answer}. Together / sum is {spans[0]} up to {FEW} layers, "
+        f"{spans[1]} beyond:",
+        *said,
+    ]
 
 
 def _word(row: Any) -> str:
@@ -291,23 +302,24 @@ def draw(found: pd.DataFrame, mended: pd.DataFrame) -> Figure:
             lw=1.1,
             color=colour,
         )
-        middle.scatter(each["k"] * shift, each["ratio"], s=4, color=colour, alpha=0.5, lw=0)
+        middle.scatter(each["k"] * shift, each["ratio"], s=9, fc="none", ec=colour, lw=0.6)
     for ax in (left, middle):
         ax.set(xscale="log", yscale="log", xlabel="layers replaced")
         ax.set_xticks(NUMBERS, [str(k) for k in NUMBERS])
         ax.minorticks_off()
     middle.axhline(1, color=style.INK, lw=0.7, ls="--")
-    middle.set_yticks([0.5, 1, 2, 4], ["0.5", "1", "2", "4"])
+    middle.set(ylim=(0.65, 3.2), yticks=[0.8, 1, 1.5, 2], yticklabels=["0.8", "1", "1.5", "2"])
     left.set_ylabel("KL, nats per token")
+    left.set_yticks([0.03, 0.1, 0.3, 1, 3, 10])
     style.plain_log(left.yaxis)
     left.set_title("together (full), summed (dotted)", fontweight="bold")
     middle.set_title("together / sum of alone", fontweight="bold")
-    left.legend(frameon=False, fontsize=6, loc="lower right")
+    middle.legend(frameon=False, fontsize=6.5, loc="upper left", handles=left.get_lines()[::2])
     _repairs(right, mended)
     style.frame(
         figure,
         "One layer replaced, several, all: does damage add up, does repair? (smollm2)",
-        "Left and middle: evenly spaced layers, two sets of each size (dots in the middle) pooled (marks); bars: 95 % "
+        "Left and middle: evenly spaced layers, two sets of each size (rings in the middle) pooled (marks); bars: 95 % "
         "over 8 documents, together and alone resampled alike (few: too narrow). Right: Infini-attention in layers "
         f"{', '.join(map(str, REPAIRED))}, mended alone and in depth order; below: what is closed of the gap.",
     )
