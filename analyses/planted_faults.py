@@ -179,8 +179,9 @@ def draw(frame: pd.DataFrame) -> Figure:
             value = shares.loc[kind, name]
             if pd.isna(value):
                 continue
+            shown_as = "< -100" if value < -1 else f"{round(100 * value)}"
             ax.text(
-                x + 0.5, y + 0.5, "< -100" if value < -1 else f"{100 * value:.0f}", fontsize=7,
+                x + 0.5, y + 0.5, shown_as, fontsize=7,
                 ha="center", va="center", color="white" if abs(value) > 0.6 else style.INK,
                 fontweight="bold" if (kind, name) in leads else "normal",
             )  # fmt: skip
