@@ -48,7 +48,17 @@ def main() -> None:
         climbed = mismatch.repair(teacher, swap, progress=True, **SETTINGS).climbed
         kept = {"swap": swap, "forecast": climbed["forecast"], "rungs": climbed["rungs"]}
         _file(output, swap).write_text(json_text(kept))
-    frame = table([json.loads(_file(output, swap).read_text()) for swap in SWAPS])
+    report(output)
+
+
+def report(output: Path) -> None:
+    """The repairs that are there, as a table."""
+    files = [_file(output, swap) for swap in SWAPS]
+    repairs = [json.loads(file.read_text()) for file in files if file.exists()]
+    for one in repairs:
+        if one["forecast"]["why_not"]:
+            print(f"{one['swap']}: no forecast, {one['forecast']['why_not']}")
+    frame = table(repairs)
     frame.to_csv(output / "fresh.csv", index=False)
     print(frame.to_string(index=False, float_format=lambda x: f"{x:.3f}"))
     inside, off = frame["inside"].mean(), (frame["forecast"] - frame["measured"]).abs().mean()

@@ -55,6 +55,8 @@ BEFORE = {
     "layer": "layer",
 }
 """Every number that is known before training."""
+HOLD_DAMAGE = ("kl", "of_zero", "of_linear")
+"""They hold the damage, and cannot predict it."""
 COLOURS = {
     "infini": ("#d55e00", "o"),
     "nope": ("#e69f00", "^"),
@@ -117,7 +119,7 @@ def correlations(cells: pd.DataFrame) -> pd.DataFrame:
         mine = cells[cells[outcome].notna()]
         draws = np.random.default_rng(0).integers(0, len(mine), (2000, len(mine)))
         y = mine[outcome].to_numpy(float)
-        names = [name for name in BEFORE if name != outcome]
+        names = [name for name in BEFORE if outcome != "kl" or name not in HOLD_DAMAGE]
         of = {name: mine[name].to_numpy(float) for name in names}
         r = {name: float(spearman(x[None], y[None])[0]) for name, x in of.items()}
         sampled = {name: spearman(x[draws], y[draws]) for name, x in of.items()}

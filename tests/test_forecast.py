@@ -142,7 +142,7 @@ def test_the_record_that_is_shipped_is_whole():
     assert record["removed"].between(0, 1).all()
     for rung in ("closed-form", "local", "block"):
         closed = record[f"closed {rung}"].dropna()
-        assert len(closed) >= 10
+        assert len(closed) >= 20
         assert closed.between(0, 1).all()
 
 
