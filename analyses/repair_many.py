@@ -66,6 +66,8 @@ def climb(order: str, args: argparse.Namespace) -> dict:
         seq_len=SEQ_LEN,
         tokens=args.tokens,
         judged=args.judged,
+        probes=(),
+        traced=0,
         progress=True,
     )
     print(result.summary(), file=sys.stderr)
