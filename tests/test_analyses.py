@@ -304,7 +304,7 @@ def test_repair_of_several_is_held_against_the_sum_of_single_ones(after, word):
         mended[f"gap_{end}"] = mended["gap_closed"] + off
         mended[f"after_{end}"] = mended["after"] + off / 10
     said = module.repair_verdict(mended)
-    assert f"Sequential repair scales: {word}." in said
+    assert f"Sequential repair scales to 2 layers: {word}." in said
     assert "0.200 -> 0.100 nats, 50% [45%, 55%]" in said
 
 
