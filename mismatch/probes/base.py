@@ -29,11 +29,11 @@ import math
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, ClassVar
 
 import numpy as np
 
-from mismatch import registry
 from mismatch.address import SWAP
 from mismatch.errors import UsageError
 from mismatch.layout import Layout
@@ -144,12 +144,10 @@ class Subject:
 
     @property
     def segment(self) -> int | None:
-        """The segment of its mechanisms in tokens, where they have one and it is the same everywhere."""
-        found = set()
-        for clause in self.clauses:
-            arg = registry.mechanisms().card(clause.mechanism).arg("segment")
-            if arg is not None:
-                found.add(clause.args.get("segment", arg.default))
+        """The segment of its mechanisms in tokens, inside of others too, where it is the same everywhere."""
+        inside = (self.layout.model.get_submodule(clause.path).modules() for clause in self.clauses)
+        settings = (getattr(module, "settings", None) for module in chain.from_iterable(inside))
+        found = {own.segment for own in settings if hasattr(own, "segment")}
         return found.pop() if len(found) == 1 else None
 
     @property

@@ -128,6 +128,20 @@ def test_passkey_is_the_log_probability_of_a_plain_forward():
             assert got[f"logprob[segments={count}]"] == pytest.approx(value, abs=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("swap", "segment"),
+    [
+        ("layer1:infini(segment=32)", 32),
+        ("layer1:infini", 256),
+        ("layer1:parallel(infini(segment=32), alpha=0.1)", 32),
+        ("layer1:infini(segment=32); layer2:infini(segment=16)", None),
+        ("layer1:nope", None),
+    ],
+)
+def test_segments_are_those_of_the_mechanism_wherever_it_is(swap, segment):
+    assert Subject.of(student(build("llama"), swap)).segment == segment
+
+
 def test_log_probs_are_those_of_the_model(family):
     model = build(family)
     subject = subjects(model, "layer1.attn:identity")[0]
