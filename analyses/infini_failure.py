@@ -51,6 +51,8 @@ STUDENTS = {
     ),
 }
 """What is in the layer, the gate rate of its repair (None: none), colour, words."""
+SLIGHT = 0.1
+"""Nats per key that count as nothing lost."""
 PROMPTS = {
     "probes": ("passkey",),
     "lengths": ("128", "512"),
@@ -204,7 +206,7 @@ def verdict(moved: pd.DataFrame, read: pd.DataFrame, found: pd.DataFrame) -> lis
     kl = found[found["stat"] == "kl"].set_index("student")
     for name in STUDENTS:
         mine = lost.loc[name]
-        each = ", ".join(f"{borders}: {with_interval(row)}" for borders, row in mine.iterrows())
+        each = ", ".join(f"{borders:g}: {with_interval(row)}" for borders, row in mine.iterrows())
         said.append(
             f"retrieval, {STUDENTS[name][3]}: {how_it_falls(mine)}; nats per key lost by borders {each}; "
             f"text KL {with_interval(kl.loc[name])}"
@@ -215,9 +217,13 @@ def verdict(moved: pd.DataFrame, read: pd.DataFrame, found: pd.DataFrame) -> lis
 def how_it_falls(lost: pd.DataFrame) -> str:
     """In words, what segment borders do to the key: each costs more, the first costs all, or none does."""
     near, first, last = lost.iloc[0], lost.iloc[1], lost.iloc[-1]
+    if lost["hi"].max() < SLIGHT:
+        return "keeps"
     if lost["value"].is_monotonic_increasing and last["lo"] > first["hi"]:
         return "falls with each compression"
-    return "falls at the first border" if first["lo"] > near["hi"] else "keeps"
+    if first["lo"] > near["hi"]:
+        return "falls at the first border"
+    return "is lost without any border too" if near["lo"] > SLIGHT else "falls at no border for sure"
 
 
 def with_interval(row: pd.Series, value: str = "value") -> str:
@@ -227,19 +233,20 @@ def with_interval(row: pd.Series, value: str = "value") -> str:
 @style.styled
 def draw(moved: pd.DataFrame, read: pd.DataFrame, found: pd.DataFrame) -> Figure:
     """Gates against the sum of their rates; the memory's answer by layer; the key by segment borders."""
-    figure = style.new_figure(style.WIDTH, 2.9)
-    left, middle, right = figure.subplots(1, 3, width_ratios=(0.8, 1, 1.2))
+    figure = style.new_figure(style.WIDTH, 5.4)
+    grid = figure.add_gridspec(2, 2)
+    left, middle, right = (figure.add_subplot(at) for at in (grid[0, 0], grid[0, 1], grid[1, :]))
     left.plot([1e-3, 10], [1e-3, 10], color=style.FAINT, lw=0.6, ls=":")
     left.axhspan(NEEDED, 20, color="#e8f3ea", lw=0)
     left.plot(moved["travel"], moved["moved"], "o-", color="#d55e00", ms=4, lw=1)
     for row in moved.itertuples():
         left.annotate(
-            f"{row.gate_lr:g}: {row.lowest:.2f}-{row.highest:.2f}\nKL {row.kl:.4f}", (row.travel, row.moved),
-            xytext=(5, -13), textcoords="offset points", fontsize=5.5,
+            f"rate {row.gate_lr:g}", (row.travel, row.moved), xytext=(6, -7), textcoords="offset points", fontsize=7,
         )  # fmt: skip
-    left.set(xscale="log", yscale="log", xlim=(1e-3, 40), ylim=(1e-3, 20))
+    left.set(xscale="log", yscale="log", xlim=(1e-3, 100), ylim=(1e-3, 20))
     left.set(xlabel="sum of the gates' learning rates", ylabel="largest move of a gate")
-    left.set_title("Gates, layer 12", fontweight="bold")
+    style.plain_log(left.xaxis, left.yaxis)
+    left.set_title("gates, layer 12", loc="left", fontweight="bold")
     for branch, name, colour, words in (
         ("local", "elu", "#0072b2", "local branch"),
         ("memory", "softmax", "#009e73", "memory, softmax map"),
@@ -252,8 +259,9 @@ def draw(moved: pd.DataFrame, read: pd.DataFrame, found: pd.DataFrame) -> Figure
         middle.plot(by.index, by["mean"], color=colour, lw=1.1, label=words)
         middle.fill_between(by.index, by["min"], by["max"], color=colour, alpha=0.18, lw=0)
     middle.set(yscale="log", xlabel="layer", ylabel="variation over queries / norm")
-    middle.set_title("What the query changes", fontweight="bold")
-    middle.legend(frameon=False, fontsize=6)
+    style.plain_log(middle.yaxis)
+    middle.set_title("what the query changes", loc="left", fontweight="bold")
+    middle.legend(frameon=False, fontsize=7)
     kl = found[found["stat"] == "kl"].set_index("student")["value"]
     for at, (name, (_, _, colour, words)) in enumerate(STUDENTS.items()):
         mine = found[(found["student"] == name) & (found["stat"] == "lost")].sort_values("segments")
@@ -264,13 +272,14 @@ def draw(moved: pd.DataFrame, read: pd.DataFrame, found: pd.DataFrame) -> Figure
         )  # fmt: skip
     right.axhline(0, color=style.FAINT, lw=0.5)
     right.set(xlabel="segment borders between needle and question", ylabel="lost, nats per key")
-    right.set_title("Passkey, layer 18", fontweight="bold")
-    right.legend(frameon=False, fontsize=5.5, loc="upper left", bbox_to_anchor=(0, -0.22))
+    right.set_title("passkey, layer 18", loc="left", fontweight="bold")
+    right.legend(frameon=False, fontsize=7, loc="upper center", ncols=2, bbox_to_anchor=(0.6, 1.04))
     style.frame(
         figure,
         "Infini-attention's failure in one layer of smollm2",
-        "Left: dotted, the sum of the rates; green, far enough to decide for one branch; at the points the rate, the "
-        "gates' range and KL on text. Middle: mean over heads, bands from lowest to highest. Right: 8 prompts each.",
+        "Top left: dotted, as far as the sum of the rates; green, far enough to decide for one branch; KL on text from "
+        f"left to right {', '.join(f'{kl:.4f}' for kl in moved['kl'])}. Top right: mean over heads, bands from lowest "
+        "to highest. Below: 8 prompts a cell, 95 % intervals.",
     )
     return figure
 

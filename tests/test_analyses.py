@@ -244,7 +244,12 @@ def test_infini_failure_follows_what_was_planted():
     assert "usual rate: does not hold" in said[0]
     assert "ignores the query: depends on the layer" in said[1]
     assert "falls at the first border" in said[2]
-    assert "keeps" in module.verdict(*failure(module, 3.0, 0.95, (0.0, 0.1, 0.1, 0.1)))[2]
+    for lost, word in (
+        ((-0.1, -0.1, -0.1, -0.05), "keeps"),
+        ((3.0, 3.0, 3.1, 3.0), "is lost without any border too"),
+        ((0.0, 0.1, 0.1, 0.1), "falls at no border for sure"),
+    ):
+        assert word in module.verdict(*failure(module, 3.0, 0.95, lost))[2]
 
 
 def test_travel_is_about_half_of_rate_times_steps():
