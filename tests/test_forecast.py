@@ -238,7 +238,7 @@ def test_it_is_scored_after(of_the_toy, toy_teacher):
     assert f"]: {word}" in line
     page = str(repair_page.rungs(result.climbed))
     assert "forecast of the gap, 90 % interval" in page
-    assert f"]: {word}" in page
+    assert f"<td>{word}</td>" in page
 
 
 def test_two_places_get_no_forecast_and_the_reason(of_the_toy, toy_teacher, capsys):

@@ -38,14 +38,13 @@ def percent(read: Sequence[float]) -> str:
 
 
 def rungs(climb: Mapping[str, Any]) -> Html:
-    """A row per rung: share and nats, with intervals, and what they cost."""
-    frame, told = rung_table(climb), climb.get("forecast")
+    """A row per rung: share and nats, with intervals, and what they cost; then what was forecast of them."""
+    frame = rung_table(climb)
     rows = [
         (
             r.rung,
             percent((r.gap_closed, r.gap_lo, r.gap_hi)) if r.Index else "-",
             style.interval(r.kl, r.lo, r.hi),
-            forecast.score(told, r.rung).removeprefix("forecast ") or "-",
             f"{r.tokens:,}" if r.Index else "-",
             f"{r.steps:,}" if r.Index else "-",
             f"{r.seconds:.0f}" if r.Index else "-",
@@ -55,11 +54,25 @@ def rungs(climb: Mapping[str, Any]) -> Html:
     ]
     heads = (
         *("rung", "gap closed, 95 % interval", "KL left, nats per token, 95 % interval"),
-        *(f"forecast of the gap, {forecast.SURE} % interval", "tokens", "steps", "seconds", ""),
+        *("tokens", "steps", "seconds", ""),
     )
     kept = [i for i, r in enumerate(frame.itertuples()) if r.kept]
-    said = [tag("p", line, class_="faint") for line in forecast.forecast_lines(told)] if told else []
-    return join([grid(heads, rows, numbers=(1, 2, 3, 4, 5, 6), marked=kept[-1:]), *said])
+    return join([grid(heads, rows, numbers=(1, 2, 3, 4, 5), marked=kept[-1:]), foretold(climb)])
+
+
+def foretold(climb: Mapping[str, Any]) -> Html:
+    """What was said of each rung before the first one, and whether it came so."""
+    told = climb.get("forecast")
+    if not told:
+        return join([])
+    said = [tag("p", line, class_="faint") for line in forecast.forecast_lines(told)]
+    rows = [
+        (name, forecast.share(one), f"{100 * one['measured']:.0f} %", "inside" if one["inside"] else "outside")
+        for name, one in told["rungs"].items()
+        if "measured" in one
+    ]
+    heads = ("rung", f"forecast of the gap, {forecast.SURE} % interval", "measured", "")
+    return join([grid(heads, rows, numbers=(1, 2)), *said] if rows else said)
 
 
 def students(climb: Mapping[str, Any]) -> Html:
