@@ -27,6 +27,7 @@ from mismatch.repairing.rows import branch_rows, rung_rows, student_rows
 from mismatch.repairing.rung import Rung
 from mismatch.report.mended import before_after, before_after_data
 from mismatch.report.repair import branch_line
+from mismatch.report.repair_page import warnings
 from mismatch.surgery import Student
 from mismatch.table import as_table
 from mismatch.windows import Windows
@@ -285,3 +286,26 @@ def test_a_repair_asks_teacher_swap_and_repaired_model(toy_teacher):
     assert set(result.table["stage"]) == {"surgery", "repair"}
     assert "teacher -> swap -> repaired" in result.summary()
     assert "without its memory" in result.summary()
+
+
+def test_a_repair_of_text_that_leaves_retrieval_lost_is_warned_of_once_a_probe():
+    def row(metric, stat, left, back, lo, hi):
+        return {
+            "metric": metric, "stat": stat, "teacher": -0.1, "swap": -8.0, "repaired": -0.1 + left,
+            "left": left, "left_lo": lo, "left_hi": hi, "back": back,
+        }  # fmt: skip
+
+    rows = [
+        row("passkey", "logprob", -4.0, 0.5, -5.0, -3.0),
+        row("passkey", "logprob[segments=3]", -6.0, 0.2, -7.0, -5.0),
+        row("induction", "nll_second", 0.1, 0.4, -0.1, 0.3),  # may be nothing
+        row("generation", "agreed", -30.0, 0.1, -35.0, -25.0),  # quality, not retrieval
+    ]
+    climb = {"students": {"repaired": {"gap_closed": (0.8, 0.7, 0.9)}}}
+    (said,) = warnings(pd.DataFrame(rows), climb)
+    assert said.startswith(
+        "80 % of the KL gap is closed, and 20 % of what passkey logprob[segments=3] lost has come back"
+    )
+    assert warnings(pd.DataFrame(rows[2:]), climb) == []
+    little = {"students": {"repaired": {"gap_closed": (0.2, 0.1, 0.3)}}}
+    assert warnings(pd.DataFrame(rows), little) == []
