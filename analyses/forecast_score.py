@@ -34,7 +34,9 @@ HERE = ROOT / "figures" / "forecast_score"
 RECORD = ROOT / "mismatch" / "forecast.csv"
 RUNGS = ("closed-form", "local", "block")
 OUTCOMES = {"kl": "damage", **{f"closed {rung}": f"closed by {rung}" for rung in RUNGS}}
-MODEL = {"model": "SmolLM2-135M", "n_layers": 30, "d_model": 576, "slot": "attn"}
+MODEL = {"model": "SmolLM2-135M", "n_layers": 30, "d_model": 576}
+SLOTS = {"nope": "rope"}
+"""Of mechanisms that stand in another place than attention."""
 BEFORE = {
     "kl": "KL of the swap",
     "kl_zero": "KL of zero there",
@@ -103,9 +105,9 @@ def as_record(cells: pd.DataFrame) -> pd.DataFrame:
     sizes = {"tokens": 8192, "epochs": 3, "seq_len": 512}
     calls = cells["swap"].str.partition(":")[2]
     kept = ["layer", *NUMBERS, *(f"closed {rung}" for rung in RUNGS)]
-    return cells[kept].assign(mechanism=calls, **MODEL, **sizes)[
-        [*MODEL, *sizes, "layer", "mechanism", *kept[1:]]
-    ]
+    slots = cells["mechanism"].map(lambda name: SLOTS.get(name, "attn"))
+    found = cells[kept].assign(mechanism=calls, slot=slots, **MODEL, **sizes)
+    return found[[*MODEL, "slot", *sizes, "layer", "mechanism", *kept[1:]]]
 
 
 # ---- which number predicts ----------------------------------------------------------------------
@@ -151,7 +153,8 @@ def scores(record: pd.DataFrame, by: str) -> pd.DataFrame:
         rest = record[record[by] != left_out]
         for cell in held.to_dict("records"):
             numbers = {name: cell[name] for name in NUMBERS}
-            swap = Swap(cell["mechanism"], "attn", 1, cell["n_layers"], cell["d_model"], numbers)
+            place = (cell["slot"], 1, cell["n_layers"], cell["d_model"])
+            swap = Swap(cell["mechanism"], *place, numbers)
             for rung in RUNGS:
                 measured = cell[f"closed {rung}"]
                 told = None if np.isnan(measured) else forecast(swap, rung, rest)

@@ -11,7 +11,7 @@ import torch
 from test_analyses import script
 
 import mismatch
-from mismatch import forecast
+from mismatch import forecast, registry
 from mismatch.api import repair_command
 from mismatch.forecast import MISS, NUMBERS, SHARES, Swap
 from mismatch.mechanisms.calling import first_of
@@ -140,6 +140,8 @@ def test_the_record_that_is_shipped_is_whole():
     record = forecast.shipped()
     assert (record[[name for name in NUMBERS if name not in SHARES]] > 0).all(axis=None)
     assert record["removed"].between(0, 1).all()
+    for call, slot in set(zip(record["mechanism"], record["slot"], strict=True)):
+        assert slot == registry.mechanisms().card(call.partition("(")[0]).facts["slots"][0]
     for rung in ("closed-form", "local", "block"):
         closed = record[f"closed {rung}"].dropna()
         assert len(closed) >= 20
