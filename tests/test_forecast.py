@@ -259,6 +259,7 @@ def test_a_diagnosis_forecasts_too(of_the_toy, toy_teacher):
     told = result.run.plan["forecast"]
     assert set(told["numbers"]) == set(NUMBERS)
     assert "  forecast  local: gap closed" in result.summary()
+    assert "the interval was not tried for that" in result.summary()
     none = mismatch.diagnose(
         toy_teacher, swap="layers1-2:infini(segment=8)", tokens=512, judged=256, seq_len=64, heads=0
     )

@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from tqdm import tqdm
@@ -42,6 +42,12 @@ NOTHING = 1e-6
 """Nats: a KL at or below this comes from rounding (another kernel brings up to 5e-7)."""
 FEW = 8
 """With fewer documents the intervals are too narrow."""
+
+
+READ_HERE = (
+    "read on calibration text without first and massive tokens, not as a repair reads it: the interval was not tried "
+    "for that; mismatch repair forecasts anew"
+)
 
 
 @dataclass(frozen=True)
@@ -190,8 +196,7 @@ class DiagnoseJob:
         )
 
     def _foretold(self, found: Found, swap: Student) -> Foretold:
-        """What a repair would close. Errors here leave out first and massive tokens, and are read on calibration text:
-        near those of the record, not the same."""
+        """What a repair would close, as read here."""
         place, zero = found.places[0], found.controls.get("zero")
         local, mapped = place["forced_error"], place["linear_error"]
         numbers = {
@@ -199,10 +204,10 @@ class DiagnoseJob:
             "mapped_error": mapped,
             "removed": max(0.0, 1 - mapped / local) if local > 0 else math.nan,
         }
-        if zero is not None:
+        if zero is not None and zero.value > 0:
             numbers["of_zero"] = found.damage.value / zero.value
         layout, clauses = self.teacher.layout, swap.plan.clauses
-        return foretell(
+        told = foretell(
             Swap(
                 found.swap.partition(":")[2],
                 clauses[0].slot,
@@ -214,6 +219,7 @@ class DiagnoseJob:
             RUNGS,
             None,
         )
+        return replace(told, note=READ_HERE) if told.rungs else told
 
     def _finish(self, found: Found, swap: Student, seconds: float) -> Diagnosed:
         config, cut, learnt = self.config, self.texts.judged, self.texts.fitted
