@@ -46,7 +46,7 @@ CORRECTIONS = (
 )
 LAYER = 12
 BY = 10.0
-"""Length of the shift; a usual update there has length 7."""
+"""Length of the shift; a usual update there has length 21 (median over tokens)."""
 SIZES = {"tokens": 4608, "judged": 1536, "controls": ()}
 HERE = Path(__file__).resolve().parent.parent / "figures" / "planted_faults"
 

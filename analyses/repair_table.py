@@ -115,13 +115,14 @@ def table(folder: Path) -> pd.DataFrame:
         for rung in climbed["rungs"][1:]:
             row[f"after {rung['name']}"] = rung["kl"] if rung["kept"] else float("nan")
         row["seconds"] = sum(rung["seconds"] for rung in climbed["rungs"])
-        row["verdict"] = verdict(row, [*climbed["notes"]])
+        bypassed = any(at["verdict"] == "bypassed" for at in climbed.get("branches", ()))
+        row["verdict"] = verdict(row, bypassed)
         rows.append(row)
     return pd.DataFrame(rows)
 
 
-def verdict(row: dict[str, Any], notes: list[str]) -> str:
-    """What the numbers say of one mechanism."""
+def verdict(row: dict[str, Any], bypassed: bool) -> str:
+    """What the numbers say of one mechanism, one of whose branches may not be used."""
     if row["swap"] < HARMLESS * row["zero"]:
         return f"little to repair: {100 * row['swap'] / row['zero']:.0f} % of what deleting costs"
     said = "repairs" if row["gap_closed"] >= REPAIRED else "does not repair"
@@ -133,8 +134,7 @@ def verdict(row: dict[str, Any], notes: list[str]) -> str:
         said += "; no better than a linear map"
     if row["swap_lo"] > row["zero_hi"]:
         said += "; began worse than no layer"
-    bypass = [note for note in notes if "bypass" in note]
-    return said + ("; by bypass" if bypass else "")
+    return said + ("; by bypass" if bypassed else "")
 
 
 def figure(frame: pd.DataFrame) -> Figure:

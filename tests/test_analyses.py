@@ -390,10 +390,10 @@ def row_of(**students: tuple[float, float, float]) -> dict:
     ],
 )
 def test_repair_table_says_what_the_numbers_say(row, said):
-    assert script("repair_table").verdict(row, []) == said
-    assert script("repair_table").verdict(row, ["repaired by bypass"]).endswith(
-        "by bypass" if "little" not in said else said
-    )
+    assert script("repair_table").verdict(row, False) == said
+    # Where there was little to repair no branch has to be used.
+    through = said if "little" in said else f"{said}; by bypass"
+    assert script("repair_table").verdict(row, True) == through
 
 
 # ---- planted_faults ---------------------------------------------------------------------------------

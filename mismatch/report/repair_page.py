@@ -182,8 +182,8 @@ def warnings(found: pd.DataFrame, climb: Mapping[str, Any]) -> list[str]:
     if closed is None or not closed >= CLOSED or found.empty:
         return []
     sure = (found["left_lo"] > 0) | (found["left_hi"] < 0)
-    open_ = found[found["metric"].isin(RETRIEVAL) & (found["back"] < CLOSED) & sure]
-    worst = open_.loc[open_["left"].abs().groupby(open_["metric"], sort=False).idxmax()]
+    missing = found[found["metric"].isin(RETRIEVAL) & (found["back"] < CLOSED) & sure]
+    worst = missing.loc[missing["left"].abs().groupby(missing["metric"], sort=False).idxmax()]
     return [
         f"{100 * closed:.0f} % of the KL gap is closed, and {100 * max(0.0, r.back):.0f} % of what {r.metric} {r.stat} "
         f"lost has come back ({style.number(r.teacher)} -> {style.number(r.swap)} -> {style.number(r.repaired)}): text "
