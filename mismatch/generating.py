@@ -6,7 +6,8 @@ read is the model and two models are compared on the same terms; its end-of-text
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -116,10 +117,17 @@ def run(
         pad_token_id=ends[0] if ends else 0,
         **drawn,
     )
-    # What is not said here transformers would fill in from the model's own config.
+    with settings_aside(model):
+        return model.generate(**given, generation_config=told)
+
+
+@contextmanager
+def settings_aside(model: nn.Module) -> Iterator[None]:
+    """Inside, the model's own generation config is empty: transformers would fill in from it what a call leaves out."""
+    own = model.generation_config
     model.generation_config = GenerationConfig()
     try:
-        return model.generate(**given, generation_config=told)
+        yield
     finally:
         model.generation_config = own
 

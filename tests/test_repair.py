@@ -27,6 +27,7 @@ from mismatch.surgery import Student
 
 SMALL = {
     "tokens": 2048,
+    "written": 0.0,
     "judged": 512,
     "looked": 256,
     "seq_len": 64,

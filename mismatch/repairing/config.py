@@ -25,7 +25,10 @@ class RepairConfig(SwapConfig):
     rungs: tuple[str, ...] = ("closed-form", "local", "block", "window", "end-to-end")
     """Rungs of the ladder to climb, in its order."""
     tokens: Annotated[int, ">= 1"] = 131072
-    """Tokens to learn from, out of the calibration text."""
+    """Tokens to learn from."""
+    written: Annotated[float, ">= 0"] = 0.5
+    """Share of them that the original model writes itself, for it knows more kinds of text than one source has; the
+    rest is calibration text. Writing may take two fifths of --max-minutes. 0 = calibration text alone."""
     judged: Annotated[int, ">= 1"] = 8192
     """Held-out tokens behind every number that is reported."""
     looked: Annotated[int, ">= 1"] = 2048
@@ -74,6 +77,11 @@ class RepairConfig(SwapConfig):
                 raise ConfigError(f"unknown rung `{name}`", hint=did_you_mean(name, RUNGS))
             if name in self.rungs[:index]:
                 raise ConfigError(f"the rung `{name}` is named twice")
+        if self.written >= 1:
+            raise ConfigError(
+                f"--written must be less than 1, got {self.written:g}",
+                hint="it is a share: 0.5 is half of the tokens; some text must be left",
+            )
         if not self.rungs:
             raise ConfigError("`rungs` is empty", hint=f"name some of {', '.join(RUNGS)}")
         if list(self.rungs) != [name for name in RUNGS if name in self.rungs]:
@@ -81,6 +89,11 @@ class RepairConfig(SwapConfig):
                 f"the rungs are out of order: {', '.join(self.rungs)}",
                 hint=f"the ladder is {', '.join(RUNGS)}",
             )
+
+    @property
+    def to_write(self) -> int:
+        """Tokens that the original writes itself: whole windows."""
+        return int(self.tokens * self.written) // self.seq_len * self.seq_len
 
     @property
     def behind(self) -> bool:

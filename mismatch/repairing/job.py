@@ -31,6 +31,7 @@ from mismatch.repairing.gates import standing, weighing
 from mismatch.repairing.judge import Judge, Judged
 from mismatch.repairing.ladder import Ladder, Texts
 from mismatch.repairing.learner import learner
+from mismatch.repairing.learnt import learn_from
 from mismatch.repairing.result import Repaired
 from mismatch.repairing.rows import AS_REPAIRED, AS_SWAPPED, branch_rows, rung_rows, student_rows
 from mismatch.repairing.rung import Rung
@@ -122,10 +123,19 @@ class RepairJob:
         mine = learner(teacher, config, swap, self.texts.text.calibration)
         student, parts = mine.student, mine.parts
         gates = {"weighs": weighing(parts), "start": standing(parts)}
+        learnt = learn_from(
+            config,
+            teacher,
+            self.texts.train,
+            (self.texts.judged, self.texts.looked),
+            state=None if self.folder is None else State(self.folder.path / "state" / "written"),
+            stopping=stopping,
+            say=self._say,
+        )
         prints = {
             "settings": config.fingerprint(),
             "model": teacher.info.sha256,
-            "train": self.texts.train.fingerprint,
+            "train": learnt.windows.fingerprint,
             "judged": self.texts.judged.fingerprint,
             "looked": self.texts.looked.fingerprint,
         }
@@ -133,17 +143,14 @@ class RepairJob:
         self._say(f"the teacher runs over {self.texts.judged.tokens:,} held-out tokens, once")
         judge = Judge(teacher.layout, self.texts.judged, parts[0].layer, config.batch_size)
         texts = Texts(
-            [
-                torch.from_numpy(b.ids).to(device)
-                for b in self.texts.train.batches(config.batch_size)
-            ],
+            [torch.from_numpy(b.ids).to(device) for b in learnt.windows.batches(config.batch_size)],
             [
                 torch.from_numpy(b.ids).to(device)
                 for b in self.texts.looked.batches(config.batch_size)
             ],
             {
                 "model": teacher.info.sha256,
-                "train": self.texts.train.fingerprint,
+                "train": learnt.windows.fingerprint,
                 "look": self.texts.looked.fingerprint,
             },
         )
@@ -153,6 +160,7 @@ class RepairJob:
             "fingerprint": prints,
             "stopping": stopping,
             "say": self._say,
+            "spent": learnt.seconds,
         }
         beside = {control.name: judge.judge(control.layout) for control in controls}
         ladder = Ladder(config, teacher.layout, mine, judge, texts, state=state, **shared)
@@ -175,6 +183,7 @@ class RepairJob:
         rows = self._questions(swap, student)
         facts = {
             "prints": prints,
+            "learnt": learnt.lines(config.calibration),
             "minutes": (time.monotonic() - started) / 60,
             "seconds_of_questions": time.monotonic() - began,
         }
@@ -224,7 +233,7 @@ class RepairJob:
             "forecast": outcome.forecast,
             "branches": [asdict(at) for at in outcome.branches],
             "gates": outcome.gates,
-            "notes": list(self.texts.unasked),
+            "notes": [*outcome.facts["learnt"], *self.texts.unasked],
             "students": {
                 name: {
                     "kl": found.mean_kl(config.seed)[:3],

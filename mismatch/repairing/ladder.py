@@ -60,6 +60,7 @@ class Ladder:
         fingerprint: of the run.
         stopping: True asks to save and stop.
         say: a line for the user.
+        spent: seconds of the time there is that went by before.
     """
 
     def __init__(
@@ -75,6 +76,7 @@ class Ladder:
         fingerprint: dict[str, Any],
         stopping: Callable[[], bool],
         say: Callable[[str], None],
+        spent: float = 0.0,
     ) -> None:
         self.config, self.teacher, self.student = config, teacher, learner.student
         self.parts, self.companions = learner.parts, learner.companions
@@ -85,7 +87,7 @@ class Ladder:
         self.rungs: list[Rung] = []
         self.swapped: Judged | None = None
         self.best: Judged | None = None
-        self.pace = Pace(config)
+        self.pace = Pace(config, spent)
 
     # ---- the climb ------------------------------------------------------------------------------
 
@@ -193,9 +195,7 @@ class Ladder:
             self._train(rung, f"{name}-{layer}", learning, loss, seconds)
         return rung
 
-    def _later(
-        self, parts: Sequence[Part], companions: dict[str, nn.Parameter]
-    ) -> list[Group]:
+    def _later(self, parts: Sequence[Part], companions: dict[str, nn.Parameter]) -> list[Group]:
         """Parts that have learnt alone, and what stands around them, all at once."""
         learning, fresh = [], self._fresh()
         rates = (LATER_RATE * self.config.lr, LATER_RATE * self.config.gate_lr)

@@ -27,7 +27,7 @@ def assert_apart(train: Windows, held: Windows, what: str) -> None:
     Raises:
         DataError: they share a run; names the first two documents.
     """
-    run = min(RUN, train.seq_len - len(train.prefix))
+    run = _run(train)
     known = _hashes(train, run)
     found = _hashes(held, run)
     shared = np.isin(found, known)
@@ -40,6 +40,16 @@ def assert_apart(train: Windows, held: Windows, what: str) -> None:
         f"{train.names[train.doc[place]]} too, which is learnt from",
         hint="judge on text that is not in the calibration text: --data, --calibration",
     )
+
+
+def repeats(train: Windows, held: Windows) -> np.ndarray:
+    """bool `windows`: whether a window to learn from has `RUN` tokens in a row of a held-out one."""
+    run = _run(train)
+    return np.isin(_hashes(train, run), _hashes(held, run)).any(axis=1)
+
+
+def _run(train: Windows) -> int:
+    return min(RUN, train.seq_len - len(train.prefix))
 
 
 def _hashes(cut: Windows, run: int) -> np.ndarray:

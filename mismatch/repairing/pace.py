@@ -24,12 +24,13 @@ class Pace:
 
     Args:
         config: the settings; `max_minutes` None is no limit.
+        spent: seconds that went by before the climb and count.
     """
 
-    def __init__(self, config: RepairConfig) -> None:
+    def __init__(self, config: RepairConfig, spent: float = 0.0) -> None:
         self.config = config
         self.began = time.monotonic()
-        self.earlier = 0.0  # seconds of the process that this one resumes
+        self.earlier = spent  # of a resumed climb, what its process had spent
         self.idle = 0.0
 
     @contextmanager

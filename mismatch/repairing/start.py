@@ -103,7 +103,9 @@ def repair_command(
     read = with_probes(config, read, model_config, tokenizer)
     if progress:
         print(
-            f"learn from {read.train.tokens:,} tokens of {config.calibration}, judge on "
+            f"learn from {read.train.tokens:,} tokens of {config.calibration}"
+            + (f" and {config.to_write:,} of the model's own" if config.to_write else "")
+            + ", judge on "
             f"{read.judged.tokens:,} of {config.data}, look at {read.looked.tokens:,} others of it",
             file=sys.stderr,
         )
@@ -141,7 +143,8 @@ def read_texts(config: RepairConfig, data: Any, calibration: Any, tokenizer: Any
     judged = windows(held_out, tokenizer, config.seq_len, config.judged, config.seed)
     rest = _without(held_out, judged)
     looked = windows(rest, tokenizer, config.seq_len, config.looked, config.seed)
-    train = windows(learnt, tokenizer, config.seq_len, config.tokens, config.seed)
+    read = config.tokens - config.to_write
+    train = windows(learnt, tokenizer, config.seq_len, read, config.seed)
     assert_apart(train, judged, "which is judged on")
     assert_apart(train, looked, "which chooses weights")
     return RepairTexts(judged, looked, train, Text(held_out, learnt, judged))

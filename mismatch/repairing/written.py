@@ -1,0 +1,158 @@
+"""Text that the original model writes itself, to learn from beside the calibration text.
+
+A calibration text is of one kind, and a layer that was mended on speeches is less right elsewhere. What a model draws
+from its own distribution is as wide as what it was trained on, and asks for no data (LLM-QAT, arXiv 2305.17888, section
+3.1). Each piece begins with a token at random and goes on at temperature 1 over all tokens but the special ones, so
+that nothing is chosen to suit a layer or a text that is judged. Pieces are short, for every token looks back at all
+before it; several make a window, and the teacher reads windows as they are.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
+
+from mismatch import generating
+from mismatch.repairing.training import no_room
+from mismatch.windows import prefix_ids
+
+PIECE = 256  # tokens of a piece, at most
+TOGETHER = 32768  # tokens that are written side by side
+TRIAL = 16  # tokens of each piece that are timed to know what all of them cost
+DEARER = 2.0  # a token of a whole piece against one of the trial: it looks back further
+
+
+class Writer:
+    """Draws windows from a model.
+
+    Args:
+        model, tokenizer: of one kind.
+        seq_len: tokens per window.
+        seed: of the draws.
+        stopping: asked at each token; True stops.
+        say: a line for the user.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        seq_len: int,
+        *,
+        seed: int,
+        stopping: Callable[[], bool] = lambda: False,
+        say: Callable[[str], None] = lambda _line: None,
+    ) -> None:
+        self.model, self.seq_len, self.seed = model, seq_len, seed
+        self.stopping, self.say = stopping, say
+        self.per_window = math.ceil(seq_len / PIECE)
+        self.piece = math.ceil(seq_len / self.per_window)
+        self.rows = max(1, TOGETHER // self.piece)
+        self.prefix = prefix_ids(tokenizer)
+        self.device = model.get_input_embeddings().weight.device
+        special = {*tokenizer.all_special_ids}
+        self.words = torch.tensor([i for i in range(len(tokenizer)) if i not in special])
+
+    def write(self, tokens: int, seconds: float = math.inf) -> np.ndarray:
+        """Windows, as many as were asked for or as there is time for.
+
+        Args:
+            tokens: to write, at most.
+            seconds: that it may take.
+
+        Returns:
+            ids, int64 `n seq_len`.
+
+        Raises:
+            KeyboardInterrupt: stopped.
+            MismatchError: no memory for a single piece.
+        """
+        asked = tokens // self.seq_len
+        wanted = min(asked, self._affordable(asked, seconds))
+        self.say(f"the original writes {wanted * self.seq_len:,} tokens itself, to learn from")
+        if wanted < asked:
+            self.say(f"(for all {asked * self.seq_len:,} of --written there is no time)")
+        pieces: list[Tensor] = []
+        while len(pieces) < wanted * self.per_window:
+            missing = wanted * self.per_window - len(pieces)
+            pieces += self._pieces(min(self.rows, missing), self.piece, len(pieces))
+        if not pieces:
+            return np.zeros((0, self.seq_len), np.int64)
+        return torch.stack(pieces).view(wanted, -1)[:, : self.seq_len].numpy()
+
+    def _affordable(self, windows: int, seconds: float) -> int:
+        """Windows that these seconds are enough for."""
+        if windows == 0 or seconds == math.inf:
+            return windows
+        rows, length = min(self.rows, windows * self.per_window), min(TRIAL, self.piece)
+        started = time.monotonic()
+        self._pieces(rows, length, 0)
+        each = (time.monotonic() - started) / (rows * length) * DEARER
+        return int(seconds / each / self.seq_len)
+
+    def _pieces(self, rows: int, length: int, number: int) -> list[Tensor]:
+        """Pieces side by side, from this number on; fewer where memory is short."""
+        while True:
+            try:
+                return list(self._drawn(min(rows, self.rows), length, number))
+            except torch.OutOfMemoryError as error:
+                if self.rows == 1:
+                    raise no_room("while the original writes") from error
+                self.rows = max(1, min(rows, self.rows) // 2)
+                self.say(f"out of memory: {self.rows} pieces side by side from here on")
+
+    @torch.no_grad()
+    def _drawn(self, rows: int, length: int, number: int) -> Tensor:
+        seed = np.random.default_rng([self.seed, number]).integers(2**63)
+        draws = torch.Generator().manual_seed(int(seed))
+        first = self.words[torch.randint(len(self.words), (rows, 1), generator=draws)]
+        begun = torch.cat([torch.tensor([self.prefix]).long().expand(rows, -1), first], 1)
+        begun = begun[:, :length].to(self.device)
+        if begun.shape[1] == length:
+            return begun.cpu()
+        told = GenerationConfig(max_new_tokens=length - begun.shape[1], pad_token_id=0)
+        with generating.settings_aside(self.model):
+            out = self.model.generate(
+                begun,
+                attention_mask=torch.ones_like(begun),
+                generation_config=told,
+                logits_processor=[_Draw(self.words.to(self.device), draws)],
+                stopping_criteria=[_Stop(self.stopping)],
+            )
+        if out.shape[1] < length:
+            raise KeyboardInterrupt
+        return out.cpu()
+
+
+class _Draw(LogitsProcessor):
+    """Draws a word per row at temperature 1 and leaves the others no chance, so that a greedy search takes it.
+
+    The sum of chances is walked once: `torch.multinomial` draws a number for every word of every row, which takes as
+    long on a CPU as the model itself.
+    """
+
+    def __init__(self, words: Tensor, draws: torch.Generator) -> None:
+        self.words, self.draws = words, draws
+
+    def __call__(self, _ids: Tensor, scores: Tensor) -> Tensor:
+        chances = scores[:, self.words].softmax(-1, torch.float32).cumsum(-1)
+        drawn = torch.rand(len(scores), 1, generator=self.draws).to(chances) * chances[:, -1:]
+        at = torch.searchsorted(chances, drawn, right=True).clamp_(max=len(self.words) - 1)
+        return torch.full_like(scores, -math.inf).scatter_(1, self.words[at], 0.0)
+
+
+class _Stop(StoppingCriteria):
+    """Ends all rows at once when asked to."""
+
+    def __init__(self, stopping: Callable[[], bool]) -> None:
+        self.stopping = stopping
+
+    def __call__(self, ids: Tensor, _scores: Tensor, **_more: Any) -> Tensor:
+        return torch.full((len(ids),), self.stopping(), device=ids.device)

@@ -1,0 +1,240 @@
+"""What the original writes to learn from: drawn from its own distribution, kept, and never the held-out text."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+from wonderland import documents
+
+import mismatch
+from mismatch.errors import ConfigError, MismatchError
+from mismatch.repairing import learnt as module
+from mismatch.repairing.config import RepairConfig
+from mismatch.repairing.learnt import learn_from
+from mismatch.repairing.written import Writer, _Draw
+from mismatch.state import State
+from mismatch.windows import Windows
+
+SPECIAL = (0, 1, 2)
+
+
+class Words:
+    """A tokenizer of `n` words that puts a 1 before a text."""
+
+    all_special_ids = SPECIAL
+
+    def __init__(self, n: int = 101, prefix: tuple[int, ...] = ()) -> None:
+        self.n, self.prefix = n, list(prefix)
+
+    def __len__(self) -> int:
+        return self.n
+
+    def __call__(self, text: str, add_special_tokens: bool = True) -> Any:
+        return SimpleNamespace(input_ids=[*(self.prefix if add_special_tokens else []), 7, 8])
+
+
+# ---- drawing ------------------------------------------------------------------------------------
+
+
+def test_words_are_drawn_as_often_as_the_model_says():
+    words = torch.tensor([1, 3, 4, 6, 7])
+    scores = torch.tensor([9.0, 0.5, 9.0, -1.0, 1.5, 9.0, 0.0, -math.inf])
+    rows = 20_000
+    draw = _Draw(words, torch.Generator().manual_seed(0))
+    drawn = draw(None, scores.repeat(rows, 1))
+    assert ((drawn == 0).sum(1) == 1).all()
+    counts = drawn.argmax(1).bincount(minlength=8).numpy()
+    assert counts[[0, 2, 5, 7]].sum() == 0  # not words, or without a chance
+    expected = rows * scores[words[:4]].double().softmax(0).numpy()
+    assert stats.chisquare(counts[[1, 3, 4, 6]], expected).pvalue > 1e-3
+
+
+def test_the_words_follow_the_model(toy_teacher):
+    """Of a text that a model draws, the mean NLL is the mean entropy; of any other text it is not."""
+    writer = Writer(toy_teacher.model, toy_teacher.tokenizer, 64, seed=0)
+    ids = torch.from_numpy(writer.write(8192))
+    with torch.no_grad():
+        logits = toy_teacher.model(ids).logits[:, :-1, writer.words]
+    place = torch.full((int(writer.words.max()) + 1,), -1)
+    place[writer.words] = torch.arange(len(writer.words))
+    chances = logits.log_softmax(-1)
+    nll = -chances.gather(-1, place[ids[:, 1:]].unsqueeze(-1)).squeeze(-1)
+    entropy = -(chances.exp() * chances).sum(-1)
+    surplus = (nll - entropy).mean(1)  # a martingale difference: windows are independent
+    error = surplus.std() / math.sqrt(len(surplus))
+    assert abs(surplus.mean()) < 4 * error
+    shuffled = ids[:, 1:][:, torch.randperm(63, generator=torch.Generator().manual_seed(0))]
+    other = -chances.gather(-1, place[shuffled].unsqueeze(-1)).squeeze(-1)
+    assert (other - entropy).mean() > 1
+
+
+def test_every_family_writes(family, tiny):
+    model, before = tiny(family), torch.random.get_rng_state()
+    own = model.generation_config
+
+    def write(seed: int) -> np.ndarray:
+        return Writer(model, Words(), 40, seed=seed).write(400)
+
+    ids = write(0)
+    assert ids.shape == (10, 40)
+    assert ids.dtype == np.int64
+    assert not np.isin(ids, SPECIAL).any()
+    assert ids.max() < 101
+    np.testing.assert_array_equal(ids, write(0))
+    assert (ids != write(1)).any()
+    assert model.generation_config is own
+    assert torch.equal(before, torch.random.get_rng_state())
+
+
+def test_pieces_fill_windows_and_begin_as_texts_do(tiny, monkeypatch):
+    from mismatch.repairing import written
+
+    monkeypatch.setattr(written, "PIECE", 16)
+    monkeypatch.setattr(written, "TOGETHER", 48)  # three pieces at a time
+    writer = Writer(tiny("llama"), Words(prefix=(1,)), 30, seed=0)
+    ids = writer.write(150)
+    assert (writer.piece, writer.per_window, writer.rows) == (15, 2, 3)
+    assert ids.shape == (5, 30)
+    assert (ids[:, [0, 15]] == 1).all()
+    assert (np.delete(ids, [0, 15], axis=1) > 2).all()
+    assert len(np.unique(ids[:, 1:15], axis=0)) == 5
+    odd = Writer(tiny("llama"), Words(), 31, seed=0).write(31)  # two pieces of 16 are cut to fit
+    assert odd.shape == (1, 31)
+
+
+# ---- limits -------------------------------------------------------------------------------------
+
+
+def test_no_more_is_written_than_there_is_time_for(tiny, monkeypatch):
+    from mismatch.repairing import written
+
+    said: list[str] = []
+    clock = iter(range(0, 10_000, 4))  # the trial takes four seconds
+    monkeypatch.setattr(written.time, "monotonic", lambda: float(next(clock)))
+    writer = Writer(tiny("llama"), Words(), 32, seed=0, say=said.append)
+    trial = 10 * written.TRIAL  # tokens
+    each = 4 / trial * written.DEARER
+    assert len(writer.write(320, seconds=3.5 * 32 * each)) == 3
+    assert said[0] == "the original writes 96 tokens itself, to learn from"
+    assert "for all 320" in said[1]
+    assert writer.write(320, seconds=0.0).shape == (0, 32)
+
+
+def test_a_stop_ends_writing(tiny):
+    asked = iter([False] * 5 + [True] * 100)
+    writer = Writer(tiny("llama"), Words(), 32, seed=0, stopping=lambda: next(asked))
+    with pytest.raises(KeyboardInterrupt):
+        writer.write(64)
+
+
+def test_no_memory_halves_what_is_written_side_by_side(tiny, monkeypatch):
+    model, said, rows = tiny("llama"), [], []
+    generate = model.generate
+
+    def short(ids: torch.Tensor, **told: Any) -> torch.Tensor:
+        rows.append(len(ids))
+        if len(ids) > 2:
+            raise torch.OutOfMemoryError("no room")
+        return generate(ids, **told)
+
+    monkeypatch.setattr(model, "generate", short)
+    ids = Writer(model, Words(), 16, seed=0, say=said.append).write(80)
+    assert ids.shape == (5, 16)
+    assert rows == [5, 2, 2, 1]
+    assert said[1] == "out of memory: 2 pieces side by side from here on"
+    monkeypatch.setattr(
+        model, "generate", lambda ids, **_told: (_ for _ in ()).throw(torch.OutOfMemoryError)
+    )
+    with pytest.raises(MismatchError, match="out of memory while the original writes"):
+        Writer(model, Words(), 16, seed=0).write(80)
+
+
+def test_a_share_of_one_is_refused():
+    with pytest.raises(ConfigError, match="--written must be less than 1, got 1"):
+        RepairConfig(model="m", swap=("layer1:zero",), written=1.0)
+
+
+# ---- beside the calibration text ----------------------------------------------------------------
+
+
+def windows(ids: np.ndarray, name: str) -> Windows:
+    return Windows(ids, np.zeros(len(ids), np.int64), (name,), ids.size, ())
+
+
+@pytest.fixture
+def asked(toy_teacher) -> dict[str, Any]:
+    rng = np.random.default_rng(0)
+    config = RepairConfig(
+        model="glassllm", swap=("layer1:zero",), tokens=1024, seq_len=64, max_minutes=None
+    )
+    return {
+        "config": config,
+        "teacher": toy_teacher,
+        "read": windows(rng.integers(5, 900, (8, 64)), "text"),
+        "held_out": (windows(rng.integers(5, 900, (2, 64)), "held"),),
+        "stopping": lambda: False,
+        "say": lambda _line: None,
+    }
+
+
+def test_what_is_written_stands_behind_the_text_and_is_kept(asked, tmp_path, monkeypatch):
+    found = learn_from(**asked, state=State(tmp_path / "written"))
+    assert (found.read, found.written, found.repeated) == (512, 512, 0)
+    assert found.windows.tokens == 1024
+    assert (found.windows.ids[:8] == asked["read"].ids).all()
+    assert found.windows.names == ("text", "written by the original")
+    assert list(found.windows.doc) == [0] * 8 + [1] * 8
+    assert found.lines("sotu")[0].startswith(
+        "learnt from 512 tokens of sotu and 512 that the original wrote itself in "
+    )
+    monkeypatch.setattr(module, "Writer", None)  # nobody there to write it again
+    again = learn_from(**asked, state=State(tmp_path / "written"))
+    assert again.windows.fingerprint == found.windows.fingerprint
+    assert again.seconds == found.seconds
+
+
+def test_held_out_text_that_the_model_knows_by_heart_is_left_out(asked):
+    first = learn_from(**asked, state=None)
+    asked["held_out"] = (*asked["held_out"], windows(first.windows.ids[9:11], "famous"))
+    found = learn_from(**asked, state=None)
+    assert (found.written, found.repeated) == (512 - 128, 128)
+    np.testing.assert_array_equal(found.windows.ids, np.delete(first.windows.ids, [9, 10], axis=0))
+    assert "128 more repeated held-out text and were left out" in found.lines("sotu")[1]
+
+
+def test_none_is_written_when_none_is_asked_for(asked, monkeypatch):
+    monkeypatch.setattr(module, "Writer", None)
+    asked["config"] = dataclasses.replace(asked["config"], written=0.0)
+    found = learn_from(**asked, state=None)
+    assert found.windows is asked["read"]
+    assert found.lines("sotu") == ["learnt from 512 tokens of sotu"]
+
+
+def test_a_repair_learns_from_both(toy_teacher):
+    result = mismatch.repair(
+        toy_teacher,
+        "layer2:infini(segment=16)",
+        data=documents(12),
+        calibration=documents(8, seed=1),
+        rungs=("closed-form", "local"),
+        **{
+            "tokens": 512,
+            "written": 0.25,
+            "judged": 192,
+            "looked": 96,
+            "seq_len": 48,
+            "batch_size": 2,
+        },
+        **{"max_minutes": None, "epochs": 1, "controls": (), "probes": (), "traced": 0},
+    )
+    assert result.climbed["rungs"][1]["tokens"] == (8 + 2) * 48
+    note = result.climbed["notes"][0]
+    assert note.startswith("learnt from 384 tokens of given texts and 96 that the original wrote")
+    assert note in result.summary()
