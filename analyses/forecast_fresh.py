@@ -27,7 +27,7 @@ SWAPS = (
     "layer4:partial_rope(fraction=0.25)",
 )
 SETTINGS = {
-    "tokens": 8192, "judged": 2048, "looked": 1024, "seq_len": 512, "epochs": 3,
+    "tokens": 8192, "written": 0.0, "judged": 2048, "looked": 1024, "seq_len": 512, "epochs": 3,
     "max_minutes": None, "traced": 0, "probes": (), "controls": ("zero",),
     "rungs": ("closed-form", "local", "block"),
 }  # fmt: skip

@@ -126,7 +126,7 @@ def prepared(folder: Path) -> Bench:
 def _config(swap: str, rungs: tuple[str, ...]) -> RepairConfig:
     return RepairConfig(
         model="smollm2", swap=(swap,), rungs=rungs, controls=(), max_minutes=None, pays=0.0,
-        traced=0, probes=(), **SIZES,
+        traced=0, probes=(), written=0.0, **SIZES,
     )  # fmt: skip
 
 

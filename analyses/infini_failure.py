@@ -34,8 +34,8 @@ USUAL, RAISED = 3e-4, 3e-2
 NEEDED = 4.0
 """sigmoid(4) = .98: how far a gate must go to decide for one branch."""
 REPAIR = {
-    "rungs": ("local",), "controls": (), "tokens": 12288, "seq_len": 512, "judged": 4096, "looked": 1024,
-    "epochs": 12, "max_minutes": None,
+    "rungs": ("local",), "controls": (), "tokens": 12288, "written": 0.0, "seq_len": 512, "judged": 4096,
+    "looked": 1024, "epochs": 12, "max_minutes": None,
 }  # fmt: skip
 MAPS = {"elu": "infini(segment=64)", "softmax": "infini(segment=64, feature_map=softmax)"}
 STUDENTS = {

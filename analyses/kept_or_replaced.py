@@ -67,6 +67,7 @@ CONTROLLED = {
 """The mechanism whose first cell measures the controls of a slot."""
 SIZES: dict[str, Any] = {
     "tokens": 8192,
+    "written": 0.0,
     "seq_len": 256,
     "judged": 2048,
     "looked": 1024,

@@ -58,6 +58,7 @@ REPAIRED = (5, 13, 20, 28)
 """A set of four of the above."""
 REPAIR: dict[str, Any] = {
     "tokens": 8192,
+    "written": 0.0,
     "seq_len": 256,
     "judged": 2048,
     "looked": 1024,

@@ -66,6 +66,7 @@ def climb(order: str, args: argparse.Namespace) -> dict:
         epochs=args.epochs,
         seq_len=SEQ_LEN,
         tokens=args.tokens,
+        written=0.0,
         judged=args.judged,
         probes=(),
         traced=0,

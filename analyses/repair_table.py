@@ -77,6 +77,7 @@ def climb(name: str, args: argparse.Namespace, store: str) -> None:
         seq_len=SEQ_LEN,
         pays=0.0,
         tokens=args.tokens,
+        written=0.0,
         judged=args.judged,
         store=store,
         progress=True,

@@ -34,7 +34,9 @@ from mismatch.repairing.weights import bits, fingerprint, tensor
 from mismatch.state import State
 
 LEAST_STEPS = 10  # a rung with time for fewer is left out
-LATER_RATE = 0.25  # of all rates, once the parts have learnt alone; LoRA behind them starts anew, at the whole rate
+LATER_RATE = 0.25  # of all rates, in the rung `block`, where the parts have learnt alone
+LAST_RATE = 0.05  # in the rungs behind it
+NEIGHBOUR_RATE = 0.25  # of the rate of weights, for LoRA in the blocks behind, which starts anew
 
 
 @dataclass
@@ -191,14 +193,16 @@ class Ladder:
             place = stream.block(self.teacher, layer)
             store, held = self.stores(mine, [place])
             loss = stream.WindowLoss(self.student.layout, store, held, place, place)
-            learning = self._later(mine, self.companions[layer])
+            learning = self._later(mine, self.companions[layer], LATER_RATE)
             self._train(rung, f"{name}-{layer}", learning, loss, seconds)
         return rung
 
-    def _later(self, parts: Sequence[Part], companions: dict[str, nn.Parameter]) -> list[Group]:
+    def _later(
+        self, parts: Sequence[Part], companions: dict[str, nn.Parameter], share: float
+    ) -> list[Group]:
         """Parts that have learnt alone, and what stands around them, all at once."""
         learning, fresh = [], self._fresh()
-        rates = (LATER_RATE * self.config.lr, LATER_RATE * self.config.gate_lr)
+        rates = (share * self.config.lr, share * self.config.gate_lr)
         for part in parts:
             learning += groups(part, fresh[part.path], *rates)
         for group in learning:
@@ -225,8 +229,8 @@ class Ladder:
     def _through_blocks(self, name: str, loss: Any) -> Rung:
         rung = Rung(name)
         around = {n: p for found in self.companions.values() for n, p in found.items()}
-        learning = self._later(self.parts, around)
-        learning.append(Group("neighbours", self.neighbours, self.config.lr))
+        learning = self._later(self.parts, around, LAST_RATE)
+        learning.append(Group("neighbours", self.neighbours, NEIGHBOUR_RATE * self.config.lr))
         self._train(rung, name, learning, loss, self.pace.share(name))
         return rung
 
