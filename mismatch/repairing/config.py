@@ -26,7 +26,7 @@ class RepairConfig(SwapConfig):
     """Rungs of the ladder to climb, in its order."""
     tokens: Annotated[int, ">= 1"] = 131072
     """Tokens to learn from."""
-    written: Annotated[float, ">= 0"] = 0.75
+    written: Annotated[float, ">= 0"] = 0.5
     """Share of them that the original model writes itself, for it knows more kinds of text than one source has; the
     rest is calibration text. Writing may take two fifths of --max-minutes. 0 = calibration text alone."""
     judged: Annotated[int, ">= 1"] = 8192

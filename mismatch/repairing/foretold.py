@@ -25,6 +25,7 @@ from mismatch.repairing.store import Example, Store
 
 FITTED = 8192
 """Tokens that fit the linear map: as many as in the record."""
+NONE_WRITTEN = "the repairs of the record learnt from calibration text alone, none written by the model"
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 """Towards the map that leaves the output as it is, in means of the diagonal; held-out text chooses."""
 
@@ -50,7 +51,10 @@ def foretell(
             zero = controls["zero"].kl.sum()
             numbers["of_zero"] = float(ladder.swapped.kl.sum() / zero) if zero > 0 else math.nan
         swap = replace(swap, numbers=numbers)
-    return forecast.foretell(swap, config.rungs, config.tokens * config.epochs)
+    told = forecast.foretell(swap, config.rungs, config.tokens * config.epochs)
+    if told.why_not is not None or not config.to_write:
+        return told
+    return replace(told, note="; ".join(filter(None, (told.note, NONE_WRITTEN))))
 
 
 @torch.no_grad()

@@ -23,10 +23,10 @@ from mismatch import generating
 from mismatch.repairing.training import no_room
 from mismatch.windows import prefix_ids
 
-PIECE = 128  # tokens of a piece, at most
+PIECE = 256  # tokens of a piece, at most
 TOGETHER = 32768  # tokens that are written side by side
 TRIAL = 16  # tokens of each piece that are timed to know what all of them cost
-DEARER = 1.5  # a token of a whole piece against one of the trial: it looks back further
+DEARER = 2.0  # a token of a whole piece against one of the trial: it looks back further
 
 
 class Writer:
