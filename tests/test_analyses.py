@@ -414,35 +414,3 @@ def test_planted_faults_are_right_only_if_the_planted_one_leads():
     assert found["first"]["leading"] is None
     assert found["scaled"]["share"] == 0.9
     assert module.draw(pd.DataFrame(rows)).axes
-
-
-# ---- learnt_text ------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("half", "said"),
-    [
-        (0.8, "Text that the model writes helps: 70 % closed from speeches alone, 80 % with half written;"),
-        (0.6, "Text that the model writes does not help: 69 % closed, speeches alone 70 %."),
-    ],
-)
-def test_learnt_text_follows_what_was_planted(half, said):
-    module = script("learnt_text")
-    closed = dict.fromkeys(module.CASES, 0.69) | {"speeches": 0.7, "half written": half}
-    made = [
-        {
-            "case": case,
-            "rungs": [
-                {
-                    "name": name, "kl": 1 - share, "lo": 0, "hi": 1, "gap_closed": share, "gap_lo": share - 0.1,
-                    "gap_hi": share + 0.1, "tokens": 9, "kept": True,
-                }
-                for name in ("inherit", "closed-form", "local")
-            ],
-        }
-        for case, share in closed.items()
-    ]  # fmt: skip
-    found = module.table(made)
-    assert len(found) == 2 * len(module.CASES)
-    assert module.verdict(found).startswith(said)
-    assert len(module.draw(found).axes) == 1

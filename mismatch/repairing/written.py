@@ -17,13 +17,14 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
+from transformers import DynamicCache, GenerationConfig, LogitsProcessor, StoppingCriteria
+from transformers.cache_utils import DynamicLayer
 
 from mismatch import generating
 from mismatch.repairing.training import no_room
 from mismatch.windows import prefix_ids
 
-PIECE = 256  # tokens of a piece, at most
+PIECE = 512  # tokens of a piece, at most
 TOGETHER = 32768  # tokens that are written side by side
 TRIAL = 16  # tokens of each piece that are timed to know what all of them cost
 DEARER = 2.0  # a token of a whole piece against one of the trial: it looks back further
@@ -122,6 +123,7 @@ class Writer:
             out = self.model.generate(
                 begun,
                 attention_mask=torch.ones_like(begun),
+                past_key_values=_roomy(self.model.config, length),
                 generation_config=told,
                 logits_processor=[_Draw(self.words.to(self.device), draws)],
                 stopping_criteria=[_Stop(self.stopping)],
@@ -129,6 +131,40 @@ class Writer:
         if out.shape[1] < length:
             raise KeyboardInterrupt
         return out.cpu()
+
+
+def _roomy(config: Any, length: int) -> DynamicCache:
+    """The cache of a model, with room for so many tokens in each layer that keeps all of them."""
+    cache = DynamicCache(config=config)
+    cache.layers = [
+        _Roomy(length) if type(layer) is DynamicLayer else layer for layer in cache.layers
+    ]
+    return cache
+
+
+class _Roomy(DynamicLayer):
+    """Keys and values in one place from the start: transformers' own layer copies all of them at every token, which
+    takes longer than the model."""
+
+    def __init__(self, length: int) -> None:
+        super().__init__()
+        self.length = length
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *_args: Any, **_kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        start = self.get_seq_length()
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self.rooms = [self._room(new) for new in (key_states, value_states)]
+        end = start + key_states.shape[-2]
+        for room, new in zip(self.rooms, (key_states, value_states), strict=True):
+            room[..., start:end, :] = new
+        self.keys, self.values = (room[..., :end, :] for room in self.rooms)
+        return self.keys, self.values
+
+    def _room(self, new: Tensor) -> Tensor:
+        return new.new_empty((*new.shape[:-2], self.length, new.shape[-1]))
 
 
 class _Draw(LogitsProcessor):
