@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
+from transformers import DynamicCache
 from wonderland import documents
 
 import mismatch
@@ -91,6 +92,15 @@ def test_every_family_writes(family, tiny):
     assert (ids != write(1)).any()
     assert model.generation_config is own
     assert torch.equal(before, torch.random.get_rng_state())
+
+
+def test_a_cache_with_room_is_the_model_s_own(family, tiny, monkeypatch):
+    from mismatch.repairing import written
+
+    model = tiny(family)
+    roomy = Writer(model, Words(), 40, seed=0).write(200)
+    monkeypatch.setattr(written, "_roomy", lambda config, _length: DynamicCache(config=config))
+    np.testing.assert_array_equal(roomy, Writer(model, Words(), 40, seed=0).write(200))
 
 
 def test_pieces_fill_windows_and_begin_as_texts_do(tiny, monkeypatch):
