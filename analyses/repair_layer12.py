@@ -64,7 +64,7 @@ def climb(name: str, args: argparse.Namespace) -> None:
 
 
 def table(folder: Path) -> pd.DataFrame:
-    """Every rung of both, with the gap against the plain swap; written as csv."""
+    """Every rung that was climbed, of both, with the gap against the plain swap; written as csv."""
     found = {name: json.loads((folder / f"{name}.json").read_text()) for name in SWAPS}
     whole = found["plain"]["climb"]["rungs"][0]["kl"]
     columns = (
@@ -83,6 +83,7 @@ def table(folder: Path) -> pd.DataFrame:
         {"swap": made["swap"], **{c: rung[c] for c in columns}, "of_plain": 1 - rung["kl"] / whole}
         for made in found.values()
         for rung in made["climb"]["rungs"]
+        if rung["name"] == "inherit" or rung["tokens"]  # one that had no time is no row
     ]
     frame = pd.DataFrame(rows)
     frame.to_csv(folder / "rungs.csv", index=False)
