@@ -19,12 +19,14 @@ from mismatch.cli.parser import (
     GROUPS,
     PLAN_GROUPS,
     PROBE_GROUPS,
+    REPAIR_GROUPS,
     SCAN_GROUPS,
     read,
 )
 from mismatch.diagnosing.config import DiagnoseConfig
 from mismatch.errors import MismatchError, NumericsError, RunError
 from mismatch.planning.config import PlanConfig
+from mismatch.repairing.config import RepairConfig
 from mismatch.scanning.config import ScanConfig
 
 COMMANDS = (
@@ -227,6 +229,7 @@ def test_help_opens_with_two_examples_that_parse(capsys, command):
         (DIAGNOSE_GROUPS, DiagnoseConfig),
         (SCAN_GROUPS, ScanConfig),
         (PLAN_GROUPS, PlanConfig),
+        (REPAIR_GROUPS, RepairConfig),
     ],
 )
 def test_every_setting_is_a_flag_in_one_group(groups, kind):

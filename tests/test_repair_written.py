@@ -15,6 +15,7 @@ from transformers import DynamicCache
 from wonderland import documents
 
 import mismatch
+from mismatch.cli import main
 from mismatch.errors import ConfigError, MismatchError
 from mismatch.repairing import learnt as module
 from mismatch.repairing.config import RepairConfig
@@ -248,3 +249,26 @@ def test_a_repair_learns_from_both(toy_teacher):
     note = result.climbed["notes"][0]
     assert note.startswith("learnt from 384 tokens of given texts and 96 that the original wrote")
     assert note in result.summary()
+
+
+# ---- at the terminal ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("share", ["0.25", "0"])
+def test_the_share_is_given_at_the_terminal(share, tmp_path, capsys):
+    from killed_repair import SETTINGS
+    from wonderland import jsonl
+
+    sizes = ("tokens", "judged", "looked", "seq_len", "batch_size")
+    told = [f"--{name.replace('_', '-')}={SETTINGS[name]}" for name in sizes]
+    texts = [
+        f"--data={jsonl(tmp_path / 'held_out.jsonl', documents(12))}",
+        f"--calibration={jsonl(tmp_path / 'learnt.jsonl', documents(8, seed=1))}",
+    ]
+    beside = ["--controls=none", "--probes=none", "--traced=0", "--max-minutes=none", "--epochs=1"]
+    told += [*texts, *beside, f"--output={tmp_path / 'run'}", f"--written={share}"]
+    given = ["repair", "--model", "glassllm", "--swap", "layer2:infini(segment=16)"]
+    assert main([*given, "--rungs", "closed-form", *told]) == 0
+    caught = capsys.readouterr()
+    wrote = "96 of the model's own" in caught.err and "96 that the original wrote" in caught.out
+    assert wrote == (share == "0.25")

@@ -63,8 +63,8 @@ REPAIR_GROUPS = {
     "model": GROUPS["model"],
     "swap": ("swap", "controls", "same_steps"),
     "ladder": (
-        *("rungs", "tokens", "max_minutes", "epochs", "lr", "gate_lr", "width", "neighbours"),
-        *("rank", "order", "pays"),
+        *("rungs", "tokens", "written", "max_minutes", "epochs", "lr", "gate_lr", "width"),
+        *("neighbours", "rank", "order", "pays"),
     ),
     "data": (
         *("data", "calibration", "judged", "looked", "seq_len", "batch_size"),
