@@ -292,7 +292,7 @@ class Trainer:
         for name, (start, end) in self._gates().items():
             travel = max(abs(a - b) for a, b in zip(start, end, strict=True))
             if travel < MOVED:
-                notes.append(f"{name} moved by {travel:.3f} at most: it stayed where it began")
+                notes.append(f"{name} moved by {travel:.3f} at most in this rung")
         return notes
 
     def _gates(self) -> dict[str, tuple[list[float], list[float]]]:
