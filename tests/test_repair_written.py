@@ -28,7 +28,7 @@ SPECIAL = (0, 1, 2)
 
 
 class Words:
-    """A tokenizer of `n` words that puts a 1 before a text."""
+    """A tokenizer of `n` words that puts a prefix before a text."""
 
     all_special_ids = SPECIAL
 
