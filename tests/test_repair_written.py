@@ -108,8 +108,8 @@ def test_pieces_fill_windows_and_begin_as_texts_do(tiny, monkeypatch):
     from mismatch.repairing import written
 
     monkeypatch.setattr(written, "PIECE", 16)
-    monkeypatch.setattr(written, "TOGETHER", 48)  # three pieces at a time
     writer = Writer(tiny("llama"), Words(prefix=(1,)), 30, seed=0)
+    writer.rows = 3
     ids = writer.write(150)
     assert (writer.piece, writer.per_window, writer.rows) == (15, 2, 3)
     assert ids.shape == (5, 30)

@@ -21,11 +21,13 @@ from transformers import DynamicCache, GenerationConfig, LogitsProcessor, Stoppi
 from transformers.cache_utils import DynamicLayer
 
 from mismatch import generating
+from mismatch.pages import kept_pages
 from mismatch.repairing.training import no_room
 from mismatch.windows import prefix_ids
 
-PIECE = 512  # tokens of a piece, at most
-TOGETHER = 32768  # tokens that are written side by side
+PIECE = 256  # tokens of a piece, at most
+ROOM = 4e9  # bytes that pieces written side by side may take
+SCORES = 16  # bytes per word of the vocabulary and piece: scores, and what is made of them to draw
 TRIAL = 16  # tokens of each piece that are timed to know what all of them cost
 DEARER = 2.0  # a token of a whole piece against one of the trial: it looks back further
 
@@ -55,11 +57,11 @@ class Writer:
         self.stopping, self.say = stopping, say
         self.per_window = math.ceil(seq_len / PIECE)
         self.piece = math.ceil(seq_len / self.per_window)
-        self.rows = max(1, TOGETHER // self.piece)
         self.prefix = prefix_ids(tokenizer)
         self.device = model.get_input_embeddings().weight.device
         special = {*tokenizer.all_special_ids}
         self.words = torch.tensor([i for i in range(len(tokenizer)) if i not in special])
+        self.rows = self._side_by_side()
 
     def write(self, tokens: int, seconds: float = math.inf) -> np.ndarray:
         """Windows, as many as were asked for or as there is time for.
@@ -81,12 +83,27 @@ class Writer:
         if wanted < asked:
             self.say(f"(for all {asked * self.seq_len:,} of --written there is no time)")
         pieces: list[Tensor] = []
-        while len(pieces) < wanted * self.per_window:
-            missing = wanted * self.per_window - len(pieces)
-            pieces += self._pieces(min(self.rows, missing), self.piece, len(pieces))
+        with kept_pages():
+            while len(pieces) < wanted * self.per_window:
+                missing = wanted * self.per_window - len(pieces)
+                rows = math.ceil(missing / math.ceil(missing / self.rows))
+                pieces += self._pieces(rows, self.piece, len(pieces))
         if not pieces:
             return np.zeros((0, self.seq_len), np.int64)
         return torch.stack(pieces).view(wanted, -1)[:, : self.seq_len].numpy()
+
+    @torch.no_grad()
+    def _side_by_side(self) -> int:
+        """Pieces that there is room for: one token shows what a model keeps of each."""
+        cache = DynamicCache(config=self.model.config)
+        logits = self.model(self.words[:1, None].to(self.device), past_key_values=cache).logits
+        kept = sum(
+            held.nbytes
+            for layer in cache.layers
+            if isinstance(layer, DynamicLayer)
+            for held in (layer.keys, layer.values)
+        )
+        return max(1, int(ROOM / (kept * self.piece + SCORES * logits.shape[-1])))
 
     def _affordable(self, windows: int, seconds: float) -> int:
         """Windows that these seconds are enough for."""
@@ -171,17 +188,24 @@ class _Draw(LogitsProcessor):
     """Draws a word per row at temperature 1 and leaves the others no chance, so that a greedy search takes it.
 
     The sum of chances is walked once: `torch.multinomial` draws a number for every word of every row, which takes as
-    long on a CPU as the model itself.
+    long on a CPU as the model itself. The scores are `generate`'s own copy, and are written over.
     """
 
     def __init__(self, words: Tensor, draws: torch.Generator) -> None:
         self.words, self.draws = words, draws
+        self.others: Tensor | None = None  # what the head knows and must not be drawn
 
     def __call__(self, _ids: Tensor, scores: Tensor) -> Tensor:
-        chances = scores[:, self.words].softmax(-1, torch.float32).cumsum(-1)
+        if self.others is None:
+            drawable = torch.zeros(scores.shape[1], dtype=torch.bool, device=scores.device)
+            drawable[self.words] = True
+            self.others = (~drawable).nonzero()[:, 0]
+        scores.index_fill_(1, self.others, -math.inf)
+        chances = scores.softmax(-1, torch.float32).cumsum(-1)
         drawn = torch.rand(len(scores), 1, generator=self.draws).to(chances) * chances[:, -1:]
-        at = torch.searchsorted(chances, drawn, right=True).clamp_(max=len(self.words) - 1)
-        return torch.full_like(scores, -math.inf).scatter_(1, self.words[at], 0.0)
+        # A number that rounds up to the whole sum is the last word's.
+        at = torch.searchsorted(chances, drawn, right=True).clamp_(max=int(self.words[-1]))
+        return scores.fill_(-math.inf).scatter_(1, at, 0.0)
 
 
 class _Stop(StoppingCriteria):
