@@ -120,6 +120,26 @@ def test_pieces_fill_windows_and_begin_as_texts_do(tiny, monkeypatch):
     assert odd.shape == (1, 31)
 
 
+def test_as_many_pieces_stand_side_by_side_as_there_is_room_for(tiny, monkeypatch):
+    from mismatch.repairing import written
+
+    model = tiny("llama")
+    shape = model.config
+    token = 2 * shape.num_hidden_layers * shape.num_key_value_heads * shape.head_dim * 4  # float32
+    piece = 32 * token + written.SCORES * shape.vocab_size
+    for room, rows in ((4 * piece, 4), (4 * piece - 1, 3), (1, 1)):
+        monkeypatch.setattr(written, "ROOM", room)
+        assert Writer(model, Words(), 32, seed=0).rows == rows
+    monkeypatch.setattr(written, "ROOM", 4 * piece)
+    writer, seen = Writer(model, Words(), 32, seed=0), []
+    draw = writer._drawn
+    monkeypatch.setattr(
+        writer, "_drawn", lambda rows, *more: seen.append(rows) or draw(rows, *more)
+    )
+    assert writer.write(5 * 32).shape == (5, 32)
+    assert seen == [3, 2]  # shared evenly: few side by side cost most
+
+
 # ---- limits -------------------------------------------------------------------------------------
 
 

@@ -29,7 +29,7 @@ PIECE = 256  # tokens of a piece, at most
 ROOM = 4e9  # bytes that pieces written side by side may take
 SCORES = 16  # bytes per word of the vocabulary and piece: scores, and what is made of them to draw
 TRIAL = 16  # tokens of each piece that are timed to know what all of them cost
-DEARER = 2.0  # a token of a whole piece against one of the trial: it looks back further
+DEARER = 1.5  # a token of a whole piece against one of the trial: it looks back further
 
 
 class Writer:
@@ -77,17 +77,20 @@ class Writer:
             KeyboardInterrupt: stopped.
             MismatchError: no memory for a single piece.
         """
+        with kept_pages():
+            return self._written(tokens, seconds)
+
+    def _written(self, tokens: int, seconds: float) -> np.ndarray:
         asked = tokens // self.seq_len
         wanted = min(asked, self._affordable(asked, seconds))
         self.say(f"the original writes {wanted * self.seq_len:,} tokens itself, to learn from")
         if wanted < asked:
             self.say(f"(for all {asked * self.seq_len:,} of --written there is no time)")
         pieces: list[Tensor] = []
-        with kept_pages():
-            while len(pieces) < wanted * self.per_window:
-                missing = wanted * self.per_window - len(pieces)
-                rows = math.ceil(missing / math.ceil(missing / self.rows))
-                pieces += self._pieces(rows, self.piece, len(pieces))
+        while len(pieces) < wanted * self.per_window:
+            missing = wanted * self.per_window - len(pieces)
+            rows = math.ceil(missing / math.ceil(missing / self.rows))
+            pieces += self._pieces(rows, self.piece, len(pieces))
         if not pieces:
             return np.zeros((0, self.seq_len), np.int64)
         return torch.stack(pieces).view(wanted, -1)[:, : self.seq_len].numpy()
