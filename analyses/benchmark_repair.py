@@ -1,6 +1,6 @@
 """What does a step of local distillation cost, and what does the whole repair cost against the field's way?
 
-    python analyses/benchmark_repair.py            about 6 minutes of CPU
+    python analyses/benchmark_repair.py            about 13 minutes of CPU
     python analyses/benchmark_repair.py --quick    fewer tokens: a look, not a claim
 
 CPU time of one process and one thread, ways interleaved, median of the rounds. Per token that is learnt from:
@@ -8,10 +8,12 @@ CPU time of one process and one thread, ways interleaved, median of the rounds. 
     layer   forward and backward of the swapped layer alone, all of its parameters, on inputs in memory: the unit
     step    a whole step of the rung `local`: read from disk, layer, loss, backward, clipping, optimiser
     store   the original's blocks up to the layer, inputs and targets to disk: paid once
+    write   a token that the original writes itself, as many side by side as in a repair with its defaults: paid once
     field   a step as it is usually done: the whole original runs on the batch, logits included, and the layer learns
             from its hooked input and output (LoLCATs, MOHAWK, RADLADS)
 
-A repair that goes through its text E times costs `store / E + step` a token, the field's way `field`.
+A repair that goes through its text E times and wrote a share W of it costs `(store + W write) / E + step` a token, the
+field's way `field`. Writing takes minutes, so only the first rounds write.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +41,12 @@ from mismatch.repairing.part import own, parts_of, watch
 from mismatch.repairing.store import Example, Store
 from mismatch.repairing.training import Trainer
 from mismatch.repairing.weighing import relative_error
+from mismatch.repairing.written import Writer
 from mismatch.windows import windows
 
 SWAP = "layer12:infini(segment=64)"
 STEPS = 4  # timed together in a round
+WRITING = 2  # rounds that write
 MOST = 1.2
 """A step over the layer's own forward and backward."""
 CHEAPER = 10
@@ -50,6 +55,7 @@ WORDS = {
     "layer": "the layer alone, forward and backward",
     "step": "a step of the rung local",
     "store": "the original up to the layer, once",
+    "write": "a token that the original writes, once",
     "field": "the usual step: the whole original runs",
 }
 HERE = Path(__file__).resolve().parent.parent / "figures" / "benchmark_repair"
@@ -67,21 +73,23 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     seq_len, rounds = (256, 2) if args.quick else (1024, args.rounds)
-    found = times(args.model, args.swap, seq_len, rounds)
-    report(args, found, seq_len)
+    config = RepairConfig(model=args.model, swap=(args.swap,), seq_len=seq_len)
+    if args.quick:
+        config = replace(config, tokens=32 * seq_len)
+    report(args, times(config, rounds), config)
 
 
-def times(model: str, swap: str, seq_len: int, rounds: int) -> dict[str, list[float]]:
+def times(config: RepairConfig, rounds: int) -> dict[str, list[float]]:
     """CPU milliseconds a token of each way, one number a round."""
-    teacher = mismatch.load(model)
+    teacher, seq_len = mismatch.load(config.model), config.seq_len
     layout = teacher.layout
     cut = windows(data.read("sotu"), teacher.tokenizer, seq_len, STEPS * seq_len, 0)
     batches = [torch.from_numpy(b.ids) for b in cut.batches(1)]
-    student = mismatch.swap(teacher, swap)
+    student = mismatch.swap(teacher, *config.swap)
     part = parts_of(layout, student)[0]
     own(part.student, teacher.model)
     fresh = {clause.path: set(clause.new_parameters) for clause in student.plan.clauses}
-    config = RepairConfig(model=model, swap=(swap,))
+    writer = Writer(teacher.model, teacher.tokenizer, seq_len, seed=config.seed)
     found: dict[str, list[float]] = {way: [] for way in WORDS}
     with tempfile.TemporaryDirectory() as folder:
         filled = [_store(layout, part, batches, Path(folder) / str(n)) for n in range(rounds + 2)]
@@ -108,6 +116,9 @@ def times(model: str, swap: str, seq_len: int, rounds: int) -> dict[str, list[fl
             for way, run in ways.items():
                 found[way].append(1e3 * spent(run) / tokens)
             found["store"].append(1e3 * spent(filled[number + 2].fill) / tokens)
+            if number < WRITING:
+                own_words = spent(lambda: writer.write(config.to_write))
+                found["write"].append(1e3 * own_words / config.to_write)
             said = ", ".join(f"{way} {values[-1]:.3f}" for way, values in found.items())
             print(f"round {number + 1}, CPU-ms a token: {said}", file=sys.stderr)
     return found
@@ -161,7 +172,7 @@ def spent(run: Callable[[], object]) -> float:
     return time.process_time() - start
 
 
-def report(args: argparse.Namespace, found: dict[str, list[float]], seq_len: int) -> None:
+def report(args: argparse.Namespace, found: dict[str, list[float]], config: RepairConfig) -> None:
     """Verdict, csv, json and the picture."""
     args.output.mkdir(parents=True, exist_ok=True)
     median = {way: float(np.median(values)) for way, values in found.items()}
@@ -171,45 +182,72 @@ def report(args: argparse.Namespace, found: dict[str, list[float]], seq_len: int
         writer.writerow(("way", "what", "round", "cpu_ms_per_token"))
         for way, values in found.items():
             writer.writerows((way, WORDS[way], n + 1, value) for n, value in enumerate(values))
-    epochs = RepairConfig(model=args.model, swap=(args.swap,)).epochs
-    whole = median["store"] / epochs + median["step"]
+    epochs = config.epochs
+    costs = {
+        share: {e: _whole(median, e, share) for e in (1, epochs)} for share in (0.0, config.written)
+    }
     made = {
         "model": args.model,
         "swap": args.swap,
-        "seq_len": seq_len,
+        "seq_len": config.seq_len,
         "medians": median,
         "step_over_layer": [float(r) for r in ratios],
         "epochs": epochs,
-        "field_over_repair": median["field"] / whole,
+        "written": config.written,
+        "field_over_repair": median["field"] / costs[config.written][epochs],
+        "field_over_repair_of_given_text": median["field"] / costs[0.0][epochs],
         "threads": 1,
         "versions": environment.versions(),
     }
     (args.output / "cost.json").write_text(json.dumps(made, indent=2) + "\n")
-    figure(median, epochs, args).savefig(args.output / "cost.png", dpi=200)
+    figure(median, config).savefig(args.output / "cost.png", dpi=200)
     step = float(np.median(ratios))
-    print(f"step / layer: {step:.3f} ({'holds' if step <= MOST else 'does not hold'}: at most {MOST})")
-    for e in (1, epochs):
-        ratio = median["field"] / (median["store"] / e + median["step"])
-        word = "" if e == 1 else f" ({'holds' if ratio >= CHEAPER else 'does not hold'}: {CHEAPER})"
-        print(f"field / repair, {e} times through the text: {ratio:.1f}{word}")
+    print(
+        f"step / layer: {step:.3f} ({'holds' if step <= MOST else 'does not hold'}: at most {MOST})"
+    )
+    for share, by_epochs in costs.items():
+        for e, whole in by_epochs.items():
+            ratio = median["field"] / whole
+            word = (
+                ""
+                if e == 1
+                else f" ({'holds' if ratio >= CHEAPER else 'does not hold'}: {CHEAPER})"
+            )
+            print(
+                f"field / repair, {e} times through the text, {share:.0%} written: {ratio:.1f}{word}"
+            )
 
 
-def figure(median: dict[str, float], epochs: int, args: argparse.Namespace) -> Figure:
+def _whole(median: dict[str, float], epochs: int, written: float) -> float:
+    """Of a repair, a token."""
+    return (median["store"] + written * median["write"]) / epochs + median["step"]
+
+
+def figure(median: dict[str, float], config: RepairConfig) -> Figure:
     """Bars on one scale."""
-    whole = median["store"] / epochs + median["step"]
-    bars = [*((WORDS[way], median[way]) for way in ("layer", "step", "store", "field"))]
-    bars.insert(3, (f"the whole repair, {epochs} times through the text", whole))
-    picture = Figure(figsize=(7.0, 2.4), layout="constrained")
+    times_through = f"{config.epochs} times through the text"
+    bars = [
+        *((WORDS[way], median[way]) for way in ("layer", "step", "store", "write")),
+        (f"the whole repair, {times_through}", _whole(median, config.epochs, 0.0)),
+        (
+            f"the whole repair, {config.written:.0%} of its text written",
+            _whole(median, config.epochs, config.written),
+        ),
+        (WORDS["field"], median["field"]),
+    ]
+    picture = Figure(figsize=(7.0, 3.0), layout="constrained")
     ax = picture.subplots()
     for at, (_words, value) in enumerate(bars):
         ax.barh(at, value, color="#0072b2" if at != len(bars) - 1 else "#999999", height=0.7)
-        ax.annotate(f"{value:.2f}", (value, at), xytext=(3, 0), textcoords="offset points", va="center")
+        ax.annotate(
+            f"{value:.2f}", (value, at), xytext=(3, 0), textcoords="offset points", va="center"
+        )
     ax.set_yticks(range(len(bars)), [words for words, _ in bars])
     ax.invert_yaxis()
     ax.spines[["top", "right"]].set_visible(False)
     ax.set_xlim(0, 1.12 * max(value for _, value in bars))
     ax.set_xlabel("CPU milliseconds a token, one thread")
-    ax.set_title(f"What repair costs, {args.swap}, {args.model}", loc="left", fontsize=9)
+    ax.set_title(f"What repair costs, {config.swap[0]}, {config.model}", loc="left", fontsize=9)
     return picture
 
 

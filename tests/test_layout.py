@@ -39,7 +39,9 @@ def test_unknown_family_says_what_is_known():
     config = transformers.BertConfig()
     with pytest.raises(LayoutError) as caught:
         family_of(config)
-    assert str(caught.value).startswith("model family `bert` is not known: no layout names its blocks")
+    assert str(caught.value).startswith(
+        "model family `bert` is not known: no layout names its blocks"
+    )
     assert "llama" in caught.value.hint
 
 

@@ -1,0 +1,156 @@
+"""Repair as a whole on the toy: it mends, its checkpoint is the student, it resumes, and it refuses."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+import mismatch
+from mismatch.cli import main
+from mismatch.errors import ConfigError, DataError, SurgeryError
+from mismatch.repairing.config import RepairConfig
+from mismatch.repairing.ladder import Ladder
+
+SMALL = {
+    "tokens": 2048,
+    "written": 0.0,
+    "judged": 512,
+    "looked": 256,
+    "seq_len": 64,
+    "batch_size": 4,
+    "max_minutes": None,
+    "epochs": 1,
+    "controls": (),
+}
+
+
+def test_repair_mends_and_the_checkpoint_is_the_student(toy_teacher, tmp_path):
+    result = mismatch.repair(
+        toy_teacher, "layer2:infini(segment=16)", output=str(tmp_path / "run"), pays=0.0, **SMALL
+    )
+    frame = result.rungs
+    assert list(frame["rung"]) == [
+        "inherit",
+        "closed-form",
+        "local",
+        "block",
+        "window",
+        "end-to-end",
+    ]
+    assert frame["kl"].iloc[-1] < 0.6 * frame["kl"].iloc[0]
+    kept = frame[frame["kept"]]
+    assert (kept["kl"].diff().dropna() <= 1e-9).all()
+    assert frame["gap_closed"].iloc[-1] == pytest.approx(
+        1 - frame["kl"].iloc[-1] / frame["kl"].iloc[0]
+    )
+    again = mismatch.load(str(result.checkpoint))
+    batch = torch.randint(5, 200, (2, 40), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert torch.equal(again.model(batch).logits, result.student.model(batch).logits)
+    facts = json.loads((result.checkpoint / "mismatch.json").read_text())
+    assert facts["repair"]["rungs"][0]["name"] == "inherit"
+    assert (tmp_path / "run" / "figures" / "repair.csv").exists()
+    assert "gap closed" in result.summary()
+
+
+def test_repair_leaves_the_teacher_as_it_was(toy_teacher):
+    before = {n: p.clone() for n, p in toy_teacher.model.named_parameters()}
+    mismatch.repair(toy_teacher, "layer1.norms:dyt; layer2:nope", **{**SMALL, "tokens": 512})
+    after = dict(toy_teacher.model.named_parameters())
+    assert all(torch.equal(before[n], after[n]) for n in before)
+    assert not any(p.requires_grad for p in after.values())
+
+
+@pytest.mark.parametrize("order", ["sequential", "joint"])
+def test_several_places(toy_teacher, order):
+    result = mismatch.repair(
+        toy_teacher,
+        "layers[1,2]:sliding_window(window=8)",
+        order=order,
+        rungs=("closed-form", "local"),
+        **{**SMALL, "tokens": 512},
+    )
+    assert result.rungs["kl"].iloc[-1] < result.rungs["kl"].iloc[0]
+
+
+def test_an_interrupted_repair_resumes_to_the_same_weights(toy_teacher, tmp_path, monkeypatch):
+    settings = {**SMALL, "tokens": 1024, "rungs": ("closed-form", "local")}
+    straight = mismatch.repair(toy_teacher, "layer2:infini(segment=16)", **settings)
+    from mismatch.repairing import start
+    from mismatch.run import RunFolder
+
+    config = RepairConfig(
+        model="toy",
+        swap=("layer2:infini(segment=16)",),
+        output=str(tmp_path / "run"),
+        **settings,
+    )
+    read = start.read_texts(config, "wiki", "sotu", toy_teacher.tokenizer)
+
+    def stop_in_local(self, *args, **options):
+        asked = iter([False] * 3 + [True] * 1000)
+        self.stopping = lambda: next(asked)
+        return real(self, *args, **options)
+
+    real = Ladder._train
+    monkeypatch.setattr(Ladder, "_train", stop_in_local)
+    with pytest.raises(KeyboardInterrupt):
+        start.RepairJob(config, toy_teacher, read, start.create(config)).run()
+    monkeypatch.setattr(Ladder, "_train", real)
+    folder = RunFolder.resume(tmp_path / "run")
+    resumed = start.RepairJob(config, toy_teacher, read, folder).run()
+    ours = dict(resumed.student.model.named_parameters())
+    assert all(torch.equal(p, ours[n]) for n, p in straight.student.model.named_parameters())
+
+
+# ---- refusals -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "settings, text",
+    [
+        ({"rungs": ("locl",)}, r"unknown rung `locl`"),
+        ({"rungs": ("local", "closed-form")}, "the rungs are out of order: local, closed-form"),
+        ({"rungs": ("local", "local")}, "the rung `local` is named twice"),
+        ({"rungs": ()}, "`rungs` is empty"),
+        ({"max_minutes": 0.0}, "`max_minutes` must be float > 0 or none, got 0.0"),
+    ],
+)
+def test_wrong_settings(settings, text):
+    with pytest.raises(ConfigError, match=text):
+        RepairConfig(model="smollm2", swap=("layer12:infini",), **settings)
+
+
+def test_learning_and_judging_on_one_text_is_refused(toy_teacher):
+    with pytest.raises(DataError, match="`wiki` would be learnt from and judged on"):
+        mismatch.repair(toy_teacher, "layer1:infini(segment=16)", calibration="wiki", **SMALL)
+
+
+def test_a_place_outside_the_blocks_is_refused(toy_teacher):
+    with pytest.raises(SurgeryError, match="`dyt` at final_norm cannot be repaired"):
+        mismatch.repair(toy_teacher, "final_norm:dyt", **SMALL)
+
+
+def test_the_command_refuses_before_it_loads(capsys):
+    assert (
+        main(["repair", "--model", "glassllm", "--swap", "layer1:infini", "--rungs", "locl"]) == 2
+    )
+    assert "unknown rung `locl`" in capsys.readouterr().err
+    assert (
+        main(
+            [
+                "repair",
+                "--model",
+                "glassllm",
+                "--swap",
+                "layer1:infini",
+                "--tokens",
+                "1M",
+                "--seq-len",
+                "99999",
+            ]
+        )
+        == 2
+    )

@@ -1,0 +1,174 @@
+"""Parts, their store, losses and closed forms on tiny models: sums against scipy, gradients against autograd."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import mismatch
+from mismatch.layout import Layout
+from mismatch.repairing import closed_form as closed
+from mismatch.repairing import stream
+from mismatch.repairing.part import own, parts_of, watch
+from mismatch.repairing.store import Store
+from mismatch.repairing.weighing import relative_error, weights
+from mismatch.surgery import Student
+
+
+@pytest.fixture
+def swapped(tiny: Callable[..., nn.Module]) -> Callable[..., tuple[Layout, Student]]:
+    def make(text: str, family: str = "llama") -> tuple[Layout, Student]:
+        model = tiny(family)
+        student = mismatch.swap((model, None), text)
+        return Layout.of(model), student
+
+    return make
+
+
+def ids(n: int = 4, rows: int = 2, pos: int = 24) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    return [torch.randint(2, 101, (rows, pos), generator=generator) for _ in range(n)]
+
+
+# ---- parts and the store ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("slot", ["attn", "mlp", "norm1", "block"])
+def test_a_part_called_alone_gives_what_it_gives_in_the_model(swapped, family, slot):
+    layout, student = swapped(f"layer1.{slot}:identity", family)
+    (part,) = parts_of(layout, student)
+    batch = ids()[0]
+    x, y, call = watch(layout, [part.path], batch, last=1)[part.path]
+    assert torch.equal(call(part.student, x), y)
+    assert torch.equal(call(part.student, x[:1]), y[:1])
+
+
+def test_owning_leaves_the_teacher_alone_and_keeps_what_is_shared_inside(swapped):
+    layout, student = swapped("layer1:parallel(infini(segment=8), alpha=0.5)")
+    (part,) = parts_of(layout, student)
+    theirs = {id(p) for p in layout.model.parameters()}
+    before = student.model(ids()[0]).logits
+    own(part.student, layout.model)
+    assert not theirs & {id(p) for p in part.student.parameters()}
+    assert part.student.original.q_proj.weight is part.student.inner.q_proj.weight
+    assert torch.equal(student.model(ids()[0]).logits, before)
+
+
+def test_the_store_gives_back_what_the_teacher_did(swapped, tmp_path):
+    layout, student = swapped("layer1:infini(segment=8); layer2.mlp:identity")
+    parts = parts_of(layout, student)
+    batches = ids()
+    live = Store(layout, parts, batches)
+    disk = Store(layout, parts, batches, folder=tmp_path, budget=1e9)
+    assert disk.fill() == sum(batch.numel() for batch in batches)
+    assert disk.fill() == 0
+    for part in parts:
+        for a, b in zip(live.batches_of(part), disk.batches_of(part), strict=True):
+            assert torch.equal(a.x, b.x)
+            assert torch.equal(a.y, b.y)
+
+
+def test_a_budget_that_is_too_small_computes_anew(swapped, tmp_path):
+    layout, student = swapped("layer1:infini(segment=8); layer2.mlp:identity")
+    parts = parts_of(layout, student)
+    one = Store(layout, parts, ids(), folder=tmp_path, budget=0)
+    store = Store(layout, parts, ids(), folder=tmp_path, budget=1.5 * one.bytes_per_place)
+    store.fill()
+    assert store.stored == parts[:1]
+    assert store.needed == 2 * store.bytes_per_place
+    assert len(list(tmp_path.rglob("*.safetensors"))) == len(ids())
+    assert torch.equal(store.batch(parts[1], 0).y, one.batch(parts[1], 0).y)
+
+
+# ---- losses -------------------------------------------------------------------------------------
+
+
+def test_relative_error_is_0_for_a_copy_1_for_nothing_and_no_token_is_the_loss():
+    y = torch.randn(2, 50, 8, generator=torch.Generator().manual_seed(0))
+    y[0, 0] *= 1000
+    assert relative_error(y, y) == 0
+    assert relative_error(torch.zeros_like(y), y) == pytest.approx(1)
+    wrong = y.clone()
+    wrong[0, 0] = 0
+    assert relative_error(wrong, y) < 0.05
+    assert (weights(y) > 0).all()
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
+def test_end_to_end_loss_and_gradient_are_those_of_the_whole_model(swapped, family):
+    layout, student = swapped("layer1:infini(segment=8)", family)
+    (part,) = parts_of(layout, student)
+    own(part.student, layout.model)
+    entering, leaving = stream.block(layout, 1), stream.final(layout)
+    batches = ids(2)
+    store = Store(layout, [entering, leaving], batches)
+    for parameter in part.student.parameters():
+        parameter.requires_grad_(True)
+    loss = stream.EndToEndLoss(layout, student.layout, store, store, entering, leaving)(1, 2)
+    loss.backward()
+    got = {n: p.grad.clone() for n, p in part.student.named_parameters()}
+    part.student.zero_grad()
+    p = layout.model(batches[1]).logits.double().log_softmax(-1)
+    q = student.model(batches[1]).logits.double().log_softmax(-1)
+    whole = (p.exp() * (p - q)).sum(-1).mean()
+    whole.backward()
+    assert loss.item() == pytest.approx(whole.item(), rel=1e-4)
+    for name, parameter in part.student.named_parameters():
+        torch.testing.assert_close(got[name], parameter.grad, rtol=1e-3, atol=1e-6)
+
+
+# ---- closed form --------------------------------------------------------------------------------
+
+
+def test_ridge_is_weighed_least_squares(swapped):
+    layout, student = swapped("layer1:infini(segment=8)")
+    (part,) = parts_of(layout, student)
+    own(part.student, layout.model)
+    store = Store(layout, [part], ids(12))
+    linear = closed.last_linear(part, store.batch(part, 0))
+    assert linear is part.student.o_proj
+    with torch.no_grad():
+        sums = closed._summed(part, store, linear)
+        entering = []
+        handle = linear.register_forward_pre_hook(lambda _m, a: entering.append(a[0]))
+        examples = list(store.batches_of(part))
+        for example in examples:
+            example.call(part.student, example.x)
+        handle.remove()
+    h = torch.cat([e.flatten(0, 1) for e in entering]).double().numpy()
+    y = torch.cat([e.y.flatten(0, 1) for e in examples]).double().numpy()
+    root = torch.cat([weights(e.y).flatten() for e in examples]).double().sqrt().numpy()[:, None]
+    expected, *_ = np.linalg.lstsq(h * root, y * root, rcond=None)
+    got = torch.linalg.solve(sums.hh, sums.hy).numpy()
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-8)
+    residual = ((h @ expected - y) * root) ** 2
+    assert sums.error(torch.from_numpy(expected)) == pytest.approx(
+        residual.sum() / ((y * root) ** 2).sum(), rel=1e-6
+    )
+
+
+def test_gates_find_the_shares_that_a_planted_mixture_has(swapped):
+    """The target is the student itself under other gates: the fit must return them."""
+    layout, student = swapped("layer1:infini(segment=8)")
+    (part,) = parts_of(layout, student)
+    own(part.student, layout.model)
+    planted = torch.tensor([0.1, 0.3, 0.6, 0.9])
+    store = Store(layout, [part], ids(8))
+
+    class Planted(Store):
+        def batch(self, part, index):
+            example = store.batch(part, index)
+            kept = part.student.gate.detach().clone()
+            with torch.no_grad():
+                part.student.gate.copy_(torch.logit(planted))
+                y = example.call(part.student, example.x)
+                part.student.gate.copy_(kept)
+            return type(example)(example.x, y, example.call)
+
+    with torch.no_grad():
+        closed._fit_gates(part, Planted(layout, [part], ids(8)))
+    torch.testing.assert_close(torch.sigmoid(part.student.gate), planted, atol=1e-3, rtol=0)
