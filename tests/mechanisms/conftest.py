@@ -1,0 +1,139 @@
+"""A package of somebody else: `theirs`, and what stands in it."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+
+SOURCE = '''
+"""Parts of somebody's own."""
+from __future__ import annotations
+from dataclasses import dataclass
+from typing import Annotated
+import torch
+from torch import nn
+from transformers.models.llama.modeling_llama import LlamaAttention
+from mismatch.mechanisms.base import Wrapper
+from mismatch.mechanisms.calling import first_of, with_first
+
+
+@dataclass(frozen=True)
+class HalfConfig:
+    factor: Annotated[float, "0..1"] = 0.5
+    """What the output is multiplied by."""
+
+
+class Half(Wrapper):
+    """Less of it."""
+
+    Config = HalfConfig
+    slots = ("attn", "mlp")
+    identity = "factor=1"
+    state = "the original's"
+    source = "an example"
+
+    def forward(self, *args, **kwargs):
+        out = self.original(*args, **kwargs)
+        return with_first(out, first_of(out) * self.settings.factor)
+
+
+class Quarter(Half):
+    def forward(self, *args, **kwargs):
+        return with_first(super().forward(*args, **kwargs), 0)
+
+
+class Gated(nn.Module):
+    """An MLP of one gate."""
+
+    slots = ("mlp",)
+
+    def __init__(self, config, width: int = 3, bias=True, name="x", kinds=()):
+        super().__init__()
+        self.down = nn.Linear(config.hidden_size, width, bias=bias)
+        self.up = nn.Linear(width, config.hidden_size, bias=bias)
+        self.seen = (width, bias, name, kinds)
+
+    def forward(self, x):
+        return self.up(torch.sigmoid(self.down(x)))
+
+
+class Past(nn.Module):
+    """Attention to the mean of all tokens so far, in no cache."""
+
+    def __init__(self, config, layer_idx, scale=1.0):
+        super().__init__()
+        self.project = nn.Linear(config.hidden_size, config.hidden_size)
+        self.layer_idx, self.scale = layer_idx, scale
+
+    def forward(self, hidden_states, **kwargs):
+        count = torch.arange(1, hidden_states.shape[1] + 1, device=hidden_states.device)
+        mean = hidden_states.cumsum(1) / count[:, None].to(hidden_states.dtype)
+        return self.scale * self.project(mean), None
+
+
+class PerToken(nn.Module):
+    """What an attention may be that mixes nothing."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.project = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, hidden_states, **kwargs):
+        return self.project(hidden_states), None
+
+
+class Doubled(nn.Module):
+    def forward(self, hidden_states, *args, **kwargs):
+        return 2 * hidden_states
+
+
+class Returns(nn.Module):
+    """Gives back what it is told."""
+
+    def __init__(self, what="tensor"):
+        super().__init__()
+        self.what = what
+
+    def forward(self, hidden_states, **kwargs):
+        h = hidden_states
+        return {
+            "tensor": h,
+            "pair": (h, None),
+            "three": (h, None, None),
+            "narrow": (h[..., :3], None),
+            "short": h[:, :-1],
+            "wide_format": h.double(),
+            "nothing": None,
+            "list": [h],
+        }[self.what]
+
+
+class Closed(nn.Module):
+    def forward(self, x):
+        return x, None
+
+
+class NotAModule:
+    pass
+
+
+def a_function():
+    pass
+'''
+
+
+@pytest.fixture
+def theirs(tmp_path, monkeypatch):
+    """`theirs.parts`, and `theirs` that only imports from it."""
+    folder = tmp_path / "theirs"
+    folder.mkdir()
+    (folder / "__init__.py").write_text("from theirs.parts import Gated, a_function\n")
+    (folder / "parts.py").write_text(SOURCE)
+    (folder / "wrong.py").write_text("class Broken(:\n")
+    (folder / "fails.py").write_text("import no_such_package\nclass Fine: pass\n")
+    (folder / "raises.py").write_text("raise ValueError('not today')\nclass Fine: pass\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield
+    for name in [name for name in sys.modules if name.startswith("theirs")]:
+        del sys.modules[name]

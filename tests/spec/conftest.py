@@ -1,0 +1,60 @@
+"""Mechanisms that these tests know: cards of a file that is never imported."""
+
+from __future__ import annotations
+
+import pytest
+
+from mismatch.registry import Registry
+
+CARDS = '''
+"""Cards only: nothing here is ever imported."""
+class InfiniConfig:
+    segment: Annotated[int, ">= 1"] = 256
+    update: Literal["linear", "delta"] = "linear"
+    gate_init: float = 0.0
+    note: str | None = None
+    exact: bool = False
+class Infini:
+    Config = InfiniConfig
+    slots = ("attn",)
+class Zero:
+    slots = ("attn", "mlp", "norm1", "norm2", "final_norm", "block", "q_proj", "rope")
+class DyT:
+    slots = ("norms",)
+class NoPE:
+    slots = ("rope",)
+class ParallelConfig:
+    inner: Call
+    alpha: float = 1.0
+class Parallel:
+    Config = ParallelConfig
+    slots = ("attn", "mlp")
+    stacks = True
+class OpenConfig:
+    rate: float
+class Open:
+    Config = OpenConfig
+class ListConfig:
+    words: tuple[str, ...] | None = None
+class List:
+    Config = ListConfig
+    slots = ("attn",)
+class Plain:
+    slots = ("attn",)
+'''
+
+
+@pytest.fixture(autouse=True)
+def known(tmp_path, monkeypatch):
+    (tmp_path / "cards_of_test.py").write_text(CARDS)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    names = {
+        "infini": "Infini",
+        "zero": "Zero",
+        "dyt": "DyT",
+        "nope": "NoPE",
+        "parallel": "Parallel",
+    }
+    table = {name: f"cards_of_test:{cls}" for name, cls in names.items()}
+    registry = Registry("mechanism", table, "no.group")
+    monkeypatch.setattr("mismatch.spec.placement.mechanisms", lambda: registry)
