@@ -280,7 +280,7 @@ def probe(
     check_shares(student, teacher, "probe")
     facts = (teacher.model.config, teacher.tokenizer)
     asked = probing.questions(config, *facts, data, calibration, swapped=student is not None)
-    folder = None if config.folder is None else create(config)
+    folder = None if config.folder is None else create(config, kind="probe")
     return probing.ask(config, teacher, asked, student, folder, progress)
 
 
@@ -309,7 +309,8 @@ def probe_command(config: ProbeConfig, *, overwrite: bool = False, progress: boo
         lines = [f"swap    {line}" for line in plan_lines(plan_dict(students[0].plan))]
         print("\n".join([*lines, f"probes  {', '.join(asked.probes)}"]), file=sys.stderr)
     teacher = load(config.model, **load_options(config, Ranks()))
-    return probing.ask(config, teacher, asked, None, create(config, overwrite), progress)
+    folder = create(config, overwrite, kind="probe")
+    return probing.ask(config, teacher, asked, None, folder, progress)
 
 
 def trace_command(

@@ -148,12 +148,13 @@ def check_shares(student: Student | None, teacher: Teacher, command: str) -> Non
         )
 
 
-def create(config: SwapConfig, overwrite: bool = False) -> RunFolder:
-    """The run folder of a command about one swap."""
+def create(config: SwapConfig, overwrite: bool = False, *, kind: str = "trace") -> RunFolder:
+    """The run folder of a command about one swap; `kind` is the command."""
     return RunFolder.create(
         config.model,
         spec.format(config.swap_spec),
         settings(config),
+        kind=kind,
         output=config.folder,
         overwrite=overwrite,
     )

@@ -42,6 +42,8 @@ from mismatch.state import State
 
 MANIFEST = "manifest.json"
 STATUSES = ("running", "done", "failed", "interrupted")
+RESUMABLE = ("trace", "scan", "repair")
+"""Commands whose runs go on where they were stopped; the others take minutes, and begin anew."""
 CONTENTS = (
     MANIFEST,
     "config.yaml",
@@ -88,6 +90,7 @@ class RunFolder:
         swap: str,
         settings: Mapping[str, Any],
         *,
+        kind: str = "trace",
         root: Path | str = "runs",
         output: Path | str | None = None,
         overwrite: bool = False,
@@ -100,6 +103,7 @@ class RunFolder:
             model: name, folder or hub id.
             swap: the swap text in canonical form.
             settings: every setting that changes a number; becomes config.yaml and the hash.
+            kind: the command that makes it.
             root: where a folder is made and named, when `output` is not given.
             output: the folder itself.
             overwrite: take the place of the run in `output`.
@@ -122,6 +126,7 @@ class RunFolder:
         folder.update(
             schema_version=tables.SCHEMA_VERSION,
             run_id=name,
+            kind=kind,
             status="running",
             command=shlex.join(command if command is not None else ["mismatch", *sys.argv[1:]]),
             model=model,
@@ -260,7 +265,7 @@ def load_run(path: Path | str) -> Run:
     if not (path / "metrics.parquet").exists():
         raise RunError(
             f"the run in {path} has no numbers yet (status: {manifest['status']})",
-            hint=f"finish it: mismatch {manifest.get('kind', 'trace')} --resume {path}",
+            hint=_finished_by(path, manifest),
         )
     return Run(
         path=path,
@@ -333,6 +338,13 @@ def made_by(path: Path | str) -> str | None:
     """
     path = Path(path)
     return _read_manifest(path).get("kind", "trace") if (path / MANIFEST).is_file() else None
+
+
+def _finished_by(path: Path, manifest: Mapping[str, Any]) -> str:
+    made = manifest.get("kind", "trace")
+    if made in RESUMABLE:
+        return f"finish it: mismatch {made} --resume {path}"
+    return f"mismatch {made} begins anew; run it again with --overwrite: {manifest['command']}"
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:

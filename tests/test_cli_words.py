@@ -20,6 +20,7 @@ from mismatch.cli.parser import (
 from mismatch.diagnosing.config import DiagnoseConfig
 from mismatch.planning.config import PlanConfig
 from mismatch.repairing.config import RepairConfig
+from mismatch.run import RESUMABLE
 from mismatch.scanning.config import ScanConfig
 
 COMMANDS = (
@@ -136,3 +137,10 @@ def test_help_opens_with_two_examples_that_parse(capsys, command):
 def test_every_setting_is_a_flag_in_one_group(groups, kind):
     names = [name for group in groups.values() for name in group]
     assert sorted(names) == sorted(config.fields(kind))
+
+
+@pytest.mark.parametrize("command", ["trace", "probe", "diagnose", "scan", "plan", "repair"])
+def test_what_can_be_resumed_is_what_has_the_flag(command):
+    """What an unfinished run is said to be finished by must be there."""
+    words = [word.strip('"') for word in re.findall(r'"[^"]*"|\S+', EXAMPLES[command][0])]
+    assert hasattr(read(words[1:]), "resume") == (command in RESUMABLE)

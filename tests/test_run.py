@@ -18,7 +18,7 @@ import pytest
 
 from mismatch import files, state, table
 from mismatch.errors import OutputError, RunError
-from mismatch.run import RunFolder, check_output, load_run, run_id
+from mismatch.run import RunFolder, check_output, load_run, made_by, run_id
 
 SETTINGS = {"model": "smollm2", "swap": "layer12:infini(segment=64)", "tokens": 8192}
 NOON = datetime(2026, 11, 23, 12, 0, 0)
@@ -192,10 +192,23 @@ def test_a_folder_without_a_run_or_without_numbers_says_so(tmp_path, folder):
         load_run(tmp_path)
     with pytest.raises(RunError, match=r"no numbers yet \(status: running\)") as caught:
         load_run(folder.path)
-    assert "--resume" in str(caught.value)
+    assert str(caught.value).endswith(f"hint: finish it: mismatch trace --resume {folder.path}")
     (folder.path / "manifest.json").write_text("{")
     with pytest.raises(RunError, match="cannot be read"):
         load_run(folder.path)
+
+
+def test_an_unfinished_run_that_cannot_be_resumed_says_what_to_type(tmp_path):
+    words = ["mismatch", "probe", "--output", "x"]
+    made = RunFolder.create(
+        "m", "s", SETTINGS, kind="probe", output=tmp_path / "run", command=words
+    )
+    assert made_by(made.path) == "probe"
+    with pytest.raises(RunError, match="no numbers yet") as caught:
+        load_run(made.path)
+    assert str(caught.value).endswith(
+        "hint: mismatch probe begins anew; run it again with --overwrite: mismatch probe --output x"
+    )
 
 
 ARRAYS = {

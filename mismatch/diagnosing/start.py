@@ -27,7 +27,7 @@ from mismatch.opening import (
 )
 from mismatch.ranks import Ranks
 from mismatch.report.summary import plan_lines
-from mismatch.run import RunFolder, check_output
+from mismatch.run import check_output
 from mismatch.surgery import Student
 from mismatch.windows import windows
 
@@ -77,7 +77,7 @@ def diagnose(
     check_shares(student, teacher, "diagnose")
     read = read_texts(config, data, calibration, teacher.tokenizer)
     readings = readings_of(evidence, teacher.info.sha256)
-    folder = None if config.folder is None else created(config)
+    folder = None if config.folder is None else create(config, kind="diagnose")
     return DiagnoseJob(config, teacher, read, student, readings, folder, progress).run()
 
 
@@ -114,15 +114,8 @@ def diagnose_command(
         print("\n".join(lines), file=sys.stderr)
     teacher = load(config.model, **load_options(config, Ranks()))
     readings = readings_of(evidence, teacher.info.sha256)
-    folder = created(config, overwrite)
+    folder = create(config, overwrite, kind="diagnose")
     return DiagnoseJob(config, teacher, read, None, readings, folder, progress).run()
-
-
-def created(config: DiagnoseConfig, overwrite: bool = False) -> RunFolder:
-    """The run folder of a diagnosis."""
-    folder = create(config, overwrite)
-    folder.update(kind="diagnose")
-    return folder
 
 
 def read_texts(config: DiagnoseConfig, data: Any, calibration: Any, tokenizer: Any) -> Texts:

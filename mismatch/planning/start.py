@@ -111,15 +111,14 @@ def _check_output(config: PlanConfig, overwrite: bool) -> None:
 def create(config: PlanConfig, overwrite: bool = False) -> RunFolder:
     """The run folder of a plan."""
     count = "" if config.layers is None else f"{config.layers} layers of "
-    folder = RunFolder.create(
+    return RunFolder.create(
         config.model,
         f"plan {count}{config.mechanism_text}",
         all_settings(config),
+        kind="plan",
         output=config.folder,
         overwrite=overwrite,
     )
-    folder.update(kind="plan")
-    return folder
 
 
 def _scan(config: PlanConfig) -> Run | None:

@@ -116,15 +116,14 @@ def repair_command(
 
 def create(config: RepairConfig, overwrite: bool = False) -> RunFolder:
     """The run folder of a repair."""
-    folder = RunFolder.create(
+    return RunFolder.create(
         config.model,
         spec.format(config.swap_spec),
         all_settings(config),
+        kind="repair",
         output=config.folder,
         overwrite=overwrite,
     )
-    folder.update(kind="repair")
-    return folder
 
 
 def read_texts(config: RepairConfig, data: Any, calibration: Any, tokenizer: Any) -> RepairTexts:

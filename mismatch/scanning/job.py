@@ -84,7 +84,7 @@ class ScanJob:
         mine = [cell for i, cell in enumerate(prepared.cells) if self.ranks.mine(i)]
         prints = self._fingerprint()
         if self.folder is not None:
-            self.folder.update(kind="scan", fingerprints=prints)
+            self.folder.update(fingerprints=prints)
             self.folder.log(f"{len(prepared.cells)} cells, {len(prepared.tasks)} tasks")
         sweep = sweep_of(self.teacher, config, mine, prepared.calibration)
         prove(sweep, mine)

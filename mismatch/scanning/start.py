@@ -108,15 +108,14 @@ def scan_command(
 
 def create(config: ScanConfig, overwrite: bool = False) -> RunFolder:
     """The run folder of a scan."""
-    folder = RunFolder.create(
+    return RunFolder.create(
         config.model,
         config.swap_text,
         all_settings(config),
+        kind="scan",
         output=config.folder,
         overwrite=overwrite,
     )
-    folder.update(kind="scan")
-    return folder
 
 
 def _prepared(config: ScanConfig, data: Any, calibration: Any) -> Prepared:
