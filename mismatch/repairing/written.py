@@ -99,7 +99,10 @@ class Writer:
     def _side_by_side(self) -> int:
         """Pieces that there is room for: one token shows what a model keeps of each."""
         cache = DynamicCache(config=self.model.config)
-        logits = self.model(self.words[:1, None].to(self.device), past_key_values=cache).logits
+        try:
+            logits = self.model(self.words[:1, None].to(self.device), past_key_values=cache).logits
+        except torch.OutOfMemoryError as error:
+            raise no_room("while the original writes") from error
         kept = sum(
             held.nbytes
             for layer in cache.layers

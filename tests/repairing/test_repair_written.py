@@ -180,11 +180,16 @@ def test_no_memory_halves_what_is_written_side_by_side(tiny, monkeypatch):
     assert ids.shape == (5, 16)
     assert rows == [5, 2, 2, 1]
     assert said[1] == "out of memory: 2 pieces side by side from here on"
-    monkeypatch.setattr(
-        model, "generate", lambda ids, **_told: (_ for _ in ()).throw(torch.OutOfMemoryError)
-    )
+    monkeypatch.setattr(model, "generate", no_room)
     with pytest.raises(MismatchError, match="out of memory while the original writes"):
         Writer(model, Words(), 16, seed=0).write(80)
+    monkeypatch.setattr(model, "forward", no_room)
+    with pytest.raises(MismatchError, match="out of memory while the original writes"):
+        Writer(model, Words(), 16, seed=0)
+
+
+def no_room(*_args: Any, **_told: Any) -> None:
+    raise torch.OutOfMemoryError("no room")
 
 
 def test_a_share_of_one_is_refused():
