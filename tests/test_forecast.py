@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from test_analyses import script
+from scripts import script
 
 import mismatch
 from mismatch import forecast, registry

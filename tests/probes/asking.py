@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from conftest import VOCAB, build
+from random_models import VOCAB, build
 from torch import nn
 
 from mismatch import spec, surgery

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from asking import readings, setting, student, subjects
-from conftest import build
+from random_models import build
 from torch.nn import functional as F
 
 from mismatch.probes.base import Subject

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from asking import readings, setting, student, subjects
-from conftest import LAYERS, build
+from random_models import LAYERS, build
 
 from mismatch.mechanisms.calling import hidden_in
 from mismatch.probes.attention import watch_all, watching

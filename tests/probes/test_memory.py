@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from asking import readings, setting, student, subjects
-from conftest import build
+from random_models import build
 from torch.nn import functional as F
 
 from mismatch.layout import Layout

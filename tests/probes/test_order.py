@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from asking import readings, setting, subjects
-from conftest import build
+from random_models import build
 
 from mismatch.errors import UsageError
 from mismatch.layout import Layout

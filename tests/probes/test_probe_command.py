@@ -7,7 +7,7 @@ import json
 import pandas as pd
 import pytest
 from asking import Letters
-from conftest import build
+from random_models import build
 from wonderland import command, documents, jsonl
 
 import mismatch

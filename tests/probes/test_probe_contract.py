@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from asking import setting, subjects
-from conftest import FAMILIES, build
+from random_models import FAMILIES, build
 
 import mismatch.probes as package
 from mismatch import catalog, cli

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from asking import log_softmax, setting, student, subjects
-from conftest import build
+from random_models import build
 
 from mismatch.errors import NumericsError
 from mismatch.probes.base import Subject

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-ANALYSES = Path(__file__).resolve().parents[2] / "analyses"
+ANALYSES = Path(__file__).resolve().parents[1] / "analyses"
 
 
 def script(name: str) -> ModuleType:
