@@ -223,7 +223,9 @@ def how_it_falls(lost: pd.DataFrame) -> str:
         return "falls with each compression"
     if first["lo"] > near["hi"]:
         return "falls at the first border"
-    return "is lost without any border too" if near["lo"] > SLIGHT else "falls at no border for sure"
+    return (
+        "is lost without any border too" if near["lo"] > SLIGHT else "falls at no border for sure"
+    )
 
 
 def with_interval(row: pd.Series, value: str = "value") -> str:

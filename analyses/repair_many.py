@@ -90,7 +90,17 @@ def table(folder: Path) -> pd.DataFrame:
     for order in ORDERS:
         climbed = json.loads((folder / f"{order}.json").read_text())["climb"]
         for rung in climbed["rungs"]:
-            names = ("kl", "lo", "hi", "gap_closed", "gap_lo", "gap_hi", "tokens", "seconds", "kept")
+            names = (
+                "kl",
+                "lo",
+                "hi",
+                "gap_closed",
+                "gap_lo",
+                "gap_hi",
+                "tokens",
+                "seconds",
+                "kept",
+            )
             rows.append({"order": order, "rung": rung["name"], **{n: rung[n] for n in names}})
         for name, found in climbed["students"].items():
             if name not in ("swap", "repaired") and order == ORDERS[0]:
@@ -128,7 +138,15 @@ def figure(frame: pd.DataFrame, swap: str) -> Figure:
         x = [rungs.index(rung) + shift for rung in mine["rung"]]
         bars = [(mine["kl"] - mine["lo"]).clip(lower=0), (mine["hi"] - mine["kl"]).clip(lower=0)]
         ax.errorbar(
-            x, mine["kl"], yerr=bars, marker="o", ms=5, capsize=2, lw=1, color=COLOURS[order], label=order
+            x,
+            mine["kl"],
+            yerr=bars,
+            marker="o",
+            ms=5,
+            capsize=2,
+            lw=1,
+            color=COLOURS[order],
+            label=order,
         )
     for row in frame[frame["order"] == "control"].itertuples():
         ax.axhline(row.kl, color="#777777", lw=0.8, ls="--")

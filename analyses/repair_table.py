@@ -173,7 +173,9 @@ def figure(frame: pd.DataFrame) -> Figure:
     ax.grid(axis="x", which="major", lw=0.4, color="#dddddd")
     ax.set_xlabel("KL to the original on held-out text, nats per token (95 % over documents)")
     ax.set_title(
-        f"Layer {LAYER} of SmolLM2 replaced, then repaired; right: gap closed", loc="left", fontsize=9
+        f"Layer {LAYER} of SmolLM2 replaced, then repaired; right: gap closed",
+        loc="left",
+        fontsize=9,
     )
     ax.legend(frameon=False, fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.22), ncols=4)
     return picture

@@ -41,7 +41,12 @@ class SpecError(UsageError):
     """A wrong swap text. `at` is the 0-based column of the fault in `text`."""
 
     def __init__(
-        self, message: str, *, text: str | None = None, at: int | None = None, hint: str | None = None
+        self,
+        message: str,
+        *,
+        text: str | None = None,
+        at: int | None = None,
+        hint: str | None = None,
     ) -> None:
         if text is not None and at is not None:
             message = f"{message}\n  {text}\n  {' ' * at}^"

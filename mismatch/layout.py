@@ -141,7 +141,13 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         "gpt2",
         ("gpt2",),
-        slots={"norm1": "ln_1", "attn": "attn", "norm2": "ln_2", "mlp": "mlp", "o_proj": "attn.c_proj"},
+        slots={
+            "norm1": "ln_1",
+            "attn": "attn",
+            "norm2": "ln_2",
+            "mlp": "mlp",
+            "o_proj": "attn.c_proj",
+        },
         attn_out="attn",
         resid_mid="ln_2",
         mlp_out="mlp",

@@ -75,7 +75,9 @@ def plant(moment: str) -> None:
     if where == "saving":
         write = state._write
         whole = counted(write, int(number), lambda: True)
-        state._write = lambda path, data: (whole if path.name == "state.json" else write)(path, data)
+        state._write = lambda path, data: (whole if path.name == "state.json" else write)(
+            path, data
+        )
     elif where == "closed-form":
         inside = []
         climb = closed_form.closed_form

@@ -14,7 +14,16 @@ CLAUSES = ({"layer": 2, "slot": "attn", "mechanism": "infini"},)
 def row(metric, value, lo=None, hi=None, **where):
     base = {"mode": "free", "student": "swap", "layer": None, "site": "logits", "stat": "mean"}
     lo, hi = value if lo is None else lo, value if hi is None else hi
-    return {**base, **where, "metric": metric, "value": value, "lo": lo, "hi": hi, "n": 100, "run_id": "r"}
+    return {
+        **base,
+        **where,
+        "metric": metric,
+        "value": value,
+        "lo": lo,
+        "hi": hi,
+        "n": 100,
+        "run_id": "r",
+    }
 
 
 def evidence(*rows: dict) -> Evidence:
@@ -61,12 +70,17 @@ def test_without_controls_nothing_is_judged():
 
 def test_the_next_command_keeps_the_original():
     finding = worth_it(evidence(*kl(0.08, 0.05, 0.02, 0.04)))
-    assert finding.next == 'mismatch trace --model toy --swap "layer2.attn:parallel(infini, alpha=0.1)"'
+    assert (
+        finding.next
+        == 'mismatch trace --model toy --swap "layer2.attn:parallel(infini, alpha=0.1)"'
+    )
 
 
 def test_an_update_that_misses_by_more_than_its_size():
     where = {"layer": 2, "site": "attn_out", "mode": "forced"}
-    assert "layer 2: the update misses its target by more than its own size" in titles(row("rel_l2", 1.4, **where))
+    assert "layer 2: the update misses its target by more than its own size" in titles(
+        row("rel_l2", 1.4, **where)
+    )
     assert "layer 2: local error 84% of the update" in titles(row("rel_l2", 0.84, **where))
     assert titles(row("rel_l2", 0.0, **where)) == []
 
@@ -79,7 +93,10 @@ def test_scale():
 
 @pytest.mark.parametrize("last, word", [(0.4, "grows"), (0.05, "heals"), (0.1, "stays")])
 def test_depth(last, word):
-    rows = (row("rel_l2", 0.1, layer=2, site="resid_post"), row("rel_l2", last, layer=5, site="resid_post"))
+    rows = (
+        row("rel_l2", 0.1, layer=2, site="resid_post"),
+        row("rel_l2", last, layer=5, site="resid_post"),
+    )
     assert titles(*rows) == [f"the shift {word} behind the swap"]
 
 

@@ -17,7 +17,9 @@ TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_generated_tables_are_up_to_date():
-    found = importlib.util.spec_from_file_location("readme_tables", ROOT / "analyses" / "readme_tables.py")
+    found = importlib.util.spec_from_file_location(
+        "readme_tables", ROOT / "analyses" / "readme_tables.py"
+    )
     tables = importlib.util.module_from_spec(found)
     found.loader.exec_module(tables)
     assert tables.filled(TEXT) == TEXT, "run `python analyses/readme_tables.py`"

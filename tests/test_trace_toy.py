@@ -43,7 +43,12 @@ def test_both_texts_may_be_strings_and_must_differ(teacher):
     assert result.run.config["calibration"] == "given texts"
     with pytest.raises(DataError, match="share 1 document"):
         mismatch.trace(
-            teacher, swap="layer2:mean", data=TEXTS[:2], calibration=TEXTS[1:3], controls=(), **SMALL
+            teacher,
+            swap="layer2:mean",
+            data=TEXTS[:2],
+            calibration=TEXTS[1:3],
+            controls=(),
+            **SMALL,
         )
 
 

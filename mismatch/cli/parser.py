@@ -254,7 +254,10 @@ def _tree() -> tuple[Parser, dict[str, Parser]]:
         group.add_argument("--overwrite", action="store_true", help="replace the run in --output")
 
     reasons.add_argument(
-        "run", nargs="?", metavar="RUN", help="a trace or probes, whose settings and answers to take"
+        "run",
+        nargs="?",
+        metavar="RUN",
+        help="a trace or probes, whose settings and answers to take",
     )
     mend.add_argument(
         "run", nargs="?", metavar="RUN", help="a trace, whose model, swap and texts to take"

@@ -214,9 +214,7 @@ def _filtered(x: Tensor, taps: tuple[float, float, float]) -> Tensor:
     return sum(tap * part for tap, part in zip(taps, _shifted(x), strict=True) if tap != 0.0)
 
 
-def _taps(
-    sample: Sample, middle: Tensor, neighbours: bool = True
-) -> tuple[float, float, float]:
+def _taps(sample: Sample, middle: Tensor, neighbours: bool = True) -> tuple[float, float, float]:
     """Least squares for the three weights (or the middle one alone), both sides centred."""
     own, _ = mean_of(sample)
     y = sample.teacher.double() - own
@@ -270,7 +268,9 @@ def position(sample: Sample) -> Apply:
     kept = sample.bulk
     where = bins(error.shape[1]).to(error.device)
     overall = error[sample.bulk].mean(0)
-    steps = torch.zeros(int(where.max()) + 1, error.shape[2], dtype=error.dtype, device=error.device)
+    steps = torch.zeros(
+        int(where.max()) + 1, error.shape[2], dtype=error.dtype, device=error.device
+    )
     for number in range(len(steps)):
         chosen = kept & (where == number)
         count = chosen.sum(1)

@@ -103,9 +103,7 @@ class DiagnoseJob:
 
     def _run(self, started: float) -> Diagnosed:
         config, teacher = self.config, self.teacher
-        swap, *controls = students_of(
-            teacher, config, self.texts.text.calibration, self.student
-        )
+        swap, *controls = students_of(teacher, config, self.texts.text.calibration, self.student)
         places = places_of(swap.plan)
         with self._bar() as bar:
             apart = TakenApart(teacher, swap, places, config, self.texts.fitted)

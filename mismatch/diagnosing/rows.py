@@ -1,12 +1,12 @@
 """A diagnosis as rows of the long table, stage `diagnose`. No torch.
 
-    kl   mean                     free     of the swap and of each control
-    kl   mean[correction=C]       free     of the swap, corrected (or `causes=A+B`)
-    kl   returned[correction=C]   free     share of the KL that it returns; returned[causes=A+B]
-    kl   share[cause=C]           free     Shapley share; C = unexplained: the remainder
-    rel_l2   squared, squared[correction=C]    forced   squared error of the update, 1 = as far as an update of zero
-    rel_l2   behind               free     of the stream leaving each block from the last place on
-    update_size   teacher, student    forced   median ratio of the update to the stream it is added to (no log)
+kl   mean                     free     of the swap and of each control
+kl   mean[correction=C]       free     of the swap, corrected (or `causes=A+B`)
+kl   returned[correction=C]   free     share of the KL that it returns; returned[causes=A+B]
+kl   share[cause=C]           free     Shapley share; C = unexplained: the remainder
+rel_l2   squared, squared[correction=C]    forced   squared error of the update, 1 = as far as an update of zero
+rel_l2   behind               free     of the stream leaving each block from the last place on
+update_size   teacher, student    forced   median ratio of the update to the stream it is added to (no log)
 """
 
 from __future__ import annotations

@@ -60,9 +60,7 @@ def causes_of(
     orders = list(permutations(names))
     for order in orders:
         for at, name in enumerate(order):
-            before, now = (
-                tuple(n for n in names if n in order[:end]) for end in (at, at + 1)
-            )
+            before, now = (tuple(n for n in names if n in order[:end]) for end in (at, at + 1))
             total[name] += (value[now] - value[before]) / len(orders)
     shares = {name: _share(draws) for name, draws in total.items()}
     return shares, _share(1.0 - value[names])

@@ -144,7 +144,9 @@ def changed(student: Layout, place: Place, change: Callable[[Tensor], Tensor]) -
 
 
 @contextmanager
-def head_given(student: Layout, place: Place, head: int, count: int, heads: Tensor) -> Iterator[None]:
+def head_given(
+    student: Layout, place: Place, head: int, count: int, heads: Tensor
+) -> Iterator[None]:
     """The teacher's slice of one head goes into the student's output projection."""
     module = _projection(student, place)
     width = heads.shape[-1] // count

@@ -48,7 +48,9 @@ def headline(found: Found) -> str:
     """One sentence: the damage, and the shares of its causes."""
     damage = found.damage
     if not found.returned:
-        return f"Nothing to explain: the output does not move (KL {damage.value:.2g} nats, rounding)."
+        return (
+            f"Nothing to explain: the output does not move (KL {damage.value:.2g} nats, rounding)."
+        )
     parts = [
         f"{_percent(share)} {CAUSES[name]}"
         for name, share in sorted(found.causes.items(), key=lambda item: -item[1].value)
@@ -250,7 +252,9 @@ class _Next:
 
     def premise(self) -> str:
         """A mechanism that can keep the first tokens in sight should; else training."""
-        text = self._changed(lambda call, name: _with(call, "sinks=1") if _has(name, "sinks") else None)
+        text = self._changed(
+            lambda call, name: _with(call, "sinks=1") if _has(name, "sinks") else None
+        )
         return self._trace(text) if text is not None else self.repair("closed-form,local")
 
     def position(self) -> str:
@@ -278,9 +282,7 @@ class _Next:
     def _trace(self, swap: str) -> str:
         return f'mismatch trace --model {self.model} --swap "{swap}"'
 
-    def _changed(
-        self, change: Callable[[str, str], str | None], slot: bool = False
-    ) -> str | None:
+    def _changed(self, change: Callable[[str, str], str | None], slot: bool = False) -> str | None:
         """The swap with every clause's mechanism changed; None where one cannot be."""
         found = []
         for clause in spec.parse(self.swap).clauses:

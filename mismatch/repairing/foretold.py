@@ -25,7 +25,9 @@ from mismatch.repairing.store import Example, Store
 
 FITTED = 8192
 """Tokens that fit the linear map: as many as in the record."""
-NONE_WRITTEN = "the repairs of the record learnt from calibration text alone, none written by the model"
+NONE_WRITTEN = (
+    "the repairs of the record learnt from calibration text alone, none written by the model"
+)
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 """Towards the map that leaves the output as it is, in means of the diagonal; held-out text chooses."""
 

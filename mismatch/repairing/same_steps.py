@@ -51,7 +51,9 @@ class SameSteps(Ladder):
         for group in learning:
             for parameter in group.parameters.values():
                 parameter.requires_grad_(True)
-        if loss(0, 1).requires_grad:  # of a mechanism that learns nothing the rung `local` has no gradient
+        if loss(
+            0, 1
+        ).requires_grad:  # of a mechanism that learns nothing the rung `local` has no gradient
             later = count()
             trainer = Trainer(
                 learning,

@@ -130,7 +130,11 @@ def _bars(ax: Axes, data: pd.DataFrame, left: float) -> None:
         ax.barh(at, shown, height=0.66, facecolor=fill, edgecolor=colour, linewidth=1.0)
         if pd.notna(row.lo) and row.hi > left:
             ax.plot(
-                [max(row.lo, left), row.hi], [at, at], color=style.INK, lw=0.9, solid_capstyle="butt"
+                [max(row.lo, left), row.hi],
+                [at, at],
+                color=style.INK,
+                lw=0.9,
+                solid_capstyle="butt",
             )
         text = "no effect" if row.does_nothing else percent(row.share)
         ax.annotate(
@@ -175,9 +179,16 @@ def diagnosis_summary(plan: Mapping[str, Any], findings: Sequence[Mapping[str, A
             parts += [f"{title}, % of the KL", columns(lines), ""]
         parts += [f"not applicable  {text}" for text in found["not_applicable"]]
     if "forecast" in plan:
-        parts += ["a repair, as forecast", *(f"  {line}" for line in forecast_lines(plan["forecast"])), ""]
+        parts += [
+            "a repair, as forecast",
+            *(f"  {line}" for line in forecast_lines(plan["forecast"])),
+            "",
+        ]
     for finding in findings:
-        parts += [f"  {finding['severity'].upper():<6} {finding['title']}", f"         {finding['text']}"]
+        parts += [
+            f"  {finding['severity'].upper():<6} {finding['title']}",
+            f"         {finding['text']}",
+        ]
         if finding.get("next"):
             parts.append(f"         -> {finding['next']}")
     return "\n".join(parts)

@@ -94,7 +94,9 @@ def gates_figure(
         _panel(axis, data[data["gate"] == name], plan["climb"])
     _name_rungs(axes[0], plan["climb"])
     axes[-1].set_xlabel("steps of all rungs")
-    left_out = f" {len(names) - len(shown)} more gates are in the numbers." if names[PANELS:] else ""
+    left_out = (
+        f" {len(names) - len(shown)} more gates are in the numbers." if names[PANELS:] else ""
+    )
     style.frame(
         figure,
         "Gates while they were trained, one line a head",
@@ -153,4 +155,6 @@ def _name_heads(ax: Axes, data: pd.DataFrame) -> None:
 
 
 def _colour(head: int, count: int) -> Any:
-    return mpl.colormaps["viridis"](0.9 * head / max(1, count - 1) if count > 1 else np.float64(0.0))
+    return mpl.colormaps["viridis"](
+        0.9 * head / max(1, count - 1) if count > 1 else np.float64(0.0)
+    )

@@ -182,7 +182,12 @@ DIAGNOSE_PLATES = (
 )
 
 
-_OWN = {"diagnose": DIAGNOSE_PLATES, "scan": SCAN_PLATES, "plan": PLAN_PLATES, "repair": REPAIR_PLATES}
+_OWN = {
+    "diagnose": DIAGNOSE_PLATES,
+    "scan": SCAN_PLATES,
+    "plan": PLAN_PLATES,
+    "repair": REPAIR_PLATES,
+}
 
 
 def kind(run: Run) -> str:

@@ -67,7 +67,12 @@ def foretold(climb: Mapping[str, Any]) -> Html:
         return join([])
     said = [tag("p", line, class_="faint") for line in forecast.forecast_lines(told)]
     rows = [
-        (name, forecast.share(one), f"{100 * one['measured']:.0f} %", "inside" if one["inside"] else "outside")
+        (
+            name,
+            forecast.share(one),
+            f"{100 * one['measured']:.0f} %",
+            "inside" if one["inside"] else "outside",
+        )
         for name, one in told["rungs"].items()
         if "measured" in one
     ]

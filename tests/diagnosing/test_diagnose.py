@@ -59,7 +59,9 @@ def test_the_damage_is_what_a_trace_says(diagnosed, toy_teacher, texts):
     for student, ours in (
         ("swap", diagnosed.found.damage), ("zero", diagnosed.found.controls["zero"]),
     ):  # fmt: skip
-        row = rows[(rows["student"] == student) & (rows["metric"] == "kl") & (rows["stat"] == "mean")]
+        row = rows[
+            (rows["student"] == student) & (rows["metric"] == "kl") & (rows["stat"] == "mean")
+        ]
         theirs = tuple(row.iloc[0][["value", "lo", "hi", "n"]])
         assert (ours.value, ours.lo, ours.hi, ours.n) == pytest.approx(theirs, rel=1e-4)
 
@@ -155,11 +157,15 @@ def test_the_result(diagnosed):
     total = sum(share.value for share in found.causes.values()) + found.unexplained.value
     assert total == pytest.approx(1.0)
     assert diagnosed.verdict.startswith(f"KL {found.damage.value:.3g} nats per token [")
-    assert {"without memory", "without local", "with first_token"} <= {r.name for r in found.returned}
+    assert {"without memory", "without local", "with first_token"} <= {
+        r.name for r in found.returned
+    }
     assert len([r for r in found.returned if r.head is not None]) == 3
     assert found.places[0]["update_to_stream"] > 0
     assert found.behind["layers"] == [2, 3]
-    assert found.behind["growth"] == pytest.approx(found.behind["errors"][1] / found.behind["errors"][0])
+    assert found.behind["growth"] == pytest.approx(
+        found.behind["errors"][1] / found.behind["errors"][0]
+    )
     rows = diagnosed.table
     assert set(rows["stage"]) == {"diagnose"}
     row = rows[rows["stat"] == "returned[correction=scale]"].iloc[0]
@@ -185,12 +191,22 @@ def test_every_verdict_names_a_next_command(diagnosed, toy_teacher):
     from mismatch.diagnosing.config import DiagnoseConfig
 
     config = DiagnoseConfig(model="m", swap=("layer18:infini(segment=64); layer16:nope",))
-    reading = {"probe": "passkey", "what": "passkey logprob", "teacher": -0.07, "value": -8.9, "lo": -9.5, "hi": -8.1}
+    reading = {
+        "probe": "passkey",
+        "what": "passkey logprob",
+        "teacher": -0.07,
+        "value": -8.9,
+        "lo": -9.5,
+        "hi": -8.1,
+    }
     clauses = [{"mechanism": "infini", "slot": "attn"}, {"mechanism": "nope", "slot": "rope"}]
     found = Found(**{**vars(diagnosed.found), "evidence": (reading,)})
     said = verdicts(found, config, clauses)
     first = said[0]  # the worst
-    assert (first.severity, first.title) == ("high", "retrieval is carried here (passkey -8.90 nats)")
+    assert (first.severity, first.title) == (
+        "high",
+        "retrieval is carried here (passkey -8.90 nats)",
+    )
     assert "Do not replace the part" in first.text
     assert first.next == (
         'mismatch trace --model m --swap "layer18.attn:parallel(infini(segment=64), alpha=0.1); '
@@ -245,7 +261,10 @@ def test_the_command_goes_on_from_a_trace(toy_folder, tmp_path, capsys):
     assert cli.main(["diagnose", str(run), *FAST]) == 2
     assert "was made by `mismatch diagnose`, not by a trace or a probe" in capsys.readouterr().err
     assert cli.main(["diagnose", str(traced), *FAST, "--swap", "layer1:zero"]) == 2
-    assert f"the run in {traced} is of another swap: {SWAP}; this one is layer1:zero" in capsys.readouterr().err
+    assert (
+        f"the run in {traced} is of another swap: {SWAP}; this one is layer1:zero"
+        in capsys.readouterr().err
+    )
 
 
 # what is refused ---------------------------------------------------------------------------------
@@ -271,7 +290,9 @@ def test_bad_input(toy_teacher, texts):
 
 
 def test_few_documents_are_said(toy_teacher, texts):
-    made = mismatch.diagnose(toy_teacher, "layer2:mean", **texts, **SMALL | {"judged": 192, "heads": 0})
+    made = mismatch.diagnose(
+        toy_teacher, "layer2:mean", **texts, **SMALL | {"judged": 192, "heads": 0}
+    )
     assert made.run.plan["warnings"] == [
         "3 held-out documents: intervals over so few are too narrow; take --judged 512 or more, or text of more "
         "documents"
@@ -283,5 +304,7 @@ def test_what_is_not_a_number_ends_it(toy_teacher, texts, monkeypatch):
     faults.plant()
     monkeypatch.setattr(faults.Fault, "_spoilt", lambda self, y: y * float("inf"))
     with pytest.raises(NumericsError) as caught:
-        mismatch.diagnose(toy_teacher, "layer0:fault", **texts, **SMALL)  # layer 0: nothing to share in front
+        mismatch.diagnose(
+            toy_teacher, "layer0:fault", **texts, **SMALL
+        )  # layer 0: nothing to share in front
     assert "the KL of the swap is not a number" in str(caught.value)

@@ -92,5 +92,7 @@ def test_a_deleted_part_is_explained_by_nothing(diagnose):
     for name in ("scale", "delay", "rope", "size"):
         assert found.get(name).does_nothing
         assert found.get(name).share.value == 0.0
-    assert found.get("linear").share == found.get("mean").share  # of no input, a map is its constant
+    assert (
+        found.get("linear").share == found.get("mean").share
+    )  # of no input, a map is its constant
     assert found.places[0]["forced_error"] == pytest.approx(1.0)

@@ -27,6 +27,4 @@ def test_kl_grows_from_identity_to_random(smollm2):
             student = swap(model, f"layer12{attn}:{call}").model(ids).logits.log_softmax(-1)
             kl.append((teacher.exp() * (teacher - student)).sum(-1).mean().item())
     assert kl[0] == 0
-    assert all(b > 1.1 * a for a, b in itertools.pairwise(kl)), dict(
-        zip(SWAPS, kl, strict=True)
-    )
+    assert all(b > 1.1 * a for a, b in itertools.pairwise(kl)), dict(zip(SWAPS, kl, strict=True))

@@ -32,9 +32,13 @@ def student_of(model, text):
 def record(run, layout, whole, **options):
     first, last = options.get("start", 0), options.get("stop") or layout.n_layers
     seen = {}
-    wanted = [t for layer in range(first, last) for t in taps(layout, layer, inner=layer not in whole)]
+    wanted = [
+        t for layer in range(first, last) for t in taps(layout, layer, inner=layer not in whole)
+    ]
     with torch.no_grad():
-        final = run(layout, IDS, wanted, lambda tap, value: seen.__setitem__(tap, value.clone()), **options)
+        final = run(
+            layout, IDS, wanted, lambda tap, value: seen.__setitem__(tap, value.clone()), **options
+        )
     assert list(seen) == wanted
     return seen, final
 

@@ -110,7 +110,9 @@ def test_nan_is_named(tiny):
 def test_infinity_is_named(tiny):
     model = tiny("llama")
     student = operate(model, "layer2.mlp:random")
-    handle = student.model.model.layers[2].mlp.register_forward_hook(lambda m, a, out: out + float("inf"))
+    handle = student.model.model.layers[2].mlp.register_forward_hook(
+        lambda m, a, out: out + float("inf")
+    )
     with pytest.raises(NumericsError, match="infinity in the swap's activations: layer 2, mlp_out"):
         meetings(Layout.of(model), [runner_of(student)])
     handle.remove()
@@ -136,7 +138,9 @@ def test_a_change_before_the_swap_is_found(tiny):
     teacher, student = Layout.of(model), operate(model, "layer2:zero")
     probe.prove_student(teacher, student.layout, 2)
     handle = student.model.model.layers[0].mlp.register_forward_hook(lambda m, a, out: out * 1.5)
-    with pytest.raises(LayoutError, match="mlp_out of layer 0 changed, although the first swap is at layer 2"):
+    with pytest.raises(
+        LayoutError, match="mlp_out of layer 0 changed, although the first swap is at layer 2"
+    ):
         probe.prove_student(teacher, student.layout, 2)
     handle.remove()
 
