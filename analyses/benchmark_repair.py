@@ -34,15 +34,16 @@ import torch
 from matplotlib.figure import Figure
 
 import mismatch
-from mismatch import data, environment
-from mismatch.repairing.config import RepairConfig
-from mismatch.repairing.local import LocalLoss, groups
-from mismatch.repairing.part import own, parts_of, watch
-from mismatch.repairing.store import Example, Store
-from mismatch.repairing.training import Trainer
-from mismatch.repairing.weighing import relative_error
-from mismatch.repairing.written import Writer
-from mismatch.windows import windows
+from mismatch.runs import environment
+from mismatch.stages.repair.config import RepairConfig
+from mismatch.stages.repair.rungs.activation_store import Example, Store
+from mismatch.stages.repair.rungs.local import LocalLoss, groups
+from mismatch.stages.repair.rungs.loss import relative_error
+from mismatch.stages.repair.rungs.module_pair import own, parts_of, watch
+from mismatch.stages.repair.rungs.training import Trainer
+from mismatch.stages.repair.self_generated import Writer
+from mismatch.texts.documents import read
+from mismatch.texts.windows import windows
 
 SWAP = "layer12:infini(segment=64)"
 STEPS = 4  # timed together in a round
@@ -83,7 +84,7 @@ def times(config: RepairConfig, rounds: int) -> dict[str, list[float]]:
     """CPU milliseconds a token of each way, one number a round."""
     teacher, seq_len = mismatch.load(config.model), config.seq_len
     layout = teacher.layout
-    cut = windows(data.read("sotu"), teacher.tokenizer, seq_len, STEPS * seq_len, 0)
+    cut = windows(read("sotu"), teacher.tokenizer, seq_len, STEPS * seq_len, 0)
     batches = [torch.from_numpy(b.ids) for b in cut.batches(1)]
     student = mismatch.swap(teacher, *config.swap)
     part = parts_of(layout, student)[0]

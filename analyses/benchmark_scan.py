@@ -33,12 +33,15 @@ import torch
 from matplotlib.figure import Figure
 
 import mismatch
-from mismatch import data, environment, spec, surgery
-from mismatch.operating import Teacher
-from mismatch.scanning.cells import cells, columns
-from mismatch.tracing import hooks
-from mismatch.tracing.sites import taps
-from mismatch.windows import windows
+from mismatch import spec
+from mismatch.forward import hooks
+from mismatch.forward.sites import taps
+from mismatch.runs import environment
+from mismatch.stages.scan.cells import cells, columns
+from mismatch.surgery.operate import blank, holding
+from mismatch.surgery.students import Teacher
+from mismatch.texts.documents import read
+from mismatch.texts.windows import windows
 
 SWAP = "sliding_window(64, 1)"
 LIMIT = 17
@@ -77,7 +80,7 @@ def times(name: str, tokens: int, seq_len: int, rounds: int) -> tuple[dict[str, 
     """CPU seconds of each way, one number a round; and the number of layers."""
     teacher = mismatch.load(name)
     layers = teacher.layout.n_layers
-    cut = windows(data.read("wiki"), teacher.tokenizer, seq_len, tokens, 0)
+    cut = windows(read("wiki"), teacher.tokenizer, seq_len, tokens, 0)
     ids = torch.from_numpy(cut.ids)
     naive = [layer for layer in NAIVE if layer < layers] or [0]
     students = {layer: mismatch.swap(teacher, spec.format(template().at(layer))) for layer in naive}
@@ -129,10 +132,10 @@ def blocks(teacher: Teacher, ids: torch.Tensor) -> None:
     layout, kept = teacher.layout, {}
     wanted = [taps(layout, layer)[-1] for layer in range(layout.n_layers - 1)]
     hooks.run(layout, ids, wanted, lambda tap, value: kept.__setitem__(tap.layer + 1, value))
-    base = surgery.blank(layout)
+    base = blank(layout)
     every = cells(columns((template(),), ()), range(layout.n_layers), layout)
     for cell in every:
-        with surgery.holding(base, cell.placements):
+        with holding(base, cell.placements):
             stream = kept.get(cell.first)
             hooks.run(base.layout, ids, (), lambda *_: None, start=cell.first, stream=stream)
 

@@ -35,13 +35,14 @@ import torch
 from matplotlib.figure import Figure
 
 import mismatch
-from mismatch import data, environment
-from mismatch.controls import control_specs
-from mismatch.layout import Layout
-from mismatch.operating import calibrated_swap
-from mismatch.tracing import hooks
-from mismatch.tracing.sites import taps
-from mismatch.windows import windows
+from mismatch.forward import hooks
+from mismatch.forward.sites import taps
+from mismatch.models.layout import Layout
+from mismatch.runs import environment
+from mismatch.surgery.controls import control_specs
+from mismatch.surgery.students import calibrated_swap
+from mismatch.texts.documents import read
+from mismatch.texts.windows import windows
 
 SWAP = "layer12:infini(segment=64)"
 BLUE = "#4c78a8"
@@ -73,7 +74,7 @@ def main() -> None:
 def times(tokens: int, seq_len: int, rounds: int) -> dict[str, list[float]]:
     """CPU seconds of each way, one number a round."""
     teacher = mismatch.load("smollm2")
-    text = data.read("wiki")
+    text = read("wiki")
     cut = windows(text, teacher.tokenizer, seq_len, tokens, 0)
     options = {
         "calibration": "sotu",

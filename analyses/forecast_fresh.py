@@ -18,7 +18,7 @@ import pandas as pd
 import torch
 
 import mismatch
-from mismatch.files import json_text
+from mismatch.runs.files import json_text
 
 SWAPS = (
     "layer8:mamba2",

@@ -24,18 +24,18 @@ import torch
 from torch import Tensor
 
 import mismatch
-from mismatch import data
-from mismatch.repairing import stream
-from mismatch.repairing.config import RepairConfig
-from mismatch.repairing.foretold import errors
-from mismatch.repairing.judge import Judge
-from mismatch.repairing.ladder import Ladder, Texts
-from mismatch.repairing.learner import learner
-from mismatch.repairing.part import Part, watch
-from mismatch.repairing.start import read_texts
-from mismatch.repairing.store import Store
-from mismatch.tracing import hooks
-from mismatch.tracing.sites import taps
+from mismatch.forward import hooks
+from mismatch.forward.heldout import Judge
+from mismatch.forward.sites import taps
+from mismatch.stages.repair.config import RepairConfig
+from mismatch.stages.repair.forecast_readings import errors
+from mismatch.stages.repair.ladder import Ladder, Texts
+from mismatch.stages.repair.rungs import block_window_kl as stream
+from mismatch.stages.repair.rungs.activation_store import Store
+from mismatch.stages.repair.rungs.module_pair import Part, watch
+from mismatch.stages.repair.start import read_texts
+from mismatch.stages.repair.trainable import learner
+from mismatch.texts import documents as data
 
 LAYERS = (2, 10, 18, 26, 6, 14, 22, 12)
 """In the order in which they are run: stopped half-way, the record still spans the depth."""

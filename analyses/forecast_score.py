@@ -4,7 +4,8 @@
     python analyses/forecast_score.py               seconds
 
 Spearman's r of each number with the damage and with the gap that each rung closes, 95 % by resampling cells (cells of
-one layer or one mechanism are alike, so these intervals are rather too narrow). Then `mismatch.forecast` is put to the
+one layer or one mechanism are alike, so these intervals are rather too narrow). Then
+`mismatch.stages.repair.forecast` is put to the
 test: every cell is forecast from a record that holds no cell of its layer, and again from one that holds none of its
 mechanism, choice of the numbers and interval included; beside it the mean of that record, and where the mechanism is
 known the mean of its own cells. Negative results are kept.
@@ -24,10 +25,10 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from scipy import stats
 
-from mismatch import environment
-from mismatch.files import json_text
-from mismatch.forecast import MISS, NUMBERS, Swap, forecast
 from mismatch.report import style
+from mismatch.runs import environment
+from mismatch.runs.files import json_text
+from mismatch.stages.repair.forecast import MISS, NUMBERS, Swap, forecast
 
 ROOT = Path(__file__).resolve().parent.parent
 HERE = ROOT / "figures" / "forecast_score"
@@ -100,8 +101,9 @@ def table(rows: Path) -> pd.DataFrame:
     return cells
 
 
-def as_record(cells: pd.DataFrame) -> pd.DataFrame:
-    """What `mismatch.forecast` reads: mechanisms as they stand in a swap, the numbers that a repair has, gaps."""
+def as_record(cells: pd.DataFrame) ->
+pd.DataFrame:
+    """What `mismatch.stages.repair.forecast` reads: mechanisms as they stand in a swap, the numbers that a repair has, gaps."""
     sizes = {"tokens": 8192, "epochs": 3, "seq_len": 512}
     calls = cells["swap"].str.partition(":")[2]
     kept = ["layer", *NUMBERS, *(f"closed {rung}" for rung in RUNGS)]

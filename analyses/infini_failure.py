@@ -26,8 +26,8 @@ import torch
 from matplotlib.figure import Figure
 
 import mismatch
-from mismatch import environment
 from mismatch.report import style
+from mismatch.runs import environment
 
 GATE_RATES = (3e-5, 3e-4, 1e-2, 3e-2)
 USUAL, RAISED = 3e-4, 3e-2

@@ -30,8 +30,8 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 
 import mismatch
-from mismatch import environment
 from mismatch.report import style
+from mismatch.runs import environment
 
 LAYER = 12
 MECHANISMS = {

@@ -19,7 +19,7 @@ from pathlib import Path
 import pandas as pd
 
 import mismatch
-from mismatch import environment
+from mismatch.runs import environment
 
 ORDER = ("identity", "sliding_window(window=64, sinks=1)", "infini(segment=64)", "zero", "random")
 HERE = Path(__file__).resolve().parent.parent / "figures" / "layer12"

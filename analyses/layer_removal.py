@@ -19,7 +19,7 @@ import torch
 from matplotlib.figure import Figure
 
 import mismatch
-from mismatch import environment
+from mismatch.runs import environment
 
 SWAPS = {"skip": "whole block skipped", "zero": "attention deleted"}
 COLOURS = {"skip": "#d55e00", "zero": "#0072b2"}

@@ -34,11 +34,11 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, logging
 
 from mismatch.errors import MismatchError
-from mismatch.layout import FAMILIES, Layout
+from mismatch.forward.calibrate import calibrate
+from mismatch.models.layout import FAMILIES, Layout
 from mismatch.registry import mechanisms
 from mismatch.spec import parse, resolve
-from mismatch.surgery import Student, calibrators, operate
-from mismatch.tracing.calibrate import calibrate
+from mismatch.surgery.operate import Student, calibrators, operate
 
 TOKENS = 1024
 ROOT = Path(__file__).resolve().parent.parent

@@ -5,7 +5,7 @@
 
 Layer 12 of SmolLM2-135M-Instruct (dequantised from 4 bits), held-out Wikipedia in windows of 512, calibration on
 speeches, before any training; 40 % of the predictions are compared, as in a scan. One pass of the original serves all
-students (`mismatch.scanning`). Per mechanism: KL, difference of the text's own NLL, and the share of the damage of
+students (`mismatch.stages.scan`). Per mechanism: KL, difference of the text's own NLL, and the share of the damage of
 `zero` in the same slot (KL over KL; both resampled by the same documents). Beside layer 12 the compressive memory is
 put into all layers at once, with what bounds it there.
 Writes figures/mechanism_table/mechanism_table.{csv,json,png}; what the mechanisms cost is
@@ -30,10 +30,9 @@ from matplotlib.lines import Line2D
 from tqdm import tqdm
 
 import mismatch
-from mismatch import data, environment, spec
-from mismatch.files import json_text
+from mismatch import spec
 from mismatch.metrics.base import TokenSums
-from mismatch.metrics.readings import interval, resamples
+from mismatch.metrics.sums.readings import interval, resamples
 from mismatch.report.style import (
     FAINT,
     INK,
@@ -43,14 +42,17 @@ from mismatch.report.style import (
     styled,
     to_bytes,
 )  # fmt: skip
-from mismatch.scanning.cells import Cell, cells, columns, joint
-from mismatch.scanning.config import ScanConfig
-from mismatch.scanning.job import sweep_of
-from mismatch.scanning.loop import measure, prove_restored
-from mismatch.scanning.sums import Sums
-from mismatch.scanning.tasks import Task, text_task
-from mismatch.state import State
-from mismatch.windows import windows
+from mismatch.runs import environment
+from mismatch.runs.files import json_text
+from mismatch.runs.state import State
+from mismatch.stages.scan.batches import measure, prove_restored
+from mismatch.stages.scan.cells import Cell, cells, columns, joint
+from mismatch.stages.scan.config import ScanConfig
+from mismatch.stages.scan.stage import sweep_of
+from mismatch.stages.scan.sums import Sums
+from mismatch.stages.scan.tasks import Task, text_task
+from mismatch.texts.documents import calibration_and_evaluation
+from mismatch.texts.windows import windows
 
 LAYER = 12
 ROUNDING = 1e-7
@@ -151,7 +153,7 @@ def measured(args: argparse.Namespace) -> tuple[pd.DataFrame, dict]:
     made = columns(config.templates, ("zero",))
     whole = [joint(text, spec.check(spec.parse(text)), layout) for text in WHOLE]
     every = tuple(sorted([*cells(made, [args.layer], layout), *whole], key=lambda cell: cell.first))
-    learnt, held_out = data.calibration_and_evaluation(config.calibration, config.data)
+    learnt, held_out = calibration_and_evaluation(config.calibration, config.data)
     cut = windows(held_out, teacher.tokenizer, args.seq_len, args.tokens, config.seed)
     sweep = sweep_of(teacher, config, every, learnt)
     task = text_task(cut, config.scored, config.seed)

@@ -23,8 +23,8 @@ from matplotlib.figure import Figure
 from scipy import stats
 
 import mismatch
-from mismatch import environment
 from mismatch.report import style
+from mismatch.runs import environment
 
 LAYERS = (8, 12, 16, 19)
 COUNTS = (1, 4, 16)

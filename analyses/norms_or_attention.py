@@ -23,9 +23,9 @@ import torch
 from matplotlib.figure import Figure
 
 import mismatch
-from mismatch import environment
 from mismatch.report import style
-from mismatch.scanning.result import Scanned
+from mismatch.runs import environment
+from mismatch.stages.scan.result import Scanned
 
 FIGURES = Path(__file__).resolve().parent.parent / "figures"
 SIZES = {"tokens": 1536, "seq_len": 192, "batch_size": 8}

@@ -32,15 +32,17 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 import mismatch
-from mismatch import data, environment, spec
-from mismatch.metrics.readings import interval, resamples
+from mismatch import spec
+from mismatch.metrics.sums.readings import interval, resamples
 from mismatch.report import style
-from mismatch.scanning.cells import joint
-from mismatch.scanning.config import ScanConfig
-from mismatch.scanning.job import sweep_of
-from mismatch.scanning.loop import measure, prove_restored
-from mismatch.scanning.tasks import text_task
-from mismatch.windows import windows
+from mismatch.runs import environment
+from mismatch.stages.scan.batches import measure, prove_restored
+from mismatch.stages.scan.cells import joint
+from mismatch.stages.scan.config import ScanConfig
+from mismatch.stages.scan.stage import sweep_of
+from mismatch.stages.scan.tasks import text_task
+from mismatch.texts.documents import calibration_and_evaluation
+from mismatch.texts.windows import windows
 
 N_LAYERS = 30
 MECHANISMS = {
@@ -125,7 +127,7 @@ def documents(teacher: mismatch.api.Teacher, mechanism: str) -> pd.DataFrame:
         for text, layers in texts.items()
     }
     every = tuple(sorted(made, key=lambda cell: cell.first))
-    learnt, held_out = data.calibration_and_evaluation(config.calibration, config.data)
+    learnt, held_out = calibration_and_evaluation(config.calibration, config.data)
     cut = windows(held_out, teacher.tokenizer, config.seq_len, config.tokens, config.seed)
     task = text_task(cut, config.scored, config.seed)
     sweep = sweep_of(teacher, config, every, learnt)

@@ -24,9 +24,10 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 import mismatch
-from mismatch import environment, spec
+from mismatch import spec
 from mismatch.report import style
-from mismatch.scanning.result import Scanned
+from mismatch.runs import environment
+from mismatch.stages.scan.result import Scanned
 
 INNERS = {
     "infini(segment=64)": ("Infini-attention", "#d55e00"),

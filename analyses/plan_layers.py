@@ -19,8 +19,8 @@ import pandas as pd
 import torch
 
 import mismatch
-from mismatch import environment
-from mismatch.planning.result import Planned
+from mismatch.runs import environment
+from mismatch.stages.plan.result import Planned
 
 MECHANISM = "infini(segment=64)"
 PLANS = {"4": (4, False), "8": (8, False), "8_keep_retrieval": (8, True)}

@@ -22,11 +22,11 @@ import torch
 from matplotlib.figure import Figure
 
 import mismatch
-from mismatch import environment
 from mismatch.mechanisms.base import Context, Wrapper
-from mismatch.mechanisms.calling import first_of, with_first
+from mismatch.mechanisms.parts.calling import first_of, with_first
 from mismatch.registry import mechanisms
 from mismatch.report import style
+from mismatch.runs import environment
 
 FAULTS = {
     "scaled": ("doubled", "scale"),

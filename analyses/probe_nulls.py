@@ -24,11 +24,12 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import mismatch
-from mismatch import environment, probing
 from mismatch.config import ProbeConfig
-from mismatch.operating import Teacher
 from mismatch.probes import PROBES, load_probe
 from mismatch.probes.base import Probe, Setting, Subject, rows
+from mismatch.runs import environment
+from mismatch.stages.probe.stage import questions
+from mismatch.surgery.students import Teacher
 
 HERE = Path(__file__).resolve().parent.parent / "figures" / "probe_nulls"
 IDENTITY = ".attn:identity"
@@ -105,7 +106,7 @@ def main() -> None:
         lengths=(str(args.length),), depths=("0.1",),
     )  # fmt: skip
     facts = (teacher.model.config, teacher.tokenizer)
-    setting = probing.questions(config, *facts, config.data, config.calibration).setting
+    setting = questions(config, *facts, config.data, config.calibration).setting
     found = nulls(teacher, setting, args.layer)
     args.output.mkdir(parents=True, exist_ok=True)
     found.to_csv(args.output / "nulls.csv", index=False)

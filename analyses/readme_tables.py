@@ -6,7 +6,7 @@ import csv
 import re
 from pathlib import Path
 
-from mismatch.layout import FAMILIES
+from mismatch.models.layout import FAMILIES
 from mismatch.registry import mechanisms, metrics, probes
 
 README = Path(__file__).resolve().parent.parent / "README.md"

@@ -21,9 +21,9 @@ import pandas as pd
 import torch
 
 import mismatch
-from mismatch import environment
 from mismatch.report import style
-from mismatch.report.repair import repair_curve
+from mismatch.runs import environment
+from mismatch.stages.repair.report.curve_figure import repair_curve
 
 SWAPS = {"plain": "layer12:infini(segment=64)", "sink": "layer12:infini(segment=64,sinks=1)"}
 HERE = Path(__file__).resolve().parent.parent / "figures" / "repair_layer12"

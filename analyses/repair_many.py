@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
 import mismatch
-from mismatch import environment
+from mismatch.runs import environment
 
 SWAP = "layers[4-28/4]:gated_deltanet"
 ORDERS = ("sequential", "joint")

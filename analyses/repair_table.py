@@ -23,7 +23,7 @@ import torch
 from matplotlib.figure import Figure
 
 import mismatch
-from mismatch import environment
+from mismatch.runs import environment
 
 LAYER = 12
 SWAPS = {

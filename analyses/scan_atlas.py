@@ -22,9 +22,9 @@ import pandas as pd
 import torch
 
 import mismatch
-from mismatch import environment
-from mismatch.report.scan_summary import can_do, carrier, scan_verdict
-from mismatch.scanning.result import Scanned
+from mismatch.runs import environment
+from mismatch.stages.scan.result import Scanned
+from mismatch.stages.scan.words import can_do, carrier, scan_verdict
 
 SWAP = "infini(segment=64); nope; sliding_window(64); sliding_window(64, 1)"
 SIZES = {"tokens": 1536, "seq_len": 192, "samples": 8, "length": 256, "batch_size": 8}

@@ -26,11 +26,13 @@ from scipy import stats
 from torch import Tensor
 
 import mismatch
-from mismatch import data, environment, windows
+from mismatch.forward import hooks
+from mismatch.forward.sites import taps
 from mismatch.report import style
-from mismatch.scanning.result import Scanned
-from mismatch.tracing import hooks
-from mismatch.tracing.sites import taps
+from mismatch.runs import environment
+from mismatch.stages.scan.result import Scanned
+from mismatch.texts import windows
+from mismatch.texts.documents import read
 
 SIZES = {"tokens": 1536, "seq_len": 192, "batch_size": 8}
 """Those of scan_atlas.py: the same text."""
@@ -58,7 +60,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     teacher = mismatch.load("smollm2")
-    ids = windows.windows(data.read("wiki"), teacher.tokenizer, SIZES["seq_len"], SIZES["tokens"])
+    ids = windows.windows(read("wiki"), teacher.tokenizer, SIZES["seq_len"], SIZES["tokens"])
     before = measured(teacher, torch.from_numpy(ids.ids))
     if args.run is not None:
         scanned = Scanned(mismatch.load_run(args.run))

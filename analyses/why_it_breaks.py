@@ -18,8 +18,8 @@ from pathlib import Path
 import torch
 
 import mismatch
-from mismatch import environment
 from mismatch.report import style
+from mismatch.runs import environment
 
 SWAPS = {
     "infini12": "layer12:infini(segment=64)",

@@ -8,10 +8,8 @@
 The names below are imported when they are first used: `import mismatch` alone does not import torch.
 """
 
-import sys as _sys
 from importlib import import_module as _import_module
 from importlib.metadata import version as _version
-from types import ModuleType as _ModuleType
 from typing import Any as _Any
 
 _PLACES = {
@@ -27,13 +25,14 @@ _PLACES = {
     "diagnose": "mismatch.api",
     "check": "mismatch.api",
     "open_nnsight": "mismatch.api",
-    "fetch": "mismatch.fetch",
-    "load_run": "mismatch.run",
+    "fetch": "mismatch.texts.demo.fetch",
+    "load_run": "mismatch.runs.folder",
     "compare": "mismatch.report",
-    "explain": "mismatch.catalog",
-    "list_mechanisms": "mismatch.catalog",
-    "list_metrics": "mismatch.catalog",
-    "list_probes": "mismatch.catalog",
+    "errors": "mismatch.errors",
+    "explain": "mismatch.registry.explain",
+    "list_mechanisms": "mismatch.registry.explain",
+    "list_metrics": "mismatch.registry.explain",
+    "list_probes": "mismatch.registry.explain",
     "measure": "mismatch.metrics",
 }
 
@@ -46,27 +45,10 @@ def __getattr__(name: str) -> _Any:
     if name not in _PLACES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module = _import_module(_PLACES[name])
-    value = module if name == "fetch" else getattr(module, name)
+    value = module if name == "errors" else getattr(module, name)
     globals()[name] = value
     return value
 
 
 def __dir__() -> list[str]:
     return __all__
-
-
-class _Fetch(_ModuleType):
-    """`mismatch.fetch` is both a module and, in the public API, a function: the module can be called."""
-
-    def __call__(self, *args: _Any, **kwargs: _Any) -> _Any:
-        return self.fetch(*args, **kwargs)
-
-
-class _Package(_ModuleType):
-    def __setattr__(self, name: str, value: _Any) -> None:
-        if name == "fetch" and isinstance(value, _ModuleType):  # what importing the submodule does
-            value.__class__ = _Fetch
-        super().__setattr__(name, value)
-
-
-_sys.modules[__name__].__class__ = _Package

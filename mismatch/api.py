@@ -13,8 +13,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mismatch import generating, probing, saving, spec
-from mismatch.checking import (
+from mismatch import spec
+from mismatch.config import ProbeConfig, TraceConfig
+from mismatch.errors import UsageError
+from mismatch.models import generate as generating
+from mismatch.models.generate import Generated
+from mismatch.runs.folder import RunFolder, check_output
+from mismatch.runs.ranks import Ranks, joined
+from mismatch.stages.checking import (
     Check,
     check,
     check_context,
@@ -23,13 +29,9 @@ from mismatch.checking import (
     planned,
     read_text,
 )
-from mismatch.config import ProbeConfig, TraceConfig
-from mismatch.diagnosing.result import Diagnosed
-from mismatch.diagnosing.start import diagnose, diagnose_command
-from mismatch.errors import UsageError
-from mismatch.generating import Generated
-from mismatch.job import Job
-from mismatch.opening import (
+from mismatch.stages.diagnose.result import Diagnosed
+from mismatch.stages.diagnose.start import diagnose, diagnose_command
+from mismatch.stages.opening import (
     as_loaded,
     check_shares,
     create,
@@ -39,18 +41,18 @@ from mismatch.opening import (
     model_config_of,
     tokenizer_of,
 )
-from mismatch.operating import Teacher, calibrated_swap
-from mismatch.planning.result import Planned
-from mismatch.planning.start import plan, plan_command
-from mismatch.ranks import Ranks, joined
-from mismatch.repairing.result import Repaired
-from mismatch.repairing.start import repair, repair_command
-from mismatch.report.summary import plan_lines
-from mismatch.result import Probed, Result
-from mismatch.run import RunFolder, check_output
-from mismatch.scanning.result import Scanned
-from mismatch.scanning.start import scan, scan_command
-from mismatch.surgery import Student
+from mismatch.stages.plan.result import Planned
+from mismatch.stages.plan.start import plan, plan_command
+from mismatch.stages.probe.stage import ask, behind, questions
+from mismatch.stages.repair.result import Repaired
+from mismatch.stages.repair.start import repair, repair_command
+from mismatch.stages.scan.result import Scanned
+from mismatch.stages.scan.start import scan, scan_command
+from mismatch.stages.trace.report.words import plan_lines
+from mismatch.stages.trace.result import Probed, Result
+from mismatch.stages.trace.stage import Job
+from mismatch.surgery.operate import Student, saving
+from mismatch.surgery.students import Teacher, calibrated_swap
 
 __all__ = [
     "Check",
@@ -190,7 +192,7 @@ def generate(
 
 def open_nnsight(student: Student | Teacher) -> Any:
     """The (swapped) model as a ready nnsight model: `with nn.trace("text"): h = nn.model.layers[12].output.save()`."""
-    from mismatch.tracing.nnsight_backend import open_model
+    from mismatch.forward.nnsight_backend import open_model
 
     return open_model(student.model, student.tokenizer)
 
@@ -235,7 +237,7 @@ def trace(
     swapped = student is not None
     text = read_text(config, data, calibration, teacher.tokenizer, swapped=swapped)
     facts = (teacher.model.config, teacher.tokenizer)
-    after = probing.behind(config, *facts, data, calibration, swapped=swapped)
+    after = behind(config, *facts, data, calibration, swapped=swapped)
     folder = None if config.folder is None else create(config)
     path = None if folder is None else folder.path
     job = Job(config, teacher, text, student, folder, path, progress=progress, after=after)
@@ -279,9 +281,9 @@ def probe(
         check_context(teacher.model.config, config)
     check_shares(student, teacher, "probe")
     facts = (teacher.model.config, teacher.tokenizer)
-    asked = probing.questions(config, *facts, data, calibration, swapped=student is not None)
+    asked = questions(config, *facts, data, calibration, swapped=student is not None)
     folder = None if config.folder is None else create(config, kind="probe")
-    return probing.ask(config, teacher, asked, student, folder, progress)
+    return ask(config, teacher, asked, student, folder, progress)
 
 
 def probe_command(config: ProbeConfig, *, overwrite: bool = False, progress: bool = True) -> Probed:
@@ -304,13 +306,13 @@ def probe_command(config: ProbeConfig, *, overwrite: bool = False, progress: boo
         check_output(config.folder, overwrite=overwrite)
     skeleton, students = planned(config)
     facts = (skeleton.config, tokenizer_of(config))
-    asked = probing.questions(config, *facts, config.data, config.calibration)
+    asked = questions(config, *facts, config.data, config.calibration)
     if progress:
         lines = [f"swap    {line}" for line in plan_lines(plan_dict(students[0].plan))]
         print("\n".join([*lines, f"probes  {', '.join(asked.probes)}"]), file=sys.stderr)
     teacher = load(config.model, **load_options(config, Ranks()))
     folder = create(config, overwrite, kind="probe")
-    return probing.ask(config, teacher, asked, None, folder, progress)
+    return ask(config, teacher, asked, None, folder, progress)
 
 
 def trace_command(
@@ -341,7 +343,7 @@ def trace_command(
         texts = (config.data, config.calibration)
         tokenizer = tokenizer_of(config)
         text = read_text(config, *texts, tokenizer)
-        after = probing.behind(config, model_config_of(config), tokenizer, *texts)
+        after = behind(config, model_config_of(config), tokenizer, *texts)
         if progress and ranks.first:
             print(checked.text(), file=sys.stderr)
         teacher = load(config.model, **load_options(config, ranks))

@@ -2,7 +2,7 @@
 
 One class a command (`TraceConfig`, `ProbeConfig`) over what they share. Each field is described once, here. The flags
 of the command, their help, the checks of a YAML file and the errors are all made from these annotations and the texts
-under them (read by `mismatch.card`).
+under them (read by `mismatch.registry.card`).
 Precedence: flags > file > defaults. An unknown key or a wrong type is an error, never ignored.
 """
 
@@ -20,10 +20,10 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 
-from mismatch import card, spec
-from mismatch.card import REQUIRED, Arg
+from mismatch import spec
 from mismatch.errors import ConfigError
-from mismatch.registry import Registry, did_you_mean, mechanisms, metrics, probes
+from mismatch.registry import Registry, card, did_you_mean, mechanisms, metrics, probes
+from mismatch.registry.card import REQUIRED, Arg
 
 ELSEWHERE = ("output", "run_name", "fail_on", "store")
 """Fields that change where a run lies and how it exits, but none of its numbers."""

@@ -19,7 +19,9 @@ from random_models import FAMILIES, build
 from torch import nn
 
 import mismatch
-from mismatch import fetch, models, registry
+from mismatch import registry
+from mismatch.models import load as models
+from mismatch.texts.demo import fetch
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

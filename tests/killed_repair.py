@@ -18,9 +18,11 @@ import torch
 from wonderland import documents, jsonl
 
 import mismatch
-from mismatch import state
-from mismatch.repairing import closed_form, job, ladder, training
-from mismatch.repairing.store import Store
+from mismatch.runs import state
+from mismatch.stages.repair import ladder
+from mismatch.stages.repair import stage as job
+from mismatch.stages.repair.rungs import closed_form, training
+from mismatch.stages.repair.rungs.activation_store import Store
 
 SWAP = "layer2:infini(segment=16)"
 SETTINGS: dict[str, Any] = {

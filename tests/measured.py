@@ -8,15 +8,16 @@ import numpy as np
 import torch
 from torch import nn
 
-from mismatch import registry, spec, surgery
-from mismatch.checking import placed
-from mismatch.collect import Collector
-from mismatch.controls import control_specs
-from mismatch.layout import Layout
-from mismatch.loop import measure
-from mismatch.surgery import Student
-from mismatch.table import as_table
-from mismatch.windows import Windows
+from mismatch import registry, spec
+from mismatch.models.layout import Layout
+from mismatch.runs.table import as_table
+from mismatch.stages.checking import placed
+from mismatch.stages.trace.batches import measure
+from mismatch.stages.trace.meters import Collector
+from mismatch.surgery import operate as surgery
+from mismatch.surgery.controls import control_specs
+from mismatch.surgery.operate import Student
+from mismatch.texts.windows import Windows
 
 SEQ_LEN, N_DOCS = 24, 3
 

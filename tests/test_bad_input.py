@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 from wonderland import documents, jsonl
 
-from mismatch import cli, fetch
+from mismatch import cli
+from mismatch.texts.demo import fetch
 
 SWAP = "layer1:zero"
 
@@ -46,7 +47,7 @@ def say(tmp_path, monkeypatch, capsys, toy_folder, text):
         with monkeypatch.context() as patch:
             if not loads:
                 # Where the weights of every model come through.
-                patch.setattr("mismatch.models._model", load)
+                patch.setattr("mismatch.models.load._model", load)
             code = cli.main([*words, *map(str, more)])
         out, err = capsys.readouterr()
         assert out == ""
@@ -98,7 +99,7 @@ SPECS = [
 @pytest.mark.parametrize("swap, text_", SPECS, ids=[s for s, _ in SPECS])
 def test_swap(capsys, monkeypatch, tmp_path, toy_folder, verb, swap, text_):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("mismatch.models._model", None)
+    monkeypatch.setattr("mismatch.models.load._model", None)
     words = [verb, "--model", str(toy_folder), "--swap", swap, "--seq-len", "64"]
     assert cli.main(words) == 2
     out, err = capsys.readouterr()
@@ -311,12 +312,12 @@ def test_wheel_with_the_wrong_hash(tmp_path, monkeypatch, capsys):
     """What arrives is not what was pinned: nothing gets into the cache. (With the real pip: tests/test_fetch.py.)"""
     cache = tmp_path / "cache"
     monkeypatch.setenv("MISMATCH_CACHE", str(cache))
-    monkeypatch.setattr("mismatch.fetch.installed", lambda name: None)
+    monkeypatch.setattr("mismatch.texts.demo.fetch.installed", lambda name: None)
 
     def arrives(command, package):
         (Path(command[-1]) / "glassllm-1-py3-none-any.whl").write_bytes(b"something else")
 
-    monkeypatch.setattr("mismatch.wheel._run", arrives)
+    monkeypatch.setattr("mismatch.texts.demo.wheel._run", arrives)
     assert cli.main(["fetch", "glassllm", "-q"]) == 1
     out, err = capsys.readouterr()
     digest = hashlib.sha256(b"something else").hexdigest()

@@ -15,12 +15,14 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import mismatch
-from mismatch import checkpoint, models, record
 from mismatch.errors import ModelError, SurgeryError
 from mismatch.mechanisms.base import Wrapper
-from mismatch.mechanisms.calling import first_of, with_first
 from mismatch.mechanisms.identity import Identity
+from mismatch.mechanisms.parts.calling import first_of, with_first
+from mismatch.models import load as models
+from mismatch.models import swap_record as record
 from mismatch.registry import mechanisms
+from mismatch.surgery import loading as checkpoint
 
 IDS = torch.arange(3, 43).reshape(2, 20)
 
@@ -116,7 +118,7 @@ def test_without_trust_nothing_takes_it_for_the_plain_model(saved_toy):
 
 
 def test_the_code_of_the_folder_says_what_is_missing(saved_toy, monkeypatch):
-    monkeypatch.setitem(sys.modules, "mismatch.checkpoint", None)
+    monkeypatch.setitem(sys.modules, "mismatch.surgery.loading", None)
     with pytest.raises(ImportError) as caught:
         runpy.run_path(str(saved_toy / "modeling_mismatch.py"))
     version = record.read(saved_toy).version

@@ -11,8 +11,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import mismatch
-from mismatch import checkpoint, record, saving
 from mismatch.errors import MismatchError, ModelError, OutputError, RunError, SurgeryError
+from mismatch.models import swap_record as record
+from mismatch.surgery import loading as checkpoint
+from mismatch.surgery import saving
 
 IDS = torch.arange(3, 43).reshape(2, 20)
 

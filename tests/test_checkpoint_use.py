@@ -8,8 +8,8 @@ import transformers
 from transformers import AutoModelForCausalLM
 
 import mismatch
-from mismatch import record
 from mismatch.errors import SpecError, SurgeryError, UsageError
+from mismatch.models import swap_record as record
 
 IDS = torch.arange(3, 43).reshape(2, 20)
 

@@ -17,11 +17,11 @@ from mismatch.cli.parser import (
     SCAN_GROUPS,
     read,
 )
-from mismatch.diagnosing.config import DiagnoseConfig
-from mismatch.planning.config import PlanConfig
-from mismatch.repairing.config import RepairConfig
-from mismatch.run import RESUMABLE
-from mismatch.scanning.config import ScanConfig
+from mismatch.runs.folder import RESUMABLE
+from mismatch.stages.diagnose.config import DiagnoseConfig
+from mismatch.stages.plan.config import PlanConfig
+from mismatch.stages.repair.config import RepairConfig
+from mismatch.stages.scan.config import ScanConfig
 
 COMMANDS = (
     *("trace", "check", "probe", "diagnose", "scan", "plan", "repair", "generate"),

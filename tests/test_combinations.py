@@ -8,14 +8,15 @@ from measured import collector_of, cut, tokens
 from transformers import DynamicCache
 
 import mismatch
-from mismatch import spec, surgery
+from mismatch import spec
 from mismatch.config import TraceConfig
 from mismatch.errors import SpecError, SurgeryError
-from mismatch.layout import Layout
-from mismatch.loop import measure
-from mismatch.surgery import placed
-from mismatch.table import as_table
-from mismatch.tracing.calibrate import calibrate
+from mismatch.forward.calibrate import calibrate
+from mismatch.models.layout import Layout
+from mismatch.runs.table import as_table
+from mismatch.stages.trace.batches import measure
+from mismatch.surgery import operate as surgery
+from mismatch.surgery.operate import placed
 
 EXACT = 1e-4  # of the logits, between one way of feeding a text and another
 FAMILIES = ("llama", "gemma3_text", "gpt2", "gpt_neox")  # where the families differ most

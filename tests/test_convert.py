@@ -13,8 +13,9 @@ import pytest
 import torch
 import transformers
 
-from mismatch import convert, fetch, models, wheel
 from mismatch.errors import FetchError
+from mismatch.models import load as models
+from mismatch.texts.demo import convert, fetch, wheel
 
 TEXTS = [
     "Alice was beginning to get very tired of sitting by her sister on the bank.",
@@ -135,8 +136,8 @@ def test_smollm2_speaks(smollm2):
 @pytest.mark.parametrize(("text", "low", "high"), [("wiki", 12, 19), ("sotu", 26, 34)])
 def test_smollm2_perplexity(smollm2, text, low, high):
     """15.0 on wiki and 29.0 on sotu, measured over the whole texts; here over 4,096 tokens."""
-    from mismatch import data
-    from mismatch.windows import windows
+    from mismatch.texts import documents as data
+    from mismatch.texts.windows import windows
 
     fetch.fetch(text)
     cut = windows(data.read(text), smollm2.tokenizer, seq_len=1024, tokens=4096)

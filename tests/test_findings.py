@@ -5,8 +5,8 @@ from __future__ import annotations
 import pandas as pd
 import pytest
 
-from mismatch.findings import Evidence, findings_of, worth_it
-from mismatch.table import as_table
+from mismatch.runs.table import as_table
+from mismatch.stages.trace.findings import Evidence, findings_of, worth_it
 
 CLAUSES = ({"layer": 2, "slot": "attn", "mechanism": "infini"},)
 

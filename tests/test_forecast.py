@@ -11,17 +11,19 @@ import torch
 from scripts import script
 
 import mismatch
-from mismatch import forecast, registry
+from mismatch import registry
 from mismatch.api import repair_command
-from mismatch.forecast import MISS, NUMBERS, SHARES, Swap
-from mismatch.mechanisms.calling import first_of
-from mismatch.repairing import foretold, job
-from mismatch.repairing.config import RepairConfig
-from mismatch.repairing.ladder import Ladder
-from mismatch.repairing.part import parts_of
-from mismatch.repairing.rung import Rung
-from mismatch.repairing.store import Store
-from mismatch.report import repair_page
+from mismatch.mechanisms.parts.calling import first_of
+from mismatch.stages.repair import forecast
+from mismatch.stages.repair import forecast_readings as foretold
+from mismatch.stages.repair import stage as job
+from mismatch.stages.repair.config import RepairConfig
+from mismatch.stages.repair.forecast import MISS, NUMBERS, SHARES, Swap
+from mismatch.stages.repair.ladder import Ladder
+from mismatch.stages.repair.report import page as repair_page
+from mismatch.stages.repair.rungs.activation_store import Store
+from mismatch.stages.repair.rungs.module_pair import parts_of
+from mismatch.stages.repair.rungs.rung import Rung
 
 KNOWN, NEW = "planted0", "planted(never=tried)"
 TRUTH = 0.35

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 import mismatch
-from mismatch import cli, generating
+from mismatch import cli
 from mismatch.errors import UsageError
+from mismatch.models import generate as generating
 
 PROMPT = "Once upon a time"
 

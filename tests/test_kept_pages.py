@@ -9,12 +9,12 @@ import sys
 import pytest
 import torch
 
-from mismatch import pages
+from mismatch.runs import kept_pages as pages
 
 # In a process of its own: glibc serves other threads than the main one from smaller heaps.
 COUNT = """
 import resource, torch
-from mismatch.pages import kept_pages
+from mismatch.runs.kept_pages import kept_pages
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(20):

@@ -8,8 +8,8 @@ import torch
 import transformers
 
 from mismatch.errors import LayoutError
-from mismatch.layout import FAMILIES, Layout, family_of
-from mismatch.tracing import probe
+from mismatch.forward import verify as probe
+from mismatch.models.layout import FAMILIES, Layout, family_of
 
 
 def test_every_family_is_proved_on_a_model(family, tiny):

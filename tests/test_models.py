@@ -10,8 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mismatch import fetch, models, weights
 from mismatch.errors import ModelError
+from mismatch.models import folder as weights
+from mismatch.models import load as models
+from mismatch.texts.demo import fetch
 
 
 @pytest.fixture(autouse=True)

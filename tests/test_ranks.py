@@ -15,8 +15,8 @@ import pytest
 from wonderland import command
 
 from mismatch import cli
-from mismatch.ranks import Ranks, joined
-from mismatch.run import load_run
+from mismatch.runs.folder import load_run
+from mismatch.runs.ranks import Ranks, joined
 
 
 def free_port() -> int:
@@ -63,7 +63,7 @@ def finished(processes: list[subprocess.Popen]) -> list[tuple[int, str, str]]:
 def single(folder: Path, words: list[str]) -> Path:
     run = folder / "one"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("mismatch.job.write_html", lambda path: None)
+        patch.setattr("mismatch.stages.trace.stage.write_html", lambda path: None)
         assert cli.main([*words, "--output", str(run)]) == 0
     return run
 
@@ -99,7 +99,7 @@ def test_a_failure_of_the_second_rank_is_told_and_the_run_goes_on(toy_folder, tm
     broken = (
         "import os\n"
         "from mismatch.errors import NumericsError\n"
-        "from mismatch.tracing.stream import stream\n"
+        "from mismatch.forward.shared_prefix import stream\n"
         "calls = []\n"
         "def fails(*args, **kwargs):\n"
         "    calls.append(1)\n"
@@ -133,13 +133,13 @@ def test_a_failure_of_the_second_rank_is_told_and_the_run_goes_on(toy_folder, tm
 def test_another_number_of_processes_is_refused(toy_folder, tmp_path, monkeypatch, capsys):
     run = tmp_path / "run"
     words = command(tmp_path, toy_folder, "--controls", "none", "--output", str(run))
-    monkeypatch.setattr("mismatch.loop.SAVE_EVERY", -1.0)
+    monkeypatch.setattr("mismatch.stages.trace.batches.SAVE_EVERY", -1.0)
 
     def stop(*args, **kwargs):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("mismatch.job.Collector.rows", stop)
+        patch.setattr("mismatch.stages.trace.stage.Collector.rows", stop)
         assert cli.main(words) == 130
     state = json.loads((run / "state" / "state.json").read_text())
     state["fingerprint"]["ranks"] = "4"

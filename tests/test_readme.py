@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from mismatch import spec
-from mismatch.layout import FAMILIES
+from mismatch.models.layout import FAMILIES
 from mismatch.registry import mechanisms
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -8,10 +8,9 @@ from typing import Annotated, Literal
 
 import pytest
 
-from mismatch import card
-from mismatch.card import REQUIRED, Arg, CardError
 from mismatch.errors import ConfigError, SpecError, UsageError
-from mismatch.registry import Registry, did_you_mean, mechanisms, metrics
+from mismatch.registry import Registry, card, did_you_mean, mechanisms, metrics
+from mismatch.registry.card import REQUIRED, Arg, CardError
 
 SOURCE = '''"""wave: adds a wave to the stream.
 

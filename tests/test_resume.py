@@ -15,14 +15,15 @@ import yaml
 from measured import collector_of, cut, measured, students_of
 from wonderland import command
 
-from mismatch import cli, loop
+from mismatch import cli
 from mismatch.errors import OutputError
-from mismatch.layout import Layout
-from mismatch.loop import measure
-from mismatch.ranks import Ranks
-from mismatch.state import State
-from mismatch.table import as_table, to_parquet
-from mismatch.tracing.stream import stream
+from mismatch.forward.shared_prefix import stream
+from mismatch.models.layout import Layout
+from mismatch.runs.ranks import Ranks
+from mismatch.runs.state import State
+from mismatch.runs.table import as_table, to_parquet
+from mismatch.stages.trace import batches as loop
+from mismatch.stages.trace.batches import measure
 
 FINGERPRINT = {"settings": "a", "model": "b"}
 
@@ -193,7 +194,7 @@ def uninterrupted(tmp_path_factory, toy_folder):
     folder = tmp_path_factory.mktemp("whole")
     run = folder / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("mismatch.job.write_html", lambda path: None)
+        patch.setattr("mismatch.stages.trace.stage.write_html", lambda path: None)
         assert cli.main(command(folder, toy_folder, "--output", str(run))) == 0
     return folder, (run / "metrics.parquet").read_bytes()
 
@@ -232,7 +233,9 @@ def test_a_killed_process_goes_on(uninterrupted, toy_folder, tmp_path, capsys, m
     saved = json.loads((run / "state" / "state.json").read_text())["info"]["next"]
     assert 1 <= saved < 6
 
-    monkeypatch.setattr("mismatch.job.write_html", lambda path: None)  # its figures take seconds
+    monkeypatch.setattr(
+        "mismatch.stages.trace.stage.write_html", lambda path: None
+    )  # its figures take seconds
     # Other settings are refused, and the message says which.
     assert cli.main(["trace", "--resume", str(run), "--tokens", "512", "--seed", "1"]) == 2
     assert capsys.readouterr().err == (
@@ -263,10 +266,10 @@ def test_stopped_before_anything_was_saved(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("mismatch.operating.calibrate", interrupt)
+        patch.setattr("mismatch.surgery.students.calibrate", interrupt)
         assert cli.main(command(folder, toy_folder, "--output", str(run))) == 130
     assert f"hint: mismatch trace --resume {run}" in capsys.readouterr().err
-    monkeypatch.setattr("mismatch.job.write_html", lambda path: None)
+    monkeypatch.setattr("mismatch.stages.trace.stage.write_html", lambda path: None)
     assert cli.main(["trace", "--resume", str(run), "-q"]) == 0
     assert (run / "metrics.parquet").read_bytes() == all_bytes
 
@@ -275,7 +278,7 @@ def test_stopped_before_there_is_a_folder(toy_folder, tmp_path, monkeypatch, cap
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("mismatch.models.load", interrupt)
+    monkeypatch.setattr("mismatch.models.load.load", interrupt)
     run = tmp_path / "run"
     assert cli.main(command(tmp_path, toy_folder, "--output", str(run))) == 130
     assert capsys.readouterr().err == "interrupted\n"

@@ -16,9 +16,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from mismatch import files, state, table
 from mismatch.errors import OutputError, RunError
-from mismatch.run import RunFolder, check_output, load_run, made_by, run_id
+from mismatch.runs import files, state, table
+from mismatch.runs.folder import RunFolder, check_output, load_run, made_by, run_id
 
 SETTINGS = {"model": "smollm2", "swap": "layer12:infini(segment=64)", "tokens": 8192}
 NOON = datetime(2026, 11, 23, 12, 0, 0)
@@ -343,7 +343,7 @@ def test_the_manifest_is_json_for_every_reader(folder):
 
 def test_run_and_report_do_not_import_torch():
     code = (
-        "import sys, mismatch.run, mismatch.report, mismatch.report.comparison;"
+        "import sys, mismatch.runs.folder, mismatch.report, mismatch.stages.trace.report.comparison;"
         "sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mismatch import spec, surgery
-from mismatch.checking import placed
+from mismatch import spec
 from mismatch.errors import SpecError, SurgeryError
-from mismatch.layout import Layout
+from mismatch.models.layout import Layout
+from mismatch.stages.checking import placed
+from mismatch.surgery import operate as surgery
 
 IDS = torch.arange(3, 43).reshape(2, 20)
 

@@ -9,11 +9,11 @@ import torch
 from measured import SEQ_LEN, cut, measured, student_of, tokens
 
 from mismatch import registry
-from mismatch.batch import LENS_TOKENS
-from mismatch.layout import Layout
+from mismatch.forward import hooks
+from mismatch.forward.sites import massive, taps
 from mismatch.metrics import load_metric
-from mismatch.tracing import hooks
-from mismatch.tracing.sites import massive, taps
+from mismatch.models.layout import Layout
+from mismatch.stages.trace.batch import LENS_TOKENS
 
 KEY = ["student", "mode", "layer", "site", "metric", "stat", "position"]
 BATCHED = ("cka_minibatch",)  # its groups are made inside a batch

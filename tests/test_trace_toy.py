@@ -12,8 +12,8 @@ from wonderland import command, documents
 import mismatch
 from mismatch import cli, config
 from mismatch.errors import DataError, NumericsError, OutputError, UsageError
-from mismatch.run import load_run
-from mismatch.table import COLUMNS
+from mismatch.runs.folder import load_run
+from mismatch.runs.table import COLUMNS
 
 TEXTS = documents(4)
 SMALL = {"tokens": 256, "seq_len": 64, "batch_size": 2}
@@ -106,7 +106,7 @@ def test_calibration_is_read_only_when_something_calibrates(teacher):
 
 def test_half_precision_has_a_floor(toy):
     """Against the model in float32: what the format alone brings."""
-    model = mismatch.models.load(toy.info.path, dtype="bfloat16", device="cpu").model
+    model = mismatch.models.load.load(toy.info.path, dtype="bfloat16", device="cpu").model
     teacher = mismatch.load((model, toy.tokenizer))
     result = mismatch.trace(teacher, swap="layer2:zero", data=TEXTS, controls=(), **SMALL)
     assert 1e-7 < shift(result, "floor") < 1e-2 < shift(result)
@@ -180,7 +180,9 @@ def test_command_line(toy_folder, tmp_path, capsys, monkeypatch):
     # config.yaml repeats the run, to the byte, in a folder of another name.
     assert "output" not in yaml.safe_load((run / "config.yaml").read_text())
     again = tmp_path / "again"
-    monkeypatch.setattr("mismatch.job.write_html", lambda path: None)  # its figures take seconds
+    monkeypatch.setattr(
+        "mismatch.stages.trace.stage.write_html", lambda path: None
+    )  # its figures take seconds
     assert config.load(run / "config.yaml").swap == ("layer2:infini(segment=16)",)
     assert (
         cli.main(["trace", "--config", str(run / "config.yaml"), "--output", str(again), "-q"]) == 0

@@ -7,7 +7,7 @@ import io
 
 import pytest
 
-from mismatch import fetch, wikitext
+from mismatch.texts.demo import fetch, wikitext
 
 PIECES = {
     "'''Anarchism''' is a ''political'' philosophy.": "Anarchism is a political philosophy.",

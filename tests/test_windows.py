@@ -7,9 +7,9 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from mismatch.data import Documents
 from mismatch.errors import DataError
-from mismatch.windows import prefix_ids, windows
+from mismatch.texts.documents import Documents
+from mismatch.texts.windows import prefix_ids, windows
 
 WORDS = 1000
 

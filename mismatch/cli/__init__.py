@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         folder = getattr(stop, "run_dir", None)
         say("interrupted" if folder is None else f"interrupted; {folder} can be resumed")
         if folder is not None:
-            from mismatch.run import made_by
+            from mismatch.runs.folder import made_by
 
             kind = made_by(folder) or "trace"
             say(f"\nhint: mismatch {kind} --resume {folder}")

@@ -12,13 +12,14 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-from mismatch import catalog, config
+from mismatch import config
 from mismatch.cli.streams import first_rank, say
-from mismatch.diagnosing.config import DiagnoseConfig
 from mismatch.errors import NumericsError, UsageError
-from mismatch.planning.config import PlanConfig
-from mismatch.repairing.config import RepairConfig
-from mismatch.scanning.config import ScanConfig
+from mismatch.registry import explain as catalog
+from mismatch.stages.diagnose.config import DiagnoseConfig
+from mismatch.stages.plan.config import PlanConfig
+from mismatch.stages.repair.config import RepairConfig
+from mismatch.stages.scan.config import ScanConfig
 
 
 def trace(args: Namespace) -> int:
@@ -171,7 +172,7 @@ def _of_run(args: Namespace) -> dict[str, Any]:
         raise UsageError(
             f"RUN and {given} do not go together", hint="give one place to take settings from"
         )
-    from mismatch.run import made_by
+    from mismatch.runs.folder import made_by
 
     made = made_by(args.run) or "trace"
     known = FROM[args.command]
@@ -216,8 +217,8 @@ def generate(args: Namespace) -> int:
 
 
 def fetch(args: Namespace) -> int:
-    from mismatch.fetch import fetch as get
-    from mismatch.fetch import named
+    from mismatch.texts.demo.fetch import fetch as get
+    from mismatch.texts.demo.fetch import named
 
     for name in args.names:
         named(name)  # a misspelt name stops everything, before anything is downloaded
@@ -266,7 +267,7 @@ def explain(args: Namespace) -> int:
 
 
 def env(args: Namespace) -> int:
-    from mismatch import environment
+    from mismatch.runs import environment
 
     found: dict[str, Any] = {**environment.versions(), **_machine()}
     if args.json:
@@ -280,7 +281,7 @@ def _machine() -> dict[str, Any]:
     """What the models would run on."""
     import torch
 
-    from mismatch.fetch import cache_dir
+    from mismatch.texts.demo.fetch import cache_dir
 
     found: dict[str, Any] = {
         "platform": platform.platform(),
@@ -311,7 +312,7 @@ def _resume(args: Namespace) -> Path | None:
             f"--resume and {given} do not go together",
             hint="--resume goes on with the settings in the run folder",
         )
-    from mismatch.run import made_by
+    from mismatch.runs.folder import made_by
 
     kind = made_by(args.resume)
     if kind not in (None, args.command):

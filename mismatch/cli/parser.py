@@ -9,15 +9,15 @@ from collections.abc import Mapping, Sequence
 from typing import NoReturn
 
 from mismatch import config
-from mismatch.card import REQUIRED, Arg
-from mismatch.catalog import LISTS
 from mismatch.cli import commands
-from mismatch.diagnosing.config import DiagnoseConfig
 from mismatch.errors import UsageError
-from mismatch.planning.config import PlanConfig
 from mismatch.registry import did_you_mean
-from mismatch.repairing.config import RepairConfig
-from mismatch.scanning.config import ScanConfig
+from mismatch.registry.card import REQUIRED, Arg
+from mismatch.registry.explain import LISTS
+from mismatch.stages.diagnose.config import DiagnoseConfig
+from mismatch.stages.plan.config import PlanConfig
+from mismatch.stages.repair.config import RepairConfig
+from mismatch.stages.scan.config import ScanConfig
 
 GROUPS = {
     "model": ("model", "revision", "dtype", "device", "device_map"),

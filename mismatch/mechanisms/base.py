@@ -87,7 +87,7 @@ class Context:
         slot: the slot's name, `attn`, `mlp`, `norm1` ...
         n_layers, d_model: of the model.
         model_config: the transformers config of the (text) model.
-        family: the `mismatch.layout.Family`, or None where nobody asked for it.
+        family: the `mismatch.models.layout.Family`, or None where nobody asked for it.
         host: what the running forward tells (padding).
         seed: base of every random draw; draws also depend on layer and slot, never on build order.
         calibration: the calibrator after its pass, or None (always None on the meta device).

@@ -43,7 +43,7 @@ from transformers import Qwen3NextConfig
 from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextGatedDeltaNet
 
 from mismatch.mechanisms.base import Context
-from mismatch.mechanisms.mixers import Columns, Mixer, identity_taps, on_any_device
+from mismatch.mechanisms.parts.mixers import Columns, Mixer, identity_taps, on_any_device
 
 Library = on_any_device(Qwen3NextGatedDeltaNet)
 STEP_MIN, STEP_MAX, STEP_FLOOR = 0.001, 0.1, 1e-4  # softplus(dt_bias) of flash-linear-attention

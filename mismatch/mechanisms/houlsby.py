@@ -20,8 +20,8 @@ from typing import Annotated, Any, Literal
 from torch import nn
 
 from mismatch.mechanisms.base import Context, Wrapper
-from mismatch.mechanisms.bottleneck import Bottleneck
-from mismatch.mechanisms.calling import first_of, with_first
+from mismatch.mechanisms.parts.bottleneck import Bottleneck
+from mismatch.mechanisms.parts.calling import first_of, with_first
 
 
 @dataclass(frozen=True)

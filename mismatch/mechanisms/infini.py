@@ -48,11 +48,11 @@ from torch import Tensor, nn
 
 from mismatch.errors import SurgeryError
 from mismatch.mechanisms.base import Context, tensor_kind
-from mismatch.mechanisms.calling import cache_in, hidden_in
-from mismatch.mechanisms.feature_maps import elu_plus_one, signed_softmax
-from mismatch.mechanisms.own_state import OwnState, entry
-from mismatch.mechanisms.projections import AttentionParts
-from mismatch.mechanisms.segments import Grid
+from mismatch.mechanisms.parts.calling import cache_in, hidden_in
+from mismatch.mechanisms.parts.feature_maps import elu_plus_one, signed_softmax
+from mismatch.mechanisms.parts.own_state import OwnState, entry
+from mismatch.mechanisms.parts.projections import AttentionParts
+from mismatch.mechanisms.parts.segments import Grid
 
 # A smaller sigma(Q) z is no memory of this query; dividing by it would overflow float32 gradients.
 EMPTY = 1e-20

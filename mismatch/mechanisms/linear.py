@@ -34,8 +34,8 @@ from torch import Tensor, nn
 
 from mismatch.errors import SurgeryError
 from mismatch.mechanisms.base import Context, Mechanism, need_calibration, tensor_kind
-from mismatch.mechanisms.calling import cache_in, hidden_in
-from mismatch.mechanisms.own_state import count_tokens
+from mismatch.mechanisms.parts.calling import cache_in, hidden_in
+from mismatch.mechanisms.parts.own_state import count_tokens
 
 # Parts that transformers expects a pair from: output, attention weights.
 PAIRS = ("attn", "rope")

@@ -60,11 +60,11 @@ from torch import Tensor, nn
 
 from mismatch.errors import SurgeryError
 from mismatch.mechanisms.base import Context, tensor_kind
-from mismatch.mechanisms.calling import cache_in, hidden_in
-from mismatch.mechanisms.feature_maps import FeatureMap
-from mismatch.mechanisms.own_state import OwnState, entry
-from mismatch.mechanisms.packing import PackedRows
-from mismatch.mechanisms.projections import AttentionParts
+from mismatch.mechanisms.parts.calling import cache_in, hidden_in
+from mismatch.mechanisms.parts.feature_maps import FeatureMap
+from mismatch.mechanisms.parts.own_state import OwnState, entry
+from mismatch.mechanisms.parts.packing import PackedRows
+from mismatch.mechanisms.parts.projections import AttentionParts
 
 # A smaller weight of all keys is none; dividing by it would overflow float32 gradients.
 EMPTY = 1e-20

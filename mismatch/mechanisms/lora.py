@@ -26,8 +26,8 @@ from typing import Annotated, Literal
 from torch import nn
 
 from mismatch.errors import SurgeryError
-from mismatch.mechanisms.linears import matrix
-from mismatch.mechanisms.lora_layers import LowRankAdapted
+from mismatch.mechanisms.parts.linears import matrix
+from mismatch.mechanisms.parts.lora_layers import LowRankAdapted
 
 PEFT_INIT = {"kaiming": True, "gaussian": "gaussian", "pissa": "pissa", "olora": "olora"}
 FROM_WEIGHT = ("pissa", "olora")

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from mismatch.errors import SurgeryError
 from mismatch.mechanisms.base import Context, Wrapper
-from mismatch.mechanisms.linears import grafted, linear_layers, matrix, put
+from mismatch.mechanisms.parts.linears import grafted, linear_layers, matrix, put
 
 
 @dataclass(frozen=True)

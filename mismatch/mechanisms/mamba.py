@@ -32,7 +32,7 @@ from transformers import MambaConfig as LibraryConfig
 from transformers.models.mamba.modeling_mamba import MambaMixer
 
 from mismatch.mechanisms.base import Context
-from mismatch.mechanisms.mixers import Mixer, on_any_device
+from mismatch.mechanisms.parts.mixers import Mixer, on_any_device
 
 
 def scan(

@@ -42,7 +42,7 @@ from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
 
 from mismatch.errors import SurgeryError
 from mismatch.mechanisms.base import Context
-from mismatch.mechanisms.mixers import Mixer, identity_taps, on_any_device
+from mismatch.mechanisms.parts.mixers import Mixer, identity_taps, on_any_device
 
 Library = on_any_device(Mamba2Mixer)
 CHUNK = 64  # tokens computed at once; more only takes more memory on a CPU

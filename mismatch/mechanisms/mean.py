@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from mismatch.errors import SurgeryError
 from mismatch.mechanisms.base import Context, Wrapper, need_calibration, tensor_kind
-from mismatch.mechanisms.calling import first_of, with_first
+from mismatch.mechanisms.parts.calling import first_of, with_first
 
 
 @dataclass(frozen=True)

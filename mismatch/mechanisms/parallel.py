@@ -21,7 +21,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
 from mismatch.errors import SurgeryError
 from mismatch.mechanisms.base import Context, Wrapper, tensor_kind
-from mismatch.mechanisms.calling import cache_in, first_of, with_cache, with_first
+from mismatch.mechanisms.parts.calling import cache_in, first_of, with_cache, with_first
 
 if TYPE_CHECKING:
     from mismatch.spec import Call

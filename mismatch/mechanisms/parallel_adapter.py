@@ -19,8 +19,8 @@ import torch
 from torch import nn
 
 from mismatch.mechanisms.base import Context, Wrapper, tensor_kind
-from mismatch.mechanisms.bottleneck import Bottleneck
-from mismatch.mechanisms.calling import first_of, hidden_in, with_first
+from mismatch.mechanisms.parts.bottleneck import Bottleneck
+from mismatch.mechanisms.parts.calling import first_of, hidden_in, with_first
 
 
 @dataclass(frozen=True)

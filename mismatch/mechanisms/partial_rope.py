@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from mismatch.mechanisms.base import Context, Wrapper
-from mismatch.mechanisms.rotary import attention_factor, need_rotary
+from mismatch.mechanisms.parts.rotary import attention_factor, need_rotary
 
 
 @dataclass(frozen=True)

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 
 from mismatch.errors import SurgeryError
 from mismatch.mechanisms.base import Context
-from mismatch.mechanisms.linears import matrix
-from mismatch.mechanisms.lora_layers import LowRankAdapted
+from mismatch.mechanisms.parts.linears import matrix
+from mismatch.mechanisms.parts.lora_layers import LowRankAdapted
 
 BLOCK = 64  # values that share a scale
 SCALES = 256  # scales that share a scale of their own, with double quantisation

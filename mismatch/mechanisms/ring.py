@@ -31,11 +31,11 @@ from typing import Annotated, Any
 from torch import Tensor, distributed, nn
 
 from mismatch.errors import SurgeryError
-from mismatch.layout import Layout
 from mismatch.mechanisms.base import Context
-from mismatch.mechanisms.blockwise import Reads, gathered, ring_attention
-from mismatch.mechanisms.calling import cache_in, hidden_in
-from mismatch.mechanisms.projections import AttentionParts
+from mismatch.mechanisms.parts.blockwise import Reads, gathered, ring_attention
+from mismatch.mechanisms.parts.calling import cache_in, hidden_in
+from mismatch.mechanisms.parts.projections import AttentionParts
+from mismatch.models.layout import Layout
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,7 @@ from torch import nn
 
 from mismatch.errors import SurgeryError
 from mismatch.mechanisms.base import Context
-from mismatch.mechanisms.rotary import COUNTED, NewRotary, Rule
+from mismatch.mechanisms.parts.rotary import COUNTED, NewRotary, Rule
 
 
 @dataclass(frozen=True)

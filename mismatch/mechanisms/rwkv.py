@@ -47,10 +47,10 @@ from torch import Tensor, nn
 
 from mismatch.errors import SurgeryError
 from mismatch.mechanisms.base import Context, need_calibration, tensor_kind
-from mismatch.mechanisms.calling import cache_in, hidden_in
-from mismatch.mechanisms.delta_rule import chunked_delta_rule
-from mismatch.mechanisms.own_state import OwnState, entry
-from mismatch.mechanisms.projections import SEPARATE, AttentionParts
+from mismatch.mechanisms.parts.calling import cache_in, hidden_in
+from mismatch.mechanisms.parts.delta_rule import chunked_delta_rule
+from mismatch.mechanisms.parts.own_state import OwnState, entry
+from mismatch.mechanisms.parts.projections import SEPARATE, AttentionParts
 
 FASTEST = math.exp(-0.5)  # largest -log w
 EPS = 1e-5  # of GroupNorm, per channel of a head: the authors' 64e-5 at 64

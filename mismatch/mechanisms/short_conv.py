@@ -25,7 +25,7 @@ from transformers import Lfm2Config
 from transformers.models.lfm2.modeling_lfm2 import Lfm2ShortConv
 
 from mismatch.mechanisms.base import Context
-from mismatch.mechanisms.mixers import Mixer, on_any_device
+from mismatch.mechanisms.parts.mixers import Mixer, on_any_device
 
 Library = on_any_device(Lfm2ShortConv)
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mismatch.mechanisms.base import Wrapper
-from mismatch.mechanisms.calling import hidden_in, with_first
+from mismatch.mechanisms.parts.calling import hidden_in, with_first
 
 
 @dataclass(frozen=True)

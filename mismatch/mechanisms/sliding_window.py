@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from mismatch.errors import SurgeryError
 from mismatch.mechanisms.base import Context, Mechanism, Wrapper, innermost
-from mismatch.mechanisms.calling import cache_in, hidden_in
+from mismatch.mechanisms.parts.calling import cache_in, hidden_in
 
 WORDS = {"sinks": "sinks", "global_every": "global tokens"}
 

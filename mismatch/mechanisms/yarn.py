@@ -18,7 +18,7 @@ from typing import Annotated
 from torch import nn
 
 from mismatch.mechanisms.base import Context
-from mismatch.mechanisms.rotary import NewRotary, Rule
+from mismatch.mechanisms.parts.rotary import NewRotary, Rule
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from mismatch.mechanisms.base import Wrapper
-from mismatch.mechanisms.calling import first_of, with_first
+from mismatch.mechanisms.parts.calling import first_of, with_first
 
 
 @dataclass(frozen=True)

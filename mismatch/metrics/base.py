@@ -28,12 +28,12 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from mismatch.metrics.logits import LogitPair
-from mismatch.metrics.minibatch import GROUP, Groups, PairGroups, TeacherGroups
-from mismatch.metrics.moments import Moments, PairMoments, TeacherMoments, TeacherView
-from mismatch.metrics.pairs import Pair, TeacherSide, massive_tokens
-from mismatch.metrics.readings import Reading
-from mismatch.metrics.tokens import Kept, TokenSums, paired_difference
+from mismatch.metrics.sums.logits import LogitPair
+from mismatch.metrics.sums.minibatch import GROUP, Groups, PairGroups, TeacherGroups
+from mismatch.metrics.sums.moments import Moments, PairMoments, TeacherMoments, TeacherView
+from mismatch.metrics.sums.pairs import Pair, TeacherSide, massive_tokens
+from mismatch.metrics.sums.readings import Reading
+from mismatch.metrics.sums.tokens import Kept, TokenSums, paired_difference
 
 __all__ = [
     "GROUP",

@@ -14,7 +14,7 @@ form with eigenvalues and the uncentred RankMe give other numbers).
 from __future__ import annotations
 
 from mismatch.metrics.base import Metric, Moments, Reading, three
-from mismatch.metrics.gaussian import effective_rank
+from mismatch.metrics.sums.gaussian import effective_rank
 
 
 class EffectiveRank(Metric):

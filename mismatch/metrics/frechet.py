@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 
 from mismatch.metrics.base import Metric, Moments, Reading
-from mismatch.metrics.gaussian import frechet2
+from mismatch.metrics.sums.gaussian import frechet2
 
 
 class Frechet(Metric):

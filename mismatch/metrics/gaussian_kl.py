@@ -15,7 +15,7 @@ Source: closed form; shrinkage: Ledoit and Wolf 2004, section 3.3.
 from __future__ import annotations
 
 from mismatch.metrics.base import Metric, Moments, Reading
-from mismatch.metrics.gaussian import shrunk_kl
+from mismatch.metrics.sums.gaussian import shrunk_kl
 
 
 class GaussianKL(Metric):

@@ -12,7 +12,7 @@ Source: He et al. 2024 (arXiv 2405.19279), eq. 3 (kurtosis of the channels' root
 from __future__ import annotations
 
 from mismatch.metrics.base import Metric, Moments, Reading, three
-from mismatch.metrics.gaussian import kurtosis
+from mismatch.metrics.sums.gaussian import kurtosis
 
 
 class Kurtosis(Metric):

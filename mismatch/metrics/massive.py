@@ -14,7 +14,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from mismatch.metrics.base import Pair, TokenMetric
-from mismatch.metrics.pairs import log2_ratio, peaks
+from mismatch.metrics.sums.pairs import log2_ratio, peaks
 
 
 class Massive(TokenMetric):

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 
 from mismatch.metrics.base import Metric, Moments, Reading
-from mismatch.metrics.gaussian import mean_gap2
+from mismatch.metrics.sums.gaussian import mean_gap2
 
 
 class MeanShift(Metric):

@@ -10,8 +10,8 @@ from torch import Tensor
 from mismatch.errors import UsageError
 from mismatch.metrics import load_metric
 from mismatch.metrics.base import GROUP, LogitPair, Pair, PairMoments, Reading, massive_tokens
-from mismatch.metrics.meter import StudentMeter, TeacherMeter
-from mismatch.metrics.pairs import wide
+from mismatch.metrics.sums.meter import StudentMeter, TeacherMeter
+from mismatch.metrics.sums.pairs import wide
 
 
 def measure(

@@ -13,7 +13,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from mismatch.metrics.base import Pair, TokenMetric
-from mismatch.metrics.pairs import log2_ratio
+from mismatch.metrics.sums.pairs import log2_ratio
 
 
 class NormRatio(TokenMetric):

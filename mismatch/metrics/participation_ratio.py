@@ -12,7 +12,7 @@ Source: Gao et al. 2017 (bioRxiv 214262), "A theory of multineuronal dimensional
 from __future__ import annotations
 
 from mismatch.metrics.base import Metric, Moments, Reading, three
-from mismatch.metrics.gaussian import participation_ratio
+from mismatch.metrics.sums.gaussian import participation_ratio
 
 
 class ParticipationRatio(Metric):

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mismatch.errors import MismatchError
 from mismatch.metrics.base import Pair, TokenMetric
-from mismatch.metrics.pairs import log2_ratio
+from mismatch.metrics.sums.pairs import log2_ratio
 
 
 class UpdateSize(TokenMetric):

@@ -34,12 +34,11 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from mismatch.address import SWAP
 from mismatch.errors import UsageError
-from mismatch.layout import Layout
-from mismatch.metrics.readings import interval, resamples
-from mismatch.surgery import Replaced, Student
-from mismatch.table import conditions, under
+from mismatch.metrics.sums.readings import interval, resamples
+from mismatch.models.layout import Layout
+from mismatch.runs.table import SWAP, conditions, under
+from mismatch.surgery.operate import Replaced, Student
 
 TEACHER = "teacher"
 

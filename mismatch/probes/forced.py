@@ -11,10 +11,10 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from mismatch.layout import Layout
+from mismatch.forward import hooks
+from mismatch.forward.sites import Tap, taps
+from mismatch.models.layout import Layout
 from mismatch.probes.base import Subject
-from mismatch.tracing import hooks
-from mismatch.tracing.sites import Tap, taps
 
 
 def entering(layout: Layout, ids: Tensor, layers: Sequence[int]) -> dict[int, Tensor]:

@@ -26,7 +26,7 @@ from mismatch.probes.attention import Seen, watch_all
 from mismatch.probes.base import Answers, Measure, Probe, Setting, Subject
 from mismatch.probes.inputs import repeated
 from mismatch.probes.scoring import on
-from mismatch.table import under
+from mismatch.runs.table import under
 
 SKIP = 16
 """First queries that are left out where a short prefix would decide: they have little to look at."""

@@ -34,12 +34,12 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from mismatch.mechanisms.base import Mechanism
-from mismatch.mechanisms.own_state import OwnState
-from mismatch.mechanisms.projections import AttentionParts
+from mismatch.mechanisms.parts.own_state import OwnState
+from mismatch.mechanisms.parts.projections import AttentionParts
 from mismatch.probes.base import Answers, Measure, Probe, Setting, Subject, swapped_layers
 from mismatch.probes.forced import entering, update
 from mismatch.probes.scoring import finals, kl, log_probs, on
-from mismatch.table import under
+from mismatch.runs.table import under
 
 SEGMENT = 64
 """What counts as a segment where the mechanism has none: queries that are compared, text that is skipped."""

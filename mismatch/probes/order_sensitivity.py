@@ -22,7 +22,7 @@ import torch
 from mismatch.probes.base import Answers, Measure, Probe, Setting, Subject, swapped_layers
 from mismatch.probes.forced import entering, update
 from mismatch.probes.scoring import on
-from mismatch.table import under
+from mismatch.runs.table import under
 
 KEEP = (1, 16, 64)
 

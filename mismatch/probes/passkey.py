@@ -25,7 +25,7 @@ import torch
 from mismatch.probes.base import Answers, Measure, Probe, Setting, Subject
 from mismatch.probes.inputs import Prompts, passkeys
 from mismatch.probes.scoring import finals, on, scores
-from mismatch.table import under
+from mismatch.runs.table import under
 
 DIGITS = 5
 

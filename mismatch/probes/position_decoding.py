@@ -24,9 +24,9 @@ import torch
 from torch import Tensor
 
 from mismatch.errors import UsageError
+from mismatch.forward.sites import Tap, massive, taps
 from mismatch.probes.base import Answers, Measure, Probe, Setting, Subject, swapped_layers
 from mismatch.probes.scoring import finals, on
-from mismatch.tracing.sites import Tap, massive, taps
 
 SITES = 6
 RIDGE = 0.01

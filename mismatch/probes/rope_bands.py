@@ -24,7 +24,7 @@ from torch import Tensor
 from mismatch.probes.attention import Seen, watch_all
 from mismatch.probes.base import Answers, Measure, Probe, Setting, Subject, swapped_layers
 from mismatch.probes.scoring import on
-from mismatch.table import under
+from mismatch.runs.table import under
 
 BANDS = 4
 SKIP = 16

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from mismatch.errors import NumericsError, RunError
-from mismatch.layout import Layout
+from mismatch.forward import hooks
+from mismatch.forward.sites import Tap, taps
+from mismatch.models.layout import Layout
 from mismatch.probes.base import Subject
-from mismatch.tracing import hooks
-from mismatch.tracing.sites import Tap, taps
 
 CHUNK = 256
 """Tokens that go through the head at once."""
@@ -31,7 +31,7 @@ def finals(
     """Every subject's final states on one batch, the teacher's first.
 
     A student runs from its first swapped block on, from the teacher's own stream: bit-equal to a whole run
-    (`mismatch.tracing.probe` proves it of each model and student).
+    (`mismatch.forward.verify` proves it of each model and student).
 
     Args:
         subjects: the teacher first.

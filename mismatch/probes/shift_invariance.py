@@ -18,7 +18,7 @@ import torch
 
 from mismatch.probes.base import Answers, Measure, Probe, Setting, Subject
 from mismatch.probes.scoring import kl, log_probs, on
-from mismatch.table import under
+from mismatch.runs.table import under
 
 SHIFTS = (1, 256)
 LAST = 16

@@ -18,7 +18,7 @@ import torch
 from mismatch.errors import UsageError
 from mismatch.probes.base import Answers, Measure, Probe, Setting, Subject
 from mismatch.probes.scoring import finals, kl, log_probs, on
-from mismatch.table import under
+from mismatch.runs.table import under
 
 NEAR = (16, 48, 96)
 LAST = 8

@@ -6,8 +6,8 @@ compare(run_dirs)       several runs on one scale
 summary(table, ...)     the end of a trace in a terminal
 """
 
-from mismatch.report.comparison import compare
 from mismatch.report.html import write_html
-from mismatch.report.summary import summary, verdict
+from mismatch.stages.trace.report.comparison import compare
+from mismatch.stages.trace.report.words import summary, verdict
 
 __all__ = ["compare", "summary", "verdict", "write_html"]

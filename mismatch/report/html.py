@@ -9,15 +9,18 @@ from typing import Any
 import pandas as pd
 
 from mismatch.errors import UsageError
-from mismatch.files import write_atomic
-from mismatch.report import controls, probes, repair_page, style
 from mismatch.report import quantity as q
+from mismatch.report import style
 from mismatch.report.page import Html, document, grid, join, pairs, picture, tag
-from mismatch.report.plan import plan_summary
 from mismatch.report.plates import Plate, kind, plates
-from mismatch.report.scan_summary import scan_summary, scan_verdict
-from mismatch.report.summary import count, total, verdict, worst_sites
-from mismatch.run import Run, load_run
+from mismatch.runs.files import write_atomic
+from mismatch.runs.folder import Run, load_run
+from mismatch.stages.plan.figure import plan_summary
+from mismatch.stages.probe import words as probes
+from mismatch.stages.repair.report.page import sections
+from mismatch.stages.scan.words import scan_summary, scan_verdict
+from mismatch.stages.trace.report.controls_figure import output_data
+from mismatch.stages.trace.report.words import count, total, verdict, worst_sites
 
 
 def write_html(run_dir: Path | str, output: Path | str | None = None) -> Path:
@@ -100,7 +103,7 @@ def page(run: Run, drawn: Mapping[str, bytes | str]) -> str:
         return document(*head, told, *figures, *said, *end)
     if kind(run) == "repair":
         named = dict(zip((plate.name for plate in plates(run)), figures, strict=True))
-        said = repair_page.sections(run, named)
+        said = sections(run, named)
         return document(*head, *said, tag("h2", "What was replaced"), _plan(run), *end)
     asked = (
         (tag("h2", "Answers to the probes"), _probes(run)) if probes.probes_of(run.table) else ()
@@ -153,7 +156,7 @@ def _state(run: Run) -> Html:
 
 def _output(run: Run) -> Html:
     try:
-        data = controls.output_data(run.table, dictionary=run.dictionary)
+        data = output_data(run.table, dictionary=run.dictionary)
     except UsageError as missing:
         return tag("p", missing.message)
     rows = [

@@ -8,20 +8,18 @@ from dataclasses import dataclass
 import pandas as pd
 from matplotlib.figure import Figure
 
-from mismatch.report import (
-    atlas,
-    controls,
-    diagnosis,
-    gates,
-    heatmap,
-    mended,
-    plan,
-    position,
-    probes,
-    profile,
-    repair,
-)
-from mismatch.run import Run
+from mismatch.report import heatmap
+from mismatch.runs.folder import Run
+from mismatch.stages.diagnose.figure import diagnosis_data, diagnosis_figure
+from mismatch.stages.plan import figure as plan
+from mismatch.stages.probe.words import passkey, passkey_data, probes_of
+from mismatch.stages.repair.report.before_after_figure import before_after, before_after_data
+from mismatch.stages.repair.report.curve_figure import repair_data, repair_plate
+from mismatch.stages.repair.report.gates_figure import gates_data, gates_figure
+from mismatch.stages.scan import atlas
+from mismatch.stages.trace.report.controls_figure import output_data, output_shift
+from mismatch.stages.trace.report.position_figure import by_position, by_position_data
+from mismatch.stages.trace.report.profile_figure import depth_profile, depth_profile_data
 
 
 @dataclass(frozen=True)
@@ -51,8 +49,8 @@ PLATES: tuple[Plate, ...] = (
     Plate(
         "output_shift",
         "Output shift beside the controls",
-        controls.output_shift,
-        controls.output_data,
+        output_shift,
+        output_data,
         "Left: how far each student's prediction is from the teacher's. zero deletes the part, mean "
         "replaces it by its average: a swap that is not to their left has not yet earned its place. "
         "Right: the same as paired differences; a whisker that crosses 0 does not tell them apart.",
@@ -71,8 +69,8 @@ PLATES: tuple[Plate, ...] = (
     Plate(
         "depth_profile",
         "Does it heal or grow?",
-        profile.depth_profile,
-        profile.depth_profile_data,
+        depth_profile,
+        depth_profile_data,
         "Each line starts at the first layer that differs. A falling line: the layers behind repair "
         "the stream. A rising line: they amplify. Compare the swap with zero and mean at the same "
         "layer. rel_l2 is about vectors, lens_kl about what they predict; they may disagree.",
@@ -80,8 +78,8 @@ PLATES: tuple[Plate, ...] = (
     Plate(
         "position",
         "Which tokens suffer",
-        position.by_position,
-        position.by_position_data,
+        by_position,
+        by_position_data,
         "A line that rises to the right means that late tokens suffer more: context or position was "
         "lost. A jump at a dotted line comes from the border of a segment.",
         planned=True,
@@ -92,8 +90,8 @@ PROBE_PLATES = (
     Plate(
         "passkey",
         "Passkey retrieval",
-        probes.passkey,
-        probes.passkey_data,
+        passkey,
+        passkey_data,
         "Yellow is found, dark is lost. A column that is dark from some length on is a context that ends there; dark "
         "rows are a depth that was forgotten. For a mechanism with segments look at how many segments lie between key "
         "and question, not at the depth. The number tells how near a miss was: about -15 is not knowing the key.",
@@ -135,8 +133,8 @@ REPAIR_PLATES = (
     Plate(
         "repair",
         "The repair curve",
-        repair.repair_plate,
-        repair.repair_data,
+        repair_plate,
+        repair_data,
         "Each point is the student after a rung, on text that was neither learnt from nor used to choose. Lower is "
         "nearer to the teacher. Dashed: controls, which the repaired swap must be below to have earned its place. "
         "Hollow: a rung that made it worse and was undone.",
@@ -146,8 +144,8 @@ REPAIR_PLATES = (
     Plate(
         "before_after",
         "The shift before and after",
-        mended.before_after,
-        mended.before_after_data,
+        before_after,
+        before_after_data,
         "Pairs of panels on one scale: what is paler below than above was mended. Read the stream (resid_post) from "
         "the swap to the right: what stays dark at its end is what the prediction still lacks. An update (attn_out, "
         "mlp_out) that is darker after the repair is one that learnt to answer for another.",
@@ -156,8 +154,8 @@ REPAIR_PLATES = (
     Plate(
         "gates",
         "Where the gates went",
-        gates.gates_figure,
-        gates.gates_data,
+        gates_figure,
+        gates_data,
         "A gate at its dotted line was not moved by the repair: its learning rate was too small, or the swap does not "
         "need it. All heads at 0 or at 1: one branch was given up, and the table of branches says whether it matters.",
         planned=True,
@@ -170,8 +168,8 @@ DIAGNOSE_PLATES = (
     Plate(
         "diagnosis",
         "Which correction returns the damage",
-        diagnosis.diagnosis_figure,
-        diagnosis.diagnosis_data,
+        diagnosis_figure,
+        diagnosis_data,
         "Top: the three causes and the rest add up to 100. Below, one thing corrected at a time, from simple to rich: "
         "at 100 the damage is gone, at 0 that was not the matter. A richer correction often includes the simpler ones "
         "above it, so the first long bar is the one to read. Hollow bars took values from the teacher: they name a "
@@ -199,5 +197,5 @@ def plates(run: Run) -> tuple[Plate, ...]:
     """The figures of a run: of a scan the atlas; of a trace its own, and those of the probes that were asked."""
     if kind(run) in _OWN:
         return _OWN[kind(run)]
-    asked = tuple(p for p in PROBE_PLATES if p.name in probes.probes_of(run.table))
+    asked = tuple(p for p in PROBE_PLATES if p.name in probes_of(run.table))
     return asked if kind(run) == "probe" else (*PLATES, *asked)

@@ -26,7 +26,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from mismatch.errors import UsageError
-from mismatch.files import json_text, write_atomic
+from mismatch.runs.files import json_text, write_atomic
 
 WIDTH = 7.0
 """Inches: text width of a page. 3.4 is one column of two."""

@@ -6,9 +6,9 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import NoReturn
 
-from mismatch.card import REQUIRED, Arg, Card
 from mismatch.errors import SpecError
 from mismatch.registry import did_you_mean, mechanisms
+from mismatch.registry.card import REQUIRED, Arg, Card
 from mismatch.spec.grammar import Call, Clause, Spec, Target, Value
 
 INSIDE = {

@@ -13,12 +13,12 @@ from wonderland import documents, jsonl
 
 import mismatch
 from mismatch import cli
-from mismatch.diagnosing.corrections import CAUSES, SUBSETS
-from mismatch.diagnosing.found import Found
-from mismatch.diagnosing.shares import causes_of
-from mismatch.diagnosing.verdict import verdicts
 from mismatch.errors import ConfigError, DataError, NumericsError, SurgeryError, UsageError
-from mismatch.repairing.judge import Judged
+from mismatch.forward.heldout import Judged
+from mismatch.stages.diagnose.corrections import CAUSES, SUBSETS
+from mismatch.stages.diagnose.numbers import Found
+from mismatch.stages.diagnose.shapley import causes_of
+from mismatch.stages.diagnose.verdict import verdicts
 
 SMALL = {"tokens": 1024, "judged": 512, "seq_len": 64, "scored": 1.0, "calibration_tokens": 256}
 SWAP = "layer2:infini(segment=16)"
@@ -40,8 +40,8 @@ def log_probs(model, ids):
 
 
 def windows_of(teacher, texts):
-    from mismatch.data import read
-    from mismatch.windows import windows
+    from mismatch.texts.documents import read
+    from mismatch.texts.windows import windows
 
     cut = windows(read(texts["data"]), teacher.tokenizer, 64, 512, 0)
     return torch.from_numpy(cut.ids)
@@ -188,7 +188,7 @@ def test_no_branches_and_no_rope_are_not_applicable(toy_teacher, texts):
 
 
 def test_every_verdict_names_a_next_command(diagnosed, toy_teacher):
-    from mismatch.diagnosing.config import DiagnoseConfig
+    from mismatch.stages.diagnose.config import DiagnoseConfig
 
     config = DiagnoseConfig(model="m", swap=("layer18:infini(segment=64); layer16:nope",))
     reading = {

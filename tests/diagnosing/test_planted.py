@@ -7,7 +7,7 @@ import pytest
 from wonderland import documents
 
 import mismatch
-from mismatch.diagnosing.corrections import CAUSES
+from mismatch.stages.diagnose.corrections import CAUSES
 
 SMALL = {
     "tokens": 1024, "judged": 512, "seq_len": 64, "scored": 1.0, "calibration_tokens": 256,

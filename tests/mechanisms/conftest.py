@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from transformers.models.llama.modeling_llama import LlamaAttention
 from mismatch.mechanisms.base import Wrapper
-from mismatch.mechanisms.calling import first_of, with_first
+from mismatch.mechanisms.parts.calling import first_of, with_first
 
 
 @dataclass(frozen=True)

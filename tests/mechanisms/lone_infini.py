@@ -9,10 +9,10 @@ from reference_infini import reference
 from tiny_models import tiny
 from transformers import DynamicCache
 
-from mismatch.layout import Layout
 from mismatch.mechanisms.base import Context, Host
 from mismatch.mechanisms.infini import Infini, InfiniConfig
-from mismatch.mechanisms.own_state import OwnState
+from mismatch.mechanisms.parts.own_state import OwnState
+from mismatch.models.layout import Layout
 
 N = 8
 OFF, ON = -1e9, 1e9  # gates: local attention alone, memory alone

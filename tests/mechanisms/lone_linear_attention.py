@@ -6,9 +6,9 @@ import torch
 from reference_linear_attention import reference
 from tiny_models import tiny
 
-from mismatch.layout import Layout
 from mismatch.mechanisms.base import Context, Host
 from mismatch.mechanisms.linear_attention import LinearAttention, LinearAttentionConfig
+from mismatch.models.layout import Layout
 
 VARIANTS = [
     {},

@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from mismatch.mechanisms.delta_rule import CHUNK
+from mismatch.mechanisms.parts.delta_rule import CHUNK
 
 LENGTHS = (1, 2, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK + 5)
 

@@ -12,7 +12,7 @@ import torch
 from torch import distributed
 
 from mismatch.errors import SurgeryError
-from mismatch.mechanisms.blockwise import Reads, ring_attention
+from mismatch.mechanisms.parts.blockwise import Reads, ring_attention
 
 LENGTHS = {2: (9, 14), 3: (9, 4, 10)}  # runs of one text, by number of processes
 SHAPES = {  # H, KV, softcap, window, block

@@ -8,9 +8,9 @@ from tiny_models import in_chunks, part, swap, tiny, tokens
 from transformers import DynamicCache
 
 from mismatch.errors import SurgeryError
-from mismatch.layout import Layout
 from mismatch.mechanisms.base import Context, Host
 from mismatch.mechanisms.mean import Mean, MeanConfig, OutputMean
+from mismatch.models.layout import Layout
 
 FAMILIES = ("llama", "gemma3", "gpt2", "gpt_neox")
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from mismatch import catalog
 from mismatch.mechanisms import MECHANISMS
+from mismatch.registry import explain as catalog
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 TOKEN = 2 * 3 * 64 * 4

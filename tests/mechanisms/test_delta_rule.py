@@ -6,7 +6,7 @@ import pytest
 import torch
 from reference_rwkv import LENGTHS, close, recurrence
 
-from mismatch.mechanisms.delta_rule import chunked_delta_rule
+from mismatch.mechanisms.parts.delta_rule import chunked_delta_rule
 from mismatch.mechanisms.rwkv import FASTEST
 
 

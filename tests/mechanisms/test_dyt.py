@@ -7,9 +7,9 @@ import torch
 from tiny_models import FAMILIES, part, swap, tiny, tokens
 
 from mismatch.errors import SurgeryError
-from mismatch.layout import Layout
 from mismatch.mechanisms.base import Context, Host
 from mismatch.mechanisms.dyt import DyT, DyTConfig, InputScale, gain_offset
+from mismatch.models.layout import Layout
 
 
 @pytest.mark.parametrize("slot", ["norm1", "norm2"])

@@ -24,8 +24,8 @@ from lone_infini import (
 )
 from tiny_models import in_chunks, part, swap, tiny, tokens
 
-from mismatch.layout import Layout
 from mismatch.mechanisms.infini import Infini, delta, elu_plus_one, linear, retrieve
+from mismatch.models.layout import Layout
 
 # the local path -------------------------------------------------------------------
 

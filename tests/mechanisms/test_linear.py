@@ -8,12 +8,12 @@ import torch
 from tiny_models import FAMILIES, in_chunks, part, swap, tiny, tokens
 
 from mismatch import spec
-from mismatch.controls import control_specs
 from mismatch.errors import SurgeryError
-from mismatch.layout import Layout
+from mismatch.forward.sites import massive
 from mismatch.mechanisms.base import Context, Host
 from mismatch.mechanisms.linear import Linear, LinearConfig, Moments
-from mismatch.tracing.sites import massive
+from mismatch.models.layout import Layout
+from mismatch.surgery.controls import control_specs
 
 TEXT = tokens(2, 24, seed=99)  # what `swap` calibrates on
 

@@ -9,10 +9,10 @@ from lone_linear_attention import VARIANTS, by_definition, module
 from reference_linear_attention import phi
 from tiny_models import FAMILIES, in_chunks, part, positions, swap, tiny, tokens
 
-from mismatch.layout import Layout
-from mismatch.mechanisms import packing
-from mismatch.mechanisms.feature_maps import ACTIVATIONS, FeatureMap
 from mismatch.mechanisms.linear_attention import LinearAttention
+from mismatch.mechanisms.parts import packing
+from mismatch.mechanisms.parts.feature_maps import ACTIVATIONS, FeatureMap
+from mismatch.models.layout import Layout
 
 LENGTHS = (1, 2, 4, 5, 13, 22)
 OWN = ("mistral_window", "gemma2", "gemma3", "qwen2", "phi3")

@@ -10,7 +10,7 @@ from tiny_models import in_chunks, positions, swap, tokens
 from transformers import DynamicCache
 
 from mismatch.errors import SurgeryError
-from mismatch.mechanisms import packing
+from mismatch.mechanisms.parts import packing
 
 TEXTS = [
     "linear_attention",

@@ -11,7 +11,7 @@ from tiny_models import FAMILIES, part, swap, tiny, tokens
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from mismatch.mechanisms.linears import linear_layers
+from mismatch.mechanisms.parts.linears import linear_layers
 
 IDS = tokens(2, 12)
 

@@ -20,7 +20,7 @@ from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
 from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextGatedDeltaNet
 
 from mismatch.errors import SurgeryError
-from mismatch.mechanisms.mixers import by_device, on_any_device
+from mismatch.mechanisms.parts.mixers import by_device, on_any_device
 
 
 def by_hand(mixer, call, x):

@@ -8,7 +8,7 @@ from lone_mixers import CALLS, NAMES, gen, lone, name_of, rows_after, run, strea
 from tiny_models import in_chunks, part, positions, swap, tiny, tokens
 from transformers import DynamicCache
 
-from mismatch.mechanisms.mixers import States
+from mismatch.mechanisms.parts.mixers import States
 from mismatch.registry import mechanisms
 
 

@@ -7,9 +7,9 @@ import torch
 from tiny_models import FAMILIES, N_LAYERS, tiny, tokens
 
 from mismatch.errors import SurgeryError
-from mismatch.layout import Layout
 from mismatch.mechanisms.base import Context, Host
-from mismatch.mechanisms.projections import AttentionParts
+from mismatch.mechanisms.parts.projections import AttentionParts
+from mismatch.models.layout import Layout
 
 
 class Rebuilt(AttentionParts):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny_models import swap
 
-from mismatch import fetch
+from mismatch.texts.demo import fetch
 
 SWAPS = ("identity", "sliding_window(window=64, sinks=1)", "infini(segment=64)", "zero", "random")
 

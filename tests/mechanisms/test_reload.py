@@ -10,8 +10,8 @@ import torch
 from test_mechanism_contract import CALLS, LENGTH, fits, text
 from tiny_models import FAMILIES, in_chunks, positions, swap, tiny, tokens
 
-from mismatch import saving
-from mismatch.checkpoint import MismatchForCausalLM
+from mismatch.surgery import saving
+from mismatch.surgery.loading import MismatchForCausalLM
 
 TWO = ("llama", "gpt2")
 EVERYWHERE = ("infini", "dyt", "mean", "parallel", "lora", "nope")  # one of each way to be built

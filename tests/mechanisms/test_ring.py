@@ -19,7 +19,7 @@ from tiny_models import FAMILIES, in_chunks, part, positions, swap, tiny, tokens
 from torch import distributed
 
 from mismatch.errors import SurgeryError
-from mismatch.mechanisms.blockwise import Reads, ring_attention
+from mismatch.mechanisms.parts.blockwise import Reads, ring_attention
 from mismatch.mechanisms.ring import Ring, spread
 
 

@@ -10,7 +10,7 @@ import torch
 from tiny_models import in_chunks, part, positions, swap, tiny, tokens
 
 from mismatch.errors import SpecError, SurgeryError
-from mismatch.mechanisms.rotary import Rule, own_parameters
+from mismatch.mechanisms.parts.rotary import Rule, own_parameters
 
 ROTARY = (
     "llama", "mistral", "mistral_window", "qwen2", "qwen3", "gemma2", "gemma3", "olmo2", "phi3",

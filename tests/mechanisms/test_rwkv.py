@@ -11,10 +11,10 @@ from tiny_models import FAMILIES, in_chunks, part, positions, swap, tiny, tokens
 from transformers import DynamicCache
 
 from mismatch.errors import SurgeryError
-from mismatch.layout import Layout
 from mismatch.mechanisms.base import Context, Host
-from mismatch.mechanisms.delta_rule import CHUNK
+from mismatch.mechanisms.parts.delta_rule import CHUNK
 from mismatch.mechanisms.rwkv import FASTEST, RWKV, OutputPower, RWKVConfig, rank, token_before
+from mismatch.models.layout import Layout
 
 D_MODEL, H, KV, D = 24, 4, 2, 8  # of the tiny llama
 

@@ -11,9 +11,9 @@ from tiny_models import FAMILIES, N_LAYERS, in_chunks, part, swap, tiny, tokens
 from torch import nn
 
 import mismatch
-from mismatch.catalog import explain
 from mismatch.errors import MismatchError, SurgeryError
 from mismatch.registry import mechanisms
+from mismatch.registry.explain import explain
 from mismatch.spec import check, parse
 
 pytestmark = pytest.mark.usefixtures("theirs")

@@ -6,9 +6,9 @@ import pytest
 from tiny_models import swap, tiny
 
 from mismatch.errors import SpecError, SurgeryError, UsageError
-from mismatch.layout import Layout
+from mismatch.forward import verify as probe
+from mismatch.models.layout import Layout
 from mismatch.spec import format, parse
-from mismatch.tracing import probe
 
 pytestmark = pytest.mark.usefixtures("theirs")
 

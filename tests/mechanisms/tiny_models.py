@@ -13,10 +13,10 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
-from mismatch.layout import Layout
+from mismatch.forward.calibrate import calibrate
+from mismatch.models.layout import Layout
 from mismatch.spec import parse, resolve
-from mismatch.surgery import Student, calibrators, operate
-from mismatch.tracing.calibrate import calibrate
+from mismatch.surgery.operate import Student, calibrators, operate
 
 N_LAYERS = 3
 VOCAB = 61

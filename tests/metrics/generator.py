@@ -10,7 +10,7 @@ import torch
 
 from mismatch.metrics import load_metric
 from mismatch.metrics.base import LogitPair, Pair
-from mismatch.metrics.meter import StudentMeter, TeacherMeter
+from mismatch.metrics.sums.meter import StudentMeter, TeacherMeter
 
 BATCH, POS, D, VOCAB = 4, 12, 16, 50
 N_DOCS = 6

@@ -11,8 +11,8 @@ from generator import Both, batch, make
 
 from mismatch.errors import RunError
 from mismatch.metrics.base import Kept, TokenSums, paired_difference
-from mismatch.metrics.readings import RESAMPLES, interval, mean_of, resamples
-from mismatch.metrics.tokens import MAX_BLOCKS, bin_names
+from mismatch.metrics.sums.readings import RESAMPLES, interval, mean_of, resamples
+from mismatch.metrics.sums.tokens import MAX_BLOCKS, bin_names
 
 
 def filled(values, docs, positions=None, *, n_docs=None, n_pos=1, **options):

@@ -13,9 +13,9 @@ from generator import Both, batch, indep, logit_rows, pair, shifted, value
 
 from mismatch.metrics import measure
 from mismatch.metrics.base import LogitPair, Pair
-from mismatch.metrics.gaussian import Gaussian, frechet2, mean_gap2, shrunk_kl
-from mismatch.metrics.meter import StudentMeter, TeacherMeter
-from mismatch.metrics.moments import CrossSums
+from mismatch.metrics.sums.gaussian import Gaussian, frechet2, mean_gap2, shrunk_kl
+from mismatch.metrics.sums.meter import StudentMeter, TeacherMeter
+from mismatch.metrics.sums.moments import CrossSums
 
 X, Y = pair()
 Z = shifted(X)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mismatch.errors import UsageError
-from mismatch.planning.choose import Score, choose
+from mismatch.stages.plan.choose import Score, choose
 
 
 def scores(seed, layers=7, mechanisms=("a", "b")):

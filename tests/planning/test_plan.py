@@ -12,16 +12,16 @@ from wonderland import documents, jsonl
 import mismatch
 from mismatch import cli
 from mismatch.errors import ConfigError, DataError, UsageError
-from mismatch.layout import Layout
-from mismatch.operating import Teacher
-from mismatch.planning.config import PlanConfig
-from mismatch.planning.greedy import greedy
-from mismatch.planning.job import behind
-from mismatch.planning.judge import cells_of, judge, swap_of
-from mismatch.scanning.cells import cells, columns
-from mismatch.scanning.job import sweep_of
-from mismatch.scanning.tasks import text_task
-from mismatch.surgery import blank
+from mismatch.models.layout import Layout
+from mismatch.stages.plan.config import PlanConfig
+from mismatch.stages.plan.greedy import greedy
+from mismatch.stages.plan.measured import cells_of, judge, swap_of
+from mismatch.stages.plan.stage import behind
+from mismatch.stages.scan.cells import cells, columns
+from mismatch.stages.scan.stage import sweep_of
+from mismatch.stages.scan.tasks import text_task
+from mismatch.surgery.operate import blank
+from mismatch.surgery.students import Teacher
 
 SMALL = {"tokens": 256, "seq_len": 64, "samples": 3, "length": 120, "calibration_tokens": 256}
 

@@ -10,12 +10,13 @@ import torch
 from random_models import VOCAB, build
 from torch import nn
 
-from mismatch import spec, surgery
-from mismatch.controls import control_specs
-from mismatch.layout import Layout
+from mismatch import spec
 from mismatch.mechanisms.base import Calibrator
+from mismatch.models.layout import Layout
 from mismatch.probes.base import Answers, Measure, Setting, Subject
-from mismatch.surgery import Student, placed
+from mismatch.surgery import operate as surgery
+from mismatch.surgery.controls import control_specs
+from mismatch.surgery.operate import Student, placed
 
 CHARACTERS = "\n" + "".join(chr(code) for code in range(32, 127))
 LENGTH = 420

@@ -10,7 +10,7 @@ import torch
 from asking import readings, setting, student, subjects
 from random_models import LAYERS, build
 
-from mismatch.mechanisms.calling import hidden_in
+from mismatch.mechanisms.parts.calling import hidden_in
 from mismatch.probes.attention import watch_all, watching
 from mismatch.probes.base import Subject
 from mismatch.probes.heads import SKIP, Heads

@@ -11,8 +11,8 @@ from asking import readings, setting, student, subjects
 from random_models import build
 from torch.nn import functional as F
 
-from mismatch.layout import Layout
 from mismatch.mechanisms.base import Mechanism
+from mismatch.models.layout import Layout
 from mismatch.probes.base import Subject
 from mismatch.probes.forced import entering, update
 from mismatch.probes.memory import Memory, _heads, _slopes, contributions, intervened, mechanisms

@@ -9,7 +9,7 @@ from asking import readings, setting, subjects
 from random_models import build
 
 from mismatch.errors import UsageError
-from mismatch.layout import Layout
+from mismatch.models.layout import Layout
 from mismatch.probes.base import Subject
 from mismatch.probes.forced import entering, update
 from mismatch.probes.order_sensitivity import OrderSensitivity

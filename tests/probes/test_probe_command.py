@@ -12,12 +12,15 @@ from wonderland import command, documents, jsonl
 
 import mismatch
 import mismatch.cli.parser
-from mismatch import api, cli, config, models, registry, run, table
+from mismatch import api, cli, config, registry
 from mismatch.config import ProbeConfig
 from mismatch.errors import ConfigError, DataError, OutputError, UsageError
+from mismatch.models import load as models
 from mismatch.probes import PROBES
-from mismatch.report.probes import headlines, passkey, passkey_data
-from mismatch.table import conditions
+from mismatch.runs import folder as run
+from mismatch.runs import table
+from mismatch.runs.table import conditions
+from mismatch.stages.probe.words import headlines, passkey, passkey_data
 
 SHORT = [name for name in PROBES if name != "passkey"]
 """The toy's context of 128 tokens has no room for a passkey prompt."""

@@ -15,11 +15,12 @@ from asking import setting, subjects
 from random_models import FAMILIES, build
 
 import mismatch.probes as package
-from mismatch import catalog, cli
+from mismatch import cli
 from mismatch.probes import PROBES, load_probe
 from mismatch.probes.base import rows
+from mismatch.registry import explain as catalog
 from mismatch.registry import probes
-from mismatch.table import as_table, conditions
+from mismatch.runs.table import as_table, conditions
 
 FACTS = ("headline", "unit", "range", "better", "chance", "tells", "blind", "source", "needs")
 

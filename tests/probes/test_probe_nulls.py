@@ -11,9 +11,9 @@ import pytest
 from wonderland import documents
 
 import mismatch
-from mismatch import probing
 from mismatch.config import ProbeConfig
 from mismatch.probes import PROBES
+from mismatch.stages.probe import stage as probing
 
 SCRIPT = Path(__file__).resolve().parents[2] / "analyses" / "probe_nulls.py"
 

@@ -7,9 +7,9 @@ import math
 import numpy as np
 import pytest
 
-from mismatch.metrics.readings import resamples
+from mismatch.metrics.sums.readings import resamples
 from mismatch.probes.base import TEACHER, Measure, minus, rows
-from mismatch.table import as_table, conditions, under
+from mismatch.runs.table import as_table, conditions, under
 
 SWAPPED = {"swap": frozenset({3}), "zero": frozenset({3})}
 

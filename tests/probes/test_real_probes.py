@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 import mismatch
-from mismatch.report.probes import headlines
+from mismatch.stages.probe.words import headlines
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 

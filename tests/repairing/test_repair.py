@@ -10,8 +10,8 @@ import torch
 import mismatch
 from mismatch.cli import main
 from mismatch.errors import ConfigError, DataError, SurgeryError
-from mismatch.repairing.config import RepairConfig
-from mismatch.repairing.ladder import Ladder
+from mismatch.stages.repair.config import RepairConfig
+from mismatch.stages.repair.ladder import Ladder
 
 SMALL = {
     "tokens": 2048,
@@ -78,8 +78,8 @@ def test_several_places(toy_teacher, order):
 def test_an_interrupted_repair_resumes_to_the_same_weights(toy_teacher, tmp_path, monkeypatch):
     settings = {**SMALL, "tokens": 1024, "rungs": ("closed-form", "local")}
     straight = mismatch.repair(toy_teacher, "layer2:infini(segment=16)", **settings)
-    from mismatch.repairing import start
-    from mismatch.run import RunFolder
+    from mismatch.runs.folder import RunFolder
+    from mismatch.stages.repair import start
 
     config = RepairConfig(
         model="toy",

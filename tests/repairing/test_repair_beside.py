@@ -14,23 +14,23 @@ from measured import cut, student_of
 from wonderland import documents
 
 import mismatch
-from mismatch.data import read
 from mismatch.errors import ConfigError, UsageError
-from mismatch.layout import Layout
-from mismatch.operating import Teacher
-from mismatch.repairing import questions
-from mismatch.repairing.branches import MATTERS, knocked_out, verdict
-from mismatch.repairing.config import RepairConfig
-from mismatch.repairing.judge import Judge, Judged
-from mismatch.repairing.part import parts_of
-from mismatch.repairing.rows import branch_rows, rung_rows, student_rows
-from mismatch.repairing.rung import Rung
-from mismatch.report.mended import before_after, before_after_data
-from mismatch.report.repair import branch_line
-from mismatch.report.repair_page import warnings
-from mismatch.surgery import Student
-from mismatch.table import as_table
-from mismatch.windows import Windows
+from mismatch.forward.heldout import Judge, Judged
+from mismatch.models.layout import Layout
+from mismatch.runs.table import as_table
+from mismatch.stages.repair import before_after as questions
+from mismatch.stages.repair.config import RepairConfig
+from mismatch.stages.repair.knockout import MATTERS, knocked_out, verdict
+from mismatch.stages.repair.report.before_after_figure import before_after, before_after_data
+from mismatch.stages.repair.report.curve_figure import branch_line
+from mismatch.stages.repair.report.page import warnings
+from mismatch.stages.repair.rows import branch_rows, rung_rows, student_rows
+from mismatch.stages.repair.rungs.module_pair import parts_of
+from mismatch.stages.repair.rungs.rung import Rung
+from mismatch.surgery.operate import Student
+from mismatch.surgery.students import Teacher
+from mismatch.texts.documents import read
+from mismatch.texts.windows import Windows
 
 INFINI = "layer1:infini(segment=8)"
 

@@ -10,13 +10,13 @@ import torch
 from torch import nn
 
 import mismatch
-from mismatch.layout import Layout
-from mismatch.repairing import closed_form as closed
-from mismatch.repairing import stream
-from mismatch.repairing.part import own, parts_of, watch
-from mismatch.repairing.store import Store
-from mismatch.repairing.weighing import relative_error, weights
-from mismatch.surgery import Student
+from mismatch.models.layout import Layout
+from mismatch.stages.repair.rungs import block_window_kl as stream
+from mismatch.stages.repair.rungs import closed_form as closed
+from mismatch.stages.repair.rungs.activation_store import Store
+from mismatch.stages.repair.rungs.loss import relative_error, weights
+from mismatch.stages.repair.rungs.module_pair import own, parts_of, watch
+from mismatch.surgery.operate import Student
 
 
 @pytest.fixture

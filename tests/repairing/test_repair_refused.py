@@ -15,10 +15,10 @@ import mismatch
 from mismatch import config
 from mismatch.api import repair_command
 from mismatch.errors import DataError, MismatchError, OutputError
-from mismatch.repairing import job
-from mismatch.repairing.config import RepairConfig
-from mismatch.repairing.local import LocalLoss
-from mismatch.repairing.training import Trainer
+from mismatch.stages.repair import stage as job
+from mismatch.stages.repair.config import RepairConfig
+from mismatch.stages.repair.rungs.local import LocalLoss
+from mismatch.stages.repair.rungs.training import Trainer
 
 LOCAL = {"rungs": ("local",), "epochs": 1}
 

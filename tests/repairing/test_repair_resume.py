@@ -14,10 +14,11 @@ import torch
 
 from mismatch import config
 from mismatch.api import repair_command
-from mismatch.repairing import job, ladder
-from mismatch.repairing.config import RepairConfig
-from mismatch.repairing.result import Repaired
-from mismatch.repairing.training import Trainer
+from mismatch.stages.repair import ladder
+from mismatch.stages.repair import stage as job
+from mismatch.stages.repair.config import RepairConfig
+from mismatch.stages.repair.result import Repaired
+from mismatch.stages.repair.rungs.training import Trainer
 
 OTHERS = (
     *("closed-form:1", "closed-form:5", "local:0", "local:3", "block:2", "window:3"),

@@ -17,12 +17,12 @@ from wonderland import documents
 import mismatch
 from mismatch.cli import main
 from mismatch.errors import ConfigError, MismatchError
-from mismatch.repairing import learnt as module
-from mismatch.repairing.config import RepairConfig
-from mismatch.repairing.learnt import learn_from
-from mismatch.repairing.written import Writer, _Draw
-from mismatch.state import State
-from mismatch.windows import Windows
+from mismatch.runs.state import State
+from mismatch.stages.repair import training_text as module
+from mismatch.stages.repair.config import RepairConfig
+from mismatch.stages.repair.self_generated import Writer, _Draw
+from mismatch.stages.repair.training_text import learn_from
+from mismatch.texts.windows import Windows
 
 SPECIAL = (0, 1, 2)
 
@@ -96,7 +96,7 @@ def test_every_family_writes(family, tiny):
 
 
 def test_a_cache_with_room_is_the_model_s_own(family, tiny, monkeypatch):
-    from mismatch.repairing import written
+    from mismatch.stages.repair import self_generated as written
 
     model = tiny(family)
     roomy = Writer(model, Words(), 40, seed=0).write(200)
@@ -105,7 +105,7 @@ def test_a_cache_with_room_is_the_model_s_own(family, tiny, monkeypatch):
 
 
 def test_pieces_fill_windows_and_begin_as_texts_do(tiny, monkeypatch):
-    from mismatch.repairing import written
+    from mismatch.stages.repair import self_generated as written
 
     monkeypatch.setattr(written, "PIECE", 16)
     writer = Writer(tiny("llama"), Words(prefix=(1,)), 30, seed=0)
@@ -121,7 +121,7 @@ def test_pieces_fill_windows_and_begin_as_texts_do(tiny, monkeypatch):
 
 
 def test_as_many_pieces_stand_side_by_side_as_there_is_room_for(tiny, monkeypatch):
-    from mismatch.repairing import written
+    from mismatch.stages.repair import self_generated as written
 
     model = tiny("llama")
     shape = model.config
@@ -144,7 +144,7 @@ def test_as_many_pieces_stand_side_by_side_as_there_is_room_for(tiny, monkeypatc
 
 
 def test_no_more_is_written_than_there_is_time_for(tiny, monkeypatch):
-    from mismatch.repairing import written
+    from mismatch.stages.repair import self_generated as written
 
     said: list[str] = []
     clock = iter(range(0, 10_000, 4))  # the trial takes four seconds

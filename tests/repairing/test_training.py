@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from mismatch.repairing.training import Group, Trainer
-from mismatch.state import State
+from mismatch.runs.state import State
+from mismatch.stages.repair.rungs.training import Group, Trainer
 
 
 def line(steps: int = 30, **more):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from mismatch.table import SITES, as_table, dictionary
+from mismatch.runs.table import SITES, as_table, dictionary
 
 DICTIONARY = dictionary(["rel_l2", "cka_minibatch", "norm_ratio", "frechet", "lens_kl", "kl"])
 

@@ -11,8 +11,11 @@ from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 
 from mismatch.errors import RunError, UsageError
-from mismatch.report import controls, heatmap, position, profile, style
+from mismatch.report import heatmap, style
 from mismatch.report import quantity as q
+from mismatch.stages.trace.report import controls_figure as controls
+from mismatch.stages.trace.report import position_figure as position
+from mismatch.stages.trace.report import profile_figure as profile
 
 D = {"dictionary": s.DICTIONARY}
 

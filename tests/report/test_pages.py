@@ -11,11 +11,12 @@ import pytest
 import synthetic as s
 
 from mismatch.errors import RunError, UsageError
-from mismatch.report import compare, summary, verdict, write_html
-from mismatch.report.comparison import labels, together
+from mismatch.report import compare, verdict, write_html
 from mismatch.report.page import Html, tag
-from mismatch.report.summary import columns, plan_lines, worst_sites
-from mismatch.run import RunFolder, load_run
+from mismatch.runs.folder import RunFolder, load_run
+from mismatch.stages.trace.report import words as summary
+from mismatch.stages.trace.report.comparison import labels, together
+from mismatch.stages.trace.report.words import columns, plan_lines, worst_sites
 
 EVIL = '<script>alert("$x^$")</script>'
 
@@ -128,7 +129,7 @@ def test_the_figures_of_a_run_are_written_with_their_numbers(run_dir, text):
         svg = (run_dir / "figures" / f"{plate}.svg").read_bytes()
         assert base64.b64encode(svg).decode() in text
     made = json.loads((run_dir / "figures" / "position.json").read_text())
-    assert made["by"] == "mismatch.report.position.by_position"
+    assert made["by"] == "mismatch.stages.trace.report.position_figure.by_position"
     assert made["run_id"] in text
 
 

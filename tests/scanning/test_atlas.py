@@ -9,11 +9,11 @@ import pytest
 from matplotlib.colors import to_rgba
 
 from mismatch.errors import UsageError
-from mismatch.report import atlas as drawing
 from mismatch.report import style
-from mismatch.report.atlas import PANELS, atlas, atlas_data, students
-from mismatch.report.scan_summary import scan_summary, scan_verdict
-from mismatch.table import as_table
+from mismatch.runs.table import as_table
+from mismatch.stages.scan import atlas as drawing
+from mismatch.stages.scan.atlas import PANELS, atlas, atlas_data, students
+from mismatch.stages.scan.words import scan_summary, scan_verdict
 
 PLAN = {
     "columns": [
@@ -239,6 +239,6 @@ def test_a_table_without_a_scan():
 
 
 def test_every_panel_has_a_task():
-    from mismatch.scanning.config import TASKS
+    from mismatch.stages.scan.config import TASKS
 
     assert tuple(panel.task for panel in PANELS) == TASKS

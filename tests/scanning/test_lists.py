@@ -6,7 +6,7 @@ import pytest
 
 from mismatch import spec
 from mismatch.errors import ConfigError, SpecError
-from mismatch.scanning.config import ScanConfig
+from mismatch.stages.scan.config import ScanConfig
 
 
 def test_templates_are_swaps_once_they_have_a_layer():

@@ -9,18 +9,19 @@ import pytest
 import torch
 from measured import cut, measured, student_of
 
-from mismatch import registry, spec, surgery
+from mismatch import registry, spec
 from mismatch.errors import LayoutError, NumericsError, RunError, SurgeryError
-from mismatch.layout import Layout
 from mismatch.mechanisms.base import Mechanism
-from mismatch.scanning import sweep as sweeping
-from mismatch.scanning.cells import cells, columns, joint, refused, skeleton_of
-from mismatch.scanning.loop import measure, prove, prove_restored
-from mismatch.scanning.prepare import Prepared
-from mismatch.scanning.sums import Sums
-from mismatch.scanning.sweep import Sweep
-from mismatch.scanning.tasks import Task, text_task
-from mismatch.table import as_table
+from mismatch.models.layout import Layout
+from mismatch.runs.table import as_table
+from mismatch.stages.scan import sweep as sweeping
+from mismatch.stages.scan.batches import measure, prove, prove_restored
+from mismatch.stages.scan.cells import cells, columns, joint, refused, skeleton_of
+from mismatch.stages.scan.prepared import Prepared
+from mismatch.stages.scan.sums import Sums
+from mismatch.stages.scan.sweep import Sweep
+from mismatch.stages.scan.tasks import Task, text_task
+from mismatch.surgery import operate as surgery
 
 SWAP = "infini(segment=8); nope; sliding_window(8, 1); identity; random; mlp:random"
 
@@ -164,7 +165,7 @@ def test_a_task_reads_the_log_loss_of_the_tokens_it_asks_for(tiny):
     teacher = table[(table["student"] == "teacher") & (table["metric"] == "passkey")].iloc[0]
     assert teacher["value"] == pytest.approx(float(means[None].mean()), rel=1e-5)
     # The interval resamples rows: that of five numbers, by the house's own bootstrap.
-    from mismatch.metrics.readings import mean_of
+    from mismatch.metrics.sums.readings import mean_of
 
     _, lo, hi, _ = mean_of(own.numpy(), np.ones(5))
     row = value(table, "random", 2, "passkey", "logprob_minus_teacher")

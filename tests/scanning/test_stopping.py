@@ -10,18 +10,19 @@ from measured import cut
 from test_ranks import finished, start
 from wonderland import documents, jsonl
 
-from mismatch import cli, spec, surgery
+from mismatch import cli, spec
 from mismatch.errors import OutputError
-from mismatch.layout import Layout
-from mismatch.ranks import Ranks
-from mismatch.scanning import loop
-from mismatch.scanning.cells import cells, columns
-from mismatch.scanning.loop import measure
-from mismatch.scanning.sums import Sums
-from mismatch.scanning.sweep import Sweep
-from mismatch.scanning.tasks import text_task
-from mismatch.state import State
-from mismatch.table import as_table, to_parquet
+from mismatch.models.layout import Layout
+from mismatch.runs.ranks import Ranks
+from mismatch.runs.state import State
+from mismatch.runs.table import as_table, to_parquet
+from mismatch.stages.scan import batches as loop
+from mismatch.stages.scan.batches import measure
+from mismatch.stages.scan.cells import cells, columns
+from mismatch.stages.scan.sums import Sums
+from mismatch.stages.scan.sweep import Sweep
+from mismatch.stages.scan.tasks import text_task
+from mismatch.surgery import operate as surgery
 
 PRINT = {"settings": "a"}
 
@@ -61,14 +62,14 @@ def whole(parts):
 @pytest.fixture(autouse=True)
 def one_cell_at_a_time(monkeypatch):
     """The head after every cell, so that there is a border to stop at; saving only when stopped."""
-    monkeypatch.setattr("mismatch.scanning.sweep.HELD", 1)
+    monkeypatch.setattr("mismatch.stages.scan.sweep.HELD", 1)
 
 
 @pytest.mark.parametrize("held", [1, 1 << 28])
 @pytest.mark.parametrize("stop", [1, 2, 5, 6, 7, 12, 17])
 def test_stopped_between_any_two_cells(parts, whole, tmp_path, monkeypatch, stop, held):
     """Also where the final states of all cells fit into memory: none is held back when one asks to stop."""
-    monkeypatch.setattr("mismatch.scanning.sweep.HELD", held)
+    monkeypatch.setattr("mismatch.stages.scan.sweep.HELD", held)
     state, again = State(tmp_path / "state"), []
     with pytest.raises(KeyboardInterrupt):
         parts(state, stop=stop)
@@ -105,7 +106,7 @@ def test_killed_it_goes_on_from_the_last_save(parts, whole, tmp_path, monkeypatc
 
 def test_it_saves_while_a_batch_runs(parts, whole, tmp_path, monkeypatch):
     """A batch may take minutes: what was run is not held back until its end."""
-    monkeypatch.setattr("mismatch.scanning.sweep.HELD", 1 << 28)
+    monkeypatch.setattr("mismatch.stages.scan.sweep.HELD", 1 << 28)
     monkeypatch.setattr(loop, "SAVE_EVERY", -1.0)
     saved, real = [], State.save
 
@@ -161,7 +162,7 @@ def command(folder, model, *more):
 def uninterrupted(tmp_path_factory, toy_folder):
     folder = tmp_path_factory.mktemp("whole")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("mismatch.scanning.job.write_html", lambda path: None)
+        patch.setattr("mismatch.stages.scan.stage.write_html", lambda path: None)
         assert cli.main(command(folder, toy_folder, "--output", str(folder / "run"))) == 0
     return folder, (folder / "run" / "metrics.parquet").read_bytes()
 
@@ -171,7 +172,7 @@ def test_the_command_is_stopped_and_goes_on(
 ):
     folder, all_bytes = uninterrupted
     run = tmp_path / "run"
-    monkeypatch.setattr("mismatch.scanning.job.write_html", lambda path: None)
+    monkeypatch.setattr("mismatch.stages.scan.stage.write_html", lambda path: None)
     real, calls = loop.Sweep.run, []
 
     def stopped(self, *args, **kwargs):
@@ -206,7 +207,7 @@ def test_the_command_is_stopped_and_goes_on(
 def test_two_processes_write_the_bytes_of_one(uninterrupted, toy_folder, tmp_path):
     folder, all_bytes = uninterrupted
     run = tmp_path / "two"
-    before = "from mismatch.scanning import job as scans\nscans.write_html = lambda path: None"
+    before = "from mismatch.stages.scan import job as scans\nscans.write_html = lambda path: None"
     done = finished(start(command(folder, toy_folder, "--output", str(run)), before))
     assert [code for code, _, _ in done] == [0, 0], done
     assert done[0][1].splitlines()[-1] == str(run)
@@ -227,7 +228,9 @@ def alone_layers(folder):
 def test_more_processes_than_cells(toy_folder, tmp_path, monkeypatch, capsys):
     from contextlib import nullcontext
 
-    monkeypatch.setattr("mismatch.scanning.start.joined", lambda device: nullcontext(Ranks(0, 9)))
+    monkeypatch.setattr(
+        "mismatch.stages.scan.start.joined", lambda device: nullcontext(Ranks(0, 9))
+    )
     assert (
         cli.main(command(tmp_path, toy_folder, "--layers", "1", "--output", str(tmp_path / "r")))
         == 2

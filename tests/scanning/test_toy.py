@@ -11,7 +11,7 @@ import mismatch
 from mismatch import cli, registry
 from mismatch.errors import SpecError, UsageError
 from mismatch.mechanisms.base import Wrapper
-from mismatch.run import load_run
+from mismatch.runs.folder import load_run
 
 SMALL = {"tokens": 256, "seq_len": 64, "samples": 3, "length": 120, "calibration_tokens": 256}
 

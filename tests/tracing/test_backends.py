@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mismatch import spec, surgery
-from mismatch.checking import placed
-from mismatch.layout import Layout
-from mismatch.tracing import hooks
-from mismatch.tracing.sites import taps
+from mismatch import spec
+from mismatch.forward import hooks
+from mismatch.forward.sites import taps
+from mismatch.models.layout import Layout
+from mismatch.stages.checking import placed
+from mismatch.surgery import operate as surgery
 
 IDS = torch.arange(3, 43).reshape(2, 20)
 SWAPS = [
@@ -45,7 +46,7 @@ def record(run, layout, whole, **options):
 
 @pytest.mark.parametrize("text", SWAPS)
 def test_nnsight_and_hooks_are_bit_equal(tiny, text):
-    from mismatch.tracing import nnsight_backend
+    from mismatch.forward import nnsight_backend
 
     model = tiny("llama")
     student = student_of(model, text)

@@ -5,14 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mismatch import spec, surgery
-from mismatch.checking import placed
+from mismatch import spec
 from mismatch.errors import LayoutError, NumericsError, RunError
-from mismatch.layout import Layout
-from mismatch.loop import runner_of
-from mismatch.tracing import hooks, probe
-from mismatch.tracing.sites import massive, taps
-from mismatch.tracing.stream import Runner, stream
+from mismatch.forward import hooks
+from mismatch.forward import verify as probe
+from mismatch.forward.shared_prefix import Runner, stream
+from mismatch.forward.sites import massive, taps
+from mismatch.models.layout import Layout
+from mismatch.stages.checking import placed
+from mismatch.stages.trace.batches import runner_of
+from mismatch.surgery import operate as surgery
 
 IDS = torch.arange(3, 43).reshape(2, 20)
 

@@ -1,0 +1,156 @@
+"""Prove a layout on the loaded model by running it, before any number is believed.
+
+Names and shapes are not enough: a module can have the right name and feed nothing. So on a few tokens:
+1. every site fires exactly once per forward, as `batch pos d_model`;
+2. the parts add up: resid_mid = resid_pre + attn_out, resid_post = resid_mid + mlp_out, and one block's resid_post
+   is the next one's resid_pre;
+3. the head on the final states gives the model's own logits, bit for bit;
+4. the suffix from the middle block, given the stored stream, gives the same final states, bit for bit;
+5. a change of attn_out, of mlp_out and of resid_post moves the logits.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mismatch.errors import LayoutError
+from mismatch.forward import hooks
+from mismatch.forward.sites import Tap, taps, tensor_of
+from mismatch.models.layout import Layout
+
+TOKENS = 8
+
+
+def prove(layout: Layout) -> None:
+    """Run the five checks above.
+
+    Raises:
+        LayoutError: says which check failed, at which layer and site, with the numbers.
+    """
+    device = next(layout.model.parameters()).device
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, layout.vocab, (2, TOKENS), generator=generator).to(device)
+    values: dict[tuple[int, str], Tensor] = {}
+
+    def visit(tap: Tap, value: Tensor) -> None:
+        if (tap.layer, tap.site) in values:
+            raise _wrong(layout, tap.layer, tap.site, "fires more than once per forward")
+        if value.shape != (*ids.shape, layout.d_model):
+            wanted = (*ids.shape, layout.d_model)
+            raise _wrong(
+                layout, tap.layer, tap.site, f"has shape {tuple(value.shape)}, not {wanted}"
+            )
+        values[tap.layer, tap.site] = value
+
+    every = [t for layer in range(layout.n_layers) for t in taps(layout, layer)]
+    with torch.no_grad():
+        final = hooks.run(layout, ids, every, visit)
+        for tap in every:
+            if (tap.layer, tap.site) not in values:
+                raise _wrong(layout, tap.layer, tap.site, "never fires")
+        _adds_up(layout, values)
+        logits = layout.model(input_ids=ids, use_cache=False).logits
+        if not torch.equal(layout.head(final), logits):
+            raise LayoutError(
+                f"the head of this {layout.family.name} model does more than its layout says: "
+                f"logits differ by {(layout.head(final) - logits).abs().max():.3g}"
+            )
+        middle = layout.n_layers // 2
+        if middle > 0:
+            again = hooks.run(
+                layout, ids, (), visit, start=middle, stream=values[middle - 1, "resid_post"]
+            )
+            if not torch.equal(again, final):
+                raise LayoutError(
+                    f"running from block {middle} on the stored stream does not repeat the forward of this "
+                    f"{layout.family.name} model (off by {(again - final).abs().max():.3g})"
+                )
+        for tap in taps(layout, middle):
+            if tap.side == "out" and not _moves(layout, ids, tap, final):
+                raise _wrong(
+                    layout, tap.layer, tap.site, "can be changed without changing the output"
+                )
+
+
+def _adds_up(layout: Layout, values: dict[tuple[int, str], Tensor]) -> None:
+    for layer in range(layout.n_layers):
+        pre, attn, mlp, post = (
+            values[layer, site] for site in ("resid_pre", "attn_out", "mlp_out", "resid_post")
+        )
+        if not layout.parallel and not _near(pre + attn, values[layer, "resid_mid"]):
+            raise _wrong(layout, layer, "resid_mid", "is not resid_pre + attn_out")
+        if not _near(pre + attn + mlp, post):
+            raise _wrong(layout, layer, "resid_post", "is not resid_pre + attn_out + mlp_out")
+        if layer > 0 and not torch.equal(pre.cpu(), values[layer - 1, "resid_post"].cpu()):
+            raise _wrong(layout, layer, "resid_pre", "is not what the block before gave")
+
+
+def _near(a: Tensor, b: Tensor) -> bool:
+    # Sums of a few terms in the model's own precision: a few roundings of the largest value.
+    bound = 16 * torch.finfo(b.dtype).eps * float(b.abs().max())
+    return float((a - b).abs().max()) <= bound
+
+
+def _moves(layout: Layout, ids: Tensor, tap: Tap, final: Tensor) -> bool:
+    def nudge(_module: object, _args: object, out: object) -> object:
+        value = tensor_of(out)
+        changed = value + value.abs().mean() * torch.sign(value)
+        return (changed, *out[1:]) if isinstance(out, tuple) else changed
+
+    handle = tap.module(layout).register_forward_hook(nudge)
+    try:
+        return not torch.equal(
+            layout.decoder(input_ids=ids, use_cache=False).last_hidden_state, final
+        )
+    finally:
+        handle.remove()
+
+
+def _wrong(layout: Layout, layer: int, site: str, what: str) -> LayoutError:
+    return LayoutError(
+        f"layout `{layout.family.name}` does not fit this {type(layout.model).__name__}: "
+        f"{site} of layer {layer} {what}",
+        hint="was the model changed before it came here? `mismatch` wants the untouched model",
+    )
+
+
+def prove_student(teacher: Layout, student: Layout, first: int | None) -> None:
+    """Prove on a few tokens that nothing in front of the swap changed, so that the prefix may be shared.
+
+    The student runs whole; every site before block `first` must be bit-equal to the teacher's, and its suffix from the
+    stored stream must be bit-equal to its own whole run. A student without such a prefix only runs: a part that cannot
+    be called, or gives what its place cannot take, is found here.
+
+    Raises:
+        LayoutError: a site before the swap differs.
+        SurgeryError: as a mechanism says of itself.
+    """
+    device = next(teacher.model.parameters()).device
+    ids = torch.randint(
+        0, teacher.vocab, (1, TOKENS), generator=torch.Generator().manual_seed(0)
+    ).to(device)
+    if first is None or first == 0:
+        with torch.no_grad():
+            hooks.run(student, ids, (), lambda _tap, _value: None)
+        return
+    wanted = [t for layer in range(first) for t in taps(teacher, layer)]
+    ours: dict[Tap, Tensor] = {}
+    theirs: dict[Tap, Tensor] = {}
+    with torch.no_grad():
+        hooks.run(teacher, ids, wanted, ours.__setitem__)
+        whole = hooks.run(student, ids, wanted, theirs.__setitem__)
+        for tap in wanted:
+            if not torch.equal(ours[tap], theirs[tap]):
+                raise _wrong(
+                    student,
+                    tap.layer,
+                    tap.site,
+                    f"changed, although the first swap is at layer {first}",
+                )
+        suffix = hooks.run(student, ids, (), ours.__setitem__, start=first, stream=ours[wanted[-1]])
+        if not torch.equal(suffix, whole):
+            raise LayoutError(
+                f"the swapped model run from block {first} differs from its whole run by "
+                f"{(suffix - whole).abs().max():.3g}: a part carries state from one call to the next"
+            )

@@ -1,0 +1,1 @@
+"""What mechanisms share: one file a part. No mechanism stands here."""

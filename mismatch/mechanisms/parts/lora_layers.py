@@ -1,0 +1,96 @@
+"""What `lora` and `qlora` share: which matrices get an adapter, and peft's layer around each.
+
+    y = base(x) + s B A x,    s = alpha / r,  or alpha / sqrt(r) with rslora
+
+The layers are peft's own (`peft.tuners.lora.Linear`), so names of tensors, scaling, initialisation
+and DoRA are peft's; peft's model-level surgery is not used, because it would freeze the tensors that
+the teacher shares.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from mismatch.errors import SurgeryError
+from mismatch.mechanisms.base import Context, Wrapper, innermost
+from mismatch.mechanisms.parts.linears import ALL, grafted, linear_layers, put, seed_of, targets
+
+# peft imports bitsandbytes where it is there, which then tells that a kernel it can do without could
+# not be fetched from the hub.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+
+from peft import LoraConfig  # noqa: E402
+from peft.tuners.lora import Linear  # noqa: E402
+
+ADAPTER = "default"
+"""The adapter's name in peft's tables, and so in the names of the tensors: `lora_A.default.weight`."""
+
+DEFAULT_TARGETS = (("q_proj", "v_proj"), ("qkv_proj",), ("query_key_value",), ("c_attn",))
+"""Queries and values, as in the LoRA paper; where a family fuses them, the fused projection."""
+
+
+class LowRankAdapted(Wrapper):
+    """A part in which peft's layers stand around some matrices. Subclasses say what lies below each.
+
+    The config has `targets`, `r`, `alpha`, `dora` and `rslora`.
+    """
+
+    def __init__(self, original: nn.Module, config: Any, context: Context) -> None:
+        """Raises:
+        SurgeryError: a target that this part lacks, or a rank that the initialisation cannot give.
+        """
+        tree = grafted(original)
+        wanted = config.targets or default_targets(tree, context)
+        super().__init__(tree, config, context)
+        for path, layer in targets(tree, wanted, context).items():
+            put(tree, path, self.adapted(layer, path))
+
+    def adapted(self, layer: nn.Module, path: str) -> nn.Module:
+        """peft's layer around what stands for `layer` in this mechanism."""
+        raise NotImplementedError
+
+    def with_lora(self, base: nn.Module, path: str, init: bool | str = True) -> nn.Module:
+        """peft's LoRA layer around `base`, its draws seeded by place and path.
+
+        Args:
+            base: what goes on computing the matrix product.
+            path: of the layer in the part.
+            init: as peft's `init_lora_weights`.
+        """
+        settings = self.settings
+        config = LoraConfig(
+            r=settings.r,
+            lora_alpha=settings.alpha,
+            use_dora=settings.dora,
+            use_rslora=settings.rslora,
+            init_lora_weights=init,
+            fan_in_fan_out=isinstance(base, Conv1D),
+        )
+        # Drawn on the CPU whatever the device, so that a GPU run starts from the same numbers.
+        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+            torch.default_generator.manual_seed(seed_of(self.context, path))
+            return Linear(base, ADAPTER, config, r=settings.r, lora_alpha=settings.alpha)
+
+
+def default_targets(part: nn.Module, context: Context) -> tuple[str, ...]:
+    """Queries and values of an attention or a block, every matrix of an MLP.
+
+    Raises:
+        SurgeryError: a part without any of those names.
+    """
+    if context.slot == "mlp":
+        return (ALL,)
+    ends = {path.rpartition(".")[2] for path in linear_layers(part)}
+    for names in DEFAULT_TARGETS:
+        if set(names) <= ends:
+            return names
+    raise SurgeryError(
+        f"{context.where}: {type(innermost(part)).__name__} has no projections of queries and "
+        "values to adapt",
+        hint=f"name the targets: {', '.join(linear_layers(part)) or 'it has no linear layer'}",
+    )

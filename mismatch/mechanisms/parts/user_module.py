@@ -1,0 +1,177 @@
+"""A plain `torch.nn.Module` of the user's own, which knows nothing of mismatch, in the place of a part.
+
+    --swap "layer12.attn:my_package.my_module:MyAttention(heads=8)"
+
+The class is built with the arguments of the swap, and with `config` (the transformers config of the
+model) and `layer_idx` where its constructor has parameters of those names; then it takes the dtype and
+device of the part. It is called exactly as the part was called, and must return what the part
+returned: an attention the pair (output, weights or None), everything else the output alone. Arguments
+and results that do not fit are errors that say what was expected and what came.
+
+A class attribute `slots = ("attn",)` says where it goes when the swap does not. What generate() needs
+is the module's own business: it is handed the cache as the part was, and may write its keys and values
+there; if it writes nothing, only its tokens are counted, so that positions stay right. For the host's
+2-D padding mask, for inherited tensors and for calibration write a subclass of `Mechanism`.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from mismatch.errors import SurgeryError
+from mismatch.mechanisms.base import Context, Mechanism, tensor_kind
+from mismatch.mechanisms.parts.calling import cache_in, hidden_in
+from mismatch.mechanisms.parts.linears import linear_layers, matrix, seed_of
+from mismatch.mechanisms.parts.own_state import count_tokens
+from mismatch.registry import mechanisms
+
+if TYPE_CHECKING:
+    from mismatch.spec import Call
+
+PAIRS = ("attn", "rope")  # slots whose part returns (output, attention weights)
+CACHED = (*PAIRS, "block")  # slots that are handed the cache
+FILLED_IN = ("config", "layer_idx")
+
+
+class Arguments:
+    """What the swap says about a user's class: handed to its constructor as it is."""
+
+    def __init__(self, **given: Any) -> None:
+        self.given = given
+
+    def __repr__(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self.given.items())
+
+
+class Foreign(Mechanism):
+    """A user's module, and the checks at its border. `adapted` makes the class for one of theirs."""
+
+    Config = Arguments
+    identity = "not known: the user's own module"
+    state = "what the module itself keeps in the cache that it is handed"
+    made: ClassVar[type[nn.Module]]
+
+    def __init__(self, original: nn.Module, config: Arguments, context: Context) -> None:
+        """Raises:
+        SurgeryError: the constructor does not take these arguments.
+        """
+        super().__init__(original, config, context)
+        self.module = self._build(original)
+        layer = linear_layers(original).get("")
+        self._width = context.d_model if layer is None else matrix(layer).shape[0]
+
+    def notes(self) -> tuple[str, ...]:
+        if self.context.slot not in CACHED:
+            return ()
+        return (
+            "the module keeps its own state: one that mixes tokens and writes nothing to "
+            "`past_key_values` generates rightly with use_cache=False only",
+        )
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        self._check_call(args, kwargs)
+        x, cache = hidden_in(args, kwargs), cache_in(kwargs, args)
+        layer = self.context.layer
+        counts = cache is not None and layer is not None and self.context.slot in CACHED
+        before = cache.get_seq_length(layer) if counts else 0
+        out = self.module(*args, **kwargs)
+        self._check_output(out, x)
+        if counts and cache.get_seq_length(layer) == before:
+            count_tokens(cache, layer, x, self.context.host.padding(x.shape[1]))
+        return out
+
+    def _build(self, original: nn.Module) -> nn.Module:
+        context, signature = self.context, inspect.signature(self.made)
+        offered = {"config": context.model_config, "layer_idx": context.layer}
+        asked = {name: offered[name] for name in FILLED_IN if name in signature.parameters}
+        given = asked | self.settings.given
+        try:
+            signature.bind(**given)
+        except TypeError as error:
+            raise SurgeryError(
+                f"{context.where}: `{self.name}` does not take ({self.settings!r}): {error}",
+                hint=f"its constructor is {self.made.__name__}{signature}; "
+                f"{' and '.join(FILLED_IN)} are filled in",
+            ) from error
+        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+            torch.default_generator.manual_seed(seed_of(context, self.name))
+            module = self.made(**given)
+        return module.to(**tensor_kind(original))
+
+    @property
+    def name(self) -> str:
+        """`package.module:Class`."""
+        return f"{self.made.__module__}:{self.made.__qualname__}"
+
+    def _check_call(self, args: tuple, kwargs: dict[str, Any]) -> None:
+        signature = inspect.signature(self.module.forward)
+        try:
+            signature.bind(*args, **kwargs)
+        except TypeError as error:
+            call = ", ".join([*map(_described, args), *(f"{name}=..." for name in kwargs)])
+            raise SurgeryError(
+                f"{self.context.where}: `{self.name}` cannot be called as this slot is: {error}\n"
+                f"  the slot is called with  ({call})\n"
+                f"  its forward takes        {signature}",
+                hint="name hidden_states first, and take what it does not use as **kwargs",
+            ) from error
+
+    def _check_output(self, out: Any, x: Tensor) -> None:
+        pair, got = self.context.slot in PAIRS, out
+        if pair:
+            got = out[0] if isinstance(out, tuple) and len(out) == 2 else None
+        shape = torch.Size((*x.shape[:-1], self._width))
+        shaped = isinstance(got, Tensor) and got.shape == shape
+        # Autocast changes the format of a module's output, and the host is ready for it.
+        if shaped and (got.dtype == x.dtype or torch.is_autocast_enabled(x.device.type)):
+            return
+        expected = _described(torch.empty(shape, dtype=x.dtype, device="meta"))
+        raise SurgeryError(
+            f"{self.context.where}: `{self.name}` returned {_described(out)}; the slot "
+            f"`{self.context.slot}` needs "
+            + (f"the pair ({expected}, attention weights or None)" if pair else expected),
+            hint="return output, None" if pair and isinstance(out, Tensor) else None,
+        )
+
+
+def configured(call: Call) -> tuple[type[Mechanism], Any]:
+    """The class of a mechanism, and its settings. A plain module class of the user's is adapted.
+
+    Raises:
+        SurgeryError: the class is none that could stand in a model, or its Config does not take the
+            arguments.
+    """
+    cls = mechanisms().get(call.name)
+    if not issubclass(cls, nn.Module):
+        raise SurgeryError(
+            f"`{call.name}` is the class {cls.__name__}, which is no torch.nn.Module",
+            hint="name a subclass of torch.nn.Module, or of mismatch.mechanisms.base.Mechanism",
+        )
+    cls = cls if issubclass(cls, Mechanism) else adapted(cls)
+    try:
+        return cls, cls.Config(**call.arguments())
+    except (AttributeError, TypeError) as error:
+        raise SurgeryError(
+            f"the settings of `{call.name}` cannot be made of its arguments: {error}",
+            hint="a Mechanism has a dataclass `Config` with a field for each argument",
+        ) from error
+
+
+@functools.cache
+def adapted(made: type[nn.Module]) -> type[Foreign]:
+    """The mechanism class of a user's module class."""
+    return type(made.__name__, (Foreign,), {"made": made, "__doc__": made.__doc__})
+
+
+def _described(value: Any) -> str:
+    """`Tensor[2, 12, 24] float32`, `(Tensor[...] float32, None)`, or the name of a type."""
+    if isinstance(value, Tensor):
+        return f"Tensor{list(value.shape)} {str(value.dtype).removeprefix('torch.')}"
+    if isinstance(value, tuple):
+        return f"({', '.join(map(_described, value))})"
+    return "None" if value is None else type(value).__name__

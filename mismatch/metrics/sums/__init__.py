@@ -1,0 +1,1 @@
+"""What metrics share: accumulators that update, merge and compute."""

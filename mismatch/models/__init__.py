@@ -1,0 +1,1 @@
+"""Load a model, know its layout, generate from it."""

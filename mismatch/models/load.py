@@ -1,0 +1,364 @@
+"""Models by name: a folder, a fetched demo model, an installed package or a hub id.
+
+`mismatch.models.resolve` says where a name leads, `read_config` reads only the config, `load` loads model
+and tokenizer. All that can be refused is refused before weights are read (`mismatch.models.folder`), and
+after the load three silent failures are looked for: weights that were left at random, a RoPE base
+that was lost between transformers 4 and 5, token ids that the embedding does not have.
+
+This is the only file that calls `from_pretrained`. A checkpoint of a swapped model is loaded by
+`mismatch.surgery.loading`, with what is here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import transformers
+from torch import nn
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from mismatch.errors import ModelError
+from mismatch.models import swap_record as record
+from mismatch.models.folder import (
+    CONFIG,
+    check_weights,
+    fingerprint,
+    read_config_file,
+    refuse_remote_code,
+)
+from mismatch.models.resolve import Source, from_hub, resolve
+
+DTYPES = {
+    "auto": "auto",
+    "float32": torch.float32,
+    "fp32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "bf16": torch.bfloat16,
+    "float16": torch.float16,
+    "fp16": torch.float16,
+}
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What goes into a manifest. `sha256` covers the config and every byte of the weights."""
+
+    name: str
+    path: str
+    sha256: str
+    parameters: int
+    dtype: str
+    note: str = ""
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class Loaded(NamedTuple):
+    model: nn.Module
+    tokenizer: Any
+    info: ModelInfo
+
+
+def read_config(
+    name_or_path: str | Path, *, revision: str | None = None, trust_remote_code: bool = False
+) -> tuple[transformers.PretrainedConfig, Source]:
+    """The config alone, for `mismatch check`: no weights are read, none need be there.
+
+    Of a checkpoint of a swapped model it is that of the plain model.
+
+    Raises:
+        ModelError: as `resolve`; no or broken config.json; code of the folder's own.
+    """
+    source = resolve(name_or_path)
+    folder = source.folder or from_hub(source.name, revision, code=trust_remote_code)
+    config = _config(folder, trust_remote_code)
+    return config, Source(source.name, folder, source.note)
+
+
+def skeleton(config: transformers.PretrainedConfig) -> nn.Module:
+    """The model of a config without its weights, on the meta device: for plans and shapes."""
+    with torch.device("meta"):
+        return transformers.AutoModelForCausalLM.from_config(config).eval()
+
+
+def load(
+    name_or_path: str | Path,
+    *,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device | None = None,
+    device_map: str | dict[str, Any] | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    allow_pickle: bool = False,
+) -> Loaded:
+    """Model (in eval mode, without gradients) and tokenizer.
+
+    Args:
+        name_or_path: see `resolve`.
+        dtype: "auto" is what the model was saved in; else a key of `DTYPES` or a torch dtype.
+        device: where to put it; None is CUDA when there is one, else the CPU.
+        device_map: accelerate's placement ("auto" spreads a model over all GPUs and the CPU);
+            not together with `device`.
+        revision: branch, tag or commit of a hub id.
+        trust_remote_code: run Python code that comes with the model.
+        allow_pickle: read pickle weights when there are no others (transformers reads them with
+            torch's weights_only unpickler).
+
+    Raises:
+        ModelError: before weights are read, for all that `mismatch.models.folder` refuses; after, for
+            weights or a RoPE base that did not arrive.
+    """
+    torch_dtype = as_dtype(dtype)
+    place = as_place(device, device_map)
+    source = resolve(name_or_path)
+    folder = source.folder or from_hub(source.name, revision, code=trust_remote_code)
+    if record.read(folder) is not None:
+        raise ModelError(
+            f"{folder} is a checkpoint of a swapped model, not a plain one",
+            hint="mismatch.load reads both",
+        )
+    config = _config(folder, trust_remote_code)
+    if source.folder is None:
+        folder = from_hub(
+            source.name, revision, weights=True, code=trust_remote_code, pickle=allow_pickle
+        )
+    files = check_weights(folder, allow_pickle)
+    tokenizer = load_tokenizer(folder, trust_remote_code)
+    model = _model(folder, config, torch_dtype, place, trust_remote_code, bool(files))
+    return Loaded(model, tokenizer, check_loaded(model, tokenizer, folder, files, source))
+
+
+def check_loaded(
+    model: nn.Module, tokenizer: Any, folder: Path, files: list[Path], source: Source
+) -> ModelInfo:
+    """Look for what a load can lose without a word; the info of the model.
+
+    Raises:
+        ModelError: a RoPE base that did not arrive, token ids that the embedding does not have.
+    """
+    _check_rope(model, folder)
+    _check_vocabulary(model, tokenizer, folder)
+    return ModelInfo(
+        name=source.name,
+        path=str(folder),
+        sha256=fingerprint(folder, files),
+        parameters=model.num_parameters(),
+        dtype=str(model.dtype).removeprefix("torch."),
+        note=source.note,
+    )
+
+
+def describe(model: nn.Module, name: str = "a loaded model") -> ModelInfo:
+    """The info of a model that the caller loaded: the fingerprint is over the tensors themselves.
+
+    It names the weights as they are in memory, so it differs from that of the folder they came
+    from (which also covers the dtype they were saved in).
+    """
+    whole = hashlib.sha256(repr(sorted(model.config.to_dict().items(), key=str)).encode())
+    for key, tensor in sorted(model.named_parameters(), key=lambda item: item[0]):
+        plain = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
+        whole.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        whole.update(plain.numpy().data)
+    if (swapped := getattr(model, "swap_record", None)) is not None:
+        whole.update(
+            repr(swapped).encode()
+        )  # `zero` has the very tensors of the model it was put into
+    parameters = sum(p.numel() for p in model.parameters())
+    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    return ModelInfo(name, "", whole.hexdigest(), parameters, dtype)
+
+
+def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of a folder. Raises ModelError when there is none."""
+    # transformers picks the class by the family, which the config.json of a checkpoint does not name.
+    swapped = record.read(folder) is not None
+    try:
+        return transformers.AutoTokenizer.from_pretrained(
+            folder,
+            config=_config(folder, trust_remote_code) if swapped else None,
+            local_files_only=True,
+            trust_remote_code=trust_remote_code,
+        )
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ModelError(
+            f"{folder} has no tokenizer that can be loaded: {_first_line(error)}",
+            hint="tokenizer.json and tokenizer_config.json belong beside the weights",
+        ) from error
+
+
+def _config(folder: Path, trust_remote_code: bool) -> transformers.PretrainedConfig:
+    raw = read_config_file(folder)
+    if (found := record.of_config(raw, folder)) is not None:
+        return plain_config(raw, found, folder)
+    known = raw["model_type"] in CONFIG_MAPPING
+    if not trust_remote_code:
+        refuse_remote_code(raw, folder, known)
+    if not known and "auto_map" not in raw:
+        raise ModelError(
+            f"{folder}: model_type {raw['model_type']!r} is unknown to transformers "
+            f"{transformers.__version__}",
+            hint="a newer transformers may know it",
+        )
+    try:
+        return transformers.AutoConfig.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=trust_remote_code
+        )
+    except Exception as error:  # validators of many families raise many types
+        raise ModelError(
+            f"{folder / CONFIG} is not a valid config: {_first_line(error)}"
+        ) from error
+
+
+def plain_config(
+    raw: dict[str, Any], found: record.Record, folder: Path | str, **options: Any
+) -> transformers.PretrainedConfig:
+    """The config of the model that a checkpoint was made from; `options` as of `from_dict`.
+
+    Raises:
+        ModelError: transformers does not know its family, or does not take its config.
+    """
+    if found.model_type not in CONFIG_MAPPING:
+        raise ModelError(
+            f"{folder}: model_type {found.model_type!r} is unknown to transformers "
+            f"{transformers.__version__}",
+            hint="a newer transformers may know it",
+        )
+    try:
+        return CONFIG_MAPPING[found.model_type].from_dict(record.plain(raw, found), **options)
+    except Exception as error:  # validators of many families raise many types
+        raise ModelError(
+            f"{Path(folder, CONFIG)} is not a valid config: {_first_line(error)}"
+        ) from error
+
+
+def _model(
+    folder: Path,
+    config: transformers.PretrainedConfig,
+    dtype: torch.dtype | str,
+    place: dict[str, Any],
+    trust_remote_code: bool,
+    safetensors: bool,
+) -> nn.Module:
+    model, report = pretrained(
+        folder,
+        config,
+        dtype=dtype,
+        device_map=place.get("device_map"),
+        trust_remote_code=trust_remote_code,
+        use_safetensors=safetensors,
+    )
+    if absent := sorted(report["missing_keys"]):
+        raise ModelError(
+            f"{folder}: {len(absent)} tensors of {type(model).__name__} are not in its weights and "
+            f"would be random, first {absent[0]}",
+            hint="are the weights those of this config?",
+        )
+    if "device" in place:
+        model = model.to(place["device"])
+    return model.eval().requires_grad_(False)
+
+
+def pretrained(
+    folder: Path, config: transformers.PretrainedConfig, **options: Any
+) -> tuple[nn.Module, dict[str, Any]]:
+    """transformers' own `from_pretrained` on a local folder.
+
+    Returns:
+        the model, and what transformers says about missing, unexpected and mismatched tensors.
+
+    Raises:
+        ModelError: it does not fit, or cannot be loaded.
+    """
+    options |= {"local_files_only": True, "output_loading_info": True}
+    try:
+        with _no_progress_bar():
+            return transformers.AutoModelForCausalLM.from_pretrained(
+                folder, config=config, **options
+            )
+    except torch.OutOfMemoryError as error:
+        raise ModelError(
+            f"{folder} does not fit: {_first_line(error)}",
+            hint="--device-map auto, or --dtype bfloat16",
+        ) from error
+    except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
+        raise ModelError(
+            f"{folder} could not be loaded as a causal language model: {_first_line(error)}"
+        ) from error
+
+
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    """Loading shows a bar of transformers' own; stderr is the caller's."""
+    shown = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers.utils.logging.enable_progress_bar()
+
+
+def _check_rope(model: nn.Module, folder: Path) -> None:
+    """The RoPE base of config.json must have arrived.
+
+    transformers 4 wrote `rope_theta`, 5 writes `rope_parameters`; read by the other, it can fall
+    back to 10000 without a word.
+    """
+    wanted = set(_thetas(read_config_file(folder)))
+    got = set(_thetas(model.config.to_dict()))
+    if wanted and not wanted <= got:
+        raise ModelError(
+            f"{folder}: config.json has rope_theta {sorted(wanted)}, the loaded model has "
+            f"{sorted(got)}: it was lost between versions of transformers",
+            hint="write rope_parameters into config.json as transformers "
+            f"{transformers.__version__} does",
+        )
+
+
+def _thetas(config: dict[str, Any]) -> Iterator[float]:
+    for key, value in config.items():
+        if key in ("rope_theta", "rope_local_base_freq") and value is not None:
+            yield float(value)
+        elif isinstance(value, dict) and (key.startswith("rope") or "_attention" in key):
+            yield from _thetas(value)
+
+
+def _check_vocabulary(model: nn.Module, tokenizer: Any, folder: Path) -> None:
+    rows, ids = model.get_input_embeddings().weight.shape[0], len(tokenizer)
+    if ids > rows:
+        raise ModelError(
+            f"{folder}: the tokenizer has {ids:,} tokens, the embedding {rows:,} rows",
+            hint="is this the tokenizer of this model?",
+        )
+
+
+def as_dtype(dtype: str | torch.dtype) -> torch.dtype | str:
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype not in DTYPES:
+        raise ModelError(f"unknown dtype {dtype!r}; known: {', '.join(DTYPES)}")
+    return DTYPES[dtype]
+
+
+def as_place(device: Any, device_map: Any) -> dict[str, Any]:
+    if device_map is not None:
+        if device is not None:
+            raise ModelError("device and device_map exclude one another", hint="give one of them")
+        return {"device_map": device_map}
+    chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ModelError(f"device {chosen!s} cannot be used: {_first_line(error)}") from error
+    return {"device": torch.device(chosen)}
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:300]

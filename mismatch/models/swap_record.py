@@ -1,0 +1,158 @@
+"""What a checkpoint of a swapped model says about itself: the `mismatch` entry of its config.json. No torch.
+
+    model_type   "mismatch", so that nothing takes the folder for the plain model and leaves the swap out
+    auto_map     the two classes of `modeling_mismatch.py`, for transformers with trust_remote_code=True
+    mismatch     format       of this entry; another one is refused
+                 version      of the mismatch that wrote it
+                 model_type   transformers' own name of the family
+                 base         name and fingerprint of the model that was swapped; null when nobody said
+                 swaps        in order: the text with every argument said, and the seed. A default that changes
+                              later must not change what is rebuilt
+                 shared       tensors that are another one under a second name: they are in the file once
+
+`mismatch.json`, when it is there, holds facts about these weights (such as how they were repaired) and nothing that
+loading needs.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from mismatch.errors import ModelError
+from mismatch.models.folder import read_config_file
+from mismatch.runs import environment
+from mismatch.runs.files import read_bytes
+
+FORMAT = 1
+KEY = MODEL_TYPE = "mismatch"
+EXTRA = "mismatch.json"
+CODE = "modeling_mismatch"
+AUTO_MAP = {
+    "AutoConfig": f"{CODE}.MismatchConfig",
+    "AutoModelForCausalLM": f"{CODE}.MismatchForCausalLM",
+}
+
+
+@dataclass(frozen=True)
+class Swap:
+    """One operation: the text of the swap and the seed of what was drawn."""
+
+    text: str
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Base:
+    """The model that was swapped."""
+
+    name: str
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Record:
+    """What has to be done to a plain model to get the module tree of a swapped one.
+
+    Attributes:
+        swaps: in the order in which they were made.
+        base: the plain model; None when it is not known.
+        shared: second names of tensors, and their first; known only in a folder.
+        model_type: of the plain model; known only in a folder.
+        version: of the mismatch that wrote the folder.
+    """
+
+    swaps: tuple[Swap, ...] = ()
+    base: Base | None = None
+    shared: Mapping[str, str] = field(default_factory=dict)
+    model_type: str = ""
+    version: str = ""
+
+    def then(self, swap: Swap) -> Record:
+        """The record after one more swap."""
+        return replace(self, swaps=(*self.swaps, swap))
+
+    def entry(self) -> dict[str, Any]:
+        """The `mismatch` entry of config.json."""
+        return {
+            "format": FORMAT,
+            "version": environment.versions()["mismatch"],
+            "model_type": self.model_type,
+            "base": None
+            if self.base is None
+            else {"name": self.base.name, "sha256": self.base.sha256},
+            "swaps": [{"swap": swap.text, "seed": swap.seed} for swap in self.swaps],
+            "shared": dict(self.shared),
+        }
+
+
+def read(folder: Path) -> Record | None:
+    """The record of a model folder; None when it is not a checkpoint of mismatch.
+
+    Raises:
+        ModelError: no or broken config.json; a record of another format, or broken.
+    """
+    return of_config(read_config_file(folder), folder)
+
+
+def of_config(raw: Mapping[str, Any], where: Path | str) -> Record | None:
+    """As `read`, of a config.json that was read already."""
+    if raw.get("model_type") != MODEL_TYPE and KEY not in raw:
+        return None
+    entry = raw.get(KEY)
+    if not isinstance(entry, Mapping) or "format" not in entry:
+        raise _broken(where, f"config.json has no `{KEY}` entry with a format")
+    if entry["format"] != FORMAT:
+        raise ModelError(
+            f"{where} is a checkpoint of format {entry['format']!r}, written by mismatch "
+            f"{entry.get('version', '?')}; this is mismatch {environment.versions()['mismatch']}, which reads "
+            f"format {FORMAT}",
+            hint="load it with the version that wrote it",
+        )
+    try:
+        base = entry["base"]
+        found = Record(
+            swaps=tuple(Swap(str(one["swap"]), int(one["seed"])) for one in entry["swaps"]),
+            base=None if base is None else Base(str(base["name"]), str(base["sha256"])),
+            shared={str(k): str(v) for k, v in entry["shared"].items()},
+            model_type=str(entry["model_type"]),
+            version=str(entry.get("version", "?")),
+        )
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise _broken(where, f"its `{KEY}` entry cannot be read ({error!r})") from error
+    if not found.swaps:
+        raise _broken(where, "it names no swap")
+    return found
+
+
+def extra(folder: Path) -> dict[str, Any]:
+    """What mismatch.json says; empty when there is none.
+
+    Raises:
+        RunError: it cannot be read.
+        ModelError: it is not JSON.
+    """
+    path = folder / EXTRA
+    if not path.is_file():
+        return {}
+    try:
+        return dict(json.loads(read_bytes(path)))
+    except (ValueError, TypeError) as error:
+        raise ModelError(f"{path} cannot be read: {error}") from error
+
+
+def plain(raw: Mapping[str, Any], record: Record) -> dict[str, Any]:
+    """config.json of the model that was swapped: as transformers itself knows it."""
+    return {key: value for key, value in raw.items() if key != KEY} | {
+        "model_type": record.model_type
+    }
+
+
+def _broken(where: Path | str, what: str) -> ModelError:
+    return ModelError(
+        f"{where} is not a whole checkpoint: {what}",
+        hint="give the folder that student.save() wrote, as it was written",
+    )

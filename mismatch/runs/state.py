@@ -1,0 +1,143 @@
+"""The state that an unfinished run goes on from: arrays and a little JSON, in two steps.
+
+    state/000007-000.safetensors   the arrays of the seventh save, in parts of about 64 MiB
+    state/state.json               which parts count, their sha256, the run's fingerprint, the JSON
+
+`state.json` is the commit point: until it is replaced, the last save counts, so a save that fails
+half-way (full disk, kill) leaves the last one readable. The arrays come back bit-equal. Parts keep
+the memory that a save needs small, however large the state is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.numpy
+
+from mismatch.errors import OutputError, RunError
+from mismatch.runs.files import guarded, read_bytes, write_atomic
+
+PART = 64 * 2**20
+"""Bytes of arrays after which a part ends."""
+
+
+class State:
+    """The state folder of one run."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._index = folder / "state.json"
+
+    def save(
+        self,
+        arrays: Mapping[str, np.ndarray],
+        info: Mapping[str, Any],
+        fingerprint: Mapping[str, Any],
+    ) -> None:
+        """Save, in place of the last save.
+
+        Args:
+            arrays: any names, shapes and numpy dtypes that safetensors knows.
+            info: anything JSON; floats come back bit-equal.
+            fingerprint: what must be the same for the run to go on (settings, model, data).
+
+        Raises:
+            RunError: it cannot be written; the last save still counts.
+        """
+        last = self._read_index()
+        count = last["count"] + 1 if last else 1
+        parts = []
+        for number, part in enumerate(_parts(arrays)):
+            name = f"{count:06d}-{number:03d}.safetensors"
+            data = safetensors.numpy.save(part)
+            _write(self.folder / name, data)
+            parts.append({"file": name, "sha256": hashlib.sha256(data).hexdigest()})
+        index = {
+            "count": count,
+            "parts": parts,
+            "fingerprint": _json_form(fingerprint),
+            "info": _json_form(info),
+        }
+        _write(self._index, json.dumps(index, indent=2).encode())
+        for old in self.folder.glob("*.safetensors"):
+            if not old.name.startswith(f"{count:06d}-"):
+                with guarded("remove", old):
+                    old.unlink(missing_ok=True)
+
+    def load(
+        self, fingerprint: Mapping[str, Any]
+    ) -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:
+        """The arrays and the JSON of the last save, or None if there is none.
+
+        Raises:
+            OutputError: the state is of a run with another fingerprint; says which fields differ.
+            RunError: the state is damaged.
+        """
+        index = self._read_index()
+        if index is None:
+            return None
+        self._compare(index["fingerprint"], _json_form(fingerprint))
+        arrays: dict[str, np.ndarray] = {}
+        for part in index["parts"]:
+            data = read_bytes(self.folder / part["file"])
+            if hashlib.sha256(data).hexdigest() != part["sha256"]:
+                raise RunError(
+                    f"{self.folder / part['file']} is damaged: its sha256 is not the one saved",
+                    hint="start the run again with --overwrite",
+                )
+            arrays.update(safetensors.numpy.load(data))
+        return arrays, index["info"]
+
+    def clear(self) -> None:
+        """Remove the state: the run is done."""
+        if self.folder.exists():
+            with guarded("remove", self.folder):
+                shutil.rmtree(self.folder)
+
+    def _read_index(self) -> dict[str, Any] | None:
+        if not self._index.exists():
+            return None
+        try:
+            return json.loads(read_bytes(self._index))
+        except ValueError as cause:
+            raise RunError(
+                f"{self._index} is damaged: {cause}", hint="start the run again with --overwrite"
+            ) from cause
+
+    def _compare(self, saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+        fields = [k for k in sorted(saved.keys() | now.keys()) if saved.get(k) != now.get(k)]
+        if fields:
+            lines = [f"  {k}: {saved.get(k)!r} then, {now.get(k)!r} now" for k in fields]
+            raise OutputError(
+                f"the run in {self.folder.parent} was started with other settings:\n"
+                + "\n".join(lines),
+                hint="resume it with the same settings, or give --output another path",
+            )
+
+
+def _parts(arrays: Mapping[str, np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
+    part: dict[str, np.ndarray] = {}
+    size = 0
+    for name, array in arrays.items():
+        part[name] = np.asarray(array, order="C")  # safetensors writes the buffer, strides unread
+        size += part[name].nbytes
+        if size >= PART:
+            yield part
+            part, size = {}, 0
+    if part:
+        yield part
+
+
+def _write(path: Path, data: bytes) -> None:
+    write_atomic(path, lambda file: file.write(data))
+
+
+def _json_form(data: Mapping[str, Any]) -> dict[str, Any]:
+    """As it comes back from JSON (tuples as lists), so that equal settings compare equal."""
+    return json.loads(json.dumps(dict(data)))

@@ -1,0 +1,242 @@
+"""The one long table: its columns, its order, its bytes, and the dictionary that explains it.
+
+One number a row. The address of a number is every column but `value lo hi n swapped`; no address
+occurs twice. Rows are sorted and typed before they are written, so the same numbers give the same
+bytes, in whatever order they were measured.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from mismatch import registry
+from mismatch.errors import RunError
+
+MAIN, FLOOR, SWAP = "main", "floor", "swap"
+"""Students that the table knows by name."""
+SCHEMA_VERSION = 1
+"""Goes up when a column changes its name or its meaning."""
+
+SITES = ("resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post", "final", "logits")
+"""Where numbers are taken, in the order of computation."""
+
+BLOCK_SITES = SITES[:5]
+"""Those that every block has."""
+
+
+@dataclass(frozen=True)
+class Column:
+    name: str
+    arrow: pa.DataType
+    pandas: str
+    nullable: bool
+    doc: str
+
+
+COLUMNS = (
+    Column("run_id", pa.string(), "str", False, "model, swap and hash of the settings"),
+    Column(
+        "stage",
+        pa.string(),
+        "str",
+        False,
+        "surgery: after the swap; scan: one layer at a time; plan: a choice of layers; "
+        "diagnose: one thing of the update corrected at a time; repair: mending it",
+    ),
+    Column("step", pa.int64(), "int64", False, "training step of the stage; 0 for surgery"),
+    Column(
+        "mode",
+        pa.string(),
+        "str",
+        False,
+        "free: the student runs on its own; forced: each swapped layer gets the teacher's input",
+    ),
+    Column(
+        "student",
+        pa.string(),
+        "str",
+        False,
+        "swap, the name of a control, or floor (the teacher against itself in another batch shape); "
+        "of a probe also teacher, the untouched model itself; of a scan the mechanism",
+    ),
+    Column(
+        "layer",
+        pa.int16(),
+        "Int16",
+        True,
+        "0-based; empty for final and logits; of a scan the swapped layer",
+    ),
+    Column("site", pa.string(), "str", False, "place of measurement: " + " ".join(SITES)),
+    Column("head", pa.int16(), "Int16", True, "0-based; empty where a number is not of one head"),
+    Column("position", pa.string(), "str", False, "all, or 0-based inclusive token range: 64-127"),
+    Column("metric", pa.string(), "str", False, "metric or probe: see metrics in this dictionary"),
+    Column(
+        "stat",
+        pa.string(),
+        "str",
+        False,
+        "statistic of the metric; X_minus_C is the paired difference to the control C (or the "
+        "teacher); X[a=1,b=2] was read under these conditions",
+    ),
+    Column("value", pa.float64(), "float64", True, "in the unit of the metric; empty: not defined"),
+    Column("lo", pa.float64(), "float64", True, "2.5 % by bootstrap over documents; empty: none"),
+    Column("hi", pa.float64(), "float64", True, "97.5 % by bootstrap over documents; empty: none"),
+    Column("n", pa.int64(), "int64", False, "tokens behind the number"),
+    Column("swapped", pa.bool_(), "bool", False, "the layer holds a swapped part"),
+)
+
+ADDRESS = [c.name for c in COLUMNS if c.name not in ("value", "lo", "hi", "n", "swapped")]
+"""The columns that together name a number."""
+
+_DEFAULTS = {
+    "stage": "surgery",
+    "step": 0,
+    "layer": pd.NA,
+    "head": pd.NA,
+    "position": "all",
+    "lo": float("nan"),
+    "hi": float("nan"),
+    "swapped": False,
+}
+_FIRST_STUDENTS = {"swap": 0, "floor": 2}  # controls stand between them, by name
+
+
+def position_start(position: str) -> int:
+    """First token of a position bin: 64 for `64-127`, 0 for `0`, -1 for `all`.
+
+    Raises:
+        RunError: not a position.
+    """
+    if position == "all":
+        return -1
+    if not re.fullmatch(r"\d+(-\d+)?", position):
+        raise RunError(
+            f"the table has position `{position}`", hint="positions are `all`, `0` or `64-127`"
+        )
+    return int(position.partition("-")[0])
+
+
+def under(stat: str, **given: float | str) -> str:
+    """A statistic that was read under conditions: `logprob[length=256,depth=0.1]`."""
+    if not given:
+        return stat
+    said = (f"{k}={v}" if isinstance(v, str) else f"{k}={v:g}" for k, v in given.items())
+    return f"{stat}[{','.join(said)}]"
+
+
+def conditions(stat: str) -> tuple[str, dict[str, float | str]]:
+    """What `under` was given: `("logprob", {"length": 256.0, "depth": 0.1})`; none for a plain statistic."""
+    name, _, said = stat.removesuffix("]").partition("[")
+    found: dict[str, float | str] = {}
+    for pair in filter(None, said.split(",")):
+        key, _, value = pair.partition("=")
+        try:
+            found[key] = float(value)
+        except ValueError:
+            found[key] = value
+    return name, found
+
+
+def as_table(rows: pd.DataFrame | Iterable[Mapping[str, Any]]) -> pd.DataFrame:
+    """Rows in any order, with defaults left out -> the typed, sorted table.
+
+    Raises:
+        RunError: a column is missing or unknown, or two rows have the same address.
+    """
+    frame = rows.copy() if isinstance(rows, pd.DataFrame) else pd.DataFrame(list(rows))
+    names = [c.name for c in COLUMNS]
+    if frame.empty:
+        frame = pd.DataFrame(columns=names)
+    for name, default in _DEFAULTS.items():
+        if name not in frame:
+            frame[name] = default
+        elif name not in ("layer", "head", "lo", "hi"):
+            frame[name] = frame[name].where(frame[name].notna(), default)
+    missing = [n for n in names if n not in frame]
+    unknown = [str(n) for n in frame if n not in names]
+    if missing or unknown:
+        raise RunError(
+            f"these rows are no table: missing columns {missing}, unknown columns {unknown}",
+            hint=f"the columns are {' '.join(names)}",
+        )
+    frame = frame[names].astype({c.name: c.pandas for c in COLUMNS})
+    frame = frame.sort_values(names[:11], key=_rank, kind="stable", ignore_index=True)
+    twice = frame.duplicated(ADDRESS)
+    if twice.any():
+        address = frame.loc[twice, ADDRESS].iloc[0].to_dict()
+        raise RunError(f"the table has two numbers for one address: {address}")
+    return frame
+
+
+def _rank(column: pd.Series) -> pd.Series:
+    """Sort keys: sites as computed, positions by token, the swap first and the floor last."""
+    if column.name == "site":
+        return column.map({s: i for i, s in enumerate(SITES)}).fillna(len(SITES))
+    if column.name == "position":
+        return column.map(position_start)
+    if column.name == "student":
+        return column.map(lambda s: f"{_FIRST_STUDENTS.get(s, 1)}{s}")
+    if column.name in ("layer", "head"):
+        return column.fillna(32767).astype("int64")  # empty: after the last layer
+    return column
+
+
+def to_parquet(table: pd.DataFrame) -> bytes:
+    """The bytes of metrics.parquet. Same rows, same bytes; the dictionary of columns is inside."""
+    schema = pa.schema(
+        [pa.field(c.name, c.arrow, nullable=c.nullable, metadata={"doc": c.doc}) for c in COLUMNS]
+    )
+    arrow = pa.Table.from_pandas(as_table(table), schema=schema, preserve_index=False)
+    about = {**(arrow.schema.metadata or {}), b"mismatch_schema": str(SCHEMA_VERSION).encode()}
+    sink = io.BytesIO()
+    pq.write_table(arrow.replace_schema_metadata(about), sink, compression="zstd")
+    return sink.getvalue()
+
+
+def from_parquet(data: bytes) -> pd.DataFrame:
+    """What `to_parquet` wrote.
+
+    Raises:
+        RunError: not a parquet file, or of another schema.
+    """
+    try:
+        arrow = pq.read_table(io.BytesIO(data))
+    except pa.ArrowException as cause:
+        raise RunError(f"metrics.parquet cannot be read: {cause}") from cause
+    found = (arrow.schema.metadata or {}).get(b"mismatch_schema", b"none").decode()
+    if found != str(SCHEMA_VERSION):
+        raise RunError(
+            f"metrics.parquet has schema {found}, this version reads schema {SCHEMA_VERSION}",
+            hint="trace again, or read it with the version named in manifest.json",
+        )
+    return as_table(arrow.to_pandas())
+
+
+def dictionary(metrics: Iterable[str]) -> dict[str, Any]:
+    """What the columns and the metrics (and probes) of a table mean, from their cards. JSON-able.
+
+    It is written beside the table, so that a run explains itself wherever it is read.
+    """
+    cards = {name: registry.read_card(name) for name in sorted(set(metrics))}
+    facts = {
+        name: {"summary": card.summary, "text": card.text, **_plain(card.facts)}
+        for name, card in cards.items()
+    }
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "columns": {c.name: {"type": str(c.arrow), "doc": c.doc} for c in COLUMNS},
+        "metrics": facts,
+    }
+
+
+def _plain(facts: Mapping[str, Any]) -> dict[str, Any]:
+    return json.loads(json.dumps(dict(facts), default=str))

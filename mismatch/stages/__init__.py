@@ -1,0 +1,1 @@
+"""What a command does: one folder a stage, one contract, one runner."""

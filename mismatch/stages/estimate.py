@@ -1,0 +1,79 @@
+"""What a trace will need, worked out before any weight is loaded. Orders of magnitude, said as such."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from mismatch.config import TraceConfig
+from mismatch.models.layout import Layout
+from mismatch.runs.table import BLOCK_SITES
+
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "auto": 4}
+EFFICIENCY = (
+    0.4  # of a large matrix product; measured on SmolLM2, blocks of 1024 tokens, 2 CPU cores
+)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes, seconds and floating-point operations that a trace will take."""
+
+    weights: int
+    peak: int
+    flops: float
+    seconds: float
+
+    def lines(self) -> list[str]:
+        return [
+            f"memory  about {_gb(self.peak)} GB, of which weights {_gb(self.weights)} GB",
+            f"time    about {_minutes(self.seconds)} on this machine ({self.flops / 1e12:.3g} TFLOP)",
+        ]
+
+
+def estimate(skeleton: Layout, first_layers: Sequence[int | None], config: TraceConfig) -> Estimate:
+    """Estimate a trace.
+
+    Args:
+        skeleton: layout of the model on the meta device.
+        first_layers: the first swapped layer of each student (None: only the final norm).
+        config: tokens, batch size, dtype.
+    """
+    size = BYTES[config.dtype]
+    layers, d, vocab = skeleton.n_layers, skeleton.d_model, skeleton.vocab
+    parameters = sum(p.numel() for p in skeleton.model.parameters())
+    head = vocab * d
+    inside = sum(p.numel() for p in skeleton.blocks.parameters())
+    attention = layers * config.seq_len * d  # scores and their use, causal: half of 4 T d per token
+    block = (2 * inside + 2 * attention) / layers
+    starts = [layers if first is None else first for first in first_layers]
+    per_token = layers * block + 2 * head + sum((layers - s) * block + 2 * head for s in starts)
+    flops = per_token * config.tokens * 1.25
+    shown = layers - min(starts, default=0)
+    batch = config.batch_size * config.seq_len * d * 4
+    sums = shown * len(BLOCK_SITES) * d * d * 8 * 2 * (1 + len(starts))
+    peak = parameters * size + shown * len(BLOCK_SITES) * batch + 5 * 256 * vocab * 4 + sums
+    return Estimate(parameters * size, peak, flops, flops / (speed() * EFFICIENCY))
+
+
+def speed() -> float:
+    """Floating-point operations a second of a matrix product on the device that will be used."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    a = torch.ones(768, 768, device=device)
+    a @ a
+    start = time.perf_counter()
+    for _ in range(8):
+        b = a @ a
+    float(b[0, 0])  # waits for the device
+    return 8 * 2 * 768**3 / (time.perf_counter() - start)
+
+
+def _gb(n: int) -> str:
+    return f"{n / 1e9:.1f}"
+
+
+def _minutes(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} minutes"

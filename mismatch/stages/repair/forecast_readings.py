@@ -1,0 +1,95 @@
+"""The forecast of one repair: read off before the first rung, with what repair has at that point.
+
+The KL of swap and controls is judged in any case. The part's error, and what a linear map of its own output would
+remove of it, cost one pass of the part alone over a few thousand activations that are stored already.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from mismatch import spec
+from mismatch.forward.heldout import Judged
+from mismatch.stages.repair import forecast
+from mismatch.stages.repair.config import RepairConfig
+from mismatch.stages.repair.forecast import Foretold, Swap
+from mismatch.stages.repair.ladder import Ladder
+from mismatch.stages.repair.rungs.activation_store import Example, Store
+from mismatch.stages.repair.rungs.closed_form import Sums
+from mismatch.stages.repair.rungs.module_pair import Part
+from mismatch.surgery.students import Teacher
+
+FITTED = 8192
+"""Tokens that fit the linear map: as many as in the record."""
+NONE_WRITTEN = (
+    "the repairs of the record learnt from calibration text alone, none written by the model"
+)
+RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
+"""Towards the map that leaves the output as it is, in means of the diagonal; held-out text chooses."""
+
+
+def foretell(
+    config: RepairConfig, teacher: Teacher, ladder: Ladder, controls: Mapping[str, Judged]
+) -> Foretold:
+    """The forecast for each rung that is asked for.
+
+    Args:
+        config: the settings.
+        teacher: the untouched model.
+        ladder: that has begun, and has not climbed.
+        controls: as judged in the same place; what is missing is not used.
+    """
+    layout, part = teacher.layout, ladder.parts[0]
+    call = spec.format(config.swap_spec).partition(":")[2]
+    swap = Swap(call, part.slot, len(ladder.parts), layout.n_layers, layout.d_model, {})
+    if forecast.outside(swap, forecast.shipped()) is None:  # else nothing needs to be measured
+        with ladder.pace.uncounted():
+            numbers = errors(part, *ladder.stores([part], [part]))
+        if "zero" in controls:
+            zero = controls["zero"].kl.sum()
+            numbers["of_zero"] = float(ladder.swapped.kl.sum() / zero) if zero > 0 else math.nan
+        swap = replace(swap, numbers=numbers)
+    told = forecast.foretell(swap, config.rungs, config.tokens * config.epochs)
+    if told.why_not is not None or not config.to_write:
+        return told
+    return replace(told, note="; ".join(filter(None, (told.note, NONE_WRITTEN))))
+
+
+@torch.no_grad()
+def errors(part: Part, store: Store, held: Store) -> dict[str, float]:
+    """`local_error`, `mapped_error`, `removed` of a part, on held-out inputs of the teacher; errors as in `weighing`.
+
+    Args:
+        part: as swapped.
+        store: `FITTED` tokens of it fit the linear map of the part's own output.
+        held: of another source.
+    """
+    fit, judge = Sums(), Sums()
+    count = math.ceil(FITTED / store.batches[0].numel())
+    for index in range(min(count, len(store.batches))):
+        fit.add(*_pair(part, store.batch(part, index)))
+    for example in held.batches_of(part):
+        judge.add(*_pair(part, example))
+    size = fit.hh.diagonal().mean()
+    eye = torch.eye(len(fit.hh), dtype=torch.float64, device=fit.hh.device)
+    asis = eye[:, :-1]
+    maps = (
+        torch.linalg.solve(fit.hh + ridge * size * eye, fit.hy + ridge * size * asis)
+        for ridge in RIDGES
+    )
+    local = judge.error(asis)
+    mapped = min(local, *(judge.error(one) for one in maps))
+    removed = 1 - mapped / local if local > 0 else math.nan
+    return {"local_error": local, "mapped_error": mapped, "removed": removed}
+
+
+def _pair(part: Part, example: Example) -> tuple[Tensor, Tensor]:
+    """The part's output with a one behind it, for the bias, and the teacher's."""
+    dtype = next(p.dtype for p in part.teacher.parameters())
+    s = example.call(part.student, example.x.to(dtype)).to(example.y.dtype)
+    return torch.cat([s, torch.ones_like(s[..., :1])], dim=-1), example.y

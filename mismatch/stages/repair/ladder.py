@@ -1,0 +1,378 @@
+"""The ladder: each rung mends what it can, is judged, and is kept only if it helped.
+
+    inherit -> closed-form -> local -> block -> window -> end-to-end
+
+A rung's weights are those that did best on held-out windows; the judged windows are others, and are only looked at
+between rungs. When the KL that is judged got worse, the weights from before the rung come back. After each rung the
+weights are saved, so a run that was killed goes on at the last rung, and inside it at the last saved step.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mismatch.forward.heldout import Judge, Judged
+from mismatch.models.layout import Layout
+from mismatch.runs.state import State
+from mismatch.stages.repair.config import RepairConfig
+from mismatch.stages.repair.rungs.activation_store import Store
+from mismatch.stages.repair.rungs.block_window_kl import EndToEndLoss, WindowLoss, block, final
+from mismatch.stages.repair.rungs.budget import LOOKS, Pace, planned
+from mismatch.stages.repair.rungs.closed_form import closed_form
+from mismatch.stages.repair.rungs.local import LocalLoss, groups
+from mismatch.stages.repair.rungs.module_pair import Part
+from mismatch.stages.repair.rungs.rung import Rung
+from mismatch.stages.repair.rungs.snapshot import bits, fingerprint, tensor
+from mismatch.stages.repair.rungs.training import Group, Trained, Trainer
+from mismatch.stages.repair.trainable import Learner
+
+LEAST_STEPS = 10  # a rung with time for fewer is left out
+LATER_RATE = 0.25  # of all rates, in the rung `block`, where the parts have learnt alone
+LAST_RATE = 0.05  # in the rungs behind it
+NEIGHBOUR_RATE = 0.25  # of the rate of weights, for LoRA in the blocks behind, which starts anew
+
+
+@dataclass
+class Texts:
+    """Batches of ids: to learn from, and to look at."""
+
+    train: Sequence[Tensor]
+    look: Sequence[Tensor]
+    key: dict[str, str]
+
+
+class Ladder:
+    """Climbs.
+
+    Args:
+        config: the settings.
+        teacher: layout of the untouched model.
+        learner: the student, its parts and what else of it trains.
+        judge: of the reported numbers.
+        texts: to learn from and to look at.
+        folder: for activations.
+        state: where rungs are saved; None never.
+        fingerprint: of the run.
+        stopping: True asks to save and stop.
+        say: a line for the user.
+        spent: seconds of the time there is that went by before.
+    """
+
+    def __init__(
+        self,
+        config: RepairConfig,
+        teacher: Layout,
+        learner: Learner,
+        judge: Judge,
+        texts: Texts,
+        *,
+        folder: Path,
+        state: State | None,
+        fingerprint: dict[str, Any],
+        stopping: Callable[[], bool],
+        say: Callable[[str], None],
+        spent: float = 0.0,
+    ) -> None:
+        self.config, self.teacher, self.student = config, teacher, learner.student
+        self.parts, self.companions = learner.parts, learner.companions
+        self.neighbours = learner.neighbours
+        self.judge, self.texts = judge, texts
+        self.folder, self.state, self.fingerprint = folder, state, fingerprint
+        self.stopping, self.say = stopping, say
+        self.rungs: list[Rung] = []
+        self.swapped: Judged | None = None
+        self.best: Judged | None = None
+        self.pace = Pace(config, spent)
+
+    # ---- the climb ------------------------------------------------------------------------------
+
+    def begin(self) -> Judged:
+        """What comes before the first rung: the teacher's activations, and the damage. Weights are those of the swap
+        even where a climb is resumed."""
+        self._resume()
+        self._run_teacher()
+        self.swapped = self.best = self._judged()
+        return self.swapped
+
+    def climb(self) -> list[Rung]:
+        """Every rung that was asked for, until it no longer pays; behind `begin`.
+
+        Raises:
+            KeyboardInterrupt: stopped; everything is saved.
+        """
+        if not self.rungs:
+            self._report(Rung("inherit"), self.swapped)
+        else:
+            self._load_weights()
+            self.best = self._judged()
+        for name in self.config.rungs[len(self.rungs) - 1 :]:
+            if self._exhausted():
+                self.say(f"the climb ends before {name}: the time is spent, or it no longer pays")
+                break
+            if self.stopping():
+                raise KeyboardInterrupt
+            before = self._weights()
+            rung = getattr(self, "_" + name.replace("-", "_"))(name)
+            judged = self._judged()
+            if judged.kl.sum() > self.best.kl.sum():
+                self._set(before)
+                rung.kept = False
+                rung.notes.append("the judged KL got worse: undone")
+            else:
+                self.best = judged
+            self._report(rung, judged)
+            self._save()
+        return self.rungs
+
+    def _exhausted(self) -> bool:
+        if self.pace.left() <= 0:
+            return True
+        gains = [
+            b.gap_closed - a.gap_closed for a, b in zip(self.rungs, self.rungs[1:], strict=False)
+        ]
+        tired = [gain < self.config.pays for gain in gains]
+        return len(tired) >= 2 and all(tired[-2:])
+
+    def _judged(self) -> Judged:
+        with self.pace.uncounted():
+            return self.judge.judge(self.student.layout)
+
+    def _report(self, rung: Rung, judged: Judged) -> None:
+        seed = self.config.seed
+        rung.kl, rung.lo, rung.hi, _ = judged.mean_kl(seed)
+        rung.nll = judged.mean_nll(seed)[0]
+        rung.gap_closed, rung.gap_lo, rung.gap_hi = judged.gap_closed(self.swapped, seed)
+        self.rungs.append(rung)
+        self.say(
+            f"{rung.name:12} KL {rung.kl:.4f} [{rung.lo:.4f}, {rung.hi:.4f}]  gap closed "
+            f"{100 * rung.gap_closed:.1f} %  {rung.tokens} tokens  {rung.seconds:.0f} s"
+            + ("" if rung.kept else "  (undone)")
+        )
+
+    # ---- the rungs ------------------------------------------------------------------------------
+
+    def _closed_form(self, name: str) -> Rung:
+        rung, started = Rung(name), time.monotonic()
+        for part in self.parts:
+            store, held = self.stores([part], [part])
+            for fit in closed_form(part, store, held):
+                done = "taken" if fit.taken else "not taken"
+                rung.notes.append(
+                    f"{part.where} {fit.what}: error {fit.before:.3f} -> {fit.after:.3f}, {done}"
+                )
+        if not rung.notes:
+            rung.notes.append("nothing in these parts has a closed form")
+        rung.tokens = sum(ids.numel() for ids in self.texts.train) * len(self.parts)
+        rung.seconds = time.monotonic() - started
+        return rung
+
+    def _local(self, name: str) -> Rung:
+        rung = Rung(name)
+        fresh = self._fresh()
+        seconds = self.pace.share(name) / len(self.parts)
+        for index, part in enumerate(self.parts):
+            store, held = self.stores([part], [part])
+            learning = groups(part, fresh[part.path], self.config.lr, self.config.gate_lr)
+            loss = LocalLoss(part, store, held)
+            self._train(rung, f"{name}-{index}", learning, loss, seconds)
+        return rung
+
+    def _block(self, name: str) -> Rung:
+        """Each swapped block as a whole: what is left of the part's error, the rest of its block takes up."""
+        rung = Rung(name)
+        seconds = self.pace.share(name) / max(1, len(self.companions))
+        for layer in self.companions:
+            mine = [part for part in self.parts if part.layer == layer]
+            place = block(self.teacher, layer)
+            store, held = self.stores(mine, [place])
+            loss = WindowLoss(self.student.layout, store, held, place, place)
+            learning = self._later(mine, self.companions[layer], LATER_RATE)
+            self._train(rung, f"{name}-{layer}", learning, loss, seconds)
+        return rung
+
+    def _later(
+        self, parts: Sequence[Part], companions: dict[str, nn.Parameter], share: float
+    ) -> list[Group]:
+        """Parts that have learnt alone, and what stands around them, all at once."""
+        learning, fresh = [], self._fresh()
+        rates = (share * self.config.lr, share * self.config.gate_lr)
+        for part in parts:
+            learning += groups(part, fresh[part.path], *rates)
+        for group in learning:
+            group.joins = 0.0
+        return [*learning, Group("block", companions, rates[0])]
+
+    def _window(self, name: str) -> Rung:
+        entering, leaving = self._span()
+        store, held = self.stores([], [entering, leaving])
+        loss = WindowLoss(self.student.layout, store, held, entering, leaving)
+        return self._through_blocks(name, loss)
+
+    def _end_to_end(self, name: str) -> Rung:
+        entering, leaving = (
+            block(self.teacher, self.parts[0].layer),
+            final(self.teacher),
+        )
+        store, held = self.stores([], [entering, leaving])
+        loss = EndToEndLoss(self.teacher, self.student.layout, store, held, entering, leaving)
+        return self._through_blocks(name, loss)
+
+    def _through_blocks(self, name: str, loss: Any) -> Rung:
+        rung = Rung(name)
+        around = {n: p for found in self.companions.values() for n, p in found.items()}
+        learning = self._later(self.parts, around, LAST_RATE)
+        learning.append(Group("neighbours", self.neighbours, NEIGHBOUR_RATE * self.config.lr))
+        self._train(rung, name, learning, loss, self.pace.share(name))
+        return rung
+
+    def _train(
+        self, rung: Rung, key: str, learning: list[Group], loss: Any, seconds: float
+    ) -> None:
+        for group in learning:
+            for parameter in group.parameters.values():
+                parameter.requires_grad_(True)
+        steps, looks = self._planned(key, loss, learning, seconds)
+        if steps < LEAST_STEPS and seconds != float("inf"):
+            rung.notes.append(f"left out: the time that is left allows {steps} steps")
+            return
+        deadline = time.monotonic() + seconds
+        trainer = Trainer(
+            learning,
+            loss,
+            loss.look,
+            batches=self.texts.train,
+            steps=steps,
+            every=max(1, steps // looks),
+            seed=self.config.seed,
+            state=None if self.state is None else State(self.state.folder / key),
+            fingerprint={**self.fingerprint, "rung": key, "steps": steps},
+            stopping=self.stopping,
+            out_of_time=lambda: time.monotonic() > deadline + 0.2 * seconds,
+            say=self.say,
+        )
+        done: Trained = trainer.run()
+        for parameter in trainer.named.values():
+            parameter.requires_grad_(False)
+        rung.tokens += done.tokens
+        rung.seconds += done.seconds
+        rung.steps += done.steps
+        rung.looks += [asdict(look) for look in done.looks]
+        rung.gates |= done.gates
+        rung.notes += done.notes
+
+    def _planned(
+        self, key: str, loss: Any, learning: list[Group], seconds: float
+    ) -> tuple[int, int]:
+        """Steps and looks: as many as the epochs allow and as fit into the time; a resumed run keeps to the plan."""
+        most = self.config.epochs * len(self.texts.train)
+        if seconds == float("inf"):
+            return most, LOOKS
+        plan = None if self.state is None else State(self.state.folder / f"{key}-steps")
+        known = None if plan is None else plan.load(self.fingerprint)
+        if known is not None:
+            return known[1]["steps"], known[1]["looks"]
+        steps, looks = planned(
+            loss, learning, most, len(self.texts.train), len(self.texts.train[0]), seconds
+        )
+        if plan is not None:
+            plan.save({}, {"steps": steps, "looks": looks}, self.fingerprint)
+        return steps, looks
+
+    # ---- activations ----------------------------------------------------------------------------
+
+    def _run_teacher(self) -> None:
+        """Everything that the cheap rungs will want, in one pass; end-to-end wants the whole model, and asks itself."""
+        places = [] if self._in_turn() else list(self.parts)
+        if "block" in self.config.rungs and not self._in_turn():
+            places += [block(self.teacher, layer) for layer in self.companions]
+        if "window" in self.config.rungs:
+            places += [part for part in self._span() if part.path not in {p.path for p in places}]
+        if places:
+            tokens = sum(ids.numel() for ids in self.texts.train)
+            self.say(f"the teacher runs over {tokens:,} tokens to learn from, once")
+            self.stores([], places)
+
+    def _in_turn(self) -> bool:
+        """Whether the parts after the first one read the student's stream, which is not there yet."""
+        return self.config.order == "sequential" and len(self.parts) > 1
+
+    def _span(self) -> tuple[Part, Part]:
+        """The blocks whose input and output the rung `window` matches."""
+        last = min(self.parts[-1].layer + self.config.width, self.teacher.n_layers - 1)
+        return block(self.teacher, self.parts[0].layer), block(self.teacher, last)
+
+    def stores(self, own: Sequence[Part], places: Sequence[Part]) -> tuple[Store, Store]:
+        """Training and held-out activations; `own` are parts that read the student's stream when they come in order."""
+        behind = self.parts.index(own[0]) > 0 if own else False
+        inputs = self.student.layout if behind and self.config.order == "sequential" else None
+        whose = "teacher" if inputs is None else fingerprint(self._weights())
+        found = []
+        for batches, kind in ((self.texts.train, "train"), (self.texts.look, "look")):
+            store = Store(
+                self.teacher,
+                places,
+                batches,
+                folder=self.folder,
+                budget=self.config.store_gb * 1e9,
+                dtype=getattr(torch, self.config.store_dtype),
+                key={**self.texts.key, "text": kind, "inputs": whose},
+                inputs=inputs,
+            )
+            if store.folder is not None and len(store.stored) < len(places):
+                self.say(
+                    f"the activations of {len(places)} places need {store.needed / 1e9:.3g} GB and --store-gb is "
+                    f"{self.config.store_gb:g}: {len(places) - len(store.stored)} of them are computed anew each time"
+                )
+            store.fill()
+            found.append(store)
+        return found[0], found[1]
+
+    def _fresh(self) -> dict[str, set[str]]:
+        """By path, the parameters that the teacher did not have."""
+        return {clause.path: set(clause.new_parameters) for clause in self.student.plan.clauses}
+
+    # ---- weights --------------------------------------------------------------------------------
+
+    def _named(self) -> dict[str, Tensor]:
+        named = {
+            f"{part.path}.{name}": tensor
+            for part in self.parts
+            for name, tensor in part.student.state_dict(keep_vars=True).items()
+        }
+        for companions in self.companions.values():
+            named |= companions
+        return named | self.neighbours
+
+    def _weights(self) -> dict[str, Tensor]:
+        return {name: tensor.detach().clone() for name, tensor in self._named().items()}
+
+    @torch.no_grad()
+    def _set(self, weights: dict[str, Tensor]) -> None:
+        for name, own in self._named().items():
+            own.copy_(weights[name])
+
+    def _save(self) -> None:
+        if self.state is None:
+            return
+        arrays = {name: bits(own) for name, own in self._weights().items()}
+        info = {"rungs": [asdict(rung) for rung in self.rungs], "seconds": self.pace.spent()}
+        self.state.save(arrays, info, self.fingerprint)
+
+    def _resume(self) -> None:
+        found = None if self.state is None else self.state.load(self.fingerprint)
+        if found is None:
+            return
+        self._arrays, info = found
+        self.rungs = [Rung(**rung) for rung in info["rungs"]]
+        self.pace.earlier = info["seconds"]
+
+    def _load_weights(self) -> None:
+        named = self._named()
+        self._set({n: tensor(a, named[n]) for n, a in self._arrays.items()})

@@ -1,0 +1,169 @@
+"""The repair curve: what was left of the damage after each rung, against tokens and against time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+
+from mismatch.report import style
+
+COLUMNS = (
+    *("rung", "kl", "lo", "hi", "nll", "gap_closed", "gap_lo", "gap_hi"),
+    *("tokens", "steps", "seconds", "kept"),
+)
+RUNG_COLOURS = {
+    "inherit": "#777777",
+    "closed-form": "#0072b2",
+    "local": "#009e73",
+    "block": "#56b4e9",
+    "window": "#e69f00",
+    "end-to-end": "#cc79a7",
+}
+SMALLEST = 1e-4
+"""Share of the damage below which a control is not drawn: the unswapped layer reads 0, up to the rounding of a sum."""
+
+
+def rung_table(climbed: Mapping[str, Any]) -> pd.DataFrame:
+    """A row per rung, as climbed."""
+    rows = [{**rung, "rung": rung["name"]} for rung in climbed["rungs"]]
+    return pd.DataFrame(rows, columns=list(COLUMNS))
+
+
+def branch_line(at: Mapping[str, Any], repaired: float) -> str:
+    """What a person reads of one branch that was taken out.
+
+    Args:
+        at: the fields of `mismatch.stages.repair.knockout.Knocked`.
+        repaired: the KL with the branch in, nats per token.
+    """
+    if at["branch"] is None:
+        return f"{at['where']}: branches not applicable, the mechanism has none"
+    more = (f"{at[name]:+.4f}" for name in ("more", "more_lo", "more_hi"))
+    said = {
+        "used": "",
+        "bypassed": f": repaired by bypass, the {at['branch']} branch is not used",
+        "open": ": whether it is used is open, the interval is too wide (give more --judged tokens)",
+    }
+    change = "{} [{}, {}]".format(*more)
+    return (
+        f"{at['where']} without its {at['branch']}: KL {repaired:.4f} -> {at['kl']:.4f}, {change}"
+        f"{said[at['verdict']]}"
+    )
+
+
+def repair_data(
+    _table: pd.DataFrame, *, plan: Mapping[str, Any], dictionary: Any = None
+) -> pd.DataFrame:
+    """The numbers of the picture."""
+    return rung_table(plan["climb"])
+
+
+@style.styled
+def repair_plate(
+    _table: pd.DataFrame, *, plan: Mapping[str, Any], dictionary: Any = None
+) -> Figure:
+    """The picture, from a run."""
+    return repair_curve(plan["climb"])
+
+
+@style.styled
+def repair_curve(climbed: Mapping[str, Any]) -> Figure:
+    """Held-out KL of every rung, with its interval; controls as lines. Undone rungs are hollow."""
+    frame = rung_table(climbed)
+    frame = frame[(frame["rung"] == "inherit") | (frame["tokens"] > 0)]  # others were left out
+    figure = style.new_figure(style.WIDTH, 3.0)
+    left, right = figure.subplots(1, 2, sharey=True)
+    controls = {
+        name: found["kl"][0]
+        for name, found in climbed["students"].items()
+        if name not in ("swap", "repaired") and found["kl"][0] > 0
+    }
+    low, high = _range(frame, controls)
+    for ax, column, label in (
+        (left, "tokens", "tokens learnt from, all rungs"),
+        (right, "seconds", "seconds of mending"),
+    ):
+        ax.set_yscale("log")
+        _curve(ax, frame, column)
+        for name, kl in controls.items():
+            colour = style.look(name, list(controls))[0]
+            ax.axhline(kl, color=colour, linewidth=0.8, linestyle="--", zorder=0)
+        ax.set_xlabel(label)
+        ax.xaxis.set_major_locator(MaxNLocator(5))
+        ax.xaxis.set_major_formatter(FuncFormatter(lambda v, _: _short(v)))
+        ax.yaxis.set_major_locator(LogLocator(10, subs=(1.0, 2.0, 5.0)))
+        ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
+        ax.yaxis.set_minor_locator(NullLocator())
+        ax.set_ylim(low, high)
+    left.set_ylabel("KL to the teacher, nats per token")
+    marks = [
+        Line2D([], [], ls="none", marker="o", ms=5, color=RUNG_COLOURS[r]) for r in frame["rung"]
+    ]
+    left.set_title(" ")  # room for the names, which are as wide as both panels
+    names = left.legend(
+        marks,
+        list(frame["rung"]),
+        frameon=False,
+        fontsize=7,
+        loc="lower left",
+        bbox_to_anchor=(0.0, 1.0),
+        ncols=len(marks),
+        handletextpad=0.1,
+        columnspacing=1.0,
+        borderpad=0.0,
+    )
+    names.set_in_layout(False)
+    style.frame(
+        figure,
+        "What is left of the damage, on held-out text",
+        "Bars: 95 % over documents. Hollow: a rung that made it worse and was undone. Dashed: controls.",
+    )
+    edge = right.get_xlim()[1]
+    style.label_ends(
+        right,
+        [(edge, kl, name, style.look(name, list(controls))[0]) for name, kl in controls.items()],
+    )
+    return figure
+
+
+def _range(frame: pd.DataFrame, controls: Mapping[str, float]) -> tuple[float, float]:
+    """Of the y axis: everything that is drawn; a control that reads exactly 0 has no place on it."""
+    drawn = [*frame["kl"], *frame["lo"].dropna(), *frame["hi"].dropna(), *controls.values()]
+    shown = [value for value in drawn if value > SMALLEST * float(frame["kl"].max())]
+    return 0.8 * min(shown), 1.25 * max(shown)
+
+
+def _short(value: float) -> str:
+    """`500`, `20k`, `1.5M`."""
+    if value < 1000:
+        return f"{value:g}"
+    return f"{value / 1000:g}k" if value < 1e6 else f"{value / 1e6:g}M"
+
+
+def _curve(ax: Axes, frame: pd.DataFrame, column: str) -> None:
+    spent = frame[column].cumsum().clip(lower=0)
+    kept = list(frame["kl"].where(frame["kept"]).ffill())
+    reached = list(spent)
+    for at, rung in enumerate(frame["rung"].iloc[1:], 1):
+        # What a rung that was undone left is what it found.
+        line = (reached[at - 1 : at + 1], kept[at - 1 : at + 1])
+        ax.plot(*line, color=RUNG_COLOURS[rung], linewidth=1.1, zorder=1)
+    for x, row in zip(spent, frame.itertuples(), strict=True):
+        colour = RUNG_COLOURS[row.rung]
+        ax.errorbar(
+            [x],
+            [row.kl],
+            yerr=[[row.kl - row.lo], [row.hi - row.kl]] if row.lo == row.lo else None,
+            marker="o",
+            markersize=5,
+            color=colour,
+            markerfacecolor=colour if row.kept else "white",
+            capsize=2,
+            linestyle="none",
+        )

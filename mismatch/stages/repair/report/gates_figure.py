@@ -1,0 +1,160 @@
+"""Where each head's gate went while it was trained: a gate that never left its start was not trained at all."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from mismatch.errors import UsageError
+from mismatch.report import style
+from mismatch.stages.repair.report.curve_figure import RUNG_COLOURS
+
+PANELS = 6
+"""Gate tensors that are drawn; all of them are in the numbers."""
+
+COLUMNS = ("gate", "branch", "head", "rung", "what", "at", "step", "raw", "value")
+STILL = 0.06  # of the width: what a rung without steps takes
+
+
+def gates_data(
+    _table: pd.DataFrame, *, plan: Mapping[str, Any], dictionary: Any = None
+) -> pd.DataFrame:
+    """Every gate of every head over the repair.
+
+    Returns:
+        Rows gate, branch, head, rung, what (start: as swapped; look; end: the weights that the rung left), at (where it
+        is drawn: steps of all rungs so far), step (of the rung), raw (the parameter), value (its sigmoid where it
+        weighs a branch, else as it is).
+
+    Raises:
+        UsageError: there is no gate, or nothing was noted of it.
+    """
+    climb = plan["climb"]
+    known = climb.get("gates", {})
+    weighs = known.get("weighs", {})
+    rows: list[dict[str, Any]] = []
+
+    def note(gates: Mapping[str, Any], rung: str, what: str, at: float, step: int) -> None:
+        for name, numbers in gates.items():
+            for head, raw in enumerate(numbers):
+                value = 1 / (1 + math.exp(-raw)) if name in weighs else raw
+                given = (name, weighs.get(name, ""), head, rung, what, at, step, raw, value)
+                rows.append(dict(zip(COLUMNS, given, strict=True)))
+
+    note(known.get("start", {}), "inherit", "start", 0, 0)
+    drawn = set(known.get("start", {}))
+    for rung, (left, right) in zip(climb["rungs"], _spans(climb), strict=True):
+        for look in rung["looks"]:
+            share = look["step"] / max(1, rung["steps"])
+            at = left + share * (right - left)
+            note(look.get("gates", {}), rung["name"], "look", at, look["step"])
+        # A rung that was undone left the weights from before it; the next one begins there.
+        if rung["kept"]:
+            ends = {name: pair[1] for name, pair in rung["gates"].items() if name in drawn}
+            note(ends, rung["name"], "end", right, rung["steps"])
+    if not rows:
+        raise UsageError("not applicable: no swapped part has a gate")
+    return pd.DataFrame(rows, columns=list(COLUMNS))
+
+
+def _spans(climb: Mapping[str, Any]) -> list[tuple[float, float]]:
+    """From where to where each rung is drawn, in steps; a rung without steps gets a little room all the same."""
+    steps = [rung["steps"] for rung in climb["rungs"]]
+    room = STILL * (sum(steps) or 1)
+    spans, at = [], 0.0
+    for rung, count in zip(climb["rungs"], steps, strict=True):
+        wide = count or (room if rung["tokens"] else 0.0)
+        spans.append((at, at + wide))
+        at += wide
+    return spans
+
+
+@style.styled
+def gates_figure(
+    _table: pd.DataFrame, *, plan: Mapping[str, Any], dictionary: Any = None
+) -> Figure:
+    """A panel per gate, a line per head, from the swap to the end of the climb; coloured bands are rungs.
+
+    Raises:
+        UsageError: there is no gate.
+    """
+    data = gates_data(_table, plan=plan)
+    names = list(dict.fromkeys(data["gate"]))
+    shown = names[:PANELS]
+    figure = style.new_figure(style.WIDTH, 0.8 + 1.75 * len(shown))
+    axes = figure.subplots(len(shown), 1, sharex=True, squeeze=False)[:, 0]
+    for axis, name in zip(axes, shown, strict=True):
+        _panel(axis, data[data["gate"] == name], plan["climb"])
+    _name_rungs(axes[0], plan["climb"])
+    axes[-1].set_xlabel("steps of all rungs")
+    left_out = (
+        f" {len(names) - len(shown)} more gates are in the numbers." if names[PANELS:] else ""
+    )
+    style.frame(
+        figure,
+        "Gates while they were trained, one line a head",
+        "Points: looks at held-out text. Dot: what a rung left, which is its best look. Bands: rungs; hatched: "
+        f"undone. Dotted: where a head began. Numbers at the right: heads.{left_out}",
+    )
+    for axis, name in zip(axes, shown, strict=True):
+        _name_heads(axis, data[data["gate"] == name])
+    return figure
+
+
+def _panel(ax: Axes, data: pd.DataFrame, climb: Mapping[str, Any]) -> None:
+    heads = sorted(data["head"].unique())
+    branch = data["branch"].iloc[0]
+    for rung, (left, right) in zip(climb["rungs"], _spans(climb), strict=True):
+        if right > left:
+            ax.axvspan(
+                left, right, color=RUNG_COLOURS[rung["name"]], alpha=0.10, lw=0, zorder=0,
+                hatch=None if rung["kept"] else "///",
+            )  # fmt: skip
+    for head in heads:
+        rows, colour = data[data["head"] == head], _colour(head, len(heads))
+        start = rows[rows["what"] == "start"]
+        if len(start):
+            ax.axhline(start["value"].iloc[0], color=style.FAINT, lw=0.5, ls=":", zorder=1)
+        ax.plot(rows["at"], rows["value"], color=colour, lw=0.9, zorder=2)
+        looks, ends = rows[rows["what"] == "look"], rows[rows["what"] == "end"]
+        ax.plot(looks["at"], looks["value"], color=colour, ls="none", marker=".", ms=3, zorder=3)
+        ax.plot(ends["at"], ends["value"], color=colour, ls="none", marker="o", ms=3.5, zorder=4)
+    style.panel_title(ax, data["gate"].iloc[0])
+    ax.set_ylabel(f"weight of {branch}" if branch else "value")
+    if branch:
+        low, high = data["value"].min(), data["value"].max()
+        ax.set_ylim(max(0.0, low - 0.05), min(1.0, high + 0.05))
+    ax.set_xlim(0, max(float(data["at"].max()), 1.0))
+
+
+def _name_rungs(ax: Axes, climb: Mapping[str, Any]) -> None:
+    spans = _spans(climb)
+    whole = max((right for _, right in spans), default=1.0) or 1.0
+    for rung, (left, right) in zip(climb["rungs"], spans, strict=True):
+        if (right - left) / whole >= 1.5 * STILL:
+            ax.annotate(
+                rung["name"], ((left + right) / 2, 1.0), xycoords=("data", "axes fraction"),
+                xytext=(0, -8), textcoords="offset points", ha="center", fontsize=6.5,
+                color=style.INK,
+            )  # fmt: skip
+
+
+def _name_heads(ax: Axes, data: pd.DataFrame) -> None:
+    last = data.groupby("head").tail(1)
+    count = data["head"].nunique()
+    if count > 1:
+        ends = [(r.at, r.value, str(r.head), _colour(r.head, count)) for r in last.itertuples()]
+        style.label_ends(ax, ends)
+
+
+def _colour(head: int, count: int) -> Any:
+    return mpl.colormaps["viridis"](
+        0.9 * head / max(1, count - 1) if count > 1 else np.float64(0.0)
+    )

@@ -1,0 +1,249 @@
+"""The report of a repair: what each rung left, then where, through which branches, and what KL does not say."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pandas as pd
+
+from mismatch.report import style
+from mismatch.report.page import Html, grid, join, tag
+from mismatch.runs.folder import Run
+from mismatch.stages.probe.words import headlines, probes_of
+from mismatch.stages.repair.report.curve_figure import rung_table
+from mismatch.stages.repair.report.forecast_words import SURE, forecast_lines, share
+
+CLOSED = 0.5
+"""Share of the gap from which the KL counts as closed; a retrieval of which less came back is warned of."""
+RETRIEVAL = ("passkey", "induction")
+
+
+def repair_verdict(climb: Mapping[str, Any]) -> str:
+    """One sentence: share of the gap, and the nats that are left of how many."""
+    swap, repaired = climb["students"]["swap"], climb["students"]["repaired"]
+    text = (
+        f"{percent(repaired['gap_closed'])} of the gap is closed: KL to the teacher "
+        f"{style.number(swap['kl'][0])} → {style.interval(*repaired['kl'])} nats per token."
+    )
+    controls = [n for n in climb["students"] if n not in ("swap", "repaired")]
+    beaten = [n for n in controls if climb["students"][n]["kl"][0] <= repaired["kl"][0]]
+    return text + (f" The control {beaten[0]} costs no more." if beaten else "")
+
+
+def percent(read: Sequence[float]) -> str:
+    """`89.1 % [86.0, 91.2]`, of a share and its interval."""
+    value, lo, hi = (100 * math.nan if x is None else 100 * x for x in read)
+    band = "" if math.isnan(lo) else f" [{lo:.1f}, {hi:.1f}]"
+    return f"{value:.1f} %{band}"
+
+
+def rungs(climb: Mapping[str, Any]) -> Html:
+    """A row per rung: share and nats, with intervals, and what they cost; then what was forecast of them."""
+    frame = rung_table(climb)
+    rows = [
+        (
+            r.rung,
+            percent((r.gap_closed, r.gap_lo, r.gap_hi)) if r.Index else "-",
+            style.interval(r.kl, r.lo, r.hi),
+            f"{r.tokens:,}" if r.Index else "-",
+            f"{r.steps:,}" if r.Index else "-",
+            f"{r.seconds:.0f}" if r.Index else "-",
+            "" if r.kept else "undone: it got worse",
+        )
+        for r in frame.itertuples()
+    ]
+    heads = (
+        *("rung", "gap closed, 95 % interval", "KL left, nats per token, 95 % interval"),
+        *("tokens", "steps", "seconds", ""),
+    )
+    kept = [i for i, r in enumerate(frame.itertuples()) if r.kept]
+    return join([grid(heads, rows, numbers=(1, 2, 3, 4, 5), marked=kept[-1:]), foretold(climb)])
+
+
+def foretold(climb: Mapping[str, Any]) -> Html:
+    """What was said of each rung before the first one, and whether it came so."""
+    told = climb.get("forecast")
+    if not told:
+        return join([])
+    said = [tag("p", line, class_="faint") for line in forecast_lines(told)]
+    rows = [
+        (
+            name,
+            share(one),
+            f"{100 * one['measured']:.0f} %",
+            "inside" if one["inside"] else "outside",
+        )
+        for name, one in told["rungs"].items()
+        if "measured" in one
+    ]
+    heads = ("rung", f"forecast of the gap, {SURE} % interval", "measured", "")
+    return join([grid(heads, rows, numbers=(1, 2)), *said] if rows else said)
+
+
+def students(climb: Mapping[str, Any]) -> Html:
+    """The repaired swap beside the swap and the controls, on the same tokens."""
+    rows = []
+    for name, found in climb["students"].items():
+        less = found.get("repaired_minus")
+        rows.append(
+            (
+                name,
+                style.interval(*found["kl"]),
+                style.interval(*found["nll"]),
+                style.interval(*less) if less and name != "repaired" else "",
+            )
+        )
+    heads = ("student", "KL", "NLL minus the teacher's", "KL, repaired − student, paired")
+    marked = [i for i, name in enumerate(climb["students"]) if name == "repaired"]
+    return grid(heads, rows, numbers=(1, 2, 3), marked=marked)
+
+
+def branches(climb: Mapping[str, Any]) -> Html:
+    """The KL without each branch; a mechanism that has none is not applicable."""
+    rows = []
+    for at in climb.get("branches", ()):
+        if not at["branch"]:
+            grey = tag("span", "not applicable: the mechanism has no branches", class_="faint")
+            rows.append((at["where"], "", "", "", grey))
+            continue
+        rows.append(
+            (
+                at["where"],
+                at["branch"],
+                style.interval(at["kl"], at["lo"], at["hi"]),
+                style.interval(at["more"], at["more_lo"], at["more_hi"]),
+                VERDICTS.get(at["verdict"], at["verdict"]),
+            )
+        )
+    words = (
+        "Each branch of the repaired mechanism taken out in turn. A branch without which the KL hardly grows is not "
+        "used: the rest was trained around it."
+    )
+    heads = ("place", "branch taken out", "KL without it", "minus the KL with it, paired", "")
+    return join([tag("p", words), grid(heads, rows, numbers=(2, 3))])
+
+
+VERDICTS = {
+    "used": "used",
+    "bypassed": "repaired by bypass: not used",
+    "open": "open: the interval is too wide",
+}
+
+
+def before_after(table: pd.DataFrame, dictionary: Mapping[str, Any] | None = None) -> pd.DataFrame:
+    """The headline of every probe for teacher, swap and repaired model.
+
+    Returns:
+        Rows metric, stat, unit, teacher, swap, repaired, left (repaired minus teacher), left_lo, left_hi, back (the
+        share of what the swap lost that came back; NaN where the swap surely lost nothing).
+    """
+    of = probes_of(table)
+    mine = table[table["metric"].isin(of)]
+    teacher = mine["student"] == "teacher"
+    parts = {}
+    for stage in ("surgery", "repair"):
+        some = mine[teacher | ((mine["student"] == "swap") & (mine["stage"] == stage))]
+        parts[stage] = headlines(some, dictionary)
+    if any(part.empty for part in parts.values()):
+        return pd.DataFrame(columns=list(BEFORE_AFTER))
+    keys = ["metric", "stat", "layer", "head", "site"]
+    joined = parts["surgery"].merge(parts["repair"], on=keys, suffixes=("", "_after"))
+    rows = []
+    for r in joined.itertuples():
+        lost = r.difference_lo > 0 or r.difference_hi < 0
+        back = 1 - r.difference_after / r.difference if lost else math.nan
+        numbers = (r.teacher, r.value, r.value_after)
+        left = (r.difference_after, r.difference_lo_after, r.difference_hi_after)
+        rows.append((r.metric, r.stat, r.unit, *numbers, *left, back))
+    return pd.DataFrame(rows, columns=list(BEFORE_AFTER))
+
+
+BEFORE_AFTER = (
+    *("metric", "stat", "unit", "teacher", "swap", "repaired"),
+    *("left", "left_lo", "left_hi", "back"),
+)
+
+
+def probe_lines(
+    table: pd.DataFrame, climb: Mapping[str, Any], dictionary: Mapping[str, Any] | None = None
+) -> list[str]:
+    """`passkey logprob -0.07 -> -9.6 -> -5.1 nats per key`, and a warning where KL is closed and retrieval is not."""
+    found = before_after(table, dictionary)
+    lines = []
+    for r in found.itertuples():
+        numbers = " -> ".join(style.number(x) for x in (r.teacher, r.swap, r.repaired))
+        lines.append(
+            f"{r.metric + ' ' + r.stat:22}  {numbers} {r.unit}   repaired - teacher "
+            f"{style.interval(r.left, r.left_lo, r.left_hi)}"
+        )
+    if lines:
+        lines.insert(0, "teacher -> swap -> repaired")
+    return lines + [f"warning: {text}" for text in warnings(found, climb)]
+
+
+def warnings(found: pd.DataFrame, climb: Mapping[str, Any]) -> list[str]:
+    """Where the KL says repaired and retrieval does not: of each probe the reading that is furthest off."""
+    closed = climb["students"]["repaired"]["gap_closed"][0]
+    if closed is None or not closed >= CLOSED or found.empty:
+        return []
+    sure = (found["left_lo"] > 0) | (found["left_hi"] < 0)
+    missing = found[found["metric"].isin(RETRIEVAL) & (found["back"] < CLOSED) & sure]
+    worst = missing.loc[missing["left"].abs().groupby(missing["metric"], sort=False).idxmax()]
+    return [
+        f"{100 * closed:.0f} % of the KL gap is closed, and {100 * max(0.0, r.back):.0f} % of what {r.metric} {r.stat} "
+        f"lost has come back ({style.number(r.teacher)} -> {style.number(r.swap)} -> {style.number(r.repaired)}): text "
+        "does not ask for what is still missing"
+        for r in worst.itertuples()
+    ]
+
+
+def asked(run: Run) -> Html:
+    """The probes as a table, with the warning."""
+    found = before_after(run.table, run.dictionary)
+    if found.empty:
+        return tag("p", "No probe was asked.")
+    rows = [
+        (
+            f"{r.metric} {r.stat}",
+            r.unit,
+            *(style.number(x) for x in (r.teacher, r.swap, r.repaired)),
+            style.interval(r.left, r.left_lo, r.left_hi),
+            "nothing was lost" if math.isnan(r.back) else f"{100 * r.back:.0f} %",
+        )
+        for r in found.itertuples()
+    ]
+    heads = (
+        *("probe", "unit", "teacher", "swap", "repaired"),
+        *("repaired − teacher, 95 % interval", "came back"),
+    )
+    warned = [tag("p", text, class_="warning") for text in warnings(found, run.plan["climb"])]
+    return join([*warned, grid(heads, rows, numbers=(2, 3, 4, 5, 6))])
+
+
+def sections(run: Run, figures: Mapping[str, Html]) -> list[Html]:
+    """The page between its head and its end; `figures` by the name of their plate."""
+    climb = run.plan.get("climb")
+    if climb is None:
+        return list(figures.values())
+    said = dict.fromkeys([*(n for r in climb["rungs"] for n in r["notes"]), *climb["notes"]])
+    others = [figure for name, figure in figures.items() if name not in ("repair", "gates")]
+    return [
+        tag("p", repair_verdict(climb), class_="verdict"),
+        *(tag("p", text, class_="warning") for text in
+          warnings(before_after(run.table, run.dictionary), climb)),
+        rungs(climb),
+        *(figures[name] for name in ("repair",) if name in figures),
+        tag("h2", "Beside the controls"),
+        students(climb),
+        tag("h2", "Before and after"),
+        *others,
+        *(figures[name] for name in ("gates",) if name in figures),
+        tag("h2", "Are the branches used?"),
+        branches(climb),
+        tag("h2", "Retrieval and free generation"),
+        asked(run),
+        tag("h2", "What the rungs said"),
+        tag("ul", *(tag("li", line) for line in said)) if said else tag("p", "Nothing."),
+    ]  # fmt: skip

@@ -1,0 +1,95 @@
+"""What a repair gives back: the rungs, the students beside it, the checkpoint. No torch."""
+
+from __future__ import annotations
+
+import html
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+
+from mismatch.runs.folder import Run
+from mismatch.stages.repair.report.curve_figure import branch_line, repair_curve, rung_table
+from mismatch.stages.repair.report.forecast_words import score
+from mismatch.stages.repair.report.page import probe_lines
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True)
+class Repaired:
+    """One finished repair. `student` is the repaired model, where it is still in memory."""
+
+    run: Run
+    climbed: dict[str, Any]
+    student: Any = None
+
+    @property
+    def rungs(self) -> pd.DataFrame:
+        """A row per rung: KL and its interval, gap closed, tokens, seconds."""
+        return rung_table(self.climbed)
+
+    @property
+    def table(self) -> pd.DataFrame:
+        return self.run.table
+
+    @property
+    def run_dir(self) -> Path | None:
+        """The run folder; None when nothing was written."""
+        return self.run.path
+
+    @property
+    def checkpoint(self) -> Path | None:
+        """The repaired model as a Hugging Face folder."""
+        return None if self.run.path is None else self.run.path / "checkpoint"
+
+    def curve(self) -> Figure:
+        """KL against tokens and against time, one colour a rung."""
+        return repair_curve(self.climbed)
+
+    def summary(self) -> str:
+        """What `mismatch repair` prints at the end."""
+        parts = [self._rung_lines(), self._control_lines()]
+        parts.append(probe_lines(self.table, self.climbed, self.run.dictionary))
+        whole = self.climbed["students"]["repaired"]["kl"][0]
+        notes = [note for rung in self.climbed["rungs"] for note in rung["notes"]]
+        notes += [branch_line(at, whole) for at in self.climbed["branches"]]
+        parts.append([f"- {note}" for note in dict.fromkeys([*notes, *self.climbed["notes"]])])
+        if self.checkpoint is not None:
+            parts.append([f'next: mismatch generate {self.checkpoint} "Once upon a time"'])
+        return "\n\n".join("\n".join(lines) for lines in parts if lines)
+
+    def _rung_lines(self) -> list[str]:
+        lines = []
+        for row in self.rungs.itertuples():
+            line = f"{row.rung:12}  KL {row.kl:.4f} [{row.lo:.4f}, {row.hi:.4f}] nats"
+            if row.Index:
+                line += (
+                    f"   gap closed {100 * row.gap_closed:5.1f} % "
+                    f"[{100 * row.gap_lo:.1f}, {100 * row.gap_hi:.1f}]"
+                    f"   {row.tokens:,} tokens   {row.seconds:.0f} s"
+                )
+                said = score(self.climbed.get("forecast"), row.rung)
+                line += f"   {said}" if said else ""
+            lines.append(line + ("" if row.kept else "   undone: it got worse"))
+        return lines
+
+    def _control_lines(self) -> list[str]:
+        """Each control, and the repaired model minus it, paired."""
+        lines = []
+        for name, found in self.climbed["students"].items():
+            if name in ("swap", "repaired"):
+                continue
+            (kl, lo, hi), (less, less_lo, less_hi) = found["kl"], found["repaired_minus"]
+            line = (
+                f"{name:12}  KL {kl:.4f} [{lo:.4f}, {hi:.4f}] nats   control; repaired minus it "
+                f"{less:+.4f} [{less_lo:+.4f}, {less_hi:+.4f}]"
+            )
+            # NaN, with a single document, compares false: nothing can be said then.
+            lines.append(line + ("   no better than it" if less_hi >= 0 else ""))
+        return lines
+
+    def _repr_html_(self) -> str:
+        return f"<pre>{html.escape(self.summary())}</pre>"

@@ -1,0 +1,1 @@
+"""The stages of the repair ladder and what they share."""

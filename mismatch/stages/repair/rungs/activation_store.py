@@ -1,0 +1,140 @@
+"""Inputs and targets of the layers under repair: the teacher runs once, the layers learn from disk.
+
+    FOLDER/KEY/00007-layer12.attn.safetensors      x and y of batch 7: input and output of the teacher's module
+
+A budget in bytes is kept: places that do not fit are recomputed from the tokens, blocks 0..layer and no head, each time
+they are asked for. The key holds model, text, dtype and windows and not the swap, so many candidates (mechanisms,
+options, seeds) learn from one stored pass. A shard is written whole or not at all; a pass that was cut off goes on
+where it stopped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from mismatch.models.layout import Layout
+from mismatch.runs.files import write_atomic
+from mismatch.stages.repair.rungs.module_pair import Call, Part, watch
+
+GB = 1e9
+
+
+@dataclass(frozen=True)
+class Example:
+    """One batch at one place: the input and the target of the module there, `batch pos d`, and how to call it."""
+
+    x: Tensor
+    y: Tensor
+    call: Call
+
+
+class Store:
+    """What the teacher's modules were given and gave, batch by batch.
+
+    Args:
+        teacher: layout of the untouched model.
+        places: the parts whose inputs and targets are wanted.
+        batches: int64 `batch pos` each, all of one shape.
+        folder: where shards go; None keeps nothing on disk.
+        budget: bytes on disk.
+        dtype: of the shards.
+        key: facts about model and text that the shards depend on.
+        inputs: another model, whose stream the parts get as input (the student as mended so far); the targets stay
+            the teacher's. `key` must then say which student.
+    """
+
+    def __init__(
+        self,
+        teacher: Layout,
+        places: Sequence[Part],
+        batches: Sequence[Tensor],
+        *,
+        folder: Path | None = None,
+        budget: float = 0.0,
+        dtype: torch.dtype = torch.float32,
+        key: dict[str, str] | None = None,
+        inputs: Layout | None = None,
+    ) -> None:
+        self.teacher, self.batches, self.dtype = teacher, batches, dtype
+        self.places, self.inputs = tuple(places), inputs
+        facts = {**(key or {}), "dtype": str(dtype), "shape": [list(b.shape) for b in batches[:1]]}
+        name = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+        self.folder = None if folder is None else folder / name
+        tokens = sum(batch.numel() for batch in batches)
+        # d_model in and out; a fused projection may be wider, and then the budget is kept by the file sizes.
+        self.bytes_per_place = tokens * 2 * _width(teacher) * dtype.itemsize
+        room = 0 if self.folder is None else int(budget // max(1, self.bytes_per_place))
+        self.stored = self.places[:room]
+        self._calls: dict[str, Call] = {}
+
+    @property
+    def needed(self) -> int:
+        """Bytes that all places together want."""
+        return self.bytes_per_place * len(self.places)
+
+    def fill(self, progress: Callable[[int], None] = lambda _n: None) -> int:
+        """Run the teacher over every batch that has no shard yet, once for all places; the number of tokens run."""
+        ran = 0
+        for index, ids in enumerate(self.batches):
+            missing = [p for p in self.stored if not self._shard(index, p).exists()]
+            if missing:
+                for part, (x, y) in zip(missing, self._run(missing, ids), strict=True):
+                    tensors = {n: t.to(self.dtype).contiguous() for n, t in (("x", x), ("y", y))}
+                    data = safetensors.torch.save(tensors)
+                    write_atomic(self._shard(index, part), lambda file, data=data: file.write(data))
+                ran += ids.numel()
+            progress(ids.numel())
+        return ran
+
+    def batch(self, part: Part, index: int) -> Example:
+        """Input and target of one place for one batch, on the model's device, float32 at least."""
+        shard = self._shard(index, part) if part in self.stored else None
+        if shard is None or not shard.exists():
+            ids = self.batches[index]
+            ((x, y),) = self._run([part], ids)
+            return Example(_wide(x), _wide(y), self._calls[part.path])
+        tensors = safetensors.torch.load(shard.read_bytes())
+        device = next(part.teacher.parameters()).device
+        return Example(
+            _wide(tensors["x"].to(device)), _wide(tensors["y"].to(device)), self._call(part)
+        )
+
+    def batches_of(self, part: Part) -> Iterator[Example]:
+        """Every batch of a place, in order."""
+        for index in range(len(self.batches)):
+            yield self.batch(part, index)
+
+    def _run(self, parts: Sequence[Part], ids: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Input and output of each part, `batch pos d`."""
+        paths, last = [part.path for part in parts], max(part.layer for part in parts)
+        seen = watch(self.teacher, paths, ids, last=last)
+        self._calls |= {path: seen[path][2] for path in paths}
+        given = seen if self.inputs is None else watch(self.inputs, paths, ids, last=last)
+        return [(given[path][0], seen[path][1]) for path in paths]
+
+    def _call(self, part: Part) -> Call:
+        if (
+            part.path not in self._calls
+        ):  # shards of an earlier process: one row shows how it is called
+            seen = watch(self.teacher, [part.path], self.batches[0], last=part.layer)
+            self._calls[part.path] = seen[part.path][2]
+        return self._calls[part.path]
+
+    def _shard(self, index: int, part: Part) -> Path:
+        return self.folder / f"{index:05d}-{part.where}.safetensors"  # type: ignore[operator]
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _width(layout: Layout) -> int:
+    return layout.d_model

@@ -1,0 +1,96 @@
+"""What time there is, how rungs part it, and how many steps fit into a part."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from mismatch.stages.repair.config import RepairConfig
+from mismatch.stages.repair.rungs.training import Group, no_room
+
+WEIGHTS = {"local": 15, "block": 51, "window": 30.6, "end-to-end": 3.4}
+"""How rungs that train part the time among those still to come; the closed form takes what it takes."""
+TRIAL_STEPS = 2  # timed to plan the others
+LOOKS = 8  # per rung, fewer where a look is dear:
+LOOKING = 0.2  # share of a rung's time that looks may take
+
+
+class Pace:
+    """The clock of one climb. Seconds that mend nothing are not counted.
+
+    Args:
+        config: the settings; `max_minutes` None is no limit.
+        spent: seconds that went by before the climb and count.
+    """
+
+    def __init__(self, config: RepairConfig, spent: float = 0.0) -> None:
+        self.config = config
+        self.began = time.monotonic()
+        self.earlier = spent  # of a resumed climb, what its process had spent
+        self.idle = 0.0
+
+    @contextmanager
+    def uncounted(self) -> Iterator[None]:
+        """What runs inside is judging, not mending."""
+        started = time.monotonic()
+        try:
+            yield
+        finally:
+            self.idle += time.monotonic() - started
+
+    def spent(self) -> float:
+        """Seconds of mending, an earlier process's included."""
+        return self.earlier + time.monotonic() - self.began - self.idle
+
+    def left(self) -> float:
+        """Seconds."""
+        if self.config.max_minutes is None:
+            return float("inf")
+        return self.config.max_minutes * 60 - self.spent()
+
+    def share(self, name: str) -> float:
+        """Seconds that a rung may spend: its part of the time that is left, among the rungs from it on."""
+        coming = self.config.rungs[self.config.rungs.index(name) :]
+        return self.left() * WEIGHTS[name] / sum(WEIGHTS[rung] for rung in coming)
+
+
+def planned(
+    loss: Any, learning: list[Group], most: int, batches: int, rows: int, seconds: float
+) -> tuple[int, int]:
+    """Steps and looks that fit into some seconds.
+
+    Args:
+        loss: of the rung; timed over a look and a few steps.
+        learning: whose gradients the timing leaves clean.
+        most: steps at most.
+        batches, rows: of the training text.
+        seconds: there are.
+    """
+    started = time.monotonic()
+    loss.look()
+    look = time.monotonic() - started
+    each = _timed(loss, batches, rows)
+    for group in learning:
+        for parameter in group.parameters.values():
+            parameter.grad = None
+    looks = min(LOOKS, max(1, int(LOOKING * seconds / look)))
+    return max(0, min(most, int((seconds - (looks + 2) * look) / each))), looks
+
+
+def _timed(loss: Callable[[int, int], torch.Tensor], batches: int, rows: int) -> float:
+    """Seconds of a step, with as many windows as there is memory for; the loop itself finds out how many."""
+    try:
+        # What is made on first use is not part of a step.
+        loss(0, rows).backward()
+        started = time.monotonic()
+        for index in range(TRIAL_STEPS):
+            loss(index % batches, rows).backward()
+    except torch.OutOfMemoryError as error:
+        if rows == 1:
+            raise no_room("while steps were timed") from error
+        return _timed(loss, batches, rows // 2)
+    return (time.monotonic() - started) / TRIAL_STEPS

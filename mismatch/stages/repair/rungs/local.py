@@ -1,0 +1,88 @@
+"""Rung 2: the layer alone learns to give what the teacher's layer gives, on the teacher's inputs.
+
+Teacher-forced layerwise distillation (LoLCATs arXiv 2410.10254, MOHAWK arXiv 2408.10189 stage 2): inputs and targets
+come from the store, only the module runs, no model around it. The loss is the relative error of `weighing`. New
+parameters begin; what was inherited for values and output joins next, queries and keys last; gates and decays have
+their own group and rate throughout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from mismatch.stages.repair.rungs.activation_store import Example, Store
+from mismatch.stages.repair.rungs.loss import relative_error
+from mismatch.stages.repair.rungs.module_pair import Part
+from mismatch.stages.repair.rungs.training import Group
+
+RATE = 5e-4
+GATE_RATE = 3e-2
+VALUES_JOIN, QUERIES_JOIN = 0.1, 0.2  # shares of the steps
+GATES = ("gate", "alpha", "decay", "mix", "A_log", "dt_bias")
+"""Last names of parameters that gate, scale or forget: few numbers, which have far to go."""
+QUERIES = ("q_proj", "k_proj", "q_norm", "k_norm")
+
+
+def groups(part: Part, fresh: Iterable[str], rate: float, gate_rate: float) -> list[Group]:
+    """What trains in a part, and when it joins.
+
+    Args:
+        part: owns its tensors.
+        fresh: names of the parameters that the teacher did not have.
+        rate, gate_rate: the highest learning rates.
+    """
+    fresh = set(fresh)
+    kinds: dict[str, dict[str, nn.Parameter]] = {
+        "gates": {},
+        "new": {},
+        "values": {},
+        "queries": {},
+    }
+    for name, parameter in part.student.named_parameters():
+        if not parameter.is_floating_point():
+            continue
+        pieces = name.split(".")
+        if pieces[-1] in GATES:
+            kind = "gates"
+        elif name in fresh:
+            kind = "new"
+        else:
+            kind = "queries" if any(piece in QUERIES for piece in pieces) else "values"
+        kinds[kind][f"{part.where}.{name}"] = parameter
+    waiting = bool(kinds["gates"] or kinds["new"])  # with nothing new there is nothing to wait for
+    return [
+        Group("gates", kinds["gates"], gate_rate),
+        Group("new", kinds["new"], rate),
+        Group("values", kinds["values"], rate, VALUES_JOIN if waiting else 0.0),
+        Group("queries", kinds["queries"], rate, QUERIES_JOIN if waiting else 0.0),
+    ]
+
+
+class LocalLoss:
+    """Error of one part over batches of the store, and over held-out ones.
+
+    Args:
+        part: what learns.
+        store: training inputs and targets.
+        held: held-out inputs and targets.
+    """
+
+    def __init__(self, part: Part, store: Store, held: Store) -> None:
+        self.part, self.store, self.held = part, store, held
+
+    def __call__(self, index: int, rows: int) -> Tensor:
+        """Loss of the first rows of a batch."""
+        return self._error(self.store.batch(self.part, index), rows)
+
+    @torch.no_grad()
+    def look(self) -> float:
+        """Mean error over the held-out batches."""
+        errors = [float(self._error(e, len(e.x))) for e in self.held.batches_of(self.part)]
+        return sum(errors) / len(errors)
+
+    def _error(self, example: Example, rows: int) -> Tensor:
+        x = example.x[:rows].to(next(self.part.student.parameters()).dtype)
+        return relative_error(example.call(self.part.student, x), example.y[:rows])

@@ -1,0 +1,145 @@
+"""A replaced module of the student, beside the module of the teacher that it stands for.
+
+Repair works on modules, not on models: the teacher's module was shown its inputs once, the student's learns to give the
+same outputs. How the host calls the module (rotary cos and sin, mask, positions) is taken from the teacher's own run,
+so there is no code per family.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mismatch.errors import SurgeryError
+from mismatch.forward import hooks
+from mismatch.mechanisms.parts.calling import CACHE_NAMES, first_of
+from mismatch.models.layout import Layout
+from mismatch.surgery.operate import Student
+
+
+@dataclass(frozen=True)
+class Part:
+    """One place that was swapped.
+
+    Attributes:
+        layer, slot: where.
+        path: of the module, the same in both models.
+        teacher, student: the module there.
+    """
+
+    layer: int
+    slot: str
+    path: str
+    teacher: nn.Module
+    student: nn.Module
+
+    @property
+    def where(self) -> str:
+        return f"layer{self.layer}.{self.slot}"
+
+
+@dataclass(frozen=True)
+class Call:
+    """How the host calls a module besides the stream: further positional and keyword arguments of one batch."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    by_keyword: bool
+
+    def __call__(self, module: nn.Module, x: Tensor) -> Tensor:
+        """The module's output for the stream `x`, `batch pos d_model`."""
+        args, kwargs = _rows(self.args, len(x)), _rows(self.kwargs, len(x))
+        if self.by_keyword:
+            return first_of(module(*args, hidden_states=x, **kwargs))
+        return first_of(module(x, *args, **kwargs))
+
+
+def parts_of(teacher: Layout, student: Student) -> tuple[Part, ...]:
+    """The swapped places in depth order, each once however many wrappers stand there.
+
+    Raises:
+        SurgeryError: a place outside the blocks, which has no layer to repair.
+    """
+    found: dict[str, Part] = {}
+    for clause in student.plan.clauses:
+        if clause.layer is None:
+            raise SurgeryError(
+                f"`{clause.mechanism}` at {clause.slot} cannot be repaired: it stands outside the blocks",
+                hint="repair works on parts of blocks; swap norm1, norm2 or norms of a layer",
+            )
+        module = student.model.get_submodule(clause.path)
+        original = teacher.model.get_submodule(clause.path)
+        found[clause.path] = Part(clause.layer, clause.slot, clause.path, original, module)
+    order = {slot: i for i, slot in enumerate(teacher.family.slot_names())}
+    return tuple(sorted(found.values(), key=lambda p: (p.layer, order.get(p.slot, len(order)))))
+
+
+def own(module: nn.Module, teacher: nn.Module) -> None:
+    """Give a module tree its own copies of the tensors that it shares with the teacher, so that they may be trained.
+
+    Tensors that the tree shares with itself (two paths over one projection) stay shared.
+    """
+    theirs = {id(t) for t in chain(teacher.parameters(), teacher.buffers())}
+    copies: dict[int, nn.Parameter] = {}
+    for child in module.modules():
+        for name, parameter in child._parameters.items():
+            if parameter is not None and id(parameter) in theirs:
+                if id(parameter) not in copies:
+                    copies[id(parameter)] = nn.Parameter(parameter.detach().clone())
+                child._parameters[name] = copies[id(parameter)]
+
+
+@torch.no_grad()
+def watch(
+    layout: Layout, paths: Iterable[str], ids: Tensor, *, last: int
+) -> dict[str, tuple[Tensor, Tensor, Call]]:
+    """Run blocks 0..last and note what goes into the modules at `paths` and what comes out.
+
+    Args:
+        layout: of the model to run.
+        paths: of modules inside these blocks.
+        ids: int64 `batch pos`.
+        last: the last block that runs; no head, nothing behind it.
+
+    Returns:
+        path -> input `batch pos d`, output `batch pos d`, and how it was called.
+    """
+    seen: dict[str, tuple[Tensor, Tensor, Call]] = {}
+    handles = []
+    for path in paths:
+
+        def note(_module: Any, args: tuple, kwargs: dict, out: Any, path: str = path) -> None:
+            x = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+            by_keyword = "hidden_states" in kwargs
+            rest = {
+                name: value
+                for name, value in kwargs.items()
+                if name != "hidden_states" and name not in CACHE_NAMES
+            }
+            call = Call(args if by_keyword else args[1:], rest, by_keyword)
+            seen[path] = (x, first_of(out), call)
+
+        module = layout.model.get_submodule(path)
+        handles.append(module.register_forward_hook(note, with_kwargs=True))
+    try:
+        hooks.run(layout, ids, (), lambda *_: None, stop=last + 1)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen
+
+
+def _rows(value: Any, n: int) -> Any:
+    """What the host hands down, for `n` rows: windows are full, so every row of a batch is called alike."""
+    if isinstance(value, Tensor):
+        return value[:n] if value.ndim > 1 and value.shape[0] > 1 else value
+    if isinstance(value, dict):
+        return {name: _rows(item, n) for name, item in value.items()}
+    if isinstance(value, tuple):
+        return tuple(_rows(item, n) for item in value)
+    return value

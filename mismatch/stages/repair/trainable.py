@@ -1,0 +1,100 @@
+"""The student that learns: a swap once more, with its own tensors where something trains, and LoRA behind it.
+
+Built beside the swap and over the same teacher, so that the swap stays as it came.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from mismatch import spec
+from mismatch.stages.repair.config import RepairConfig
+from mismatch.stages.repair.rungs.module_pair import Part, own, parts_of
+from mismatch.surgery.operate import Student
+from mismatch.surgery.students import Teacher, calibrated_swap
+
+
+@dataclass(frozen=True)
+class Learner:
+    """What a ladder climbs with.
+
+    Attributes:
+        student: the model.
+        parts: the swapped places in depth order; they own their tensors.
+        companions: by layer and name, the matrices of each swapped block outside of its parts.
+        neighbours: what LoRA added in the blocks behind, by name.
+    """
+
+    student: Student
+    parts: tuple[Part, ...]
+    companions: dict[int, dict[str, nn.Parameter]]
+    neighbours: dict[str, nn.Parameter]
+
+
+def learner(teacher: Teacher, config: RepairConfig, swap: Student, calibration: Any) -> Learner:
+    """The same as a swap (or a control), to learn; at the start it gives what the swap gives.
+
+    Args:
+        teacher: the untouched model.
+        config: which rungs are climbed says what trains.
+        swap: the student that stays as it is.
+        calibration: text, read only when a mechanism asks for it.
+
+    Raises:
+        MismatchError: as `calibrated_swap`; a place that cannot be repaired.
+    """
+    swapped = {clause.path for clause in swap.plan.clauses}
+    last = parts_of(teacher.layout, swap)[-1].layer
+    text = [swap.plan.spec]
+    end = min(last + config.neighbours, teacher.layout.n_layers - 1)
+    if config.behind and end > last:
+        lora = f"lora(r={config.rank}, alpha={float(config.rank)}, targets=all)"
+        text += [f"layers{last + 1}-{end}.{slot}:{lora}" for slot in ("attn", "mlp")]
+    student = calibrated_swap(
+        teacher,
+        spec.parse(text),
+        calibration=calibration,
+        tokens=config.calibration_tokens,
+        seq_len=config.seq_len,
+        batch_size=config.batch_size,
+        seed=config.seed,
+    )
+    parts = tuple(part for part in parts_of(teacher.layout, student) if part.path in swapped)
+    for part in parts:
+        own(part.student, teacher.model)
+    companions = _companions(student, parts, teacher.model) if config.around else {}
+    return Learner(student, parts, companions, _neighbours(student, swapped))
+
+
+def _companions(
+    student: Student, parts: Sequence[Part], teacher: nn.Module
+) -> dict[int, dict[str, nn.Parameter]]:
+    """The matrices of each swapped block outside of its parts, as its own copies, by layer and name."""
+    found: dict[int, dict[str, nn.Parameter]] = {}
+    inside = tuple(f"{part.path}." for part in parts)
+    for layer in dict.fromkeys(part.layer for part in parts):
+        path = student.layout.slot_path(layer, "block")
+        block = student.model.get_submodule(path)
+        own(block, teacher)
+        found[layer] = {
+            name: parameter
+            for inner, parameter in block.named_parameters()
+            if parameter.ndim > 1
+            and parameter.is_floating_point()
+            and not (name := f"{path}.{inner}").startswith(inside)
+        }
+    return found
+
+
+def _neighbours(student: Student, swapped: set[str]) -> dict[str, nn.Parameter]:
+    """What LoRA added behind the parts, by name."""
+    return {
+        f"{clause.path}.{name}": student.model.get_submodule(clause.path).get_parameter(name)
+        for clause in student.plan.clauses
+        if clause.path not in swapped
+        for name in clause.new_parameters
+    }

@@ -1,0 +1,150 @@
+"""Layers x mechanisms: the columns of a scan, its cells, and which of them cannot be built."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain
+
+import torch
+from torch import nn
+
+from mismatch import registry, spec
+from mismatch.errors import SurgeryError
+from mismatch.models.layout import Layout
+from mismatch.spec import Call, Placement, Template
+from mismatch.stages.checking import placed
+from mismatch.surgery import operate as surgery
+
+
+@dataclass(frozen=True)
+class Column:
+    """One mechanism of a scan, and the controls that stand in its slot."""
+
+    template: Template
+    controls: tuple[str, ...] = ()
+    control: bool = False
+    """It bounds the scale of others."""
+
+    @property
+    def name(self) -> str:
+        """What the table calls it: `infini(segment=64)`, or `mlp:zero` where the slot was named."""
+        return str(self.template)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One student: what is replaced, from which block on it differs, and where the table puts it.
+
+    Attributes:
+        name: of the student in the table.
+        layer: the swapped layer; None for a swap of several.
+        placements: what goes where.
+        first: the first swapped block.
+    """
+
+    name: str
+    layer: int | None
+    placements: tuple[Placement, ...]
+    first: int
+
+    @property
+    def key(self) -> str:
+        """Names the cell in a saved state."""
+        return f"{self.name}@{'joint' if self.layer is None else self.layer}"
+
+
+def columns(templates: Sequence[Template], controls: Sequence[str]) -> tuple[Column, ...]:
+    """The mechanisms, then the controls in each of their slots.
+
+    A mechanism that is also a control of another (`zero` beside `infini`) is one column.
+    """
+    bounds: dict[str, dict[str, Template]] = {}
+    for template in templates:
+        for control in controls:
+            found = control_of(template, control)
+            if str(found) != str(template):
+                bounds.setdefault(str(template), {})[str(found)] = found
+    names = {str(template) for template in templates}
+    added = {name: t for found in bounds.values() for name, t in found.items() if name not in names}
+    asked = [
+        Column(t, tuple(bounds.get(str(t), {})), any(str(t) in b for b in bounds.values()))
+        for t in templates
+    ]
+    return (*asked, *(Column(template, (), True) for template in added.values()))
+
+
+def control_of(template: Template, control: str) -> Template:
+    """A control in the slot of a mechanism.
+
+    Positions enter in attention, so what bounds their loss is the loss of all of it. A control that cannot stand in a
+    slot (skip, in attention) stands in its own. Zeros in place of a block would delete the stream with it: what the
+    block adds is deleted instead.
+    """
+    known = registry.mechanisms()
+    allowed = known.card(template.call.name).facts.get("slots", ("attn",))
+    own = template.slot or allowed[0]
+    own = "attn" if own == "rope" else own
+    if own == "block" and control == "zero":
+        control = "skip"
+    slots = known.card(control).facts["slots"]
+    return Template(Call(control), own if own in slots and own != slots[0] else None, control)
+
+
+def cells(columns: Iterable[Column], layers: Iterable[int], layout: Layout) -> tuple[Cell, ...]:
+    """Every column at every layer, layer by layer: the order in which streams can be let go.
+
+    Raises:
+        SpecError: a slot that this family of models does not have.
+    """
+    columns = tuple(columns)
+    return tuple(
+        Cell(column.name, layer, placed(column.template.at(layer), layout), layer)
+        for layer in layers
+        for column in columns
+    )
+
+
+def joint(name: str, parsed: spec.Spec, layout: Layout) -> Cell:
+    """One student with all that a swap says."""
+    placements = placed(parsed, layout)
+    first = min(p.layer for p in placements if p.layer is not None)
+    return Cell(name, None, placements, first)
+
+
+def skeleton_of(layout: Layout) -> Layout:
+    """The same modules over tensors without values, on the meta device."""
+    meta = {
+        id(t): torch.empty_like(t, device="meta", requires_grad=False)
+        for t in chain(layout.model.parameters(), layout.model.buffers())
+    }
+    for parameter in layout.model.parameters():
+        meta[id(parameter)] = nn.Parameter(meta[id(parameter)], requires_grad=False)
+    return replace(layout, model=copy.deepcopy(layout.model, meta))
+
+
+def refused(cells: Sequence[Cell], skeleton: Layout) -> dict[Cell, str]:
+    """The cells that cannot be built in this model, with the reason; built on the meta device.
+
+    Raises:
+        SurgeryError: of a mechanism that cannot be built in any layer.
+    """
+    bench = surgery.blank(skeleton)
+    errors: dict[Cell, SurgeryError] = {}
+    for cell in cells:
+        try:
+            with surgery.holding(bench, cell.placements):
+                pass
+        except SurgeryError as error:
+            errors[cell] = error
+    for name in {cell.name for cell in errors}:
+        mine = [cell for cell in cells if cell.name == name]
+        if all(cell in errors for cell in mine):
+            raise errors[mine[0]]
+    return {cell: error.message for cell, error in errors.items()}
+
+
+def calibrators(cells: Iterable[Cell]) -> dict:
+    """A fresh calibrator for each mechanism of these cells that wants one."""
+    return surgery.calibrators([p for cell in cells for p in cell.placements])

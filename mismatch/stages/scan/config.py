@@ -1,0 +1,77 @@
+"""What `mismatch scan` is told. No torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from mismatch import spec
+from mismatch.config import RunConfig
+from mismatch.errors import ConfigError
+from mismatch.registry import did_you_mean
+
+TASKS = ("text", "induction", "passkey")
+"""What each cell is asked, in this order: see `mismatch.stages.scan.tasks`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepConfig(RunConfig):
+    """What is asked of every cell, by a scan and by a plan."""
+
+    controls: tuple[str, ...] = ("zero",)
+    """Controls that stand in the same layers and slots; none for no control."""
+    tokens: Annotated[int, ">= 1"] = 4096
+    """Held-out tokens of the task text."""
+    seq_len: Annotated[int, ">= 2"] = 512
+    """Tokens per window. A window never mixes documents."""
+    scored: Annotated[float, "0.001..1"] = 0.3
+    """Share of the tokens of text whose predictions are compared: the head is costly. A trace compares all."""
+    samples: Annotated[int, ">= 2"] = 8
+    """Sequences of induction, prompts of passkey. With fewer than 8 the intervals are too narrow."""
+    length: Annotated[int, ">= 1"] = 256
+    """Tokens of a passkey prompt."""
+    depth: Annotated[float, "0..1"] = 0.1
+    """Where the passkey stands: 0 is the start of the prompt, 1 its end."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScanConfig(SweepConfig):
+    """What `mismatch scan` is told."""
+
+    examples = {**RunConfig.examples, "swap": '--swap "infini(segment=64); nope; zero"'}
+
+    swap: tuple[str, ...]
+    """Mechanisms, without a target: each goes into every layer, one layer at a time. May be repeated."""
+    layers: str = "all"
+    """Layers to go through: all, or ranges such as 0-9, 0,4,8, 0-last/2."""
+    tasks: tuple[str, ...] | None = None
+    """What is asked: text, induction, passkey. All that this model can be asked when not given."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.swap:
+            raise ConfigError(
+                "there is no swap", hint=f"give mechanisms, such as {self.examples['swap']}"
+            )
+        spec.templates(self.swap)
+        spec.parse_layers(self.layers)
+        for index, name in enumerate(self.tasks or ()):
+            if name not in TASKS:
+                raise ConfigError(f"unknown task `{name}`", hint=did_you_mean(name, TASKS))
+            if name in (self.tasks or ())[:index]:
+                raise ConfigError(f"the task `{name}` is named twice")
+        if self.tasks == ():
+            raise ConfigError("`tasks` is empty", hint="leave it out for all of them")
+
+    @property
+    def templates(self) -> tuple[spec.Template, ...]:
+        """The parsed mechanisms."""
+        return spec.templates(self.swap)
+
+    def canonical(self) -> dict[str, str]:
+        return {"swap": self.swap_text}
+
+    @property
+    def swap_text(self) -> str:
+        """The mechanisms in their canonical form: names the run."""
+        return "; ".join(str(template) for template in self.templates)

@@ -1,0 +1,155 @@
+"""What a scan will do, worked out before any weight is loaded: cells, tasks, text, and how long it will take."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mismatch import spec
+from mismatch.errors import UsageError
+from mismatch.models.layout import Layout
+from mismatch.stages.estimate import BYTES, EFFICIENCY, Estimate, speed
+from mismatch.stages.scan.cells import Cell, Column, calibrators, cells, columns, refused
+from mismatch.stages.scan.config import TASKS, ScanConfig
+from mismatch.stages.scan.sweep import HELD
+from mismatch.stages.scan.tasks import Task, tasks
+from mismatch.texts.documents import Documents, calibration_and_evaluation, read
+from mismatch.texts.windows import Windows, windows
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Everything about a scan but the model.
+
+    Attributes:
+        columns: mechanisms and controls.
+        cells: those that can be built, layer by layer.
+        refused: those that cannot, with the reason.
+        tasks: what is asked.
+        left_out: tasks that this model cannot be asked, with the reason.
+        held_out: the text; None when it is not asked for.
+        calibration: text for mechanisms that set themselves from it; None: none of them does.
+        cut: windows of the held-out text.
+        estimate: of time and memory.
+        n_layers: of the model.
+    """
+
+    columns: tuple[Column, ...]
+    cells: tuple[Cell, ...]
+    refused: dict[Cell, str]
+    tasks: tuple[Task, ...]
+    left_out: dict[str, str]
+    held_out: Documents | None
+    calibration: Documents | None
+    cut: Windows | None
+    estimate: Estimate
+    n_layers: int
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The layers that are gone through."""
+        return tuple(sorted({cell.layer for cell in (*self.cells, *self.refused)}))
+
+    @property
+    def controls(self) -> dict[str, tuple[str, ...]]:
+        """By column, the controls it is compared with."""
+        return {column.name: column.controls for column in self.columns}
+
+    def notes(self) -> list[str]:
+        """What is not measured, and why."""
+        found = [f"{task} is left out: {reason}" for task, reason in self.left_out.items()]
+        reasons: dict[tuple[str, str], list[int]] = {}
+        for cell, reason in self.refused.items():
+            plain = reason.replace(f"layer{cell.layer}.", "").replace(f"layer {cell.layer} ", "")
+            reasons.setdefault((cell.name, plain), []).append(cell.layer)
+        for (name, reason), layers in reasons.items():
+            where = ", ".join(map(str, layers))
+            found.append(f"{name} is not applicable in layers {where}: {reason}")
+        return found
+
+    def text(self, config: ScanConfig) -> str:
+        """For a person, before it starts."""
+        asked = [f"{t.name} ({len(t.ids)} x {t.ids.shape[1]} tokens)" for t in self.tasks]
+        names = [c.name + (" (control)" if c.control else "") for c in self.columns]
+        lines = [
+            f"model   {config.model} ({config.dtype})",
+            f"scan    {len(self.layers)} layers x {len(names)}: {', '.join(names)}",
+            f"tasks   {', '.join(asked)}",
+            *self.estimate.lines(),
+            *(f"warning: {note}" for note in self.notes()),
+        ]
+        return "\n".join(lines)
+
+
+def prepare(
+    config: ScanConfig, skeleton: Layout, tokenizer: Any, data: Any, calibration: Any
+) -> Prepared:
+    """Work out a scan.
+
+    Args:
+        config: the settings.
+        skeleton: the model on the meta device.
+        tokenizer: of the model.
+        data, calibration: as `mismatch.texts.documents.read` takes them.
+
+    Raises:
+        MismatchError: whatever the scan would refuse of mechanisms, layers, tasks and text.
+    """
+    layers = spec.layers(config.layers, skeleton.n_layers)
+    made = columns(config.templates, config.controls)
+    every = cells(made, layers, skeleton)
+    not_here = refused(every, skeleton)
+    able = tuple(cell for cell in every if cell not in not_here)
+    held_out, learnt, cut = _text(config, skeleton, able, tokenizer, data, calibration)
+    asked, left_out = tasks(config, config.tasks, cut, tokenizer, skeleton.config)
+    return Prepared(
+        made, able, not_here, asked, left_out, held_out, learnt, cut,
+        estimate(config, skeleton, able, asked), skeleton.n_layers,
+    )  # fmt: skip
+
+
+def _text(
+    config: ScanConfig,
+    skeleton: Layout,
+    able: Sequence[Cell],
+    tokenizer: Any,
+    data: Any,
+    calibration: Any,
+) -> tuple[Documents | None, Documents | None, Windows | None]:
+    wanted = "text" in (config.tasks or TASKS)
+    calibrates = bool(calibrators(able))
+    limit = getattr(skeleton.config, "max_position_embeddings", None)
+    if wanted and limit is not None and config.seq_len > limit:
+        raise UsageError(
+            f"--seq-len {config.seq_len} is longer than the context of {config.model}: {limit} tokens",
+            hint=f"take --seq-len {limit} or less",
+        )
+    if not wanted:
+        return None, read(calibration) if calibrates else None, None
+    if calibrates or calibration == data:
+        learnt, held_out = calibration_and_evaluation(calibration, data)
+    else:
+        learnt, held_out = None, read(data)
+    cut = windows(held_out, tokenizer, config.seq_len, config.tokens, config.seed)
+    return held_out, learnt, cut
+
+
+def estimate(
+    config: ScanConfig, skeleton: Layout, cells: Sequence[Cell], tasks: Sequence[Task]
+) -> Estimate:
+    """Time and memory of a scan: the teacher once, a suffix a cell, the head where predictions are scored."""
+    n, d, vocab = skeleton.n_layers, skeleton.d_model, skeleton.vocab
+    inside = sum(p.numel() for p in skeleton.blocks.parameters())
+    weights = sum(p.numel() for p in skeleton.model.parameters()) * BYTES[config.dtype]
+    blocks = n + sum(n - cell.first for cell in cells)
+    flops = 0.0
+    for task in tasks:
+        # Scores and their use, causal: half of 4 T d a token and layer.
+        block = 2 * inside / n + 2 * task.ids.shape[1] * d
+        flops += task.ids.size * blocks * block
+        flops += int(task.asked.sum()) * (len(cells) + 1) * 2 * vocab * d
+    tokens = config.batch_size * config.seq_len
+    streams = len({cell.first for cell in cells}) * tokens * d * BYTES[config.dtype]
+    peak = weights + streams + HELD + 5 * 256 * vocab * 4
+    return Estimate(weights, peak, flops * 1.15, flops * 1.15 / (speed() * EFFICIENCY))

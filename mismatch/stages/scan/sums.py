@@ -1,0 +1,185 @@
+"""What is kept of each cell and task: sums per document, so parts merge and a run can go on; and rows made of them.
+
+Rows of the table, stage `scan`: `student` is the mechanism, `layer` the one it was put into (empty for a swap of
+several), `site` is logits. Text is `kl`, `nll`, `top1` as in a trace. A task's metric is its own name, with stats
+
+    nll_second, logprob        what the student reads: nats per token of the second copy, per key
+    ..._minus_teacher          the same minus the teacher's, on the same tokens
+    kl, disagree               KL and top-1 disagreement on the scored predictions
+    X_minus_C                  the paired difference of X to the control C in the same layer
+
+A cell whose activations are not finite has rows without a value: not 0, and not nothing either.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from mismatch.metrics.base import LogitPair, TokenSums, paired_difference
+from mismatch.metrics.sums.meter import StudentMeter
+from mismatch.metrics.sums.readings import Reading, mean_of
+from mismatch.probes.base import TEACHER
+from mismatch.stages.scan.cells import Cell
+from mismatch.stages.scan.tasks import Task
+
+METRICS = ("kl", "nll", "top1")
+
+
+class Sums:
+    """The sums of some cells over some tasks.
+
+    Args:
+        cells: whose.
+        tasks: of which.
+        seed: of the bootstrap.
+    """
+
+    def __init__(self, cells: Iterable[Cell], tasks: Iterable[Task], seed: int = 0) -> None:
+        self.cells, self.tasks, self.seed = tuple(cells), tuple(tasks), seed
+        self.meters = {
+            (cell.key, task.name): StudentMeter(
+                METRICS, n_docs=task.n_docs, n_pos=task.ids.shape[1], seed=seed
+            )
+            for cell in self.cells
+            for task in self.tasks
+        }
+        self.broken: set[tuple[str, str]] = set()
+        """Cell and task whose activations were not finite."""
+
+    def update(self, cell: Cell, task: Task, pair: LogitPair) -> None:
+        self.meters[cell.key, task.name].update(pair)
+
+    def state(self) -> dict[str, np.ndarray]:
+        """Every sum by name; the broken cells are flags beside them."""
+        arrays = {
+            f"{task}//{key}//{name}": array
+            for (key, task), meter in self.meters.items()
+            for name, array in meter.state().items()
+        }
+        flags = {f"{task}//{key}//broken": np.ones(1, np.int8) for key, task in self.broken}
+        return arrays | flags
+
+    def load(self, state: Mapping[str, np.ndarray]) -> Sums:
+        """Takes over every cell of the state that is known here; others are left alone."""
+        groups: dict[tuple[str, str], dict[str, np.ndarray]] = {}
+        for key, array in state.items():
+            task, cell, name = key.split("//")
+            groups.setdefault((cell, task), {})[name] = array
+        for address, arrays in groups.items():
+            if arrays.pop("broken", None) is not None:
+                self.broken.add(address)
+            self.meters[address].load(arrays)
+        return self
+
+    def part(self, cell: Cell, task: Task, metric: str) -> TokenSums:
+        return self.meters[cell.key, task.name].parts[metric]
+
+    def rows(self, controls: Mapping[str, Sequence[str]]) -> Iterator[dict[str, Any]]:
+        """The rows of the table, without run id.
+
+        Args:
+            controls: by column, the controls it is compared with in the same layer.
+        """
+        at = {(cell.name, cell.layer): cell for cell in self.cells}
+        for task in self.tasks:
+            for cell in self.cells:
+                others = [at.get((name, cell.layer)) for name in controls.get(cell.name, ())]
+                for metric, reading in self._readings(cell, task, [o for o in others if o]):
+                    yield _row(cell, metric, reading)
+
+    def _readings(
+        self, cell: Cell, task: Task, controls: Sequence[Cell]
+    ) -> Iterator[tuple[str, Reading]]:
+        if (cell.key, task.name) in self.broken:
+            metric, stat = ("kl", "mean") if not task.reading else (task.name, task.reading)
+            yield metric, Reading(stat, math.nan)
+            return
+        fit = [c for c in controls if (c.key, task.name) not in self.broken]
+        if not task.reading:
+            yield from self.meters[cell.key, task.name].read()
+            for metric, column in (("kl", "kl"), ("nll", "shift")):
+                for control in fit:
+                    pair = (self.part(cell, task, metric), self.part(control, task, metric))
+                    stat = f"mean_minus_{control.name}"
+                    yield metric, paired_difference(*pair, column=column, stat=stat, seed=self.seed)
+            return
+        for stat, column in ((task.reading, "student"), (f"{task.reading}_minus_teacher", "shift")):
+            yield task.name, self.loss(cell, task, column, stat)
+        yield task.name, self.part(cell, task, "kl").mean("kl", "kl", self.seed)
+        yield task.name, self.part(cell, task, "top1").mean("disagree", "disagree", self.seed)
+        for control in fit:
+            stat = f"{task.reading}_minus_{control.name}"
+            yield task.name, self.loss(cell, task, "student", stat, control)
+
+    def teacher_rows(self) -> Iterator[dict[str, Any]]:
+        """What the teacher itself reads on each task: its NLL on the scored tokens."""
+        for task in self.tasks:
+            cell = next((c for c in self.cells if (c.key, task.name) not in self.broken), None)
+            if cell is None or not task.reading:
+                continue
+            teacher = Cell(TEACHER, None, (), 0)
+            reading = self.loss(cell, task, "teacher", task.reading)
+            yield _row(teacher, task.name, reading) | {"swapped": False}
+
+    def loss(
+        self, cell: Cell, task: Task, column: str, stat: str, minus: Cell | None = None
+    ) -> Reading:
+        """The log-loss of the right tokens (negative for a log-probability), with its interval over documents."""
+        part = self.part(cell, task, "nll")
+        at = part.columns.index(column)
+        sums = part.sums[at].sum(1)
+        if minus is not None:
+            sums = sums - self.part(minus, task, "nll").sums[at].sum(1)
+        counts = part.counts.sum(1)
+        if task.summed:
+            sums, counts = -sums, np.bincount(task.docs % len(counts), minlength=len(counts))
+        value, lo, hi, _ = mean_of(sums, counts, self.seed)
+        return Reading(stat, value, lo, hi, part.n)
+
+    def total(self, cells: Sequence[Cell], task: Task) -> Reading:
+        """The sum of the damage of several cells (KL, or log-loss), resampled together."""
+        return self._linear([(cell, 1.0) for cell in cells], task, "sum")
+
+    def minus_total(self, cell: Cell, cells: Sequence[Cell], task: Task) -> Reading:
+        """What one cell costs more than the sum of others: how far from additive it is."""
+        return self._linear([(cell, 1.0), *((c, -1.0) for c in cells)], task, "minus_sum")
+
+    def damage(self, cell: Cell, task: Task) -> Reading:
+        """KL on text; elsewhere what the right tokens lost, per token or per key. Larger is worse."""
+        return self._linear([(cell, 1.0)], task, "damage")
+
+    def _linear(self, terms: Sequence[tuple[Cell, float]], task: Task, stat: str) -> Reading:
+        metric, column = ("nll", "shift") if task.reading else ("kl", "kl")
+        if any((cell.key, task.name) in self.broken for cell, _ in terms):
+            return Reading(stat, math.nan)
+        parts = [(self.part(cell, task, metric), weight) for cell, weight in terms]
+        first = parts[0][0]
+        at = first.columns.index(column)
+        sums = sum(weight * part.sums[at].sum(1) for part, weight in parts)
+        counts = first.counts.sum(1)
+        if task.summed:
+            counts = np.bincount(task.docs % len(counts), minlength=len(counts))
+        value, lo, hi, _ = mean_of(sums, counts, self.seed)
+        return Reading(stat, value, lo, hi, first.n)
+
+
+def _row(cell: Cell, metric: str, reading: Reading) -> dict[str, Any]:
+    return {
+        "stage": "scan",
+        "mode": "free",
+        "student": cell.name,
+        "layer": cell.layer,
+        "site": "logits",
+        "position": reading.position,
+        "metric": metric,
+        "stat": reading.stat,
+        "value": reading.value,
+        "lo": reading.lo,
+        "hi": reading.hi,
+        "n": reading.n,
+        "swapped": True,
+    }

@@ -1,0 +1,164 @@
+"""What each cell of a scan is asked: ids, and which predictions on them are scored.
+
+| task | ids | scored predictions | unit of resampling |
+|---|---|---|---|
+| `text` | windows of held-out text | a seeded share of all | document |
+| `induction` | random tokens, twice (`mismatch.probes.induction`) | the second copy | sequence |
+| `passkey` | a key hidden in filler, asked for (`mismatch.probes.passkey`) | the key's digits | prompt |
+
+All three are one thing: a number per scored prediction, so one pass serves them. Text is read as KL, the other two as
+what the right token lost: on them it is known what the right token is.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from mismatch.errors import UsageError
+from mismatch.probes.base import Setting
+from mismatch.probes.inputs import passkeys, plain_tokens, repeated
+from mismatch.stages.scan.config import TASKS, SweepConfig
+from mismatch.texts.windows import Windows, prefix_ids
+
+DIGITS = 5
+"""Of a passkey, as in `mismatch.probes.passkey`."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """Sequences of one length.
+
+    Attributes:
+        name: one of `TASKS`.
+        ids: int64 `rows pos`.
+        asked: bool `rows pos`: the prediction made AT this position (of the next token) is scored.
+        docs: int64 `rows`: what is resampled.
+        reading: how the table calls the log-loss of the right tokens; "" for text.
+        summed: it is summed over the predictions of a row (nats per key), not averaged (nats per token).
+        chance: the log-loss of a model that knows nothing: all tokens alike.
+    """
+
+    name: str
+    ids: np.ndarray
+    asked: np.ndarray
+    docs: np.ndarray
+    reading: str = ""
+    summed: bool = False
+    chance: float = math.inf
+
+    @property
+    def n_docs(self) -> int:
+        return int(self.docs.max()) + 1
+
+    @property
+    def rows_of(self) -> np.ndarray:
+        """Rows of each document."""
+        return np.bincount(self.docs, minlength=self.n_docs)
+
+    def batches(self, tokens: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """ids, asked and docs of at most so many tokens at a time, but of one row at least."""
+        size = max(1, tokens // self.ids.shape[1])
+        for start in range(0, len(self.ids), size):
+            part = slice(start, start + size)
+            yield self.ids[part], self.asked[part], self.docs[part]
+
+
+def text_task(cut: Windows, share: float = 1.0, seed: int = 0) -> Task:
+    """Held-out text.
+
+    Args:
+        cut: its windows.
+        share: of the predictions that are scored; which ones depends on seed and window alone.
+        seed: of the draw.
+    """
+    drawn = [
+        torch.rand(cut.seq_len, generator=torch.Generator().manual_seed(1_000_003 * seed + number))
+        for number in range(len(cut))
+    ]
+    asked = torch.stack(drawn).numpy() < share
+    return Task("text", cut.ids, asked, cut.doc)
+
+
+def tasks(
+    config: SweepConfig,
+    names: tuple[str, ...] | None,
+    cut: Windows | None,
+    tokenizer: Any,
+    model_config: Any,
+) -> tuple[tuple[Task, ...], dict[str, str]]:
+    """What is asked of every cell, and what this model cannot be asked with the reason.
+
+    Args:
+        config: the settings.
+        names: of the tasks; None: all that the model can be asked.
+        cut: held-out windows; None when text is not asked for.
+        tokenizer: of the model.
+        model_config: transformers' own.
+
+    Raises:
+        UsageError: a task that was named cannot be asked.
+    """
+    setting = _setting(config, tokenizer, model_config)
+    made: list[Task] = []
+    left_out: dict[str, str] = {}
+    for name in names or TASKS:
+        try:
+            made.append(_task(name, config, cut, setting))
+        except UsageError as error:
+            if names is not None or name == "text":
+                raise
+            left_out[name] = error.message
+    return tuple(made), left_out
+
+
+def _task(name: str, config: SweepConfig, cut: Windows | None, setting: Setting) -> Task:
+    if name == "text":
+        return text_task(cut, config.scored, config.seed)
+    if name == "induction":
+        ids, start, half = repeated(setting, config.samples)
+        asked = np.zeros(ids.shape, dtype=bool)
+        # The first token of the second copy cannot be known; what stands last predicts nothing that is here.
+        asked[:, start + half : -1] = True
+        chance = math.log(len(setting.words))
+        return Task("induction", ids, asked, np.arange(len(ids)), "nll_second", chance=chance)
+    if config.length > (setting.context or config.length):
+        raise UsageError(
+            f"a passkey prompt of {config.length} tokens is longer than the context of "
+            f"{setting.model}: {setting.context} tokens",
+            hint="take a shorter --length, or leave the task out: --tasks text,induction",
+        )
+    # The keys of the probe of that name, which draws as many again for its floor.
+    numbers = setting.draw("passkey").choice(
+        9 * 10 ** (DIGITS - 1), 2 * config.samples, replace=False
+    )
+    keys = [str(10 ** (DIGITS - 1) + n) for n in numbers[: config.samples]]
+    try:
+        prompts = passkeys(setting, config.length, config.depth, keys, keys)
+    except UsageError as error:
+        hint = (error.hint or "").replace("--lengths", "--length").replace("probe", "task")
+        raise UsageError(error.message, hint=hint or None) from error
+    asked = np.roll(prompts.scored, -1, axis=1)
+    chance = float(asked.sum() / len(asked)) * math.log(len(setting.words))
+    return Task("passkey", prompts.ids, asked, np.arange(len(keys)), "logprob", True, chance)
+
+
+def _setting(config: SweepConfig, tokenizer: Any, model_config: Any) -> Setting:
+    """What the probes' own inputs are made from."""
+    return Setting(
+        words=plain_tokens(model_config.vocab_size, tokenizer),
+        text=np.zeros((0, config.seq_len), np.int64),
+        docs=np.zeros(0, np.int64),
+        tokenizer=tokenizer,
+        opening=() if tokenizer is None else prefix_ids(tokenizer),
+        bos=getattr(tokenizer, "bos_token_id", None),
+        context=getattr(model_config, "max_position_embeddings", None),
+        model=config.model,
+        samples=config.samples,
+        seed=config.seed,
+    )

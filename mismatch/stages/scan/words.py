@@ -1,0 +1,176 @@
+"""A scan in words: for every task and mechanism its worst and best layers, and how often it beats its controls."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import pandas as pd
+
+from mismatch.report.style import interval, number
+from mismatch.stages.scan.atlas import PANELS, Panel, atlas_data, students
+
+SHOWN = 3
+"""Layers named at either end."""
+
+ALONE, LEAST = 3.0, 0.5
+"""A layer carries a task alone when it costs at least so many times the next one, and at least so many nats."""
+
+ABLE = 0.5
+"""The teacher can do a task when it loses at most so much of what knowing nothing loses."""
+
+
+def scan_summary(table: pd.DataFrame, plan: Mapping[str, Any] | None = None) -> str:
+    """The end of a scan in a terminal; readable without colour.
+
+    Args:
+        table: the long table of a scan.
+        plan: the run's plan.json.
+    """
+    data = atlas_data(table)
+    rows = students(table, plan)
+    parts = [f"warning: {note}" for note in (plan or {}).get("notes", ())]
+    for panel in PANELS:
+        here = data[(data["task"] == panel.task) & (data["kind"] != "missing")]
+        if here.empty:
+            continue
+        parts += ["", f"{panel.title}, {panel.unit}{teacher_words(table, panel)}"]
+        able = can_do(table, panel.task, plan)
+        if not able:
+            parts.append("  the original itself cannot do this: nothing follows from these numbers")
+        for name, control in rows.items():
+            cells = here[here["student"] == name]
+            parts += _lines(table, panel, name, cells, control)
+            if able and panel.signed and (layer := carrier(cells)) is not None:
+                parts.append(f"    -> layer {layer} alone carries it{_on_text(data, name, layer)}")
+            parts += [f"    {text}" for text in _against(table, panel, name)]
+    return "\n".join(parts).strip("\n")
+
+
+def scan_verdict(table: pd.DataFrame, plan: Mapping[str, Any] | None = None) -> str:
+    """What hangs on one layer, and of which mechanism that is true; "" where nothing was asked that could.
+
+    Args:
+        table: the long table of a scan.
+        plan: the run's plan.json.
+    """
+    data = atlas_data(table)
+    sentences = []
+    for panel in PANELS:
+        here = data[(data["task"] == panel.task) & (data["kind"] != "missing")]
+        if not panel.signed or here.empty or not can_do(table, panel.task, plan):
+            continue
+        at: dict[int, list[str]] = {}
+        for name, control in students(table, plan).items():
+            cells = here[here["student"] == name]
+            if not control and (layer := carrier(cells)) is not None:
+                worst = float(cells["value"].max())
+                at.setdefault(layer, []).append(f"{name} {number(worst)}")
+        what = panel.title.partition(":")[0]
+        said = "; ".join(f"layer {layer} ({', '.join(names)})" for layer, names in at.items())
+        sentences.append(
+            f"{what} hangs on one layer, in {panel.unit} lost: {said}."
+            if said
+            else f"{what} hangs on no single layer."
+        )
+    return " ".join(sentences)
+
+
+def can_do(table: pd.DataFrame, task: str, plan: Mapping[str, Any] | None = None) -> bool:
+    """Whether the teacher does a task well enough for its loss to mean anything; text always."""
+    panel = next(panel for panel in PANELS if panel.task == task)
+    chance = (plan or {}).get("tasks", {}).get(panel.task, {}).get("chance")
+    reads = _reads(table, panel)
+    return chance is None or reads is None or abs(reads) <= ABLE * chance
+
+
+def _reads(table: pd.DataFrame, panel: Panel) -> float | None:
+    reading = panel.stat.removesuffix("_minus_teacher")
+    rows = table[
+        (table["student"] == "teacher")
+        & (table["metric"] == panel.metric)
+        & (table["stat"] == reading)
+    ]
+    return None if rows.empty else float(rows["value"].iloc[0])
+
+
+def teacher_words(table: pd.DataFrame, panel: Panel) -> str:
+    """What the teacher itself reads: it says how much can be lost."""
+    reads = _reads(table, panel)
+    return "" if reads is None else f"; the original reads {number(reads)}"
+
+
+def _lines(
+    table: pd.DataFrame,
+    panel: Panel,
+    name: str,
+    cells: pd.DataFrame,
+    control: bool,
+) -> list[str]:
+    if cells.empty:
+        return [f"  {name}: nowhere measured"]
+    order = cells.sort_values("value", ascending=False, kind="stable")
+    title = f"  {name}" + (" (control)" if control else "")
+    if not order["value"].abs().any():
+        return [f"{title}: exactly 0 in all {len(order)} layers"]
+    worst = order.head(SHOWN)
+    rest = order.iloc[SHOWN:].tail(SHOWN).iloc[::-1]
+    lines = [title, f"    worst layers  {_named(worst)}"]
+    if len(rest):
+        lines.append(f"    best layers   {_named(rest)}")
+    return lines
+
+
+def _named(cells: pd.DataFrame) -> str:
+    return "   ".join(
+        f"{cell.layer}: {interval(cell.value, cell.lo, cell.hi)}" for cell in cells.itertuples()
+    )
+
+
+def carrier(cells: pd.DataFrame) -> int | None:
+    """The layer that costs a task so much more than every other that they hardly count; None where there is none.
+
+    Args:
+        cells: of one mechanism on one task, as `atlas_data` gives them.
+    """
+    order = cells.dropna(subset="value").sort_values("value", ascending=False, kind="stable")
+    values = order["value"].to_numpy(dtype=float)
+    if len(values) < 3 or values[0] < LEAST or values[0] < ALONE * max(values[1], 0.0):
+        return None
+    return int(order["layer"].iloc[0])
+
+
+def _on_text(data: pd.DataFrame, name: str, layer: int) -> str:
+    """What ordinary text says of the same swap."""
+    cells = data[(data["task"] == "text") & (data["student"] == name) & (data["kind"] != "missing")]
+    here = cells[cells["layer"] == layer]
+    if here.empty:
+        return ""
+    value = float(here["value"].iloc[0])
+    rank = 1 + int((cells["value"] > value).sum())
+    return f"; on text it costs {number(value)} nats, number {rank} of {len(cells)} layers"
+
+
+def _against(table: pd.DataFrame, panel: Panel, name: str) -> list[str]:
+    """In how many layers it is better or worse than a control, as far as the paired intervals say."""
+    stem = panel.stat.removesuffix("_minus_teacher") + "_minus_"
+    mine = table[
+        (table["stage"] == "scan")
+        & (table["metric"] == panel.metric)
+        & (table["student"] == name)
+        & (table["position"] == "all")
+        & table["layer"].notna()
+        & table["stat"].str.startswith(stem)
+        & (table["stat"] != panel.stat)
+    ]
+    found = []
+    for stat, rows in mine.groupby("stat", sort=False):
+        lo, hi = rows["lo"] * panel.sign, rows["hi"] * panel.sign
+        if panel.sign < 0:
+            lo, hi = hi, lo
+        better, worse = int((hi < 0).sum()), int((lo > 0).sum())
+        found.append(
+            f"against {stat.removeprefix(stem)}: better in {better} layers, worse in {worse}, "
+            f"not told apart in {len(rows) - better - worse}"
+        )
+    return found

@@ -1,0 +1,191 @@
+"""One batch: from meetings of teacher and student to pairs, from final states to logits. Lives for one batch only.
+
+Masks. `valid`: every token, for windows are full. `bulk`: without position 0 and without massive tokens of the teacher
+at that site, for they would rule every second moment. `sample`: a seeded part of bulk, so that second moments cost the
+same whatever the length of the run.
+
+Logits are never kept: the final states go through the head in chunks of tokens, the teacher's chunk once for all
+students; a few tokens of each window go through it at every layer (logit lens, with the model's own final norm).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from mismatch.forward.head import CHUNK, log_probs
+from mismatch.forward.shared_prefix import Meeting
+from mismatch.forward.sites import before, massive
+from mismatch.metrics.base import LogitPair, Pair
+from mismatch.models.layout import Layout
+from mismatch.runs.table import FLOOR, MAIN
+from mismatch.stages.trace.address import NO_LAYER, TEACHER, Address
+
+if TYPE_CHECKING:
+    from mismatch.stages.trace.meters import Collector
+
+LENS_TOKENS = 4  # tokens of each window that go through the head at every layer
+
+
+class Batch:
+    """Everything that lives for one batch."""
+
+    def __init__(
+        self,
+        collector: Collector,
+        ids: Tensor,
+        docs: Tensor,
+        numbers: Sequence[int],
+        teacher: Layout,
+    ) -> None:
+        self.collector, self.ids, self.docs, self.teacher = collector, ids, docs, teacher
+        self.pairs: dict[Address, Pair] = {}
+        self.streams: dict[tuple[str, str], tuple[str, Tensor, Tensor]] = {}
+        self.finals: dict[str, dict[str, Tensor]] = {}
+        self.lens: dict[int, dict[str, Tensor]] = {}
+        drawn = [_drawn(collector.seed, number, ids.shape[1]) for number in numbers]
+        self.drawn = torch.stack(drawn).to(ids.device) < collector.sample
+        # The smallest draws of each window are its lens tokens: also independent of the batching.
+        self.lens_at = torch.stack([d.argsort()[:LENS_TOKENS] for d in drawn]).to(ids.device)
+
+    def met(self, meeting: Meeting) -> None:
+        """One site of one student."""
+        if meeting.site in ("resid_pre", "resid_mid"):
+            stream = (meeting.site, meeting.teacher, meeting.value)
+            self.streams[meeting.student, meeting.mode] = stream
+        if meeting.site == "resid_pre":
+            return  # the same numbers as resid_post of the block before
+        scope = FLOOR if meeting.student == FLOOR else MAIN
+        if meeting.site == "final":
+            finals = self.finals.setdefault(scope, {TEACHER: meeting.teacher})
+            finals[meeting.student] = meeting.value
+        elif meeting.site == "resid_post" and meeting.mode == "free" and scope == MAIN:
+            kept = self.lens.setdefault(meeting.layer, {TEACHER: self._lens_rows(meeting.teacher)})
+            kept[meeting.student] = self._lens_rows(meeting.value)
+        layer = NO_LAYER if meeting.layer is None else meeting.layer
+        address = Address(scope, meeting.student, meeting.mode, layer, meeting.site)
+        self.collector.meter(address, meeting.value.shape[-1]).update(self._pair(meeting, address))
+
+    def _pair(self, meeting: Meeting, address: Address) -> Pair:
+        """Teacher beside student; what depends on the teacher alone is worked out once for all students."""
+        site, *stream = self.streams.get((meeting.student, meeting.mode), (None,))
+        added = site is not None and site == before(self.teacher, meeting.site)
+        own = address.of_teacher()
+        if own not in self.pairs:
+            # Kept with the teacher on both sides: a kept student would live until the end of the batch.
+            entering = (stream[0], stream[0]) if added else None
+            self.pairs[own] = self._teacher_pair(meeting.teacher, entering)
+            self.collector.teacher_meter(own, meeting.value.shape[-1]).update(self.pairs[own])
+        return self.pairs[own].with_student(meeting.value, stream[1] if added else None)
+
+    def _teacher_pair(self, teacher: Tensor, entering: tuple[Tensor, Tensor] | None) -> Pair:
+        rows, pos, _ = teacher.shape
+        valid = torch.ones(rows, pos, dtype=torch.bool, device=teacher.device)
+        bulk = ~massive(teacher, valid)
+        bulk[:, 0] = False
+        sample = bulk & self.drawn[:rows, :pos].to(teacher.device)
+        docs = self.docs[:rows].to(teacher.device)
+        return Pair(teacher, teacher, docs, valid, bulk, sample, entering)
+
+    def _lens_rows(self, stream: Tensor) -> Tensor:
+        at = self.lens_at.to(stream.device)
+        return stream.gather(1, at[..., None].expand(-1, -1, stream.shape[-1])).flatten(0, 1)
+
+    def finish(self) -> None:
+        """The logits of every student, then the lens, then nothing of this batch is left."""
+        self.pairs.clear()
+        self.streams.clear()
+        with torch.no_grad():
+            if self.collector.names(TEACHER, NO_LAYER, "logits"):
+                for scope, finals in self.finals.items():
+                    self._logits(scope, finals)
+            if self.collector.names(TEACHER, NO_LAYER, "lens"):
+                self._lens()
+
+    def _logits(self, scope: str, finals: Mapping[str, Tensor]) -> None:
+        rows, pos, _ = finals[TEACHER].shape
+        ids = self.ids[:rows, :pos]
+        # The token that follows; the last token of a window has none, unless the window was cropped.
+        following = torch.full_like(self.ids, -1)
+        following[:, :-1] = self.ids[:, 1:]
+        targets = following[:rows, :pos].flatten()
+        positions = torch.arange(pos, device=ids.device).expand_as(ids).flatten()
+        docs = self.docs[:rows, None].expand_as(ids).flatten()
+        flat = {name: final.flatten(0, 1) for name, final in finals.items()}
+        for start in range(0, len(targets), CHUNK):
+            part = slice(start, start + CHUNK)
+            states = {name: state[part] for name, state in flat.items()}
+            tokens = (targets[part], docs[part], positions[part])
+            self._compare(scope, "logits", [NO_LAYER], states, tokens)
+
+    def _lens(self) -> None:
+        """Several layers at a time: a few rows a layer would leave the head's large matrix idle."""
+        docs = self.docs[:, None].expand_as(self.lens_at).flatten()
+        positions = self.lens_at.flatten()
+        together = max(1, CHUNK // len(docs))
+        alike: dict[tuple[str, ...], list[int]] = {}  # layers that the same students reached
+        for layer, kept in sorted(self.lens.items()):
+            alike.setdefault(tuple(kept), []).append(layer)
+        for names, layers in alike.items():
+            for start in range(0, len(layers), together):
+                some = layers[start : start + together]
+                states = {
+                    name: self._layout(name).final_norm(
+                        torch.cat([self.lens[at][name].to(docs.device) for at in some])
+                    )
+                    for name in names
+                }
+                tokens = (torch.full_like(docs, -1), docs, positions)
+                repeated = tuple(t.repeat(len(some)) for t in tokens)
+                self._compare(MAIN, "lens", some, states, repeated)
+
+    def _compare(
+        self,
+        scope: str,
+        at: str,
+        layers: Sequence[int],
+        states: Mapping[str, Tensor],
+        tokens: tuple[Tensor, ...],
+    ) -> None:
+        """Final states through the head, and every student beside the teacher.
+
+        Args:
+            scope: of the addresses.
+            at: "logits" or "lens".
+            layers: the rows of `states` are those of these layers, one after the other, equally many each.
+            states: by student, the teacher's included, `tokens d_model`.
+            tokens: target, document and position of each row.
+        """
+        teacher = log_probs(self.teacher, states[TEACHER])
+        device, size = teacher.device, len(teacher) // len(layers)
+        target, doc, position = (t.to(device) for t in tokens)
+        pairs: dict[int, LogitPair] = {}
+        for name, state in states.items():
+            if name == TEACHER:
+                continue
+            student = log_probs(self._layout(name), state).to(device)
+            for index, layer in enumerate(layers):
+                part = slice(index * size, (index + 1) * size)
+                if layer in pairs:
+                    pairs[layer] = pairs[layer].with_student(student[part])
+                else:
+                    facts = (target[part], doc[part], position[part])
+                    pairs[layer] = LogitPair(teacher[part], student[part], *facts)
+                self.collector.meter(Address(scope, name, "free", layer, at)).update(pairs[layer])
+
+    def _layout(self, name: str) -> Layout:
+        """Of a student; the teacher's own for itself; the run's teacher is the student of the floor."""
+        if name == TEACHER:
+            return self.teacher
+        return self.collector.teacher if name == FLOOR else self.collector.students[name]
+
+
+def _drawn(seed: int, number: int, n_pos: int) -> Tensor:
+    """One uniform number per position of a window; position 0 draws 1, so it is never chosen."""
+    generator = torch.Generator().manual_seed(1_000_003 * seed + number)
+    drawn = torch.rand(n_pos, generator=generator)
+    drawn[0] = 1.0
+    return drawn

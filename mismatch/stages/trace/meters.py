@@ -1,0 +1,248 @@
+"""Turn meetings of teacher and student into sums, and sums into rows of the table.
+
+One `StudentMeter` per (student, mode, layer, site), one `TeacherMeter` per (layer, site), shared by the students.
+Nothing else outlives a batch (`mismatch.stages.trace.batch`), so memory does not grow with the text.
+Collectors merge in any
+order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+
+from mismatch.forward.shared_prefix import Meeting
+from mismatch.metrics import load_metric
+from mismatch.metrics.base import Reading, paired_difference
+from mismatch.metrics.sums.meter import StudentMeter, TeacherMeter
+from mismatch.models.layout import Layout
+from mismatch.runs.table import BLOCK_SITES, FLOOR, MAIN, SWAP
+from mismatch.stages.trace.address import NO_LAYER, TEACHER, Address
+from mismatch.stages.trace.batch import Batch
+
+COMPARED = ("kl", "nll", "lens_kl", "rel_l2", "norm_ratio", "update_size")
+"""The metrics that controls get too."""
+
+
+@dataclass
+class Collector:
+    """The sums of one run.
+
+    Args:
+        teacher: layout of the untouched model.
+        students: layout of each student by name (swap, controls).
+        swapped: the swapped layers of each student; sites before the first one read exactly the null.
+        metrics: names.
+        n_docs, n_pos, n_tokens: documents of the run, tokens per window, tokens in all.
+        sample: share of the tokens that feed the metrics of second moments.
+        seed: of the sample, of the lens tokens and of the bootstrap.
+        everywhere: metrics of covariances behind every block.
+    """
+
+    teacher: Layout
+    students: Mapping[str, Layout]
+    swapped: Mapping[str, Sequence[int]]
+    metrics: Sequence[str]
+    n_docs: int
+    n_pos: int
+    n_tokens: int
+    sample: float = 1.0
+    seed: int = 0
+    everywhere: bool = False
+    meters: dict[Address, StudentMeter] = field(default_factory=dict, repr=False)
+    teachers: dict[Address, TeacherMeter] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        self._fed = {name: load_metric(name) for name in self.metrics}
+
+    def fresh(self) -> Collector:
+        """An empty one with the same settings."""
+        return replace(self, meters={}, teachers={})
+
+    @contextmanager
+    def batch(
+        self,
+        ids: Tensor,
+        docs: Tensor,
+        numbers: Sequence[int],
+        *,
+        teacher: Layout | None = None,
+    ) -> Iterator[Callable[[Meeting], None]]:
+        """Take one batch: yields what wants to be told of each meeting; the logits follow at the end.
+
+        Args:
+            ids: int64 `batch pos`.
+            docs: int64 `batch`, document of each window.
+            numbers: of the windows in the whole run; they seed the sample, so batching does not matter.
+            teacher: another teacher than the run's (the floor of a low-precision run).
+        """
+        batch = Batch(self, ids, docs, numbers, teacher or self.teacher)
+        yield batch.met
+        batch.finish()
+
+    def meter(self, address: Address, d: int = 0) -> StudentMeter:
+        """The sums at an address, made when first asked for."""
+        if address not in self.meters:
+            names = self.names(address.student, address.layer, address.site)
+            self.meters[address] = StudentMeter(
+                names, d, n_docs=self.n_docs, n_pos=self.n_pos, seed=self.seed
+            )
+        return self.meters[address]
+
+    def teacher_meter(self, address: Address, d: int) -> TeacherMeter:
+        """The teacher's own sums at an address: what any student needs of them there."""
+        if address not in self.teachers:
+            student = SWAP if address.scope == MAIN else FLOOR
+            names = self.names(student, address.layer, address.site)
+            self.teachers[address] = TeacherMeter(names, d, seed=self.seed)
+        return self.teachers[address]
+
+    def names(self, student: str, layer: int, site: str) -> tuple[str, ...]:
+        """The metrics that are fed at a site of a student.
+
+        Controls get what is compared with the swap, and no more: they bound its scale. Metrics of full covariances
+        cost d^2 to hold and d^3 to read, so they are taken of the swap alone: in what the swapped layers add, in the
+        stream behind them, behind the last block and in the final states; behind every block when the user named
+        the metrics (`everywhere`).
+        """
+        update = site in ("attn_out", "mlp_out")
+        swapped = layer in self.swapped.get(student, ())
+        behind = site == "resid_post" and (
+            swapped or self.everywhere or layer == self.teacher.n_layers - 1
+        )
+        moments = student == SWAP and (behind or site == "final" or (update and swapped))
+        at = {"logits": ("logits",), "lens": ("lens",)}.get(
+            site, ("stream", "update") if update else ("stream",)
+        )
+        return tuple(
+            name
+            for name, metric in self._fed.items()
+            if metric.at in at
+            and (metric.state != "moments" or moments)
+            and (student in (SWAP, FLOOR, TEACHER) or name in COMPARED)
+        )
+
+    def merge(self, other: Collector) -> Collector:
+        """Add another part of the same run."""
+        for mine, theirs in ((self.meters, other.meters), (self.teachers, other.teachers)):
+            for address, meter in theirs.items():
+                if address in mine:
+                    mine[address].merge(meter)
+                else:
+                    mine[address] = meter
+        return self
+
+    def state(self) -> dict[str, np.ndarray]:
+        """Every sum, by name; `load` of it into a fresh collector goes on bit for bit."""
+        return {
+            f"{address}//{name}": array
+            for meters in (self.teachers, self.meters)
+            for address, meter in sorted(meters.items())
+            for name, array in meter.state().items()
+        }
+
+    def load(self, state: Mapping[str, np.ndarray]) -> Collector:
+        groups: dict[str, dict[str, np.ndarray]] = {}
+        for key, array in state.items():
+            address, _, name = key.partition("//")
+            groups.setdefault(address, {})[name] = array
+        for text, arrays in groups.items():
+            address = Address.parse(text)
+            d = self.teacher.d_model
+            if address.student == TEACHER:
+                self.teacher_meter(address, d).load(arrays)
+            else:
+                self.meter(address, 0 if address.site in ("logits", "lens") else d).load(arrays)
+        return self
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The table, without run id."""
+        rows: list[dict[str, Any]] = []
+        for address, meter in sorted(self.meters.items()):
+            teacher = self.teachers.get(address.of_teacher())
+            rows += [self._row(address, *found) for found in meter.read(teacher)]
+        for student in self.students:
+            rows += self._before(student)
+            rows += self._resid_pre(student, rows)
+        return [*rows, *self._differences()]
+
+    def _before(self, student: str) -> Iterator[dict[str, Any]]:
+        """Sites in front of the swap: null by construction (and proved on a probe)."""
+        first = min(self.swapped[student], default=self.teacher.n_layers)
+        sites = [s for s in BLOCK_SITES if not (s == "resid_mid" and self.teacher.parallel)]
+        # A student with another final norm reads another lens out of the same stream.
+        same = _same_module(self.students[student].final_norm, self.teacher.final_norm)
+        for layer in range(min(first + 1, self.teacher.n_layers)):
+            for site in sites if layer < first else ("resid_pre",):
+                address = Address(MAIN, student, "free", layer, site)
+                lens = self.names(student, layer, "lens") if site == "resid_post" and same else ()
+                for metric in (*self.names(student, layer, site), *lens):
+                    for stat, value in self._fed[metric].null.items():
+                        yield self._row(
+                            address, metric, Reading(stat, value, value, value, self.n_tokens)
+                        )
+
+    def _resid_pre(self, student: str, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The stream entering a block is the one leaving the block before: the same numbers."""
+        layers = self.swapped[student]
+        first = min(layers, default=self.teacher.n_layers)
+        return [
+            row
+            | {
+                "layer": row["layer"] + 1,
+                "site": "resid_pre",
+                "swapped": row["layer"] + 1 in layers,
+            }
+            for row in rows
+            if row["student"] == student
+            and row["mode"] == "free"
+            and row["site"] == "resid_post"
+            and self._fed[row["metric"]].at == "stream"
+            and first <= row["layer"] < self.teacher.n_layers - 1
+        ]
+
+    def _row(self, address: Address, metric: str, reading: Reading) -> dict[str, Any]:
+        layer = None if address.layer == NO_LAYER else address.layer
+        return {
+            "mode": address.mode,
+            "student": address.student,
+            "layer": layer,
+            "site": "resid_post" if address.site == "lens" else address.site,
+            "position": reading.position,
+            "metric": metric,
+            "stat": reading.stat,
+            "value": reading.value,
+            "lo": reading.lo,
+            "hi": reading.hi,
+            "n": reading.n,
+            "swapped": layer in self.swapped.get(address.student, ()),
+        }
+
+    def _differences(self) -> Iterator[dict[str, Any]]:
+        """Swap minus each control on the same tokens, by paired bootstrap over documents."""
+        place = {s: Address(MAIN, s, "free", NO_LAYER, "logits") for s in self.students}
+        own = self.meters.get(place[SWAP])
+        for control, address in place.items():
+            if control == SWAP or own is None or address not in self.meters:
+                continue
+            for metric, column in (("kl", "kl"), ("nll", "shift")):
+                if metric in own.parts:
+                    reading = paired_difference(
+                        own.parts[metric],
+                        self.meters[address].parts[metric],
+                        column=column,
+                        stat=f"mean_minus_{control}",
+                        seed=self.seed,
+                    )
+                    yield self._row(place[SWAP], metric, reading)
+
+
+def _same_module(a: nn.Module, b: nn.Module) -> bool:
+    """Whether two module trees hold one and the same module: of one class over the same tensors."""
+    pairs = zip(a.parameters(), b.parameters(), strict=True)
+    return type(a) is type(b) and all(x is y for x, y in pairs)

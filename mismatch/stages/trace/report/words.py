@@ -1,0 +1,198 @@
+"""A run in words: the verdict, the plan, the worst sites; and all of it as text for a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from mismatch.errors import UsageError
+from mismatch.report import quantity as q
+from mismatch.report.style import interval, number
+from mismatch.stages.trace.report.controls_figure import output_data
+
+WORST = ("rel_l2", "cka_minibatch", "norm_ratio")
+"""The columns of the table of worst sites; the first one ranks them."""
+
+
+def verdict(table: pd.DataFrame, dictionary: Mapping[str, Any] | None = None) -> str:
+    """One or two sentences: how far the output moved, and against what that is much or little."""
+    try:
+        data = output_data(table, dictionary=dictionary)
+    except UsageError:
+        return "The output shift was not measured."
+    means = data[data["against"] == ""].set_index("student")
+    if "swap" not in means.index:
+        return "No swap was measured, only controls."
+    swap = means.loc["swap"]
+    floor = float(means.loc["floor", "value"]) if "floor" in means.index else 0.0
+    if swap["value"] == 0:
+        return "The swap changes nothing: the output KL is exactly 0."
+    said = (
+        f"The swap moves the output by {interval(swap['value'], swap['lo'], swap['hi'])} "
+        "nats per token"
+    )
+    if swap["value"] <= floor:
+        return f"{said}, not more than the floor ({number(floor)}): no shift is shown."
+    pairs = data[data["against"] != ""].set_index("against")
+    judged = [c for c in ("zero", "mean") if c in pairs.index and c in means.index]
+    if not judged:
+        return f"{said}. No control was run to judge it by."
+    words: dict[str, list[str]] = {}
+    for control in judged:
+        words.setdefault(_against(pairs.loc[control]), []).append(
+            f"{_DONE[control]} ({number(means.loc[control, 'value'])})"
+        )
+    return f"{said}: " + ", ".join(f"{how} {' and '.join(w)}" for how, w in words.items()) + "."
+
+
+_DONE = {"zero": "deleting the part", "mean": "replacing it by its mean"}
+
+
+def _against(pair: pd.Series) -> str:
+    """What the paired difference says; only an interval without 0 says more or less."""
+    if pair["lo"] > 0:
+        return "worse than"
+    return "better than" if pair["hi"] < 0 else "not told apart from"
+
+
+def plan_lines(plan: Mapping[str, Any]) -> list[str]:
+    """One line a clause: what became what, and how many numbers were inherited, new, dropped."""
+    lines = []
+    for clause in plan.get("clauses", []):
+        args = ", ".join(f"{k}={v}" for k, v in clause.get("args", {}).items())
+        where = "final" if clause.get("layer") is None else f"layer {clause['layer']}"
+        counts = ", ".join(
+            f"{name} {count(total(clause.get(key)))}"
+            for name, key in (
+                ("inherited", "inherited"),
+                ("new", "new_parameters"),
+                ("dropped", "dropped"),
+            )
+        )
+        lines.append(
+            f"{where} {clause['slot']}: {clause['old']} -> {clause['mechanism']}({args})  {counts}"
+        )
+    return lines
+
+
+def total(sizes: Any) -> int:
+    """Numbers in the tensors of a plan's `inherited`, `new_parameters` or `dropped`."""
+    return sum(int(v) for v in (sizes or {}).values())
+
+
+def count(n: int) -> str:
+    """`1.2M`, `44.2k`, `9`: how many parameters."""
+    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if n >= size:
+            return f"{n / size:.1f}{unit}"
+    return str(n)
+
+
+def worst_sites(
+    table: pd.DataFrame, top: int = 10, dictionary: Mapping[str, Any] | None = None
+) -> pd.DataFrame:
+    """The layers and sites that moved most, by relative L2, free running.
+
+    `share_of_mean` is the shift over that of the control `mean` at the same site (1 = as bad as
+    replacing the part by its mean). `resid_pre` is left out: it is `resid_post` of the layer before.
+
+    Returns:
+        Rows layer, site, swapped, one column for each metric of `WORST` that the table has,
+        share_of_mean where that control ran; at most `top`, without what is at the floor.
+    """
+    sites = [s for s in q.BLOCK_SITES if s != "resid_pre"]
+    first, *others = (q.quantity(m, dictionary) for m in WORST)
+    if not q.has(table, first, student="swap", mode="free", site=sites):
+        return pd.DataFrame(columns=["layer", "site", "swapped"])
+    cells = q.cells(table, first, sites=sites)
+    cells = cells[cells["kind"] == "value"]
+    out = cells[["layer", "site", "swapped"]].assign(**{first.metric: cells["value"]})
+    for quantity in others:
+        if q.has(table, quantity, student="swap", mode="free", site=sites):
+            more = q.cells(table, quantity, sites=sites)[["layer", "site", "value"]]
+            more = more.rename(columns={"value": quantity.metric})
+            out = out.merge(more, on=["layer", "site"], how="left")
+    if q.has(table, first, student="mean", mode="free", site=sites):
+        mean = q.cells(table, first, student="mean", sites=sites)[["layer", "site", "value"]]
+        out = out.merge(mean.rename(columns={"value": "of"}), on=["layer", "site"], how="left")
+        out["share_of_mean"] = out[first.metric] / out.pop("of").replace(0, np.nan)
+    return out.nlargest(top, first.metric).reset_index(drop=True)
+
+
+def columns(rows: Iterable[Sequence[str]], indent: str = "  ") -> str:
+    """Text in aligned columns: the first to the left, the others to the right."""
+    rows = [list(row) for row in rows]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))] if rows else []
+    lines = []
+    for row in rows:
+        cells = [row[0].ljust(widths[0])]
+        cells += [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
+        lines.append((indent + "  ".join(cells)).rstrip())
+    return "\n".join(lines)
+
+
+def summary(
+    table: pd.DataFrame,
+    plan: Mapping[str, Any],
+    findings: Iterable[Mapping[str, Any]],
+    path: Path | str | None = None,
+    dictionary: Mapping[str, Any] | None = None,
+) -> str:
+    """The end of a trace in a terminal; readable without colour.
+
+    Args:
+        table: the long table.
+        plan: as in plan.json.
+        findings: as in findings.json.
+        path: of the run folder; the last line, if given.
+        dictionary: the run's metrics.json; default: the cards of the installed metrics.
+    """
+    parts = ["swap", *(f"  {line}" for line in plan_lines(plan))]
+    parts += [f"  warning: {text}" for text in plan.get("warnings", [])]
+    parts += ["", *_output_lines(table, dictionary)]
+    worst = worst_sites(table, dictionary=dictionary)
+    if len(worst):
+        parts += ["", "worst sites, free running (* swapped layer)", columns(_worst_rows(worst))]
+    parts += ["", "findings", *_finding_lines(findings)]
+    if path is not None:
+        parts += ["", str(path)]
+    return "\n".join(parts)
+
+
+def _output_lines(table: pd.DataFrame, dictionary: Mapping[str, Any] | None) -> list[str]:
+    try:
+        data = output_data(table, dictionary=dictionary)
+    except UsageError:
+        return ["output shift: not measured"]
+    rows = [["", "KL", "95 % interval"]]
+    for row in data.itertuples():
+        name = f"swap - {row.against}" if row.against else row.student
+        sign = "+" if row.against and row.value > 0 else ""
+        known = not (pd.isna(row.lo) or pd.isna(row.hi))
+        band = f"[{number(row.lo)}, {number(row.hi)}]" if known else "-"
+        rows.append([name, f"{sign}{number(row.value)}", band])
+    return ["output shift, nats per token", columns(rows)]
+
+
+def _worst_rows(worst: pd.DataFrame) -> list[list[str]]:
+    numbers = [c for c in worst if c not in ("layer", "site", "swapped")]
+    heads = ["layer site", *(c.replace("_", " ") for c in numbers)]
+    rows = [heads]
+    for _, row in worst.iterrows():
+        star = "*" if row["swapped"] else " "
+        rows.append([f"{row['layer']:>4}{star} {row['site']}", *(number(row[c]) for c in numbers)])
+    return rows
+
+
+def _finding_lines(findings: Iterable[Mapping[str, Any]]) -> list[str]:
+    lines = []
+    for finding in findings:
+        lines.append(f"  {finding['severity'].upper():<6} {finding['title']}")
+        lines.append(f"         {finding['text']}")
+        if finding.get("next"):
+            lines.append(f"         -> {finding['next']}")
+    return lines or ["  none"]

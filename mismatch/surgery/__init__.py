@@ -1,0 +1,1 @@
+"""Operate, undo, controls, save, load."""

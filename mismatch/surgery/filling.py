@@ -1,0 +1,139 @@
+"""Fill a rebuilt model with the tensors of its checkpoint: every one of the file, once, where it belongs.
+
+A missing tensor, one too many, or one of another shape is an error. What was one tensor under two names is one again,
+and what is two in the file becomes two, even where building the swap makes it one (a tied head that was untied, the
+two paths of `parallel` after they were trained apart).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from mismatch.errors import ModelError
+from mismatch.models.folder import check_safetensors
+from mismatch.models.swap_record import Record
+
+FORMATS = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+}
+"""What safetensors calls the number formats of weights."""
+
+
+def fill(
+    model: nn.Module,
+    found: Record,
+    folder: Path,
+    files: Sequence[Path],
+    replaced: Sequence[str],
+    *,
+    exact: bool,
+) -> None:
+    """Put a checkpoint's tensors into the rebuilt model: those of replaced parts, and what is not yet as in the file.
+
+    Args:
+        model: rebuilt; what was not replaced came out of the file already, in the number format of the model.
+        found: the checkpoint's record.
+        folder, files: where the tensors are.
+        replaced: paths of the replaced parts.
+        exact: each tensor in the number format of the file, whatever the rest has.
+
+    Raises:
+        ModelError: names or shapes in the file are not those of the model; a replaced part lies on no device.
+    """
+    held = {name: (file, one) for file in files for name, one in check_safetensors(file).items()}
+    state = model.state_dict(keep_vars=True)
+    _compare(state, {name: one["shape"] for name, (_, one) in held.items()}, found, folder)
+    inside = tuple(f"{path}." for path in replaced)
+    there: dict[str, Tensor] = {}
+    used: set[int] = set()
+    sources: dict[int, set[str]] = {}
+    for name, tensor in state.items():
+        sources.setdefault(id(tensor), set()).add(found.shared.get(name, name))
+    paths = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
+    with ExitStack() as stack:
+        opened = {file: stack.enter_context(safe_open(file, framework="pt")) for file in files}
+        for name, tensor in state.items():
+            source = found.shared.get(name, name)
+            if source in there:  # a second name of a tensor that is there
+                if there[source] is not tensor:
+                    _put(model, name, there[source], paths)
+                continue
+            file, entry = held[source]
+            other = exact and entry["dtype"] != FORMATS.get(tensor.dtype)
+            # The rebuilt model shares what the saved one no longer did.
+            parted = len(sources[id(tensor)]) > 1
+            if id(tensor) in used:
+                tensor = _alike(tensor)
+                _put(model, name, tensor, paths)
+            if name.startswith(inside) or other or parted:
+                value = opened[file].get_tensor(source)
+                _refuse_offloaded(tensor, name, folder)
+                kind = value.dtype if exact else tensor.dtype
+                # A copy: not a view of the file, and aligned as any other tensor (sums round by alignment).
+                tensor.data = value.to(device=tensor.device, dtype=kind, copy=True)
+            used.add(id(tensor))
+            there[source] = tensor
+
+
+def _compare(
+    state: Mapping[str, Tensor], shapes: Mapping[str, list[int]], found: Record, folder: Path
+) -> None:
+    wanted = {found.shared.get(name, name) for name in state}
+    for what, names in (
+        ("are not in its weights", wanted - shapes.keys()),
+        (
+            "belong to no part of it",
+            (shapes.keys() - wanted) | (found.shared.keys() - state.keys()),
+        ),
+        (
+            "have another shape than its parts",
+            {n for n in wanted & shapes.keys() & state.keys() if shapes[n] != [*state[n].shape]},
+        ),
+    ):
+        if names:
+            raise ModelError(
+                f"{folder}: {len(names)} tensors {what}, first {min(names)}",
+                hint="the folder is not as student.save() wrote it, or another version of mismatch builds this swap "
+                f"differently (it was written by {found.version})",
+            )
+
+
+def _put(model: nn.Module, name: str, tensor: Tensor, paths: Counter[int]) -> None:
+    """Another tensor under this name alone: a module that has several paths is parted on the way to it."""
+    *owners, leaf = name.split(".")
+    module = model
+    for step in owners:
+        child = module._modules[step]
+        if paths[id(child)] > 1:
+            paths[id(child)] -= 1
+            child = copy.copy(child)
+            for kind in ("_parameters", "_buffers", "_modules"):
+                setattr(child, kind, dict(getattr(child, kind)))
+            module._modules[step] = child
+        module = child
+    kept = module._parameters if leaf in module._parameters else module._buffers
+    kept[leaf] = tensor
+
+
+def _alike(tensor: Tensor) -> Tensor:
+    fresh = tensor.detach().clone()
+    return nn.Parameter(fresh, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fresh
+
+
+def _refuse_offloaded(tensor: Tensor, name: str, folder: Path) -> None:
+    if tensor.device.type == "meta":
+        raise ModelError(
+            f"{folder}: {name} belongs to a replaced part and lies on no device (it was offloaded)",
+            hint="give a device_map that keeps the swapped layers on a device",
+        )

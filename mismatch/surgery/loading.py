@@ -1,0 +1,287 @@
+"""Load a checkpoint of a swapped model (written by `mismatch.surgery.saving`).
+
+    plain model    transformers loads the folder as the model that was swapped: devices, formats and buffers are its
+                   business. What was replaced is random at this point
+    rebuild        the swaps are made again, in order, on real tensors, so that everything a mechanism computes for
+                   itself and does not save is there (on transformers' meta device it would be left as garbage).
+                   What was once measured on calibration text is a placeholder
+    fill           every tensor of the replaced parts comes out of the file, bit for bit. A tensor that is missing, one
+                   too many, or one of another shape is an error, never a warning
+
+`load` is what `mismatch.load` does with any model name. `MismatchConfig` and `MismatchForCausalLM` are what
+`AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)` finds in the folder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import transformers
+from torch import nn
+
+from mismatch import spec
+from mismatch.errors import MismatchError, ModelError
+from mismatch.forward.verify import prove, prove_student
+from mismatch.models import load as models
+from mismatch.models.folder import check_weights, read_config_file
+from mismatch.models.layout import Layout
+from mismatch.models.load import ModelInfo
+from mismatch.models.resolve import Source, from_hub, resolve
+from mismatch.models.swap_record import MODEL_TYPE, Record, of_config, read
+from mismatch.surgery.filling import fill
+from mismatch.surgery.operate import Replaced, layout_of, operate, placed
+
+
+class Opened(NamedTuple):
+    """A model that can be run and measured."""
+
+    model: nn.Module
+    tokenizer: Any
+    layout: Layout
+    info: ModelInfo
+
+
+def load(
+    name_or_path: str | Path,
+    *,
+    dtype: str | torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    device_map: str | dict[str, Any] | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    allow_pickle: bool = False,
+) -> Opened:
+    """Load a plain model or a checkpoint, and prove its layout by a probe forward.
+
+    Args:
+        name_or_path: see `mismatch.models.resolve`.
+        dtype: see `mismatch.models.load.load`; None is float32 for a plain model, and what it was saved in for
+        a checkpoint.
+        device, device_map, revision, allow_pickle: see `mismatch.models.load.load`.
+        trust_remote_code: run code that comes with a model; import a class that a checkpoint names by its module.
+
+    Raises:
+        ModelError: no such model, or weights that are not what its config says.
+        LayoutError: an unknown family, or a model that does not fit its family's layout.
+    """
+    source = resolve(name_or_path)
+    folder = source.folder or from_hub(source.name, revision, code=trust_remote_code)
+    found = read(folder)
+    if found is None:
+        model, tokenizer, info = models.load(
+            name_or_path,
+            dtype=dtype or "float32",
+            device=device,
+            device_map=device_map,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            allow_pickle=allow_pickle,
+        )
+        layout = Layout.of(model)
+        prove(layout)
+        return Opened(model, tokenizer, layout, info)
+    place = models.as_place(device, device_map)
+    wanted = models.as_dtype(dtype or "auto")
+    _check_names(found, folder, trust_remote_code)
+    if source.folder is None:
+        folder = from_hub(source.name, revision, weights=True)
+    files = check_weights(folder)
+    tokenizer = models.load_tokenizer(folder)
+    config = models.plain_config(read_config_file(folder), found, folder)
+    plain = _plain(folder, config, dtype=wanted, device_map=place.get("device_map"))
+    if "device" in place:
+        plain = plain.to(place["device"])
+    layout = Layout.of(plain.eval().requires_grad_(False))
+    prove(layout)
+    whole, replaced = _restored(layout, found, folder, files, exact=wanted == "auto")
+    model = whole.model.requires_grad_(False)
+    prove_student(whole, whole, _first(replaced))  # no part carries state between calls
+    told = Source(source.name, folder, _note(found))
+    info = models.check_loaded(model, tokenizer, folder, files, told)
+    return Opened(model, tokenizer, whole, info)
+
+
+def skeleton(
+    name_or_path: str | Path, *, revision: str | None = None, trust_remote_code: bool = False
+) -> Layout:
+    """The model without its weights, on the meta device; of a checkpoint with its swaps.
+
+    Raises:
+        ModelError: as `mismatch.models.load.read_config`; a checkpoint that cannot be rebuilt.
+        LayoutError: an unknown family.
+    """
+    config, source = models.read_config(
+        name_or_path, revision=revision, trust_remote_code=trust_remote_code
+    )
+    layout = Layout.of(models.skeleton(config))
+    found = read(source.folder)
+    if found is None:
+        return layout
+    _check_names(found, source.folder, trust_remote_code)
+    return _rebuilt(layout, found, source.folder).layout
+
+
+class MismatchConfig(transformers.PretrainedConfig):
+    """What AutoConfig finds. It makes the config of the plain model: a swapped llama is a llama."""
+
+    model_type = MODEL_TYPE
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """The plain model's config, with `auto_map`, so that AutoModel comes here for the rest."""
+        where = config_dict.get("_name_or_path", "this checkpoint")
+        found = of_config(config_dict, where)
+        if found is None:
+            raise ModelError(f"{where} is not a checkpoint of mismatch")
+        return models.plain_config(config_dict, found, where, **kwargs)
+
+
+class MismatchForCausalLM:
+    """What AutoModelForCausalLM finds: a loader. The model is of the plain model's class."""
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = None) -> None:
+        """Nothing: a swapped model writes its own `auto_map`."""
+
+    @classmethod
+    def from_pretrained(
+        cls, name_or_path: str | Path, *args: Any, config: Any = None, **kwargs: Any
+    ) -> Any:
+        """As that of transformers: dtype, device_map, attn_implementation and the hub's options.
+
+        Raises:
+            ModelError: as `load`; a quantised load, a state dict or a GGUF file.
+        """
+        for name in ("quantization_config", "gguf_file", "state_dict"):
+            if kwargs.get(name) is not None:
+                raise ModelError(f"a checkpoint of a swapped model cannot be loaded with `{name}`")
+        told = kwargs.pop("output_loading_info", False)
+        hub = {name: kwargs.pop(name) for name in _HUB if name in kwargs}
+        folder = _local(name_or_path, hub)
+        found = read(folder)
+        if found is None:
+            raise ModelError(f"{folder} is not a checkpoint of mismatch")
+        files = check_weights(folder)
+        if config is None:
+            config = models.plain_config(read_config_file(folder), found, folder)
+        kwargs["trust_remote_code"] = False  # the plain model has no code of its own
+        dtype = kwargs.get("dtype", kwargs.get("torch_dtype"))
+        plain = _plain(folder, config, **kwargs)
+        exact = dtype in (None, "auto")
+        model = _restored(Layout.of(plain), found, folder, files, exact=exact).layout.model
+        names = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
+        return (model, {name: [] for name in names}) if told else model
+
+
+_HUB = (
+    "cache_dir",
+    "force_download",
+    "local_files_only",
+    "proxies",
+    "revision",
+    "subfolder",
+    "token",
+)
+
+
+def _local(name_or_path: str | Path, hub: dict[str, Any]) -> Path:
+    """The folder of a path or of a hub id."""
+    inner = hub.pop("subfolder", "") or ""
+    if Path(name_or_path).is_dir():
+        return Path(name_or_path, inner)
+    from huggingface_hub import snapshot_download
+
+    hub = {name: value for name, value in hub.items() if name != "proxies" and value is not None}
+    return Path(snapshot_download(str(name_or_path), **hub), inner)
+
+
+def _plain(folder: Path, config: Any, **options: Any) -> nn.Module:
+    """The model that was swapped, out of the checkpoint's folder: random where something was replaced."""
+    # Of course tensors are missing, and are drawn: `fill` says what matters, and the caller's random numbers stay.
+    with _quiet(), torch.random.fork_rng(devices=[]):
+        return models.pretrained(folder, config, ignore_mismatched_sizes=True, **options)[0]
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    logging = transformers.utils.logging
+    before = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
+class _Rebuilt(NamedTuple):
+    layout: Layout
+    replaced: tuple[Replaced, ...]
+
+
+def _restored(
+    layout: Layout, found: Record, folder: Path, files: list[Path], *, exact: bool
+) -> _Rebuilt:
+    """The swapped model with its weights."""
+    whole = _rebuilt(layout, found, folder)
+    paths = [one.path for one in whole.replaced]
+    fill(whole.layout.model, found, folder, files, paths, exact=exact)
+    return whole
+
+
+def _rebuilt(layout: Layout, found: Record, folder: Path) -> _Rebuilt:
+    """Make every swap of the record again, on the tensors that are there.
+
+    Raises:
+        ModelError: a swap that cannot be made here.
+    """
+    replaced: list[Replaced] = []
+    for swap in found.swaps:
+        try:
+            parsed = spec.parse(swap.text)
+            student = operate(
+                layout,
+                placed(parsed, layout),
+                spec=spec.format(parsed),
+                seed=swap.seed,
+                base=found.base,
+                restoring=True,
+            )
+        except MismatchError as error:
+            raise ModelError(
+                f"{folder}: its swap cannot be made again: {error.message}",
+                hint=f"it was written by mismatch {found.version}; a mechanism of another package must be "
+                "installed, or registered, before it is loaded",
+            ) from error
+        replaced += student.plan.clauses
+        layout = layout_of(student.model)
+    return _Rebuilt(layout, tuple(replaced))
+
+
+def _check_names(found: Record, folder: Path, trust_remote_code: bool) -> None:
+    """A class named by its module is code of somebody else: importing it runs it.
+
+    Raises:
+        ModelError: there is one, and it is not trusted.
+    """
+    clauses = [clause for swap in found.swaps for clause in spec.parse(swap.text).clauses]
+    names = [call.name for clause in clauses for call in clause.call.nested() if ":" in call.name]
+    if names and not trust_remote_code:
+        raise ModelError(
+            f"{folder}: its swap needs `{names[0]}`, a class that is not mismatch's own; importing it runs its code, "
+            "which is off",
+            hint="read that code first, then --trust-remote-code "
+            "(in Python: trust_remote_code=True)",
+        )
+
+
+def _note(found: Record) -> str:
+    swaps = "; ".join(spec.format(spec.parse(swap.text)) for swap in found.swaps)
+    return f"{found.base.name if found.base else found.model_type} with {swaps}"
+
+
+def _first(replaced: Iterable[Replaced]) -> int | None:
+    return min((one.layer for one in replaced if one.layer is not None), default=None)

@@ -1,0 +1,372 @@
+"""Replace parts of a model, know exactly what was replaced, and put everything back.
+
+The student is a second module tree over the SAME tensors: a deep copy whose parameters and buffers are shared. The
+teacher is never touched, both run side by side, and no weight exists twice. Surgery replaces modules, never adds hooks
+to change a value (nnsight reads values before hooks). The one hook that is added carries the 2-D padding mask to
+mechanisms, because transformers hands none to the layers of an unpadded batch.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from mismatch.errors import MismatchError, SurgeryError
+from mismatch.mechanisms.base import Calibrator, Context, Host, Wrapper
+from mismatch.mechanisms.parts.user_module import configured
+from mismatch.models.layout import Layout, family_of
+from mismatch.models.swap_record import Base, Swap
+from mismatch.spec import Call, Clause, Placement, Spec, parse, resolve
+from mismatch.surgery import saving
+
+Calibrations = Mapping[tuple[int | None, str, Call], Calibrator]
+
+
+@dataclass(frozen=True)
+class Replaced:
+    """One module that was replaced. Parameter dicts map a name to its number of values."""
+
+    layer: int | None
+    slot: str
+    path: str
+    mechanism: str
+    args: dict[str, Any]
+    old: str
+    new: str
+    inherited: dict[str, int]
+    new_parameters: dict[str, int]
+    dropped: dict[str, int]
+    identity: str
+    state: str
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What surgery did (or, on the meta device, would do)."""
+
+    spec: str
+    clauses: tuple[Replaced, ...]
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Layers with a replaced part, ascending."""
+        return tuple(sorted({c.layer for c in self.clauses if c.layer is not None}))
+
+    @property
+    def first(self) -> int | None:
+        """The first replaced layer; None when only the final norm is replaced."""
+        return min(self.layers, default=None)
+
+
+@dataclass
+class Student:
+    """A model with parts replaced. `model` is an ordinary transformers model over the teacher's tensors."""
+
+    model: nn.Module
+    layout: Layout
+    plan: Plan
+    tokenizer: Any = None
+    name: str = "swap"
+    host: Host = field(default_factory=Host, repr=False)
+    """What the running forward tells the swapped parts."""
+    _undo: list[tuple[nn.Module, str, nn.Module]] = field(default_factory=list, repr=False)
+
+    def undo(self, down_to: int = 0) -> None:
+        """Put every original module back, newest first: the logits are then bit-equal to the teacher's.
+
+        Args:
+            down_to: replacements that stay, of those that were made.
+        """
+        while len(self._undo) > down_to:
+            parent, name, original = self._undo.pop()
+            setattr(parent, name, original)
+        if self.plan.spec:  # what is left is not what the model's record says
+            saving.unmark(self.model)
+        self.plan = Plan("", self.plan.clauses[:down_to])
+
+    def save(
+        self, path: str | Path, *, extra: Mapping[str, Any] | None = None, overwrite: bool = False
+    ) -> Path:
+        """Write the swapped model as a Hugging Face folder, which `mismatch.load` and transformers read.
+
+        Args:
+            path: the folder to make.
+            extra: what should be known about these weights; becomes mismatch.json.
+            overwrite: replace a checkpoint that is there; nothing else is ever replaced.
+
+        Raises:
+            SurgeryError, OutputError, RunError: as `mismatch.surgery.saving.save`.
+        """
+        if not self.plan.spec:
+            raise SurgeryError(
+                "the student holds no swap that could be saved: it was undone, or it is being scanned",
+                hint="swap the teacher again",
+            )
+        return saving.save(
+            self.model, path, tokenizer=self.tokenizer, extra=extra, overwrite=overwrite
+        )
+
+    def whole_blocks(self) -> frozenset[int]:
+        """Layers whose block was replaced as a whole: what is inside them is not what is added to the stream."""
+        return frozenset(
+            c.layer for c in self.plan.clauses if c.slot == "block" and c.layer is not None
+        )
+
+
+def graft(model: nn.Module) -> nn.Module:
+    """A second module tree over the same parameters and buffers."""
+    shared = {id(t): t for t in chain(model.parameters(), model.buffers())}
+    return copy.deepcopy(model, shared)
+
+
+def operate(
+    layout: Layout,
+    placements: Sequence[Placement],
+    *,
+    spec: str,
+    seed: int = 0,
+    calibrations: Calibrations | None = None,
+    name: str = "swap",
+    tokenizer: Any = None,
+    base: Base | None = None,
+    restoring: bool = False,
+) -> Student:
+    """Build the student: graft the teacher's tree and replace what `placements` say, in their order.
+
+    Args:
+        layout: of the teacher, which stays untouched.
+        placements: from `mismatch.spec.resolve`.
+        spec: the canonical text of the swap.
+        seed: of every new tensor.
+        calibrations: filled calibrators by (layer, slot, call), for mechanisms that ask for one.
+        name: the student's name in the table.
+        tokenizer: kept beside the model.
+        base: what the teacher is called, for a checkpoint.
+        restoring: the tensors come out of a checkpoint afterwards; nothing need be calibrated.
+
+    Raises:
+        SurgeryError: a mechanism cannot be built here, or fails on the module it replaces.
+    """
+    student = blank(layout, name=name, tokenizer=tokenizer)
+    clauses = replace(
+        student, placements, seed=seed, calibrations=calibrations, restoring=restoring
+    )
+    student.plan = Plan(spec, clauses)
+    saving.mark(student.model, Swap(spec, seed), base)
+    return student
+
+
+def blank(layout: Layout, *, name: str = "swap", tokenizer: Any = None) -> Student:
+    """A student in which nothing is replaced yet."""
+    model = graft(layout.model)
+    own = Layout(model, layout.family, layout.whole_blocks)
+    student = Student(model, own, Plan("", ()), tokenizer, name)
+    student.layout.decoder.register_forward_pre_hook(_carry_mask(student.host), with_kwargs=True)
+    return student
+
+
+@contextmanager
+def holding(
+    student: Student,
+    placements: Sequence[Placement],
+    *,
+    seed: int = 0,
+    calibrations: Calibrations | None = None,
+) -> Iterator[tuple[Replaced, ...]]:
+    """Replace more parts of a student for as long as the context lives, without another tree.
+
+    One tree serves many swaps, one after the other: a scan over layers. What a swap builds is gone when it is left.
+    """
+    before, plan = len(student._undo), student.plan
+    try:
+        added = replace(student, placements, seed=seed, calibrations=calibrations)
+        student.plan = Plan("", (*plan.clauses, *added))
+        yield added
+    finally:
+        student.undo(before)
+        student.plan = plan
+
+
+def replace(
+    student: Student,
+    placements: Sequence[Placement],
+    *,
+    seed: int = 0,
+    calibrations: Calibrations | None = None,
+    restoring: bool = False,
+) -> tuple[Replaced, ...]:
+    """Put mechanisms into a student's tree, in the order of `placements`; see `operate`."""
+    model, layout = student.model, student.layout
+    replaced = []
+    for index, placement in enumerate(placements):
+        path = layout.slot_path(placement.layer, placement.slot)
+        holder, attribute = _held(model, path, placement)
+        original = getattr(holder, attribute)
+
+        def build(
+            call: Call, module: nn.Module, place: Placement = placement, at: int = index
+        ) -> nn.Module:
+            context = Context(
+                layer=place.layer,
+                slot=place.slot,
+                n_layers=layout.n_layers,
+                d_model=layout.d_model,
+                model_config=model.config,
+                family=layout.family,
+                host=student.host,
+                seed=seed + 1000 * at,
+                calibration=(calibrations or {}).get((place.layer, place.slot, call)),
+                build=build,
+                restoring=restoring,
+            )
+            return construct(call, module, context)
+
+        new = build(placement.call, original)
+        _lay_out(new, original)
+        new.train(original.training)
+        setattr(holder, attribute, new)
+        student._undo.append((holder, attribute, original))
+        replaced.append(_audit(placement, path, original, new))
+    return tuple(replaced)
+
+
+def _held(model: nn.Module, path: str, placement: Placement) -> tuple[nn.Module, str]:
+    """The module that really has the part at `path` as its child, and under what name.
+
+    A wrapper answers for what it wraps; a part that was set on the wrapper itself would never be called.
+
+    Raises:
+        SurgeryError: what stands around the part was replaced, and has no such part.
+    """
+    parent, _, attribute = path.rpartition(".")
+    try:
+        model.get_submodule(path)
+    except AttributeError as error:
+        raise SurgeryError(
+            f"`{placement.call.name}` at layer {placement.layer} `{placement.slot}`: the part around it was replaced "
+            f"as a whole, and {error}",
+            hint="leave one of the two clauses out",
+        ) from error
+    holder = model.get_submodule(parent)
+    while isinstance(holder, Wrapper) and attribute not in dict(holder.named_children()):
+        holder = holder.original
+    return holder, attribute
+
+
+def placed(parsed: Spec, layout: Layout) -> tuple[Placement, ...]:
+    """The places that a swap touches in this model, which may have been swapped before.
+
+    Raises:
+        SpecError: a layer or a slot that the model does not have, or a place that is taken.
+    """
+    earlier = _swapped_before(layout.model)
+    both = Spec((*earlier, *parsed.clauses), parsed.text)
+    return tuple(
+        dataclasses.replace(place, clause_index=place.clause_index - len(earlier))
+        for place in _resolved(both, layout)
+        if place.clause_index >= len(earlier)
+    )
+
+
+def layout_of(model: nn.Module) -> Layout:
+    """The layout of a plain model, checked, or of one that was swapped before.
+
+    Raises:
+        LayoutError: unknown family, or a plain model that lacks a path of its family.
+    """
+    if not isinstance(model, saving.Swapped):
+        return Layout.of(model)
+    layout = Layout(model, family_of(model.config))
+    places = _resolved(Spec(_swapped_before(model), ""), layout)
+    whole = {p.layer for p in places if p.slot == "block" and p.layer is not None}
+    return dataclasses.replace(layout, whole_blocks=frozenset(whole))
+
+
+def _resolved(spec: Spec, layout: Layout) -> tuple[Placement, ...]:
+    family = layout.family
+    return resolve(spec, layout.n_layers, family.slot_names(), family.name, family.lacks)
+
+
+def _swapped_before(model: nn.Module) -> tuple[Clause, ...]:
+    swaps = model.swap_record.swaps if isinstance(model, saving.Swapped) else ()
+    return tuple(clause for swap in swaps for clause in parse(swap.text).clauses)
+
+
+def construct(call: Call, original: nn.Module, context: Context) -> nn.Module:
+    """Build one mechanism around or in place of `original`.
+
+    Raises:
+        SurgeryError: the mechanism's own error, or any other exception, named with mechanism, layer and slot.
+    """
+    cls, config = configured(call)
+    where = (
+        f"`{call.name}` at {'final_norm' if context.layer is None else f'layer {context.layer}'}"
+    )
+    try:
+        return cls(original, config, context)
+    except MismatchError:
+        raise
+    except Exception as error:
+        raise SurgeryError(
+            f"{where} `{context.slot}` could not be built from {type(original).__name__}: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+
+
+def calibrators(placements: Sequence[Placement]) -> dict[tuple[int | None, str, Call], Calibrator]:
+    """A fresh calibrator for each placed mechanism that wants to see the original's inputs and outputs."""
+    wanted = {}
+    for placement in placements:
+        for call in placement.call.nested():
+            cls, config = configured(call)
+            calibrator = cls.calibrator(config)
+            if calibrator is not None:
+                wanted[(placement.layer, placement.slot, call)] = calibrator
+    return wanted
+
+
+def _carry_mask(host: Host) -> Callable[[nn.Module, tuple, dict], None]:
+    def carry(_module: nn.Module, _args: tuple, kwargs: dict) -> None:
+        mask = kwargs.get("attention_mask")
+        host.mask = mask if isinstance(mask, torch.Tensor) and mask.ndim == 2 else None
+
+    return carry
+
+
+def _lay_out(new: nn.Module, original: nn.Module) -> None:
+    """New tensors lie in memory as they will when they come out of a file: rounding depends on it."""
+    inherited = {id(t) for t in chain(original.parameters(), original.buffers())}
+    for tensor in chain(new.parameters(), new.buffers()):
+        if id(tensor) not in inherited and not tensor.is_contiguous():
+            tensor.data = tensor.data.contiguous()
+
+
+def _audit(placement: Placement, path: str, original: nn.Module, new: nn.Module) -> Replaced:
+    """Work out inherited, new and dropped parameters from the identity of the tensors."""
+    old = {id(p): (name, p.numel()) for name, p in original.named_parameters()}
+    now = {id(p): (name, p.numel()) for name, p in new.named_parameters()}
+    return Replaced(
+        layer=placement.layer,
+        slot=placement.slot,
+        path=path,
+        mechanism=placement.call.name,
+        args=placement.call.printable(),
+        old=type(original).__name__,
+        new=type(new).__name__,
+        inherited=dict(old[i] for i in old if i in now),
+        new_parameters=dict(now[i] for i in now if i not in old),
+        dropped=dict(old[i] for i in old if i not in now),
+        identity=type(new).identity,
+        state=type(new).state,
+        notes=tuple(new.notes()),
+    )

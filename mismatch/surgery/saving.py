@@ -1,0 +1,290 @@
+"""Write a swapped model as an ordinary Hugging Face folder.
+
+    config.json            the plain model's config, and the record of the swap (`mismatch.models.swap_record`)
+    model.safetensors      every tensor once (several files and an index when they are large)
+    modeling_mismatch.py   lets transformers load it: a few lines that import mismatch
+    generation_config.json, tokenizer files
+    mismatch.json          facts about these weights, when there are any
+
+A swapped model is an ordinary transformers model whose class got one more base, `Swapped`, and with it a
+`save_pretrained` that leaves nothing out: that of transformers would write a folder that loads as the plain model. So
+`save_pretrained`, `Trainer` and pipelines write whole checkpoints too, into a folder that may exist, as they always do;
+`save` makes a new folder, whole or not at all.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from mismatch import spec
+from mismatch.errors import OutputError, RunError, SurgeryError, UsageError
+from mismatch.models import swap_record as record
+from mismatch.models.folder import CONFIG, INDEX, SINGLE
+from mismatch.models.swap_record import Record, Swap
+from mismatch.runs.files import guarded, json_text, whole_folder, write_atomic
+
+SHARD = "50GB"
+"""Largest weight file, as in transformers 5."""
+
+CODE = '''"""Lets transformers load this model: parts of it were replaced by `mismatch`, and their code is there."""
+
+try:
+    from mismatch.checkpoint import MismatchConfig, MismatchForCausalLM
+except ImportError as error:
+    raise ImportError(
+        "parts of this model were replaced by `mismatch` {version}, which is not installed here: get its source and "
+        "`pip install ./mismatch` (the package called mismatch on PyPI is another one)"
+    ) from error
+
+__all__ = ["MismatchConfig", "MismatchForCausalLM"]
+'''
+
+
+class Swapped:
+    """What the class of a swapped model has besides its own. `swap_record` says what was done."""
+
+    swap_record: Record
+
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        is_main_process: bool = True,
+        state_dict: Mapping[str, Tensor] | None = None,
+        push_to_hub: bool = False,
+        max_shard_size: int | str = SHARD,
+        variant: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """As that of transformers: an existing folder is written into. `push_to_hub()` is a method of its own.
+
+        Raises:
+            UsageError: `push_to_hub`, `variant` or `distributed_checkpoint`.
+            SurgeryError: a part keeps something in its state that is not a tensor.
+            RunError: it cannot be written.
+        """
+        for name, given in (
+            ("push_to_hub", push_to_hub),
+            ("variant", variant),
+            ("distributed_checkpoint", kwargs.get("distributed_checkpoint")),
+        ):
+            if given:
+                raise UsageError(
+                    f"save_pretrained of a swapped model does not know `{name}`",
+                    hint="save it, then call model.push_to_hub(...)"
+                    if name == "push_to_hub"
+                    else None,
+                )
+        if is_main_process:
+            folder = Path(save_directory)
+            with guarded("make the folder", folder):
+                folder.mkdir(parents=True, exist_ok=True)
+            _write(self, folder, state_dict, max_shard_size)
+
+
+def mark(model: nn.Module, swap: Swap, base: record.Base | None = None) -> None:
+    """Note a swap on the model: its class becomes one that saves it whole.
+
+    Args:
+        model: after the swap.
+        swap: what was done.
+        base: the plain model, when this is the first swap.
+    """
+    known = getattr(model, "swap_record", None) or Record(base=base)
+    if not isinstance(model, Swapped):
+        model.__class__ = _swapped(type(model))
+    model.swap_record = known.then(swap)
+
+
+def unmark(model: nn.Module) -> None:
+    """Take the last note back: the swap was undone."""
+    if model.swap_record.swaps[1:]:
+        model.swap_record = replace(model.swap_record, swaps=model.swap_record.swaps[:-1])
+        return
+    del model.swap_record
+    model.__class__ = type(model).__mro__[2]
+
+
+@functools.cache
+def _swapped(cls: type[nn.Module]) -> type[nn.Module]:
+    # transformers decides by the name and the module of a class (loss, pipelines, kernels): they stay.
+    names = {
+        "__module__": cls.__module__,
+        "__qualname__": cls.__qualname__,
+        "__doc__": cls.__doc__,
+    }
+    return type(cls.__name__, (Swapped, cls), names)
+
+
+def save(
+    model: nn.Module,
+    path: str | Path,
+    *,
+    tokenizer: Any = None,
+    extra: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Write a checkpoint into a new folder, whole or not at all.
+
+    Args:
+        model: a swapped model.
+        path: the folder to make.
+        tokenizer: written beside it.
+        extra: for mismatch.json.
+        overwrite: a checkpoint that is there gives way when the new one is complete; nothing else ever does. Between
+            the two is an instant without either.
+
+    Raises:
+        SurgeryError: nothing is swapped in this model, or a part keeps something that is not a tensor.
+        OutputError: the folder exists and is not empty, or holds something else than a checkpoint.
+        RunError: it cannot be written.
+    """
+    path = Path(path).expanduser()
+    if not isinstance(model, Swapped):
+        raise SurgeryError(
+            f"nothing is swapped in this {type(model).__name__}, so there is no checkpoint to write",
+            hint="save_pretrained saves a plain model",
+        )
+    _check_free(path, overwrite)
+    with whole_folder(path) as folder:
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+        if extra:
+            (folder / record.EXTRA).write_text(json_text(dict(extra)), encoding="utf-8")
+        _write(model, folder, None, SHARD)
+    return path
+
+
+def _check_free(path: Path, overwrite: bool) -> None:
+    if path.exists() and not path.is_dir():
+        raise OutputError(f"{path} is a file, not a folder", hint="give another path")
+    if not path.exists() or not any(path.iterdir()):
+        return
+    if not overwrite:
+        raise OutputError(
+            f"the folder {path} exists and is not empty",
+            hint="give another path, or overwrite=True to replace the checkpoint in it",
+        )
+    if not (path / CONFIG).is_file() or record.read(path) is None:
+        raise OutputError(
+            f"{path} is not a checkpoint of mismatch and is not overwritten",
+            hint="give another path",
+        )
+
+
+def _write(
+    model: nn.Module,
+    folder: Path,
+    state_dict: Mapping[str, Tensor] | None,
+    max_shard_size: int | str,
+) -> None:
+    """All but the tokenizer. config.json comes last: without it the folder is no model."""
+    own = model.state_dict(keep_vars=True)
+    shared = _shared(own)
+    given = own if state_dict is None else state_dict
+    if absent := sorted(own.keys() - given.keys() - shared.keys()):
+        raise UsageError(
+            f"`state_dict` lacks {len(absent)} tensors of this model, first {absent[0]}",
+            hint="leave it out to save all of them",
+        )
+    _write_weights(_tensors(given, shared), folder, max_shard_size)
+    known = model.swap_record
+    code = CODE.format(version=known.entry()["version"])
+    write_atomic(folder / f"{record.CODE}.py", lambda file: file.write(code.encode()))
+    if model.can_generate():
+        # Not its save_pretrained: that refuses settings which the model came with.
+        model.generation_config.to_json_file(folder / "generation_config.json")
+    entry = replace(
+        known,
+        swaps=tuple(replace(swap, text=_said(swap.text)) for swap in known.swaps),
+        shared=shared,
+        model_type=model.config.model_type,
+    ).entry()
+    config = json.loads(model.config.to_json_string(use_diff=True)) | {
+        "model_type": record.MODEL_TYPE,
+        "architectures": [type(model).__name__],
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "auto_map": record.AUTO_MAP,
+        record.KEY: entry,
+    }
+    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+    write_atomic(folder / CONFIG, lambda file: file.write(text.encode()))
+
+
+def _said(text: str) -> str:
+    return spec.explicit(spec.parse(text))
+
+
+def _shared(state: Mapping[str, Any]) -> dict[str, str]:
+    """Second names of tensors, and the name under which each is written.
+
+    Raises:
+        SurgeryError: a part keeps something in its state that is not a tensor.
+    """
+    first: dict[int, str] = {}
+    found = {}
+    for name, value in state.items():
+        if not isinstance(value, Tensor):
+            raise SurgeryError(
+                f"`{name}` is not a tensor but {type(value).__name__}: safetensors cannot hold it",
+                hint="keep what must survive a save in parameters or buffers",
+            )
+        if first.setdefault(id(value), name) != name:
+            found[name] = first[id(value)]
+    return found
+
+
+def _tensors(state: Mapping[str, Tensor], shared: Mapping[str, str]) -> dict[str, Tensor]:
+    """What goes into the file: each tensor once, contiguous, in memory of its own.
+
+    Raises:
+        SurgeryError: a tensor that lies on no device.
+    """
+    found, storages = {}, set()
+    for name, value in state.items():
+        if name in shared:
+            continue
+        if value.device.type == "meta":
+            raise SurgeryError(
+                f"`{name}` lies on no device (it was offloaded, or never loaded), so it cannot be saved",
+                hint="load the model without offloading",
+            )
+        tensor = value.detach().contiguous()
+        storage = tensor.untyped_storage().data_ptr()
+        found[name] = tensor.clone() if storage in storages else tensor
+        storages.add(storage)
+    return found
+
+
+def _write_weights(tensors: dict[str, Tensor], folder: Path, max_shard_size: int | str) -> None:
+    split = split_torch_state_dict_into_shards(
+        tensors,
+        max_shard_size=max_shard_size,
+        filename_pattern=SINGLE.replace(".safetensors", "{suffix}.safetensors"),
+    )
+    with guarded("write", folder):
+        # From here on the folder is no model until the new config.json is there.
+        for old in (
+            folder / CONFIG,
+            folder / INDEX,
+            *folder.glob("model*.safetensors"),
+        ):
+            old.unlink(missing_ok=True)
+        for name, keys in split.filename_to_tensors.items():
+            try:
+                save_file({key: tensors[key] for key in keys}, folder / name, {"format": "pt"})
+            except SafetensorError as error:  # a full disk, too, is one of these
+                raise RunError(f"could not write {folder / name}: {error}") from error
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        text = json.dumps(index, indent=2, sort_keys=True) + "\n"
+        write_atomic(folder / INDEX, lambda file: file.write(text.encode()))

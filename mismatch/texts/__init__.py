@@ -1,0 +1,1 @@
+"""Read text, cut it into windows, keep texts apart."""

@@ -1,0 +1,1 @@
+"""The demo models and texts: fetched, pinned by hash, converted."""
