@@ -5,7 +5,8 @@
 
 Spearman's r of each number with the damage and with the gap that each rung closes, 95 % by resampling cells (cells of
 one layer or one mechanism are alike, so these intervals are rather too narrow). Then
-`mismatch.stages.repair.forecast` is put to the test: every cell is forecast from a record that holds no cell of its layer, and again from one that holds none of its
+`mismatch.stages.repair.forecast` is put to the test: every cell is forecast from a record that holds no cell of its
+layer, and again from one that holds none of its
 mechanism, choice of the numbers and interval included; beside it the mean of that record, and where the mechanism is
 known the mean of its own cells. Negative results are kept.
 
