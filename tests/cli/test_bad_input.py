@@ -309,7 +309,7 @@ def test_device_that_is_not_there(say):
 
 
 def test_wheel_with_the_wrong_hash(tmp_path, monkeypatch, capsys):
-    """What arrives is not what was pinned: nothing gets into the cache. (With the real pip: tests/test_fetch.py.)"""
+    """What arrives is not what was pinned: nothing gets into the cache. (With the real pip: tests/texts/demo.)"""
     cache = tmp_path / "cache"
     monkeypatch.setenv("MISMATCH_CACHE", str(cache))
     monkeypatch.setattr("mismatch.texts.demo.fetch.installed", lambda name: None)
