@@ -10,7 +10,7 @@ layer, and again from one that holds none of its
 mechanism, choice of the numbers and interval included; beside it the mean of that record, and where the mechanism is
 known the mean of its own cells. Negative results are kept.
 
-Writes figures/forecast_score/, and mismatch/forecast.csv, which `mismatch repair` reads.
+Writes figures/forecast_score/, and mismatch/stages/repair/forecast.csv, which `mismatch repair` reads.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from mismatch.stages.repair.forecast import MISS, NUMBERS, Swap, forecast
 
 ROOT = Path(__file__).resolve().parent.parent
 HERE = ROOT / "figures" / "forecast_score"
-RECORD = ROOT / "mismatch" / "forecast.csv"
+RECORD = ROOT / "mismatch" / "stages" / "repair" / "forecast.csv"
 RUNGS = ("closed-form", "local", "block")
 OUTCOMES = {"kl": "damage", **{f"closed {rung}": f"closed by {rung}" for rung in RUNGS}}
 MODEL = {"model": "SmolLM2-135M", "n_layers": 30, "d_model": 576}

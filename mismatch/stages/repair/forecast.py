@@ -133,7 +133,7 @@ def shipped() -> pd.DataFrame:
         A row per repair: model, n_layers, d_model, slot, tokens, epochs, seq_len, layer, mechanism, the numbers of
         `NUMBERS`, and `closed R` for each rung R, NaN where it was not climbed.
     """
-    with (resources.files("mismatch") / "forecast.csv").open() as file:
+    with (resources.files(__package__) / "forecast.csv").open() as file:
         return pd.read_csv(file)
 
 
