@@ -9,7 +9,6 @@ The names below are imported when they are first used: `import mismatch` alone d
 """
 
 from importlib import import_module as _import_module
-from importlib.metadata import version as _version
 from typing import Any as _Any
 
 _PLACES = {
@@ -27,7 +26,7 @@ _PLACES = {
     "open_nnsight": "mismatch.api",
     "fetch": "mismatch.texts.demo.fetch",
     "load_run": "mismatch.runs.folder",
-    "compare": "mismatch.stages.trace.report.comparison",
+    "compare": "mismatch.report",
     "errors": "mismatch.errors",
     "explain": "mismatch.registry.explain",
     "list_mechanisms": "mismatch.registry.explain",
@@ -41,7 +40,9 @@ __all__ = sorted([*_PLACES, "__version__"])
 
 def __getattr__(name: str) -> _Any:
     if name == "__version__":
-        return _version("mismatch")
+        from mismatch.runs.environment import versions
+
+        return versions()["mismatch"]
     if name not in _PLACES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module = _import_module(_PLACES[name])

@@ -168,6 +168,6 @@ def bitsandbytes(where: str = "") -> Any:
     except ImportError as error:
         raise SurgeryError(
             f"{where}: `qlora` needs bitsandbytes, which cannot be imported: {error}",
-            hint="pip install 'mismatch[qlora]'",
+            hint="pip install 'llm-mismatch[qlora]'",
         ) from error
     return bitsandbytes

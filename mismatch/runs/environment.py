@@ -7,6 +7,9 @@ import platform
 import subprocess
 from pathlib import Path
 
+DISTRIBUTION = "llm-mismatch"
+"""What pip knows `mismatch` by: on PyPI that name is another package's."""
+
 PACKAGES = (
     "mismatch",
     "torch",
@@ -28,7 +31,8 @@ def versions() -> dict[str, str]:
     found = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
-            found[name] = importlib.metadata.version(name)
+            known = DISTRIBUTION if name == "mismatch" else name
+            found[name] = importlib.metadata.version(known)
         except importlib.metadata.PackageNotFoundError:
             found[name] = "not installed"
     return found

@@ -42,8 +42,8 @@ try:
     from mismatch.checkpoint import MismatchConfig, MismatchForCausalLM
 except ImportError as error:
     raise ImportError(
-        "parts of this model were replaced by `mismatch` {version}, which is not installed here: get its source and "
-        "`pip install ./mismatch` (the package called mismatch on PyPI is another one)"
+        "parts of this model were replaced by `mismatch` {version}, which is not installed here: "
+        "`pip install llm-mismatch` (the package called mismatch on PyPI is another one)"
     ) from error
 
 __all__ = ["MismatchConfig", "MismatchForCausalLM"]

@@ -173,4 +173,4 @@ def test_it_names_the_extra_when_bitsandbytes_is_missing(monkeypatch):
     assert caught.value.message.startswith(
         "layer1.attn: `qlora` needs bitsandbytes, which cannot be imported: "
     )
-    assert caught.value.hint == "pip install 'mismatch[qlora]'"
+    assert caught.value.hint == "pip install 'llm-mismatch[qlora]'"

