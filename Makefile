@@ -1,6 +1,10 @@
-# make test    lint and the tests
-# make demo    fetch a model and text, then trace one swapped layer of it
-# make lint    ruff, and who may import whom
+# make test        lint and the tests
+# make test-slow   tests that take long or need the demo model; installs the built wheel too
+# make demo        fetch a model and text, then trace one swapped layer of it
+# make lint        ruff, its formatter, and who may import whom
+# make format      put the code into the formatter's form
+# make types       mypy
+# make dist        build sdist and wheel into dist/
 #
 # Needs Python >= 3.11 with pip, and nothing else. Everything is installed into .venv with the pins of
 # constraints.txt.
@@ -12,11 +16,11 @@ STAMP := $(VENV)/.installed
 # Tests run side by side, one process a core; more threads in each would only get in each other's way.
 WORKERS ?= 2
 
-.PHONY: help test test-slow lint demo clean
+.PHONY: help test test-slow lint format types demo dist clean
 .DEFAULT_GOAL := help
 
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | head -3
+	@sed -n 's/^# \(make \)/\1/p' Makefile
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("Python >= 3.11 is needed" if sys.version_info < (3, 11) else 0)'
@@ -33,10 +37,23 @@ test-slow: $(STAMP)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-cache
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+types: $(STAMP)
+	$(BIN)/mypy
 
 demo: $(STAMP)
 	$(BIN)/mismatch fetch smollm2 wiki sotu
 	$(BIN)/mismatch trace --model smollm2 --swap "layer12:infini"
 
+dist: $(STAMP)
+	rm -rf dist
+	$(BIN)/python -m build
+
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache .import_linter_cache dist
+	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache .import_linter_cache dist
