@@ -26,7 +26,7 @@ _PLACES = {
     "open_nnsight": "mismatch.api",
     "fetch": "mismatch.texts.demo.fetch",
     "load_run": "mismatch.runs.folder",
-    "compare": "mismatch.report",
+    "compare": "mismatch.stages.trace.report.comparison",
     "errors": "mismatch.errors",
     "explain": "mismatch.registry.explain",
     "list_mechanisms": "mismatch.registry.explain",

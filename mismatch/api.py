@@ -18,6 +18,7 @@ from mismatch.config import ProbeConfig, TraceConfig
 from mismatch.errors import UsageError
 from mismatch.models import generate as generating
 from mismatch.models.generate import Generated
+from mismatch.report.words import plan_lines
 from mismatch.runs.folder import RunFolder, check_output
 from mismatch.runs.ranks import Ranks, joined
 from mismatch.stages.checking import (
@@ -48,7 +49,6 @@ from mismatch.stages.repair.result import Repaired
 from mismatch.stages.repair.start import repair, repair_command
 from mismatch.stages.scan.result import Scanned
 from mismatch.stages.scan.start import scan, scan_command
-from mismatch.stages.trace.report.words import plan_lines
 from mismatch.stages.trace.result import Probed, Result
 from mismatch.stages.trace.stage import Job
 from mismatch.surgery.operate import Student, saving

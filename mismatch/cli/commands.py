@@ -232,7 +232,7 @@ def fetch(args: Namespace) -> int:
 
 
 def report(args: Namespace) -> int:
-    from mismatch.report import write_html
+    from mismatch.stages.reporting import write_html
 
     output = None if args.output is None else Path(args.output)
     _print_file(write_html(Path(args.run), output), args)
@@ -240,7 +240,7 @@ def report(args: Namespace) -> int:
 
 
 def compare(args: Namespace) -> int:
-    from mismatch.report import compare as together
+    from mismatch.stages.trace.report.comparison import compare as together
 
     _print_file(
         together([Path(run) for run in args.runs], Path(args.output), any_data=args.any_data), args

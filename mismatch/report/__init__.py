@@ -1,13 +1,10 @@
-"""What a run looks like: figures, report.html, a comparison, and text. From the table alone, no torch.
+"""What a run looks like, from its table alone: no torch, and nothing of any stage.
 
-write_figures(run)      figures/ of a run folder
-write_html(run_dir)     report.html, one file that opens offline
-compare(run_dirs)       several runs on one scale
-summary(table, ...)     the end of a trace in a terminal
+page, html     pieces of HTML; the report of one run
+figures        what a figure of a report is
+heatmap        the shift heatmap
+quantity       from rows of the long table to what is drawn
+style, words   how figures look and how numbers are written; words that stages share
+
+Each stage registers its own figures and sections: mismatch/stages/reporting.py.
 """
-
-from mismatch.report.html import write_html
-from mismatch.stages.trace.report.comparison import compare
-from mismatch.stages.trace.report.words import summary, verdict
-
-__all__ = ["compare", "summary", "verdict", "write_html"]

@@ -68,6 +68,7 @@ def heatmap(
     student: str = "swap",
     mode: str = "free",
     stage: str = "surgery",
+    plan: Mapping[str, Any] | None = None,
     dictionary: Mapping[str, Any] | None = None,
     ax: Axes | None = None,
     width: float = style.WIDTH,
@@ -82,6 +83,7 @@ def heatmap(
         student: whose shift.
         mode: free or forced.
         stage: surgery or repair.
+        plan: not needed; as the other figures take it.
         dictionary: the run's metrics.json; default: the cards of the installed metrics.
         ax: draw one panel there instead of making a figure.
         width: of the figure, in inches.
@@ -126,6 +128,7 @@ def heatmap_data(
     student: str = "swap",
     mode: str = "free",
     stage: str = "surgery",
+    plan: Mapping[str, Any] | None = None,
     dictionary: Mapping[str, Any] | None = None,
 ) -> pd.DataFrame:
     """The numbers of `heatmap`, one cell a row, with the kind of each cell."""

@@ -15,9 +15,9 @@ from mismatch.errors import OutputError, UsageError
 from mismatch.mechanisms.parts.user_module import configured
 from mismatch.models.layout import Layout, family_of
 from mismatch.models.load import read_config
+from mismatch.report.words import plan_lines
 from mismatch.runs.folder import check_resume
 from mismatch.stages.estimate import Estimate, estimate
-from mismatch.stages.trace.report.words import plan_lines
 from mismatch.surgery import loading as checkpoint
 from mismatch.surgery.controls import control_specs
 from mismatch.surgery.operate import Plan, Student, operate, placed

@@ -280,7 +280,8 @@ def test_the_public_names_are_there_and_lazy():
 
 
 def test_report_and_compare_hand_on_what_was_asked(capsys, monkeypatch):
-    from mismatch import report
+    from mismatch.stages import reporting
+    from mismatch.stages.trace.report import comparison
 
     calls = []
 
@@ -288,8 +289,8 @@ def test_report_and_compare_hand_on_what_was_asked(capsys, monkeypatch):
         calls.append((args, rest))
         return Path("page.html")
 
-    monkeypatch.setattr(report, "write_html", write)
-    monkeypatch.setattr(report, "compare", write)
+    monkeypatch.setattr(reporting, "write_html", write)
+    monkeypatch.setattr(comparison, "compare", write)
     assert cli.main(["report", "runs/a"]) == 0
     assert cli.main(["report", "runs/a", "--output", "x.html"]) == 0
     assert cli.main(["compare", "runs/a", "runs/b", "--any-data"]) == 0

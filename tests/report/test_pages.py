@@ -11,12 +11,12 @@ import pytest
 import synthetic as s
 
 from mismatch.errors import RunError, UsageError
-from mismatch.report import compare, verdict, write_html
 from mismatch.report.page import Html, tag
+from mismatch.report.words import columns, plan_lines
 from mismatch.runs.folder import RunFolder, load_run
-from mismatch.stages.trace.report import words as summary
-from mismatch.stages.trace.report.comparison import labels, together
-from mismatch.stages.trace.report.words import columns, plan_lines, worst_sites
+from mismatch.stages.reporting import write_html
+from mismatch.stages.trace.report.comparison import compare, labels, together
+from mismatch.stages.trace.report.words import summary, verdict, worst_sites
 
 EVIL = '<script>alert("$x^$")</script>'
 

@@ -11,8 +11,8 @@ from matplotlib.figure import Figure
 
 from mismatch.errors import UsageError
 from mismatch.report import style
+from mismatch.report.words import columns
 from mismatch.stages.repair.report.forecast_words import forecast_lines
-from mismatch.stages.trace.report.words import columns
 
 CAUSES = {
     "distribution": "distribution mismatch",

@@ -18,7 +18,6 @@ from tqdm import tqdm
 from mismatch import spec
 from mismatch.errors import NumericsError, RunError
 from mismatch.forward.heldout import Judged
-from mismatch.report.html import write_html
 from mismatch.runs import table
 from mismatch.runs.folder import Run, RunFolder, load_run, run_id
 from mismatch.stages.checking import Text, plan_dict, plan_warnings
@@ -34,6 +33,7 @@ from mismatch.stages.diagnose.shapley import causes_of, kl_of, leading, share_of
 from mismatch.stages.diagnose.verdict import headline, verdicts
 from mismatch.stages.repair.config import RUNGS
 from mismatch.stages.repair.forecast import Foretold, Swap, foretell
+from mismatch.stages.reporting import write_html
 from mismatch.stages.trace.stage import peak_memory, settings
 from mismatch.surgery.operate import Student
 from mismatch.surgery.students import Teacher, students_of

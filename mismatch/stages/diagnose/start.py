@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mismatch.errors import DataError, UsageError
+from mismatch.report.words import plan_lines
 from mismatch.runs.folder import check_output
 from mismatch.runs.ranks import Ranks
 from mismatch.stages.checking import Text, check_context, plan_dict, planned
@@ -26,7 +27,6 @@ from mismatch.stages.opening import (
     load_options,
     tokenizer_of,
 )
-from mismatch.stages.trace.report.words import plan_lines
 from mismatch.surgery.operate import Student
 from mismatch.texts.documents import calibration_and_evaluation
 from mismatch.texts.windows import windows

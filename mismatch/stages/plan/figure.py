@@ -21,12 +21,17 @@ _COLOURS = {"part": style.FAINT, "sum": "#0072b2", "together": "#d55e00", "contr
 _MARKS = {"part": "o", "sum": "D", "together": "s", "control": "^"}
 
 
-def plan_data(table: pd.DataFrame, *, dictionary: Mapping[str, Any] | None = None) -> pd.DataFrame:
+def plan_data(
+    table: pd.DataFrame,
+    *,
+    plan: Mapping[str, Any] | None = None,
+    dictionary: Mapping[str, Any] | None = None,
+) -> pd.DataFrame:
     """What each part, their sum, the whole and its controls cost on each task; larger is worse.
 
     Args:
         table: the long table of a plan.
-        dictionary: not needed; as the other figures take it.
+        plan, dictionary: not needed; as the other figures take them.
 
     Returns:
         Rows task, unit, kind (one of `KINDS`), name, layer, value, lo, hi, n.

@@ -16,7 +16,6 @@ import pandas as pd
 from tqdm import tqdm
 
 from mismatch.errors import DataError, RunError, UsageError
-from mismatch.report import write_html
 from mismatch.runs.folder import Run, RunFolder, load_run, run_id
 from mismatch.runs.table import as_table
 from mismatch.stages.plan.choose import Score, choose
@@ -24,6 +23,7 @@ from mismatch.stages.plan.config import PlanConfig
 from mismatch.stages.plan.greedy import greedy
 from mismatch.stages.plan.measured import Choice, Judged, judge, swap_of
 from mismatch.stages.plan.result import Planned
+from mismatch.stages.reporting import write_html
 from mismatch.stages.scan.atlas import atlas_data
 from mismatch.stages.scan.prepared import Prepared
 from mismatch.stages.scan.stage import ScanJob, sweep_of

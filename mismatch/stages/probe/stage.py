@@ -22,10 +22,10 @@ from mismatch.errors import RunError
 from mismatch.probes import PROBES, load_probe
 from mismatch.probes.base import Probe, Setting, Subject, rows
 from mismatch.probes.inputs import plain_tokens
-from mismatch.report.html import write_html
 from mismatch.runs import table
 from mismatch.runs.folder import Run, RunFolder, load_run, run_id
 from mismatch.stages.checking import plan_dict, plan_warnings, read_text
+from mismatch.stages.reporting import write_html
 from mismatch.stages.trace.result import Probed
 from mismatch.stages.trace.stage import peak_memory, settings
 from mismatch.surgery.operate import Student

@@ -18,8 +18,8 @@ from mismatch import registry
 from mismatch.errors import UsageError
 from mismatch.report import quantity as q
 from mismatch.report import style
+from mismatch.report.words import columns, plan_lines
 from mismatch.runs.table import conditions
-from mismatch.stages.trace.report.words import columns, plan_lines
 
 ROWS = 16
 """Headline rows of one probe in a terminal; the others are in the table."""
@@ -149,14 +149,18 @@ def _signed(value: float) -> str:
 
 
 def passkey_data(
-    table: pd.DataFrame, stat: str = "exact", *, dictionary: Mapping[str, Any] | None = None
+    table: pd.DataFrame,
+    stat: str = "exact",
+    *,
+    plan: Mapping[str, Any] | None = None,
+    dictionary: Mapping[str, Any] | None = None,
 ) -> pd.DataFrame:
     """Every cell of the passkey probe.
 
     Args:
         table: the long table.
         stat: exact (share of keys) or logprob (nats per key).
-        dictionary: not needed; as the other figures take it.
+        plan, dictionary: not needed; as the other figures take them.
 
     Returns:
         Rows student, length, depth, exact, logprob, each with lo and hi, n; the teacher first.

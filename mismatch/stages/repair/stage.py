@@ -19,7 +19,6 @@ import torch
 from mismatch import spec
 from mismatch.errors import RunError
 from mismatch.forward.heldout import Judge, Judged
-from mismatch.report.html import write_html
 from mismatch.runs import table
 from mismatch.runs.folder import Run, RunFolder, load_run, run_id
 from mismatch.runs.state import State
@@ -45,6 +44,7 @@ from mismatch.stages.repair.rungs.rung import Rung
 from mismatch.stages.repair.trainable import learner
 from mismatch.stages.repair.trained_controls import SameSteps
 from mismatch.stages.repair.training_text import learn_from
+from mismatch.stages.reporting import write_html
 from mismatch.stages.trace.batches import polite
 from mismatch.stages.trace.stage import peak_memory, settings
 from mismatch.surgery.operate import Student

@@ -71,12 +71,17 @@ PANELS = (
 )  # fmt: skip
 
 
-def atlas_data(table: pd.DataFrame, *, dictionary: Mapping[str, Any] | None = None) -> pd.DataFrame:
+def atlas_data(
+    table: pd.DataFrame,
+    *,
+    plan: Mapping[str, Any] | None = None,
+    dictionary: Mapping[str, Any] | None = None,
+) -> pd.DataFrame:
     """Every layer of every mechanism on every task, also where nothing could be measured.
 
     Args:
         table: the long table of a scan.
-        dictionary: not needed; as the other figures take it.
+        plan, dictionary: not needed; as the other figures take them.
 
     Returns:
         Rows task, unit, student, layer, value, lo, hi, n, kind. `value` is the damage in nats, larger is worse; `kind`

@@ -15,11 +15,11 @@ from tqdm import tqdm
 
 from mismatch.errors import MismatchError, RunError
 from mismatch.forward.calibrate import calibrate
-from mismatch.report import write_html
 from mismatch.runs import table
 from mismatch.runs.folder import Run, RunFolder, load_run, run_id
 from mismatch.runs.ranks import Ranks
 from mismatch.runs.state import State
+from mismatch.stages.reporting import write_html
 from mismatch.stages.scan.batches import measure, prove, prove_restored
 from mismatch.stages.scan.cells import Cell, calibrators
 from mismatch.stages.scan.config import ScanConfig, SweepConfig

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from mismatch.report.heatmap import heatmap
-from mismatch.report.html import draw, page
 from mismatch.runs.files import write_atomic
 from mismatch.runs.folder import Run
+from mismatch.stages import reporting
 from mismatch.stages.probe.words import answer_lines, headlines, passkey, probe_summary
 from mismatch.stages.trace.findings import Finding
 from mismatch.stages.trace.report.position_figure import by_position
@@ -107,7 +107,7 @@ class Result:
     def to_html(self, path: str | Path) -> Path:
         """Write the report: one self-contained file."""
         path = Path(path)
-        write_atomic(path, lambda file: file.write(page(self.run, draw(self.run)).encode()))
+        write_atomic(path, lambda file: file.write(reporting.page(self.run).encode()))
         return path
 
     def __repr__(self) -> str:

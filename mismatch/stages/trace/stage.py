@@ -22,12 +22,12 @@ from mismatch.errors import MismatchError, RunError
 from mismatch.forward import hooks
 from mismatch.models.layout import Layout
 from mismatch.models.load import ModelError
-from mismatch.report import write_html
 from mismatch.runs import table
 from mismatch.runs.folder import Run, RunFolder, load_run, run_id
 from mismatch.runs.ranks import Ranks
 from mismatch.runs.state import State
 from mismatch.stages.checking import Text, plan_dict, plan_warnings
+from mismatch.stages.reporting import write_html
 from mismatch.stages.trace.batches import measure
 from mismatch.stages.trace.findings import Evidence, Finding, findings_of
 from mismatch.stages.trace.meters import Collector

@@ -65,7 +65,7 @@ def repair_data(
 
 
 @style.styled
-def repair_plate(
+def repair_figure(
     _table: pd.DataFrame, *, plan: Mapping[str, Any], dictionary: Any = None
 ) -> Figure:
     """The picture, from a run."""

@@ -9,11 +9,16 @@ from typing import Any
 import pandas as pd
 
 from mismatch.report import style
+from mismatch.report.figures import ReportFigure
 from mismatch.report.page import Html, grid, join, tag
+from mismatch.report.sections import Section, replaced, verdict
 from mismatch.runs.folder import Run
 from mismatch.stages.probe.words import headlines, probes_of
-from mismatch.stages.repair.report.curve_figure import rung_table
+from mismatch.stages.repair.report.before_after_figure import before_after as before_after_figure
+from mismatch.stages.repair.report.before_after_figure import before_after_data
+from mismatch.stages.repair.report.curve_figure import repair_data, repair_figure, rung_table
 from mismatch.stages.repair.report.forecast_words import SURE, forecast_lines, share
+from mismatch.stages.repair.report.gates_figure import gates_data, gates_figure
 
 CLOSED = 0.5
 """Share of the gap from which the KL counts as closed; a retrieval of which less came back is warned of."""
@@ -222,28 +227,60 @@ def asked(run: Run) -> Html:
     return join([*warned, grid(heads, rows, numbers=(2, 3, 4, 5, 6))])
 
 
-def sections(run: Run, figures: Mapping[str, Html]) -> list[Html]:
-    """The page between its head and its end; `figures` by the name of their plate."""
+FIGURES = (
+    ReportFigure(
+        "repair",
+        "The repair curve",
+        repair_figure,
+        repair_data,
+        "Each point is the student after a rung, on text that was neither learnt from nor used to choose. Lower is "
+        "nearer to the teacher. Dashed: controls, which the repaired swap must be below to have earned its place. "
+        "Hollow: a rung that made it worse and was undone.",
+    ),
+    ReportFigure(
+        "before_after",
+        "The shift before and after",
+        before_after_figure,
+        before_after_data,
+        "Pairs of panels on one scale: what is paler below than above was mended. Read the stream (resid_post) from "
+        "the swap to the right: what stays dark at its end is what the prediction still lacks. An update (attn_out, "
+        "mlp_out) that is darker after the repair is one that learnt to answer for another.",
+    ),
+    ReportFigure(
+        "gates",
+        "Where the gates went",
+        gates_figure,
+        gates_data,
+        "A gate at its dotted line was not moved by the repair: its learning rate was too small, or the swap does not "
+        "need it. All heads at 0 or at 1: one branch was given up, and the table of branches says whether it matters.",
+    ),
+)
+
+
+def figures(run: Run) -> tuple[ReportFigure, ...]:
+    """The curve, the shift before and after, the gates."""
+    return FIGURES
+
+
+def sections(run: Run) -> list[Section]:
+    """The verdict and the rungs first, then where, through which branches, and what KL does not say."""
     climb = run.plan.get("climb")
     if climb is None:
-        return list(figures.values())
-    said = dict.fromkeys([*(n for r in climb["rungs"] for n in r["notes"]), *climb["notes"]])
-    others = [figure for name, figure in figures.items() if name not in ("repair", "gates")]
+        return [Section("", FIGURES), replaced(run)]
+    curve, shift, gates = FIGURES
+    warned = warnings(before_after(run.table, run.dictionary), climb)
     return [
-        tag("p", repair_verdict(climb), class_="verdict"),
-        *(tag("p", text, class_="warning") for text in
-          warnings(before_after(run.table, run.dictionary), climb)),
-        rungs(climb),
-        *(figures[name] for name in ("repair",) if name in figures),
-        tag("h2", "Beside the controls"),
-        students(climb),
-        tag("h2", "Before and after"),
-        *others,
-        *(figures[name] for name in ("gates",) if name in figures),
-        tag("h2", "Are the branches used?"),
-        branches(climb),
-        tag("h2", "Retrieval and free generation"),
-        asked(run),
-        tag("h2", "What the rungs said"),
-        tag("ul", *(tag("li", line) for line in said)) if said else tag("p", "Nothing."),
-    ]  # fmt: skip
+        verdict(repair_verdict(climb)),
+        Section("", (*(tag("p", text, class_="warning") for text in warned), rungs(climb), curve)),
+        Section("Beside the controls", (students(climb),)),
+        Section("Before and after", (shift, gates)),
+        Section("Are the branches used?", (branches(climb),)),
+        Section("Retrieval and free generation", (asked(run),)),
+        Section("What the rungs said", (_notes(climb),)),
+        replaced(run),
+    ]
+
+
+def _notes(climb: Mapping[str, Any]) -> Html:
+    said = dict.fromkeys([*(n for r in climb["rungs"] for n in r["notes"]), *climb["notes"]])
+    return tag("ul", *(tag("li", line) for line in said)) if said else tag("p", "Nothing.")

@@ -13,7 +13,7 @@ from mismatch.errors import UsageError
 from mismatch.report import heatmap, style
 from mismatch.report import quantity as q
 from mismatch.report.page import Html, document, grid, join, picture, tag
-from mismatch.report.plates import kind
+from mismatch.report.words import kind
 from mismatch.runs.files import write_atomic
 from mismatch.runs.folder import Run, load_run
 from mismatch.stages.trace.report.position_figure import by_position

@@ -22,6 +22,7 @@ def output_data(
     metric: str = "kl",
     *,
     stage: str = "surgery",
+    plan: Mapping[str, Any] | None = None,
     dictionary: Mapping[str, Any] | None = None,
 ) -> pd.DataFrame:
     """The output shift of each student, then the paired differences, then the floor.
@@ -55,6 +56,7 @@ def output_shift(
     metric: str = "kl",
     *,
     stage: str = "surgery",
+    plan: Mapping[str, Any] | None = None,
     dictionary: Mapping[str, Any] | None = None,
     width: float = style.WIDTH,
 ) -> Figure:
@@ -64,6 +66,7 @@ def output_shift(
         table: the long table.
         metric: at site logits.
         stage: surgery or repair.
+        plan: not needed; as the other figures take it.
         dictionary: the run's metrics.json; default: the cards of the installed metrics.
         width: of the figure, in inches.
 

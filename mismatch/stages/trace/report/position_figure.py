@@ -32,6 +32,7 @@ def by_position_data(
     site: str = "logits",
     *,
     stage: str = "surgery",
+    plan: Mapping[str, Any] | None = None,
     dictionary: Mapping[str, Any] | None = None,
 ) -> pd.DataFrame:
     """The numbers of `by_position`: one bin of one student a row, `start` and `end` inclusive."""

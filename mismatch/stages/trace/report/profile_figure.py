@@ -28,6 +28,7 @@ def depth_profile(
     *,
     mode: str = "free",
     stage: str = "surgery",
+    plan: Mapping[str, Any] | None = None,
     dictionary: Mapping[str, Any] | None = None,
     ax: Axes | None = None,
     width: float = style.WIDTH,
@@ -40,6 +41,7 @@ def depth_profile(
         site: of a block.
         mode: free or forced.
         stage: surgery or repair.
+        plan: not needed; as the other figures take it.
         dictionary: the run's metrics.json; default: the cards of the installed metrics.
         ax: draw one panel there instead of making a figure.
         width: of the figure, in inches.
@@ -74,6 +76,7 @@ def depth_profile_data(
     *,
     mode: str = "free",
     stage: str = "surgery",
+    plan: Mapping[str, Any] | None = None,
     dictionary: Mapping[str, Any] | None = None,
 ) -> pd.DataFrame:
     """The numbers of `depth_profile`: student, metric, stat, site, layer, value, lo, hi, n."""

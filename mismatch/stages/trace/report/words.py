@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import pandas as pd
 from mismatch.errors import UsageError
 from mismatch.report import quantity as q
 from mismatch.report.style import interval, number
+from mismatch.report.words import columns, plan_lines
 from mismatch.stages.trace.report.controls_figure import output_data
 
 WORST = ("rel_l2", "cka_minibatch", "norm_ratio")
@@ -59,39 +60,6 @@ def _against(pair: pd.Series) -> str:
     return "better than" if pair["hi"] < 0 else "not told apart from"
 
 
-def plan_lines(plan: Mapping[str, Any]) -> list[str]:
-    """One line a clause: what became what, and how many numbers were inherited, new, dropped."""
-    lines = []
-    for clause in plan.get("clauses", []):
-        args = ", ".join(f"{k}={v}" for k, v in clause.get("args", {}).items())
-        where = "final" if clause.get("layer") is None else f"layer {clause['layer']}"
-        counts = ", ".join(
-            f"{name} {count(total(clause.get(key)))}"
-            for name, key in (
-                ("inherited", "inherited"),
-                ("new", "new_parameters"),
-                ("dropped", "dropped"),
-            )
-        )
-        lines.append(
-            f"{where} {clause['slot']}: {clause['old']} -> {clause['mechanism']}({args})  {counts}"
-        )
-    return lines
-
-
-def total(sizes: Any) -> int:
-    """Numbers in the tensors of a plan's `inherited`, `new_parameters` or `dropped`."""
-    return sum(int(v) for v in (sizes or {}).values())
-
-
-def count(n: int) -> str:
-    """`1.2M`, `44.2k`, `9`: how many parameters."""
-    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if n >= size:
-            return f"{n / size:.1f}{unit}"
-    return str(n)
-
-
 def worst_sites(
     table: pd.DataFrame, top: int = 10, dictionary: Mapping[str, Any] | None = None
 ) -> pd.DataFrame:
@@ -121,18 +89,6 @@ def worst_sites(
         out = out.merge(mean.rename(columns={"value": "of"}), on=["layer", "site"], how="left")
         out["share_of_mean"] = out[first.metric] / out.pop("of").replace(0, np.nan)
     return out.nlargest(top, first.metric).reset_index(drop=True)
-
-
-def columns(rows: Iterable[Sequence[str]], indent: str = "  ") -> str:
-    """Text in aligned columns: the first to the left, the others to the right."""
-    rows = [list(row) for row in rows]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))] if rows else []
-    lines = []
-    for row in rows:
-        cells = [row[0].ljust(widths[0])]
-        cells += [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
-        lines.append((indent + "  ".join(cells)).rstrip())
-    return "\n".join(lines)
 
 
 def summary(

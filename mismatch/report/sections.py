@@ -1,0 +1,137 @@
+"""Sections that reports of several stages share: the plan, findings, metrics, how to repeat the run, environment."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from mismatch.report.figures import ReportFigure
+from mismatch.report.page import Html, grid, join, pairs, tag
+from mismatch.report.words import count, kind, total
+from mismatch.runs.folder import Run
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of a report: a heading (or none, where the title is empty), and what stands below it.
+
+    A `ReportFigure` in the body stands for the drawn figure; where none of the sections of a stage holds it, the
+    report shows it behind the first one.
+    """
+
+    title: str
+    body: tuple[Html | ReportFigure, ...]
+
+
+def verdict(text: str) -> Section:
+    """The first words of a report, in large type."""
+    return Section("", (tag("p", text, class_="verdict"),))
+
+
+def findings(run: Run) -> Section:
+    """What was found, the most severe first, each with the command that comes next."""
+    return Section("Findings", tuple(map(_finding, run.findings)) or (tag("p", "None."),))
+
+
+def _finding(found: dict[str, Any]) -> Html:
+    return tag(
+        "div",
+        tag("h3", tag("span", found["severity"], class_="tag"), found["title"]),
+        tag("p", found["text"]),
+        tag("pre", found["next"]) if found.get("next") else Html(""),
+        class_=f"finding {found['severity']}",
+    )
+
+
+def replaced(run: Run) -> Section:
+    """The plan: a row for each clause, what its mechanism notes, and its tensors by name."""
+    return Section("What was replaced", (_plan(run),))
+
+
+def _plan(run: Run) -> Html:
+    clauses = run.plan.get("clauses", [])
+    if not clauses:
+        return tag("p", "The plan was not written.")
+    rows = [
+        (
+            c["path"],
+            f"{c['old']} → {c['new']}",
+            f"{c['mechanism']}({', '.join(f'{k}={v}' for k, v in c.get('args', {}).items())})",
+            *(count(total(c.get(k))) for k in ("inherited", "new_parameters", "dropped")),
+        )
+        for c in clauses
+    ]
+    heads = ("where", "module", "mechanism", "inherited", "new", "dropped")
+    notes = dict.fromkeys(note for c in clauses for note in c.get("notes", []))
+    limits = dict.fromkeys(
+        f"{c['mechanism']}: {c['identity']}" for c in clauses if c.get("identity")
+    )
+    return join(
+        [
+            grid(heads, rows, numbers=(3, 4, 5)),
+            *(tag("p", text, class_="warning") for text in run.plan.get("warnings", [])),
+            *(tag("p", note) for note in notes),
+            *(tag("p", f"Equal to the teacher at: {limit}", class_="faint") for limit in limits),
+            tag("details", tag("summary", "tensors by name"), *(_tensors(c) for c in clauses)),
+        ]
+    )
+
+
+def _tensors(clause: dict[str, Any]) -> Html:
+    kinds = ("inherited", "new_parameters", "dropped")
+    rows = [
+        (kind.replace("_parameters", ""), name, f"{int(size):,}")
+        for kind in kinds
+        for name, size in (clause.get(kind) or {}).items()
+    ]
+    return join([tag("h3", clause["path"]), grid(("", "tensor", "numbers"), rows, numbers=(2,))])
+
+
+def state(run: Run) -> Html:
+    """A warning where the run is not finished."""
+    status = run.manifest.get("status")
+    if status == "done":
+        return Html("")
+    return tag("p", f"This run is not finished: its status is {status}.", class_="warning")
+
+
+def closing(run: Run) -> tuple[Section, ...]:
+    """The end of every report."""
+    return (
+        Section("What each metric is, and what it cannot see", (_glossary(run),)),
+        Section("How to do it again", (_again(run),)),
+        Section("Environment", (_environment(run),)),
+    )
+
+
+def _glossary(run: Run) -> Html:
+    metrics = run.dictionary.get("metrics", {})
+    if not metrics:
+        return tag("p", "The run has no metrics.json.")
+    rows = [
+        (tag("code", name), facts.get("summary", ""), facts.get("blind", "not said"))
+        for name, facts in metrics.items()
+    ]
+    cards = [
+        join([tag("h3", name), tag("pre", facts.get("text", ""))])
+        for name, facts in metrics.items()
+    ]
+    whole = tag("details", tag("summary", "definitions, units, sources"), *cards)
+    return join([grid(("metric", "what it asks", "what it cannot see"), rows), whole])
+
+
+def _again(run: Run) -> Html:
+    if run.path is None:
+        return tag("p", "This run was traced from Python and not written to a folder.")
+    return join(
+        [
+            tag("pre", run.manifest.get("command", "")),
+            tag("p", "The same settings, resolved: config.yaml in the run folder."),
+            tag("pre", f"mismatch {kind(run)} --config {run.path.name}/config.yaml"),
+        ]
+    )
+
+
+def _environment(run: Run) -> Html:
+    left_out = ("command", "model", "swap", "run_id")
+    return pairs({k: v for k, v in run.manifest.items() if k not in left_out and v is not None})

@@ -1,0 +1,58 @@
+"""Words that every stage uses: the lines of a plan, counts of parameters, text in aligned columns."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from mismatch.runs.folder import Run
+
+
+def kind(run: Run) -> str:
+    """The command that made the run: trace, probe, diagnose, scan, plan or repair."""
+    return str(run.manifest.get("kind", "trace"))
+
+
+def plan_lines(plan: Mapping[str, Any]) -> list[str]:
+    """One line a clause: what became what, and how many numbers were inherited, new, dropped."""
+    lines = []
+    for clause in plan.get("clauses", []):
+        args = ", ".join(f"{k}={v}" for k, v in clause.get("args", {}).items())
+        where = "final" if clause.get("layer") is None else f"layer {clause['layer']}"
+        counts = ", ".join(
+            f"{name} {count(total(clause.get(key)))}"
+            for name, key in (
+                ("inherited", "inherited"),
+                ("new", "new_parameters"),
+                ("dropped", "dropped"),
+            )
+        )
+        lines.append(
+            f"{where} {clause['slot']}: {clause['old']} -> {clause['mechanism']}({args})  {counts}"
+        )
+    return lines
+
+
+def total(sizes: Any) -> int:
+    """Numbers in the tensors of a plan's `inherited`, `new_parameters` or `dropped`."""
+    return sum(int(v) for v in (sizes or {}).values())
+
+
+def count(n: int) -> str:
+    """`1.2M`, `44.2k`, `9`: how many parameters."""
+    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if n >= size:
+            return f"{n / size:.1f}{unit}"
+    return str(n)
+
+
+def columns(rows: Iterable[Sequence[str]], indent: str = "  ") -> str:
+    """Text in aligned columns: the first to the left, the others to the right."""
+    rows = [list(row) for row in rows]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))] if rows else []
+    lines = []
+    for row in rows:
+        cells = [row[0].ljust(widths[0])]
+        cells += [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
+        lines.append((indent + "  ".join(cells)).rstrip())
+    return "\n".join(lines)

@@ -1,0 +1,61 @@
+"""report.html of a run of any stage: the figures and sections that its stage registers, on one page. No torch."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from mismatch.report import html
+from mismatch.report.figures import ReportFigure, draw_all
+from mismatch.report.words import kind
+from mismatch.runs.files import write_atomic
+from mismatch.runs.folder import Run, load_run
+
+REPORTS = {
+    "trace": "mismatch.stages.trace.report.page",
+    "probe": "mismatch.stages.probe.report",
+    "scan": "mismatch.stages.scan.report",
+    "plan": "mismatch.stages.plan.report",
+    "diagnose": "mismatch.stages.diagnose.report",
+    "repair": "mismatch.stages.repair.report.page",
+}
+"""Kind of run -> the module with its `figures(run)` and `sections(run)`."""
+
+
+def write_html(run_dir: Path | str, output: Path | str | None = None) -> Path:
+    """Write the report of a finished run, and its figures into figures/.
+
+    Args:
+        run_dir: the run folder.
+        output: write the page there and leave the run folder as it is; default: report.html in it.
+
+    Raises:
+        RunError: no run there, or a file cannot be written.
+    """
+    run = load_run(run_dir)
+    folder = Path(run_dir) / "figures" if output is None else None
+    path = Path(run_dir) / "report.html" if output is None else Path(output)
+    data = page(run, folder).encode()
+    write_atomic(path, lambda file: file.write(data))
+    return path
+
+
+def page(run: Run, folder: Path | None = None) -> str:
+    """The report as text; with a folder, the figures are also written there (png, svg, csv, json).
+
+    Raises:
+        RunError: a file cannot be written.
+    """
+    stage = _stage(run)
+    shown = figures(run)
+    return html.page(run, shown, stage.sections(run), draw_all(run, shown, folder))
+
+
+def figures(run: Run) -> tuple[ReportFigure, ...]:
+    """The figures of a run, as its stage registers them."""
+    return tuple(_stage(run).figures(run))
+
+
+def _stage(run: Run) -> Any:
+    return import_module(REPORTS.get(kind(run), REPORTS["trace"]))
