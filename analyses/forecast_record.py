@@ -25,7 +25,7 @@ from torch import Tensor
 
 import mismatch
 from mismatch.forward import hooks
-from mismatch.forward.heldout import Judge
+from mismatch.forward.heldout import HeldOut
 from mismatch.forward.sites import taps
 from mismatch.stages.repair.config import RepairConfig
 from mismatch.stages.repair.forecast_readings import errors
@@ -58,7 +58,7 @@ ROWS = Path(__file__).resolve().parent.parent / "figures" / "forecast_score" / "
 
 @dataclass
 class Bench:
-    """The teacher and everything that cells share: texts, activations, slopes of the loss; per layer a judge."""
+    """The teacher and everything that cells share: texts, activations, slopes of the loss, held-out text."""
 
     teacher: Any
     config: RepairConfig
@@ -66,7 +66,7 @@ class Bench:
     texts: Texts
     folder: Path
     slopes: dict[int, list[Tensor]] = field(default_factory=dict)
-    judges: dict[int, Judge] = field(default_factory=dict)
+    held_out: dict[int, HeldOut] = field(default_factory=dict)
     controls: dict[int, dict[str, float]] = field(default_factory=dict)
 
 
@@ -145,17 +145,17 @@ def _store(bench: Bench, places: list[Part], ids: Any, text: str) -> Store:
 def one_cell(bench: Bench, layer: int, name: str) -> dict[str, Any]:
     """Numbers before training, then the climb."""
     teacher, swap_text = bench.teacher, f"layer{layer}:{MECHANISMS[name]}"
-    if layer not in bench.judges:
-        bench.judges = {layer: Judge(teacher.layout, bench.read.judged, layer, 2)}
+    if layer not in bench.held_out:
+        bench.held_out = {layer: HeldOut(teacher.layout, bench.read.judged, layer, 2)}
         bench.controls = {layer: controls(bench, layer)}
-    judge, known = bench.judges[layer], dict(bench.controls[layer])
+    held_out, known = bench.held_out[layer], dict(bench.controls[layer])
     rungs = RUNGS if layer in BLOCK_LAYERS else RUNGS[:2]
     config = _config(swap_text, rungs)
     swap = _swap(bench, swap_text)
     mine = learner(teacher, config, swap, bench.read.text.calibration)
     known |= before(bench, mine.parts[0])
     ladder = Ladder(
-        config, teacher.layout, mine, judge, bench.texts, folder=bench.folder, state=None,
+        config, teacher.layout, mine, held_out, bench.texts, folder=bench.folder, state=None,
         fingerprint={}, stopping=lambda: False, say=lambda line: print(line, file=sys.stderr),
     )  # fmt: skip
     ladder.begin()
@@ -180,7 +180,7 @@ def controls(bench: Bench, layer: int) -> dict[str, float]:
     found = {}
     for control in CONTROLS:
         student = _swap(bench, f"layer{layer}.attn:{control}")
-        found[f"kl_{control}"] = bench.judges[layer].judge(student.layout).mean_kl()[0]
+        found[f"kl_{control}"] = bench.held_out[layer].evaluate(student.layout).kl.mean().value
     return found
 
 

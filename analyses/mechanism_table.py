@@ -32,7 +32,6 @@ from tqdm import tqdm
 import mismatch
 from mismatch import spec
 from mismatch.metrics.base import TokenSums
-from mismatch.metrics.sums.readings import interval, resamples
 from mismatch.report.style import (
     FAINT,
     INK,
@@ -209,9 +208,7 @@ def rows(
 
 def share(part: TokenSums, zero: TokenSums) -> tuple[float, float, float]:
     """KL over the KL of deleting the part, with an interval: both from the same resampled documents."""
-    ours, bound = (sums.sums[sums.columns.index("kl")].sum(1) for sums in (part, zero))
-    weights = resamples(len(ours))
-    return float(ours.sum() / bound.sum()), *interval((weights @ ours) / (weights @ bound))
+    return part.per_document("kl").over(zero.per_document("kl"))[:3]
 
 
 @styled

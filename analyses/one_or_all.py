@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 import mismatch
 from mismatch import spec
-from mismatch.metrics.sums.readings import interval, resamples
+from mismatch.metrics.sums.per_document import bootstrap
 from mismatch.report import style
 from mismatch.runs import environment
 from mismatch.stages.scan.batches import measure, prove_restored
@@ -155,12 +155,13 @@ def ratios(found: pd.DataFrame) -> pd.DataFrame:
         pairs = [(kl[name].to_numpy(), kl[name.split()].to_numpy().sum(axis=1)) for name in names]
         pooled = tuple(np.mean(side, axis=0) for side in zip(*pairs, strict=True))
         for name, (together, alone) in [*zip(names, pairs, strict=True), ("pooled", pooled)]:
-            weights = resamples(len(n))
-            lo, hi = interval((weights @ together) / (weights @ alone))
+            ratio, lo, hi = bootstrap(
+                lambda total, a=together, b=alone: total(a) / total(b), len(n)
+            )
             rows.append(
                 {
                     "k": k, "layers": name, "together": together.sum() / n.sum(),
-                    "alone": alone.sum() / n.sum(), "ratio": together.sum() / alone.sum(),
+                    "alone": alone.sum() / n.sum(), "ratio": ratio,
                     "lo": lo, "hi": hi,
                 }
             )  # fmt: skip

@@ -18,7 +18,7 @@ from mismatch.forward import hooks
 from mismatch.forward.head import log_probs
 from mismatch.forward.sites import taps
 from mismatch.metrics.sums.logits import LogitPair
-from mismatch.metrics.sums.readings import interval, mean_of, resamples
+from mismatch.metrics.sums.per_document import PerDocument
 from mismatch.models.layout import Layout
 from mismatch.texts.windows import Windows
 
@@ -26,47 +26,19 @@ CHUNK = 256  # tokens that go through the head at once
 
 
 @dataclass(frozen=True)
-class Judged:
-    """Sums over documents of one student on one text.
+class Evaluated:
+    """One student on one text.
 
     Attributes:
-        kl: float64 `docs`, sum of KL(teacher || student) over the tokens of each document, in nats.
-        nll: the same of NLL(student) - NLL(teacher).
-        counts, targets: tokens behind either.
+        kl: KL(teacher || student) of every token, in nats.
+        nll: NLL(student) - NLL(teacher) of every token that has a next one, in nats.
     """
 
-    kl: np.ndarray
-    nll: np.ndarray
-    counts: np.ndarray
-    targets: np.ndarray
-
-    def mean_kl(self, seed: int = 0) -> tuple[float, float, float, int]:
-        """Value, lo, hi in nats per token, and the number of tokens."""
-        return mean_of(self.kl, self.counts, seed)
-
-    def mean_nll(self, seed: int = 0) -> tuple[float, float, float, int]:
-        """NLL difference to the teacher: value, lo, hi in nats per token, and the number of tokens."""
-        return mean_of(self.nll, self.targets, seed)
-
-    def more_than(self, other: Judged, seed: int = 0) -> tuple[float, float, float]:
-        """KL of this minus KL of another student on the same tokens: value, and its paired interval over documents."""
-        value = (self.kl.sum() - other.kl.sum()) / self.counts.sum()
-        if len(self.kl) < 2:
-            return float(value), np.nan, np.nan
-        weights = resamples(len(self.kl), seed)
-        return float(value), *interval((weights @ (self.kl - other.kl)) / (weights @ self.counts))
-
-    def gap_closed(self, swapped: Judged, seed: int = 0) -> tuple[float, float, float]:
-        """(KL swapped - KL this) / KL swapped, and its paired interval over documents."""
-        value = 1.0 - self.kl.sum() / swapped.kl.sum() if swapped.kl.sum() > 0 else np.nan
-        if len(self.kl) < 2 or np.isnan(value):
-            return float(value), np.nan, np.nan
-        weights = resamples(len(self.kl), seed)
-        with np.errstate(invalid="ignore", divide="ignore"):
-            return float(value), *interval(1.0 - (weights @ self.kl) / (weights @ swapped.kl))
+    kl: PerDocument
+    nll: PerDocument
 
 
-class Judge:
+class HeldOut:
     """Holds the teacher's side of a text.
 
     Args:
@@ -95,7 +67,7 @@ class Judge:
         return kept.get("stream"), final
 
     @torch.no_grad()
-    def judge(self, student: Layout) -> Judged:
+    def evaluate(self, student: Layout) -> Evaluated:
         """KL and NLL difference of a student, by document."""
         n = self.cut.n_docs
         sums, counts = np.zeros((2, n)), np.zeros((2, n))
@@ -122,4 +94,4 @@ class Judge:
                 counts[0] += np.bincount(doc, minlength=n)
                 sums[1] += np.bincount(doc[has], (after - before)[has], n)
                 counts[1] += np.bincount(doc[has], minlength=n)
-        return Judged(sums[0], sums[1], counts[0], counts[1])
+        return Evaluated(PerDocument(sums[0], counts[0]), PerDocument(sums[1], counts[1]))

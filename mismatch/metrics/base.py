@@ -32,8 +32,9 @@ from mismatch.metrics.sums.logits import LogitPair
 from mismatch.metrics.sums.minibatch import GROUP, Groups, PairGroups, TeacherGroups
 from mismatch.metrics.sums.moments import Moments, PairMoments, TeacherMoments, TeacherView
 from mismatch.metrics.sums.pairs import Pair, TeacherSide, massive_tokens
+from mismatch.metrics.sums.per_document import PerDocument
 from mismatch.metrics.sums.readings import Reading
-from mismatch.metrics.sums.tokens import Kept, TokenSums, paired_difference
+from mismatch.metrics.sums.tokens import Kept, TokenSums
 
 __all__ = [
     "GROUP",
@@ -45,6 +46,7 @@ __all__ = [
     "Pair",
     "PairGroups",
     "PairMoments",
+    "PerDocument",
     "Reading",
     "TeacherGroups",
     "TeacherMoments",
@@ -53,7 +55,6 @@ __all__ = [
     "TokenMetric",
     "TokenSums",
     "massive_tokens",
-    "paired_difference",
 ]
 
 QUANTILES = {"p5": 0.05, "p50": 0.50, "p95": 0.95}

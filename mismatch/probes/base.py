@@ -35,7 +35,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from mismatch.errors import UsageError
-from mismatch.metrics.sums.readings import interval, resamples
+from mismatch.metrics.sums.per_document import Total, bootstrap
 from mismatch.models.layout import Layout
 from mismatch.runs.table import SWAP, conditions, under
 from mismatch.surgery.operate import Replaced, Student
@@ -200,12 +200,13 @@ class Measure:
         """What it must share with the measure of another model to be compared with it."""
         return (self.stat, self.site, self.layer, self.head, self.position, self.mode)
 
-    def value(self, weights: np.ndarray | None = None) -> Any:
-        """The number, or one for each row of weights over samples (`resamples samples`)."""
-        if weights is None:
-            return float(self.top.sum() / self.bottom.sum()) if self.bottom.any() else math.nan
-        with np.errstate(invalid="ignore", divide="ignore"):
-            return (weights @ self.top) / (weights @ self.bottom)
+    def value(self) -> float:
+        """The number; nan where no sample takes part."""
+        return bootstrap(self.ratio, 0)[0]
+
+    def ratio(self, total: Total) -> Any:
+        """The number as a statistic of the bootstrap, whose documents are the samples."""
+        return total(self.top) / total(self.bottom)
 
 
 def swapped_layers(subjects: Sequence[Subject]) -> tuple[int, ...]:
@@ -296,12 +297,13 @@ def _row(
     swapped: Mapping[str, frozenset[int]],
     seed: int,
 ) -> dict[str, Any]:
-    value = measure.value() - (0.0 if base is None else base.value())
-    lo = hi = math.nan
-    if len(measure.top) > 1 and (base is None or len(base.top) == len(measure.top)):
-        weights = resamples(len(measure.top), seed)
-        draws = measure.value(weights) - (0.0 if base is None else base.value(weights))
-        lo, hi = interval(draws)
+    # Measures of other samples than the base's are not paired: no interval.
+    paired = base is None or len(base.top) == len(measure.top)
+    value, lo, hi = bootstrap(
+        lambda total: measure.ratio(total) - (0.0 if base is None else base.ratio(total)),
+        len(measure.top) if paired else 0,
+        seed,
+    )
     return {
         "mode": measure.mode,
         "student": student,

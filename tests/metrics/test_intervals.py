@@ -10,8 +10,8 @@ import torch
 from generator import Both, batch, make
 
 from mismatch.errors import RunError
-from mismatch.metrics.base import Kept, TokenSums, paired_difference
-from mismatch.metrics.sums.readings import RESAMPLES, interval, mean_of, resamples
+from mismatch.metrics.base import Kept, PerDocument, TokenSums
+from mismatch.metrics.sums.per_document import RESAMPLES, interval, resamples
 from mismatch.metrics.sums.tokens import MAX_BLOCKS, bin_names
 
 
@@ -21,6 +21,10 @@ def filled(values, docs, positions=None, *, n_docs=None, n_pos=1, **options):
     sums = TokenSums(n_docs or int(docs.max()) + 1, n_pos, **options)
     sums.update({"value": values}, Kept.of(torch.ones_like(docs).bool(), docs, positions))
     return sums
+
+
+def mean_of(sums, counts, seed=0):
+    return PerDocument(sums, counts).mean(seed)
 
 
 def test_same_seed_same_interval_other_seed_another():
@@ -125,21 +129,24 @@ def test_paired_difference_is_far_narrower_than_the_single_intervals():
     docs = np.arange(30).repeat(8)
     hard = rng.gamma(2, 1, 30)[docs]
     a, b = filled(hard + 0.1 + 0.01 * rng.normal(size=240), docs), filled(hard, docs)
-    got = paired_difference(a, b, stat="mean_minus_zero")
-    assert got.stat == "mean_minus_zero" and got.n == 240
+    ours, theirs = (sums.per_document("value") for sums in (a, b))
+    got = (ours - theirs).mean()
+    assert got.n == 240
     assert got.value == pytest.approx(a.mean("value").value - b.mean("value").value, rel=1e-12)
     assert got.lo < got.value < got.hi and got.lo > 0.09
     wide = a.mean("value")
     assert got.hi - got.lo < 0.05 * (wide.hi - wide.lo)
-    back = paired_difference(b, a)
+    back = (theirs - ours).mean()
     assert (back.lo, back.hi) == pytest.approx((-got.hi, -got.lo))
-    same = paired_difference(a, a)
+    same = (ours - ours).mean()
     assert (same.value, same.lo, same.hi) == (0.0, 0.0, 0.0)
 
 
 def test_paired_difference_of_other_tokens_is_an_error():
-    with pytest.raises(RunError, match="tokens behind a paired difference do not fit"):
-        paired_difference(filled([1.0, 2.0], [0, 1]), filled([1.0, 2.0], [0, 0], n_docs=2))
+    with pytest.raises(RunError, match="the tokens behind a paired difference do not fit"):
+        _ = filled([1.0, 2.0], [0, 1]).per_document("value") - filled(
+            [1.0, 2.0], [0, 0], n_docs=2
+        ).per_document("value")
 
 
 def test_many_documents_share_blocks_and_keep_the_mean():

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from mismatch.metrics.sums.readings import resamples
+from mismatch.metrics.sums.per_document import resamples
 from mismatch.probes.base import TEACHER, Measure, minus, rows
 from mismatch.runs.table import as_table, conditions, under
 

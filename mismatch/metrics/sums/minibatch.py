@@ -19,7 +19,7 @@ from torch import Tensor
 
 from mismatch.errors import RunError
 from mismatch.metrics.sums.pairs import Pair, TeacherSide
-from mismatch.metrics.sums.readings import interval, resamples
+from mismatch.metrics.sums.per_document import bootstrap
 
 GROUP = 256
 BUCKETS = 512
@@ -103,13 +103,12 @@ class Groups:
     def cka(self, seed: int = 0) -> tuple[float, float, float]:
         """Value, lo, hi of sum HSIC_u(x, y) / sqrt(sum HSIC_u(x, x) sum HSIC_u(y, y))."""
         used = self.pair.tokens > 0
-        sums = np.stack([self.pair.sums[0], self.teacher.own, self.pair.sums[1]])[:, used]
-        value = 1.0 if self.equal else float(_ratio(sums.sum(1)[:, None])[0])
-        if used.sum() < 2:
-            return value, math.nan, math.nan
         if self.equal:
-            return value, value, value
-        return value, *interval(_ratio(sums @ resamples(int(used.sum()), seed).T))
+            return (1.0, 1.0, 1.0) if used.sum() > 1 else (1.0, math.nan, math.nan)
+        xy, xx, yy = (
+            part[used] for part in (self.pair.sums[0], self.teacher.own, self.pair.sums[1])
+        )
+        return bootstrap(lambda total: _cka(total(xy), total(xx), total(yy)), len(xy), seed)
 
 
 def batch_groups(side: TeacherSide, group: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -161,12 +160,10 @@ def _bucket(side: TeacherSide) -> int:
     return int(side.docs[0]) % BUCKETS if len(side.docs) else 0
 
 
-def _ratio(sums: np.ndarray) -> np.ndarray:
-    """CKA of rows (xy, xx, yy); nan where a denominator is not positive."""
-    xy, xx, yy = sums
-    below = xx * yy
+def _cka(xy: np.ndarray, xx: np.ndarray, yy: np.ndarray) -> np.ndarray:
+    """CKA of summed HSIC; nan where a denominator is not positive."""
     ok = (xx > 0) & (yy > 0)
-    return np.where(ok, xy / np.sqrt(np.where(ok, below, 1.0)), np.nan)
+    return np.where(ok, xy / np.sqrt(np.where(ok, xx * yy, 1.0)), np.nan)
 
 
 def _fit(saved: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:

@@ -17,7 +17,8 @@ import numpy as np
 from torch import Tensor
 
 from mismatch.errors import RunError
-from mismatch.metrics.sums.readings import Reading, interval, mean_of, resamples
+from mismatch.metrics.sums.per_document import PerDocument
+from mismatch.metrics.sums.readings import Reading
 
 MAX_BLOCKS = 1024
 FIRST_BINS = (0, 1, 4, 16, 64)  # then doubling: 128, 256, ...
@@ -145,23 +146,26 @@ class TokenSums:
     def n(self) -> int:
         return int(self.counts.sum())
 
+    def per_document(self, column: str, at: int | None = None) -> PerDocument:
+        """The sums of a column by document; with `at`, of one position bin alone."""
+        sums = self.sums[self.columns.index(column)]
+        if at is None:
+            return PerDocument(sums.sum(1), self.counts.sum(1))
+        return PerDocument(sums[:, at], self.counts[:, at])
+
     def mean(self, column: str, stat: str = "mean", seed: int = 0) -> Reading:
         """Mean over all kept tokens, with its interval over documents."""
-        sums = self.sums[self.columns.index(column)].sum(1)
-        value, lo, hi, n = mean_of(sums, self.counts.sum(1), seed)
-        return Reading(stat, value, lo, hi, n)
+        return Reading(stat, *self.per_document(column).mean(seed))
 
     def by_position(self, column: str, stat: str = "mean", seed: int = 0) -> list[Reading]:
         """Mean per position bin that holds tokens, each with its interval over documents."""
         if len(self.starts) == 1:
             return []
-        out = []
-        for b, name in enumerate(bin_names(self.n_pos)):
-            sums = self.sums[self.columns.index(column)][:, b]
-            value, lo, hi, n = mean_of(sums, self.counts[:, b], seed)
-            if n:
-                out.append(Reading(stat, value, lo, hi, n, name))
-        return out
+        found = {
+            name: self.per_document(column, at).mean(seed)
+            for at, name in enumerate(bin_names(self.n_pos))
+        }
+        return [Reading(stat, *mean, name) for name, mean in found.items() if mean.n]
 
     def largest(self, column: str, stat: str = "max") -> Reading:
         value = float(self.max[self.columns.index(column)]) if self.n else math.nan
@@ -179,32 +183,6 @@ class TokenSums:
         inside = (rank - (below[i] - counts[i])) / counts[i]
         top = self.max[self.columns.index(column)]
         return Reading(stat, min(_value(i, inside), float(top)), n=total)
-
-
-def paired_difference(
-    a: TokenSums, b: TokenSums, *, column: str = "value", stat: str = "difference", seed: int = 0
-) -> Reading:
-    """Mean of `a` minus mean of `b`, resampling the same documents on both sides.
-
-    For two students measured on the same tokens (swap and control). Far narrower than the two
-    single intervals suggest, because a hard document is hard for both.
-
-    Raises:
-        RunError: the two were not measured on the same tokens of the same documents.
-    """
-    _same(np.array_equal(a.counts, b.counts), "tokens behind a paired difference")
-    difference = a.sums[a.columns.index(column)].sum(1) - b.sums[b.columns.index(column)].sum(1)
-    counts = a.counts.sum(1)
-    used = counts > 0
-    difference, counts = difference[used], counts[used]
-    n = int(counts.sum())
-    if n == 0:
-        return Reading(stat, math.nan)
-    lo = hi = math.nan
-    if len(counts) > 1:
-        weights = resamples(len(counts), seed)
-        lo, hi = interval((weights @ difference) / (weights @ counts))
-    return Reading(stat, float(difference.sum() / n), lo, hi, n)
 
 
 def _bins(number: np.ndarray) -> np.ndarray:

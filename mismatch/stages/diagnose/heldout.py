@@ -17,9 +17,10 @@ from torch import Tensor
 
 from mismatch.forward import hooks
 from mismatch.forward.head import log_probs
-from mismatch.forward.heldout import CHUNK, Judged
+from mismatch.forward.heldout import CHUNK, Evaluated
 from mismatch.forward.sites import Tap, taps
 from mismatch.metrics.sums.logits import LogitPair
+from mismatch.metrics.sums.per_document import PerDocument
 from mismatch.models.layout import Layout
 from mismatch.stages.diagnose.forced import Side, teacher_sides
 from mismatch.stages.diagnose.places import Place
@@ -64,7 +65,7 @@ class Behind:
     errors: tuple[float, ...]
 
 
-class Judge:
+class CorrectedHeldOut:
     """Holds the teacher's side of a text.
 
     Args:
@@ -144,11 +145,14 @@ class Judge:
         return sums
 
     @torch.no_grad()
-    def judge(self, trials: Sequence[Trial]) -> dict[str, Judged]:
+    def evaluate(self, trials: Sequence[Trial]) -> dict[str, Evaluated]:
         """KL and NLL difference of each, by document."""
         n = self.n_docs
         assert len({trial.name for trial in trials}) == len(trials)  # each has sums of its own
-        found = {t.name: Judged(*(np.zeros(n) for _ in range(4))) for t in trials}
+        found = {
+            t.name: Evaluated(*(PerDocument(np.zeros(n), np.zeros(n)) for _ in range(2)))
+            for t in trials
+        }
         for batch in self.batches:
             states = {trial.name: self._final(trial, batch) for trial in trials}
             for start in range(0, len(batch.at), CHUNK):
@@ -171,7 +175,7 @@ class Judge:
         part: slice,
         trials: Sequence[Trial],
         states: dict[str, Tensor],
-        found: dict[str, Judged],
+        found: dict[str, Evaluated],
     ) -> None:
         n, docs = self.n_docs, batch.docs[part]
         theirs = log_probs(self.teacher, batch.final[part])
@@ -187,7 +191,7 @@ class Judge:
             )
             before, after = (x.double().cpu().numpy() for x in pair.nll)
             into = found[trial.name]
-            into.kl[:] += np.bincount(docs, pair.kl.double().cpu().numpy(), n)
-            into.nll[:] += np.bincount(docs[has], (after - before)[has], n)
-            into.counts[:] += np.bincount(docs, minlength=n)
-            into.targets[:] += np.bincount(docs[has], minlength=n)
+            into.kl.sums[:] += np.bincount(docs, pair.kl.double().cpu().numpy(), n)
+            into.nll.sums[:] += np.bincount(docs[has], (after - before)[has], n)
+            into.kl.counts[:] += np.bincount(docs, minlength=n)
+            into.nll.counts[:] += np.bincount(docs[has], minlength=n)

@@ -11,13 +11,15 @@ scale, and is not the name of it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from itertools import permutations
+from typing import Any
 
 import numpy as np
 
-from mismatch.forward.heldout import Judged
-from mismatch.metrics.sums.readings import interval, resamples
+from mismatch.forward.heldout import Evaluated
+from mismatch.metrics.sums.per_document import Total, bootstrap
 from mismatch.stages.diagnose.corrections import CAUSES
 from mismatch.stages.diagnose.numbers import Kl, Returned, Share
 
@@ -30,18 +32,18 @@ SIMPLEST = ("scale", "mean", "first", "delay", "affine", "position", "size", "ma
 RICHEST = ("rope", "linear")
 
 
-def kl_of(judged: Judged, seed: int) -> Kl:
+def kl_of(found: Evaluated, seed: int) -> Kl:
     """KL in nats per token."""
-    return Kl(*judged.mean_kl(seed))
+    return Kl(*found.kl.mean(seed))
 
 
-def share_of(judged: Judged, swapped: Judged, seed: int) -> Share:
-    """What a correction returns."""
-    return Share(*judged.gap_closed(swapped, seed))
+def share_of(found: Evaluated, swapped: Evaluated, seed: int) -> Share:
+    """The share of the damage that a correction recovers."""
+    return Share(*found.kl.gap_closed(swapped.kl, seed)[:3])
 
 
 def causes_of(
-    joint: Mapping[tuple[str, ...], Judged], swapped: Judged, seed: int
+    joint: Mapping[tuple[str, ...], Evaluated], swapped: Evaluated, seed: int
 ) -> tuple[dict[str, Share], Share]:
     """Shapley shares of the causes, and the remainder.
 
@@ -51,23 +53,28 @@ def causes_of(
         seed: of the resampling.
     """
     names = tuple(CAUSES)
-    weights = np.concatenate([np.ones((1, len(swapped.kl))), resamples(len(swapped.kl), seed)])
-    whole = weights @ swapped.kl
-    with np.errstate(invalid="ignore", divide="ignore"):
-        value = {chosen: 1.0 - (weights @ found.kl) / whole for chosen, found in joint.items()}
-    value[()] = np.zeros(len(weights))
-    total = {name: np.zeros(len(weights)) for name in names}
     orders = list(permutations(names))
-    for order in orders:
-        for at, name in enumerate(order):
-            before, now = (tuple(n for n in names if n in order[:end]) for end in (at, at + 1))
-            total[name] += (value[now] - value[before]) / len(orders)
-    shares = {name: _share(draws) for name, draws in total.items()}
-    return shares, _share(1.0 - value[names])
 
+    def recovered(chosen: Sequence[str], total: Total) -> Any:
+        if not chosen:
+            return 0.0
+        found = joint[tuple(name for name in names if name in chosen)]
+        return 1.0 - total(found.kl.sums) / total(swapped.kl.sums)
 
-def _share(draws: np.ndarray) -> Share:
-    return Share(float(draws[0]), *interval(draws[1:]))
+    def added(name: str, total: Total) -> Any:
+        """What a cause recovers on top of those in front of it, mean over all orders."""
+        found = 0.0
+        for order in orders:
+            at = order.index(name)
+            more = recovered(order[: at + 1], total) - recovered(order[:at], total)
+            found = found + more / len(orders)
+        return found
+
+    def share(statistic: Callable[[Total], Any]) -> Share:
+        return Share(*bootstrap(statistic, len(swapped.kl.sums), seed))
+
+    shares = {name: share(partial(added, name)) for name in names}
+    return shares, share(lambda total: 1.0 - recovered(names, total))
 
 
 def leading(returned: Sequence[Returned]) -> str | None:

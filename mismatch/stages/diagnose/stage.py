@@ -17,14 +17,14 @@ from tqdm import tqdm
 
 from mismatch import spec
 from mismatch.errors import NumericsError, RunError
-from mismatch.forward.heldout import Judged
+from mismatch.forward.heldout import Evaluated
 from mismatch.runs import table
 from mismatch.runs.folder import Run, RunFolder, load_run, run_id
 from mismatch.stages.checking import Text, plan_dict, plan_warnings
 from mismatch.stages.diagnose.config import DiagnoseConfig
 from mismatch.stages.diagnose.corrections import SUBSETS
 from mismatch.stages.diagnose.fitted import TakenApart, joint_name
-from mismatch.stages.diagnose.heldout import Judge, Trial
+from mismatch.stages.diagnose.heldout import CorrectedHeldOut, Trial
 from mismatch.stages.diagnose.numbers import Found, Kl, Returned, Share
 from mismatch.stages.diagnose.places import places_of
 from mismatch.stages.diagnose.result import Diagnosed
@@ -109,7 +109,7 @@ class DiagnoseJob:
         with self._bar() as bar:
             apart = TakenApart(teacher, swap, places, config, self.texts.fitted)
             bar.set_description("the teacher, on held-out text")
-            judge = Judge(
+            held_out = CorrectedHeldOut(
                 teacher.layout,
                 places,
                 self.texts.judged,
@@ -122,10 +122,10 @@ class DiagnoseJob:
             )
             bar.set_description("the swap and its controls")
             first = [Trial(s.name, s.layout) for s in (swap, *controls)]
-            bar.total = len(judge.batches) * (1 + len(first))
-            judged = judge.judge(first)
-            damage = judged[swap.name]
-            if not math.isfinite(damage.kl.sum()):
+            bar.total = len(held_out.batches) * (1 + len(first))
+            evaluated = held_out.evaluate(first)
+            damage = evaluated[swap.name]
+            if not math.isfinite(damage.kl.total):
                 raise NumericsError(
                     "the KL of the swap is not a number: its activations are not finite",
                     hint="mismatch trace shows where they leave",
@@ -135,10 +135,10 @@ class DiagnoseJob:
                 apart.fit()
                 bar.set_description("corrections")
                 trials = apart.trials()
-                bar.total += len(judge.batches) * len(trials)
+                bar.total += len(held_out.batches) * len(trials)
                 bar.refresh()
-                judged |= judge.judge(trials)
-        found = self._found(swap, judged, apart, judge)
+                evaluated |= held_out.evaluate(trials)
+        found = self._found(swap, evaluated, apart, held_out)
         return self._finish(found, swap, time.monotonic() - started)
 
     @contextmanager
@@ -148,22 +148,26 @@ class DiagnoseJob:
             yield bar
 
     def _found(
-        self, swap: Student, judged: dict[str, Judged], apart: TakenApart, judge: Judge
+        self,
+        swap: Student,
+        evaluated: dict[str, Evaluated],
+        apart: TakenApart,
+        held_out: CorrectedHeldOut,
     ) -> Found:
         """Shares, causes, places: from sums to numbers."""
-        seed, damage = self.config.seed, judged[swap.name]
+        seed, damage = self.config.seed, evaluated[swap.name]
         behind = {
-            "layers": list(judge.behind.layers),
-            "errors": list(judge.behind.errors),
-            "growth": judge.behind.errors[-1] / judge.behind.errors[0]
-            if judge.behind.errors[0] > 0
+            "layers": list(held_out.behind.layers),
+            "errors": list(held_out.behind.errors),
+            "growth": held_out.behind.errors[-1] / held_out.behind.errors[0]
+            if held_out.behind.errors[0] > 0
             else math.nan,
         }
         shared = {
             "swap": spec.format(self.config.swap_spec),
             "damage": kl_of(damage, seed),
-            "nll": Share(*damage.mean_nll(seed)[:3]),
-            "controls": {name: kl_of(judged[name], seed) for name in self.config.controls},
+            "nll": Share(*damage.nll.mean(seed)[:3]),
+            "controls": {name: kl_of(evaluated[name], seed) for name in self.config.controls},
             "behind": behind,
             "evidence": self.evidence,
         }
@@ -173,14 +177,14 @@ class DiagnoseJob:
         returned = []
         for one in apart.asked:
             share, kl = none
-            after = judged.get(apart.trial_of(one.trial))
+            after = evaluated.get(apart.trial_of(one.trial))
             if after is not None:
                 share, kl = share_of(after, damage, seed), kl_of(after, seed)
             returned.append(
                 Returned(one.name, one.group, share, kl, one.layer, one.head, after is None)
             )
         joint = {
-            chosen: judged.get(apart.trial_of(joint_name(chosen)), damage) for chosen in SUBSETS
+            chosen: evaluated.get(apart.trial_of(joint_name(chosen)), damage) for chosen in SUBSETS
         }
         causes, unexplained = causes_of(joint, damage, seed)
         return Found(
@@ -190,7 +194,7 @@ class DiagnoseJob:
             joint={"+".join(c): share_of(j, damage, seed) for c, j in joint.items()},
             unexplained=unexplained,
             leading=leading(returned),
-            places=tuple(apart.facts(judge.batches)),
+            places=tuple(apart.facts(held_out.batches)),
             not_applicable=tuple(apart.not_applicable),
         )
 

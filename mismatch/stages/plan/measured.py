@@ -1,4 +1,4 @@
-"""A choice of layers, judged: together, one at a time, and with the control in their place, on the same inputs.
+"""A choice of layers, measured: together, one at a time, and with the control in their place, on the same inputs.
 
 One at a time is measured again here: the numbers that a choice was made by are too good, for it took the smallest.
 """
@@ -27,7 +27,7 @@ Choice = Mapping[str, Sequence[int]]
 
 
 @dataclass(frozen=True)
-class Judged:
+class Measured:
     """What a choice costs.
 
     Attributes:
@@ -69,14 +69,14 @@ class Judged:
         return self.sums.minus_total(self.together, self.parts, task)
 
 
-def judge(
+def evaluate(
     teacher: Teacher,
     config: PlanConfig,
     choice: Choice,
     tasks: Sequence[Task],
     calibration: Any,
     progress: Callable[[int], None] = lambda runs: None,
-) -> Judged:
+) -> Measured:
     """Measure a choice.
 
     Args:
@@ -95,7 +95,7 @@ def judge(
     size = config.batch_size * config.seq_len
     sums = measure(sweep, every, tasks, batch_tokens=size, progress=progress, seed=config.seed)
     prove_restored(sweep)
-    return Judged(sums, together, parts, controls)
+    return Measured(sums, together, parts, controls)
 
 
 def cells_of(

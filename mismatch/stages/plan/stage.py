@@ -21,7 +21,7 @@ from mismatch.runs.table import as_table
 from mismatch.stages.plan.choose import Score, choose
 from mismatch.stages.plan.config import PlanConfig
 from mismatch.stages.plan.greedy import greedy
-from mismatch.stages.plan.measured import Choice, Judged, judge, swap_of
+from mismatch.stages.plan.measured import Choice, Measured, evaluate, swap_of
 from mismatch.stages.plan.result import Planned
 from mismatch.stages.reporting import write_html
 from mismatch.stages.scan.atlas import atlas_data
@@ -83,11 +83,11 @@ class PlanJob:
         chosen = time.monotonic()
         count = 2 + len(self.config.controls) + sum(map(len, choice.values()))
         with self._bar("judging", count, judging) as advance:
-            judged = judge(
+            measured = evaluate(
                 self.teacher, self.config, choice, judging, self.prepared.calibration, advance
             )
         seconds = {"choice": chosen - started, "judgement": time.monotonic() - chosen}
-        return self._finish(choice, judged, facts, left_out, seconds)
+        return self._finish(choice, measured, facts, left_out, seconds)
 
     def _judging(self) -> tuple[tuple[Task, ...], dict[str, str]]:
         """The tasks on which the choice is judged: text behind that of the scan, and other keys.
@@ -210,7 +210,7 @@ class PlanJob:
     def _finish(
         self,
         choice: Choice,
-        judged: Judged,
+        measured: Measured,
         found: dict[str, Any],
         left_out: dict[str, str],
         seconds: dict[str, float],
@@ -232,7 +232,7 @@ class PlanJob:
                 task.name: {
                     "chance": task.chance, "scored": int(task.asked.sum()), "documents": task.n_docs
                 }
-                for task in judged.sums.tasks
+                for task in measured.sums.tasks
             },
             "notes": prepared.notes() + [f"{t} is not judged: {why}" for t, why in left_out.items()],
             "clauses": [],
@@ -247,7 +247,10 @@ class PlanJob:
             "seconds": {name: round(spent, 1) for name, spent in seconds.items()},
             "peak_memory_bytes": peak_memory(),
         }
-        rows = [*judged.rows(), *(row | {"stage": "plan"} for row in judged.sums.teacher_rows())]
+        rows = [
+            *measured.rows(),
+            *(row | {"stage": "plan"} for row in measured.sums.teacher_rows()),
+        ]
         if self.folder is None:
             name = run_id(config.model, swap, settings(config))
             frame = as_table([row | {"run_id": name} for row in rows])

@@ -1,6 +1,6 @@
 """The forecast of one repair: read off before the first rung, with what repair has at that point.
 
-The KL of swap and controls is judged in any case. The part's error, and what a linear map of its own output would
+The KL of swap and controls is measured in any case. The part's error, and what a linear map of its own output would
 remove of it, cost one pass of the part alone over a few thousand activations that are stored already.
 """
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mismatch import spec
-from mismatch.forward.heldout import Judged
+from mismatch.forward.heldout import Evaluated
 from mismatch.stages.repair import forecast
 from mismatch.stages.repair.config import RepairConfig
 from mismatch.stages.repair.forecast import Foretold, Swap
@@ -34,7 +34,7 @@ RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 
 
 def foretell(
-    config: RepairConfig, teacher: Teacher, ladder: Ladder, controls: Mapping[str, Judged]
+    config: RepairConfig, teacher: Teacher, ladder: Ladder, controls: Mapping[str, Evaluated]
 ) -> Foretold:
     """The forecast for each rung that is asked for.
 
@@ -42,7 +42,7 @@ def foretell(
         config: the settings.
         teacher: the untouched model.
         ladder: that has begun, and has not climbed.
-        controls: as judged in the same place; what is missing is not used.
+        controls: on the same held-out text, in the same slot; what is missing is not used.
     """
     layout, part = teacher.layout, ladder.parts[0]
     call = spec.format(config.swap_spec).partition(":")[2]
@@ -51,8 +51,8 @@ def foretell(
         with ladder.pace.uncounted():
             numbers = errors(part, *ladder.stores([part], [part]))
         if "zero" in controls:
-            zero = controls["zero"].kl.sum()
-            numbers["of_zero"] = float(ladder.swapped.kl.sum() / zero) if zero > 0 else math.nan
+            zero = controls["zero"].kl
+            numbers["of_zero"] = ladder.swapped.kl.over(zero, config.seed).value
         swap = replace(swap, numbers=numbers)
     told = forecast.foretell(swap, config.rungs, config.tokens * config.epochs)
     if told.why_not is not None or not config.to_write:
@@ -69,12 +69,12 @@ def errors(part: Part, store: Store, held: Store) -> dict[str, float]:
         store: `FITTED` tokens of it fit the linear map of the part's own output.
         held: of another source.
     """
-    fit, judge = Sums(), Sums()
+    fit, check = Sums(), Sums()
     count = math.ceil(FITTED / store.batches[0].numel())
     for index in range(min(count, len(store.batches))):
         fit.add(*_pair(part, store.batch(part, index)))
     for example in held.batches_of(part):
-        judge.add(*_pair(part, example))
+        check.add(*_pair(part, example))
     size = fit.hh.diagonal().mean()
     eye = torch.eye(len(fit.hh), dtype=torch.float64, device=fit.hh.device)
     asis = eye[:, :-1]
@@ -82,8 +82,8 @@ def errors(part: Part, store: Store, held: Store) -> dict[str, float]:
         torch.linalg.solve(fit.hh + ridge * size * eye, fit.hy + ridge * size * asis)
         for ridge in RIDGES
     )
-    local = judge.error(asis)
-    mapped = min(local, *(judge.error(one) for one in maps))
+    local = check.error(asis)
+    mapped = min(local, *(check.error(one) for one in maps))
     removed = 1 - mapped / local if local > 0 else math.nan
     return {"local_error": local, "mapped_error": mapped, "removed": removed}
 

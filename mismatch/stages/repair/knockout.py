@@ -1,7 +1,7 @@
 """Is a repaired mechanism used, or was it trained around?
 
 "Repaired" may mean "bypassed": in LoLCATs' hybrids the linear branch may contribute nothing (arXiv 2510.05901). Each
-branch that a mechanism names is taken out, one at a time, and the held-out KL is judged again, on the same tokens: the
+branch that a mechanism names is taken out, one at a time, and the held-out KL is measured again on the same tokens: the
 difference is paired, with its interval over documents.
 
     used       without it the KL grows by more than `MATTERS` of what the repair left, whole interval
@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mismatch.forward.heldout import Judge, Judged
+from mismatch.forward.heldout import Evaluated, HeldOut
 from mismatch.mechanisms.base import Mechanism
 from mismatch.stages.repair.rungs.module_pair import Part
 from mismatch.surgery.operate import Student
@@ -52,15 +52,19 @@ class Knocked:
 
 
 def knocked_out(
-    judge: Judge, student: Student, parts: Sequence[Part], repaired: Judged, seed: int = 0
+    held_out: HeldOut,
+    student: Student,
+    parts: Sequence[Part],
+    repaired: Evaluated,
+    seed: int = 0,
 ) -> list[Knocked]:
     """Every branch of every part taken out in turn; a part without branches is there as not applicable.
 
     Args:
-        judge: of held-out text.
+        held_out: text, with the teacher's side.
         student: the repaired model.
         parts: its swapped places.
-        repaired: what the judge said of it as it is.
+        repaired: the same model as it is, on that text.
         seed: of the bootstrap.
     """
     found = []
@@ -68,11 +72,11 @@ def knocked_out(
         branches = list(_branches(part))
         for name, mechanism in branches:
             with mechanism.branches()[name]:
-                without = judge.judge(student.layout)
-            kl, lo, hi, _ = without.mean_kl(seed)
-            more = without.more_than(repaired, seed)
-            said = verdict(more, MATTERS * repaired.mean_kl(seed)[0])
-            found.append(Knocked(part.layer, part.where, name, kl, lo, hi, *more, said))
+                without = held_out.evaluate(student.layout)
+            kl = without.kl.mean(seed)[:3]
+            more = (without.kl - repaired.kl).mean(seed)[:3]
+            said = verdict(more, MATTERS * repaired.kl.mean(seed).value)
+            found.append(Knocked(part.layer, part.where, name, *kl, *more, said))
         if not branches:
             found.append(Knocked(part.layer, part.where, None))
     return found

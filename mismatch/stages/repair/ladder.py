@@ -1,9 +1,9 @@
-"""The ladder: each rung mends what it can, is judged, and is kept only if it helped.
+"""The ladder: each rung repairs what it can, is evaluated, and is kept only if it helped.
 
     inherit -> closed-form -> local -> block -> window -> end-to-end
 
-A rung's weights are those that did best on held-out windows; the judged windows are others, and are only looked at
-between rungs. When the KL that is judged got worse, the weights from before the rung come back. After each rung the
+A rung's weights are those that did best on validation windows; the evaluation windows are others, and are only run
+between rungs. When the KL on them got worse, the weights from before the rung come back. After each rung the
 weights are saved, so a run that was killed goes on at the last rung, and inside it at the last saved step.
 """
 
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mismatch.forward.heldout import Judge, Judged
+from mismatch.forward.heldout import Evaluated, HeldOut
 from mismatch.models.layout import Layout
 from mismatch.runs.state import State
 from mismatch.stages.repair.config import RepairConfig
@@ -55,7 +55,7 @@ class Ladder:
         config: the settings.
         teacher: layout of the untouched model.
         learner: the student, its parts and what else of it trains.
-        judge: of the reported numbers.
+        held_out: evaluation text, behind every reported number.
         texts: to learn from and to look at.
         folder: for activations.
         state: where rungs are saved; None never.
@@ -70,7 +70,7 @@ class Ladder:
         config: RepairConfig,
         teacher: Layout,
         learner: Learner,
-        judge: Judge,
+        held_out: HeldOut,
         texts: Texts,
         *,
         folder: Path,
@@ -83,22 +83,22 @@ class Ladder:
         self.config, self.teacher, self.student = config, teacher, learner.student
         self.parts, self.companions = learner.parts, learner.companions
         self.neighbours = learner.neighbours
-        self.judge, self.texts = judge, texts
+        self.held_out, self.texts = held_out, texts
         self.folder, self.state, self.fingerprint = folder, state, fingerprint
         self.stopping, self.say = stopping, say
         self.rungs: list[Rung] = []
-        self.swapped: Judged | None = None
-        self.best: Judged | None = None
+        self.swapped: Evaluated | None = None
+        self.best: Evaluated | None = None
         self.pace = Pace(config, spent)
 
     # ---- the climb ------------------------------------------------------------------------------
 
-    def begin(self) -> Judged:
+    def begin(self) -> Evaluated:
         """What comes before the first rung: the teacher's activations, and the damage. Weights are those of the swap
         even where a climb is resumed."""
         self._resume()
         self._run_teacher()
-        self.swapped = self.best = self._judged()
+        self.swapped = self.best = self._evaluated()
         return self.swapped
 
     def climb(self) -> list[Rung]:
@@ -111,7 +111,7 @@ class Ladder:
             self._report(Rung("inherit"), self.swapped)
         else:
             self._load_weights()
-            self.best = self._judged()
+            self.best = self._evaluated()
         for name in self.config.rungs[len(self.rungs) - 1 :]:
             if self._exhausted():
                 self.say(f"the climb ends before {name}: the time is spent, or it no longer pays")
@@ -120,14 +120,14 @@ class Ladder:
                 raise KeyboardInterrupt
             before = self._weights()
             rung = getattr(self, "_" + name.replace("-", "_"))(name)
-            judged = self._judged()
-            if judged.kl.sum() > self.best.kl.sum():
+            now = self._evaluated()
+            if now.kl.total > self.best.kl.total:
                 self._set(before)
                 rung.kept = False
-                rung.notes.append("the judged KL got worse: undone")
+                rung.notes.append("the held-out KL got worse: undone")
             else:
-                self.best = judged
-            self._report(rung, judged)
+                self.best = now
+            self._report(rung, now)
             self._save()
         return self.rungs
 
@@ -140,15 +140,16 @@ class Ladder:
         tired = [gain < self.config.pays for gain in gains]
         return len(tired) >= 2 and all(tired[-2:])
 
-    def _judged(self) -> Judged:
+    def _evaluated(self) -> Evaluated:
         with self.pace.uncounted():
-            return self.judge.judge(self.student.layout)
+            return self.held_out.evaluate(self.student.layout)
 
-    def _report(self, rung: Rung, judged: Judged) -> None:
+    def _report(self, rung: Rung, found: Evaluated) -> None:
         seed = self.config.seed
-        rung.kl, rung.lo, rung.hi, _ = judged.mean_kl(seed)
-        rung.nll = judged.mean_nll(seed)[0]
-        rung.gap_closed, rung.gap_lo, rung.gap_hi = judged.gap_closed(self.swapped, seed)
+        rung.kl, rung.lo, rung.hi, _ = found.kl.mean(seed)
+        rung.nll = found.nll.mean(seed).value
+        closed = found.kl.gap_closed(self.swapped.kl, seed)
+        rung.gap_closed, rung.gap_lo, rung.gap_hi, _ = closed
         self.rungs.append(rung)
         self.say(
             f"{rung.name:12} KL {rung.kl:.4f} [{rung.lo:.4f}, {rung.hi:.4f}]  gap closed "

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mismatch.forward.heldout import Judged
+from mismatch.forward.heldout import Evaluated
 from mismatch.runs.table import under
 from mismatch.stages.repair.knockout import Knocked
 from mismatch.stages.repair.rungs.rung import Rung
@@ -24,7 +24,7 @@ AS_SWAPPED, AS_REPAIRED = "swap", "repaired"
 
 
 def rung_rows(rungs: Sequence[Rung], tokens: int) -> list[dict[str, Any]]:
-    """KL and gap closed after each rung; `tokens` were judged."""
+    """KL and gap closed after each rung, on so many held-out tokens."""
     rows = []
     for number, rung in enumerate(rungs):
         for stat, value, lo, hi in (
@@ -35,21 +35,21 @@ def rung_rows(rungs: Sequence[Rung], tokens: int) -> list[dict[str, Any]]:
     return rows
 
 
-def student_rows(judged: Mapping[str, Judged], seed: int) -> list[dict[str, Any]]:
+def student_rows(evaluated: Mapping[str, Evaluated], seed: int) -> list[dict[str, Any]]:
     """KL and NLL of the swap, of the repaired model and of controls, and the repaired model minus each control."""
     rows = []
-    repaired = judged[AS_REPAIRED]
-    for name, found in judged.items():
+    repaired = evaluated[AS_REPAIRED]
+    for name, found in evaluated.items():
         student = "swap" if name == AS_REPAIRED else name
         stage = "repair" if name == AS_REPAIRED else "surgery"
         for metric, stat, read in (
-            ("kl", "mean", found.mean_kl(seed)),
-            ("nll", "shift", found.mean_nll(seed)),
+            ("kl", "mean", found.kl.mean(seed)),
+            ("nll", "shift", found.nll.mean(seed)),
         ):
             rows.append(_row(metric, stat, *read, stage=stage, student=student))
         if name not in (AS_SWAPPED, AS_REPAIRED):
-            less = repaired.more_than(found, seed)
-            rows.append(_row("kl", f"mean_minus_{name}", *less, _tokens(repaired)))
+            less = (repaired.kl - found.kl).mean(seed)
+            rows.append(_row("kl", f"mean_minus_{name}", *less))
     return rows
 
 
@@ -63,10 +63,6 @@ def branch_rows(knocked: Sequence[Knocked], tokens: int) -> list[dict[str, Any]]
         more = (at.more, at.more_lo, at.more_hi)
         rows.append(_row("kl", under("mean_minus_whole", **given), *more, n))
     return rows
-
-
-def _tokens(judged: Judged) -> int:
-    return int(judged.counts.sum())
 
 
 def _row(

@@ -18,7 +18,7 @@ import torch
 
 from mismatch import spec
 from mismatch.errors import RunError
-from mismatch.forward.heldout import Judge, Judged
+from mismatch.forward.heldout import Evaluated, HeldOut
 from mismatch.runs import table
 from mismatch.runs.folder import Run, RunFolder, load_run, run_id
 from mismatch.runs.state import State
@@ -76,7 +76,7 @@ class Outcome:
     further rows, seconds."""
 
     rungs: list[Rung]
-    judged: dict[str, Judged]
+    evaluated: dict[str, Evaluated]
     branches: list[Knocked]
     forecast: dict[str, Any]
     gates: dict[str, Any] = field(default_factory=dict)
@@ -148,7 +148,7 @@ class RepairJob:
         }
         device = teacher.layout.embedding_device
         self._say(f"the teacher runs over {self.texts.judged.tokens:,} held-out tokens, once")
-        judge = Judge(teacher.layout, self.texts.judged, parts[0].layer, config.batch_size)
+        held_out = HeldOut(teacher.layout, self.texts.judged, parts[0].layer, config.batch_size)
         texts = Texts(
             [torch.from_numpy(b.ids).to(device) for b in learnt.windows.batches(config.batch_size)],
             [
@@ -169,8 +169,8 @@ class RepairJob:
             "say": self._say,
             "spent": learnt.seconds,
         }
-        beside = {control.name: judge.judge(control.layout) for control in controls}
-        ladder = Ladder(config, teacher.layout, mine, judge, texts, state=state, **shared)
+        beside = {control.name: held_out.evaluate(control.layout) for control in controls}
+        ladder = Ladder(config, teacher.layout, mine, held_out, texts, state=state, **shared)
         ladder.begin()
         foretold = foretell(config, teacher, ladder, beside)
         for line in forecast_lines(asdict(foretold)):
@@ -180,12 +180,12 @@ class RepairJob:
         for control in self._same_steps(swap):
             self._say(f"the control {control.name} is trained for the same steps")
             other = learner(teacher, config, control, self.texts.text.calibration)
-            like = SameSteps(config, teacher.layout, other, judge, texts, state=None, **shared)
+            like = SameSteps(config, teacher.layout, other, held_out, texts, state=None, **shared)
             beside[f"{control.name}-same-steps"] = like.climb_like(rungs)
-        judged = {AS_SWAPPED: ladder.swapped, AS_REPAIRED: ladder.best, **beside}
-        knocked = knocked_out(judge, student, parts, ladder.best, config.seed)
+        evaluated = {AS_SWAPPED: ladder.swapped, AS_REPAIRED: ladder.best, **beside}
+        knocked = knocked_out(held_out, student, parts, ladder.best, config.seed)
         for at in knocked:
-            self._say(branch_line(vars(at), ladder.best.mean_kl()[0]))
+            self._say(branch_line(vars(at), ladder.best.kl.mean().value))
         began = time.monotonic()
         rows = self._questions(swap, student)
         facts = {
@@ -196,7 +196,7 @@ class RepairJob:
         }
         gates["end"] = standing(parts)
         said = foretold.scored(rungs)
-        return self._finish(student, Outcome(rungs, judged, knocked, said, gates, rows, facts))
+        return self._finish(student, Outcome(rungs, evaluated, knocked, said, gates, rows, facts))
 
     def _same_steps(self, swap: Student) -> list[Student]:
         """The controls that are trained like the swap."""
@@ -233,7 +233,7 @@ class RepairJob:
     # ---- results --------------------------------------------------------------------------------
 
     def _finish(self, student: Student, outcome: Outcome) -> Repaired:
-        config, cut, judged = self.config, self.texts.judged, outcome.judged
+        config, cut, evaluated = self.config, self.texts.judged, outcome.evaluated
         plan = plan_dict(student.plan, plan_warnings(student.plan, cut.seq_len))
         climbed = {
             "rungs": [asdict(rung) for rung in outcome.rungs],
@@ -243,12 +243,12 @@ class RepairJob:
             "notes": [*outcome.facts["learnt"], *self.texts.unasked],
             "students": {
                 name: {
-                    "kl": found.mean_kl(config.seed)[:3],
-                    "nll": found.mean_nll(config.seed)[:3],
-                    "gap_closed": found.gap_closed(judged[AS_SWAPPED], config.seed),
-                    "repaired_minus": judged[AS_REPAIRED].more_than(found, config.seed),
+                    "kl": found.kl.mean(config.seed)[:3],
+                    "nll": found.nll.mean(config.seed)[:3],
+                    "gap_closed": found.kl.gap_closed(evaluated[AS_SWAPPED].kl, config.seed)[:3],
+                    "repaired_minus": (evaluated[AS_REPAIRED].kl - found.kl).mean(config.seed)[:3],
                 }
-                for name, found in judged.items()
+                for name, found in evaluated.items()
             },
             "teacher": self.teacher.info.as_dict(),
         }
@@ -274,7 +274,7 @@ class RepairJob:
         }
         rows = [
             *rung_rows(outcome.rungs, cut.tokens),
-            *student_rows(judged, config.seed),
+            *student_rows(evaluated, config.seed),
             *branch_rows(outcome.branches, cut.tokens),
             *outcome.rows,
         ]

@@ -9,7 +9,7 @@ order and the same rates; closed forms are not for it. Two controls ask two ques
     zero       nothing in the place. What do the rest of the block and LoRA behind it mend without the mechanism? A
                repaired swap that is no better was mended around
 
-The weights judged are those of the last step. Nothing is chosen on held-out text, for a choice would return to the
+The weights evaluated are those of the last step. Nothing is chosen on held-out text, for a choice would return to the
 start and hide a drift.
 """
 
@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from itertools import count
 from typing import Any
 
-from mismatch.forward.heldout import Judged
+from mismatch.forward.heldout import Evaluated
 from mismatch.stages.repair.ladder import Ladder
 from mismatch.stages.repair.rungs.rung import Rung
 from mismatch.stages.repair.rungs.training import Group, Trainer
@@ -28,8 +28,8 @@ from mismatch.stages.repair.rungs.training import Group, Trainer
 class SameSteps(Ladder):
     """A ladder of rungs that were climbed already, on another student. `climb_like` in place of `climb`."""
 
-    def climb_like(self, climbed: Sequence[Rung]) -> Judged:
-        """Train as long as each of these rungs did, and judge.
+    def climb_like(self, climbed: Sequence[Rung]) -> Evaluated:
+        """Train as long as each of these rungs did, then evaluate.
 
         Raises:
             KeyboardInterrupt: stopped; this control starts anew when the run is resumed.
@@ -39,7 +39,7 @@ class SameSteps(Ladder):
             if rung.kept and rung.steps:
                 self._steps = rung.steps // self._loops(rung.name)
                 getattr(self, "_" + rung.name.replace("-", "_"))(rung.name)
-        return self.judge.judge(self.student.layout)
+        return self.held_out.evaluate(self.student.layout)
 
     def _loops(self, name: str) -> int:
         """How many loops share the steps of a rung."""

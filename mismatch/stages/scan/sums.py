@@ -15,13 +15,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import reduce
+from operator import add, sub
 from typing import Any
 
 import numpy as np
 
-from mismatch.metrics.base import LogitPair, TokenSums, paired_difference
+from mismatch.metrics.base import LogitPair, PerDocument, Reading, TokenSums
 from mismatch.metrics.sums.meter import StudentMeter
-from mismatch.metrics.sums.readings import Reading, mean_of
 from mismatch.probes.base import TEACHER
 from mismatch.stages.scan.cells import Cell
 from mismatch.stages.scan.tasks import Task
@@ -103,9 +104,11 @@ class Sums:
             yield from self.meters[cell.key, task.name].read()
             for metric, column in (("kl", "kl"), ("nll", "shift")):
                 for control in fit:
-                    pair = (self.part(cell, task, metric), self.part(control, task, metric))
-                    stat = f"mean_minus_{control.name}"
-                    yield metric, paired_difference(*pair, column=column, stat=stat, seed=self.seed)
+                    ours, theirs = (
+                        self.part(one, task, metric).per_document(column) for one in (cell, control)
+                    )
+                    less = (ours - theirs).mean(self.seed)
+                    yield metric, Reading(f"mean_minus_{control.name}", *less)
             return
         for stat, column in ((task.reading, "student"), (f"{task.reading}_minus_teacher", "shift")):
             yield task.name, self.loss(cell, task, column, stat)
@@ -129,42 +132,41 @@ class Sums:
         self, cell: Cell, task: Task, column: str, stat: str, minus: Cell | None = None
     ) -> Reading:
         """The log-loss of the right tokens (negative for a log-probability), with its interval over documents."""
-        part = self.part(cell, task, "nll")
-        at = part.columns.index(column)
-        sums = part.sums[at].sum(1)
+        lost = self.part(cell, task, "nll").per_document(column)
         if minus is not None:
-            sums = sums - self.part(minus, task, "nll").sums[at].sum(1)
-        counts = part.counts.sum(1)
-        if task.summed:
-            sums, counts = -sums, np.bincount(task.docs % len(counts), minlength=len(counts))
-        value, lo, hi, _ = mean_of(sums, counts, self.seed)
-        return Reading(stat, value, lo, hi, part.n)
+            lost -= self.part(minus, task, "nll").per_document(column)
+        sign = -1 if task.summed else 1
+        return self._reading(stat, PerDocument(sign * lost.sums, lost.counts), task)
 
     def total(self, cells: Sequence[Cell], task: Task) -> Reading:
         """The sum of the damage of several cells (KL, or log-loss), resampled together."""
-        return self._linear([(cell, 1.0) for cell in cells], task, "sum")
+        return self._linear(cells, (), task, "sum")
 
     def minus_total(self, cell: Cell, cells: Sequence[Cell], task: Task) -> Reading:
         """What one cell costs more than the sum of others: how far from additive it is."""
-        return self._linear([(cell, 1.0), *((c, -1.0) for c in cells)], task, "minus_sum")
+        return self._linear([cell], cells, task, "minus_sum")
 
     def damage(self, cell: Cell, task: Task) -> Reading:
         """KL on text; elsewhere what the right tokens lost, per token or per key. Larger is worse."""
-        return self._linear([(cell, 1.0)], task, "damage")
+        return self._linear([cell], (), task, "damage")
 
-    def _linear(self, terms: Sequence[tuple[Cell, float]], task: Task, stat: str) -> Reading:
+    def _linear(
+        self, plus: Sequence[Cell], minus: Sequence[Cell], task: Task, stat: str
+    ) -> Reading:
         metric, column = ("nll", "shift") if task.reading else ("kl", "kl")
-        if any((cell.key, task.name) in self.broken for cell, _ in terms):
+        if any((cell.key, task.name) in self.broken for cell in (*plus, *minus)):
             return Reading(stat, math.nan)
-        parts = [(self.part(cell, task, metric), weight) for cell, weight in terms]
-        first = parts[0][0]
-        at = first.columns.index(column)
-        sums = sum(weight * part.sums[at].sum(1) for part, weight in parts)
-        counts = first.counts.sum(1)
+        parts = [self.part(cell, task, metric).per_document(column) for cell in (*plus, *minus)]
+        lost = reduce(add, parts[: len(plus)])
+        return self._reading(stat, reduce(sub, parts[len(plus) :], lost), task)
+
+    def _reading(self, stat: str, lost: PerDocument, task: Task) -> Reading:
+        """The mean over tokens, or over rows where a task is summed over the predictions of a row."""
+        counts = lost.counts
         if task.summed:
             counts = np.bincount(task.docs % len(counts), minlength=len(counts))
-        value, lo, hi, _ = mean_of(sums, counts, self.seed)
-        return Reading(stat, value, lo, hi, first.n)
+        mean = PerDocument(lost.sums, counts).mean(self.seed)
+        return Reading(stat, mean.value, mean.lo, mean.hi, lost.n)
 
 
 def _row(cell: Cell, metric: str, reading: Reading) -> dict[str, Any]:

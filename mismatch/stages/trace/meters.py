@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from mismatch.forward.shared_prefix import Meeting
 from mismatch.metrics import load_metric
-from mismatch.metrics.base import Reading, paired_difference
+from mismatch.metrics.base import Reading
 from mismatch.metrics.sums.meter import StudentMeter, TeacherMeter
 from mismatch.models.layout import Layout
 from mismatch.runs.table import BLOCK_SITES, FLOOR, MAIN, SWAP
@@ -232,13 +232,11 @@ class Collector:
                 continue
             for metric, column in (("kl", "kl"), ("nll", "shift")):
                 if metric in own.parts:
-                    reading = paired_difference(
-                        own.parts[metric],
-                        self.meters[address].parts[metric],
-                        column=column,
-                        stat=f"mean_minus_{control}",
-                        seed=self.seed,
+                    ours, theirs = (
+                        meter.parts[metric].per_document(column)
+                        for meter in (own, self.meters[address])
                     )
+                    reading = Reading(f"mean_minus_{control}", *(ours - theirs).mean(self.seed))
                     yield self._row(place[SWAP], metric, reading)
 
 

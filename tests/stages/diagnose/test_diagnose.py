@@ -14,7 +14,8 @@ from wonderland import documents, jsonl
 import mismatch
 from mismatch import cli
 from mismatch.errors import ConfigError, DataError, NumericsError, SurgeryError, UsageError
-from mismatch.forward.heldout import Judged
+from mismatch.forward.heldout import Evaluated
+from mismatch.metrics.base import PerDocument
 from mismatch.stages.diagnose.corrections import CAUSES, SUBSETS
 from mismatch.stages.diagnose.numbers import Found
 from mismatch.stages.diagnose.shapley import causes_of
@@ -127,11 +128,11 @@ def test_shapley_shares_add_up_and_split_what_two_can_mend():
     value = dict(zip(SUBSETS, (0.6, 0.6, 0.1, 0.6, 0.7, 0.7, 0.8), strict=True))
     docs = np.array([10.0, 20.0, 5.0])
 
-    def judged(kl):
-        return Judged(kl, kl, np.full(3, 7.0), np.full(3, 7.0))
+    def evaluated(kl):
+        return Evaluated(*[PerDocument(kl, np.full(3, 7.0))] * 2)
 
-    joint = {chosen: judged(docs * (1 - v)) for chosen, v in value.items()}
-    shares, rest = causes_of(joint, judged(docs), 0)
+    joint = {chosen: evaluated(docs * (1 - v)) for chosen, v in value.items()}
+    shares, rest = causes_of(joint, evaluated(docs), 0)
     # The textbook formula, with weights by the size of the set that stands before.
     for name in names:
         others = [n for n in names if n != name]

@@ -15,7 +15,7 @@ from mismatch.errors import ConfigError, DataError, UsageError
 from mismatch.models.layout import Layout
 from mismatch.stages.plan.config import PlanConfig
 from mismatch.stages.plan.greedy import greedy
-from mismatch.stages.plan.measured import cells_of, judge, swap_of
+from mismatch.stages.plan.measured import cells_of, evaluate, swap_of
 from mismatch.stages.plan.stage import behind
 from mismatch.stages.scan.cells import cells, columns
 from mismatch.stages.scan.stage import sweep_of
@@ -48,26 +48,26 @@ def test_a_judgement_is_the_trace_of_the_choice_and_of_its_parts(teacher):
     model, task = teacher.model, text_task(cut())
     choice = {"random": [2, 0], "mlp:zero": [1]}
     assert swap_of(config(), choice) == "layers[0,2]:random; layer1.mlp:zero"
-    judged = judge(teacher, config(), choice, (task,), None)
-    sums = judged.sums
-    assert sums.damage(judged.together, task).value == pytest.approx(
+    measured = evaluate(teacher, config(), choice, (task,), None)
+    sums = measured.sums
+    assert sums.damage(measured.together, task).value == pytest.approx(
         output_kl(model, swap_of(config(), choice), cut()), abs=1e-6
     )
     alone = [output_kl(model, f"layer{at}:random", cut()) for at in (0, 2)]
     alone.append(output_kl(model, "layer1.mlp:zero", cut()))
-    assert [sums.damage(cell, task).value for cell in judged.parts] == pytest.approx(
+    assert [sums.damage(cell, task).value for cell in measured.parts] == pytest.approx(
         alone, abs=1e-6
     )
-    assert sums.total(judged.parts, task).value == pytest.approx(sum(alone), abs=1e-6)
+    assert sums.total(measured.parts, task).value == pytest.approx(sum(alone), abs=1e-6)
     # The control stands in the very places: attention of 0 and 2, MLP of 1.
-    (zero,) = judged.controls
+    (zero,) = measured.controls
     assert [(p.layer, p.slot) for p in zero.placements] == [(0, "attn"), (2, "attn"), (1, "mlp")]
     assert sums.damage(zero, task).value == pytest.approx(
         output_kl(model, "layers[0,2]:zero; layer1.mlp:zero", cut()), abs=1e-6
     )
     rows = {
         (r["metric"], r["stat"], r["student"], r["layer"]): r
-        for r in judged.rows()
+        for r in measured.rows()
         if r.get("position", "all") == "all"
     }
     assert {row["stage"] for row in rows.values()} == {"plan"}
@@ -86,8 +86,8 @@ def test_consecutive_layers_are_written_as_ranges():
 
 def test_one_layer_alone_is_its_own_sum(teacher):
     task = text_task(cut())
-    judged = judge(teacher, config(layers=1), {"random": [1]}, (task,), None)
-    rest = judged.rest(task)
+    measured = evaluate(teacher, config(layers=1), {"random": [1]}, (task,), None)
+    rest = measured.rest(task)
     assert (rest.value, rest.lo, rest.hi) == (0.0, 0.0, 0.0)
 
 

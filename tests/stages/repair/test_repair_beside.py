@@ -15,7 +15,8 @@ from wonderland import documents
 
 import mismatch
 from mismatch.errors import ConfigError, UsageError
-from mismatch.forward.heldout import Judge, Judged
+from mismatch.forward.heldout import Evaluated, HeldOut
+from mismatch.metrics.base import PerDocument
 from mismatch.models.layout import Layout
 from mismatch.runs.table import as_table
 from mismatch.stages.repair import before_after as questions
@@ -44,9 +45,11 @@ def kl_by_document(teacher, student, windows: Windows) -> np.ndarray:
     return np.bincount(windows.doc, kl, windows.n_docs)
 
 
-def judged_of(model, student: Student, windows: Windows, first: int = 1) -> tuple[Judge, Judged]:
-    judge = Judge(Layout.of(model), windows, first, 2)
-    return judge, judge.judge(student.layout)
+def evaluated(
+    model, student: Student, windows: Windows, first: int = 1
+) -> tuple[HeldOut, Evaluated]:
+    held_out = HeldOut(Layout.of(model), windows, first, 2)
+    return held_out, held_out.evaluate(student.layout)
 
 
 # ---- branches -----------------------------------------------------------------------------------
@@ -55,8 +58,8 @@ def judged_of(model, student: Student, windows: Windows, first: int = 1) -> tupl
 def test_a_branch_taken_out_is_the_model_without_it_and_its_growth_is_paired(tiny):
     model, windows = tiny("llama"), cut(12)
     student = student_of(model, INFINI)
-    judge, whole = judged_of(model, student, windows)
-    found = knocked_out(judge, student, parts_of(Layout.of(model), student), whole)
+    held_out, whole = evaluated(model, student, windows)
+    found = knocked_out(held_out, student, parts_of(Layout.of(model), student), whole)
     assert [at.branch for at in found] == ["memory", "local"]
     part = student.model.get_submodule(student.plan.clauses[0].path)
     before = kl_by_document(model, student.model, windows)
@@ -77,12 +80,12 @@ def test_a_branch_taken_out_is_the_model_without_it_and_its_growth_is_paired(tin
 def test_a_branch_whose_gate_is_shut_is_bypassed_and_the_other_is_used(tiny):
     model = tiny("llama")
     student = student_of(model, "layer1:infini(segment=8, gate_init=-60)")
-    judge, whole = judged_of(model, student, cut(12))
-    memory, local = knocked_out(judge, student, parts_of(Layout.of(model), student), whole)
+    held_out, whole = evaluated(model, student, cut(12))
+    memory, local = knocked_out(held_out, student, parts_of(Layout.of(model), student), whole)
     assert (memory.more, memory.more_lo, memory.more_hi) == (0.0, 0.0, 0.0)
     assert memory.verdict == "bypassed"
     assert local.verdict == "used"
-    said = branch_line(vars(memory), whole.mean_kl()[0])
+    said = branch_line(vars(memory), whole.kl.mean().value)
     assert "layer1.attn without its memory: KL" in said
     assert said.endswith("repaired by bypass, the memory branch is not used")
 
@@ -90,8 +93,8 @@ def test_a_branch_whose_gate_is_shut_is_bypassed_and_the_other_is_used(tiny):
 def test_branches_of_what_a_wrapper_holds_are_found(tiny):
     model = tiny("llama")
     student = student_of(model, f"layer1:parallel({INFINI.partition(':')[2]}, alpha=0.5)")
-    judge, whole = judged_of(model, student, cut())
-    found = knocked_out(judge, student, parts_of(Layout.of(model), student), whole)
+    held_out, whole = evaluated(model, student, cut())
+    found = knocked_out(held_out, student, parts_of(Layout.of(model), student), whole)
     assert [at.branch for at in found] == ["memory", "local"]
     assert all(at.more != 0 for at in found)
 
@@ -99,8 +102,8 @@ def test_branches_of_what_a_wrapper_holds_are_found(tiny):
 def test_a_mechanism_without_branches_is_not_applicable_and_not_0(tiny):
     model = tiny("llama")
     student = student_of(model, "layer1:nope")
-    judge, whole = judged_of(model, student, cut())
-    (at,) = knocked_out(judge, student, parts_of(Layout.of(model), student), whole)
+    held_out, whole = evaluated(model, student, cut())
+    (at,) = knocked_out(held_out, student, parts_of(Layout.of(model), student), whole)
     assert at.branch is None and at.verdict == "not applicable" and math.isnan(at.kl)
     assert branch_line(vars(at), 0.1) == (
         "layer1.rope: branches not applicable, the mechanism has none"
@@ -124,38 +127,39 @@ def test_a_verdict_needs_the_whole_interval(more, said):
     assert verdict(more, MATTERS * 0.1) == said
 
 
-# ---- the judge ----------------------------------------------------------------------------------
+# ---- held-out text ------------------------------------------------------------------------------
 
 
 def test_the_difference_of_two_students_is_paired_over_documents(tiny):
     model, windows = tiny("llama"), cut(12)
     one, other = (
-        judged_of(model, student_of(model, text), windows)[1] for text in (INFINI, "layer1:nope")
+        evaluated(model, student_of(model, text), windows)[1] for text in (INFINI, "layer1:nope")
     )
-    assert one.more_than(one) == (0.0, 0.0, 0.0)
-    value, lo, hi = one.more_than(other)
-    assert value == pytest.approx(one.mean_kl()[0] - other.mean_kl()[0])
+    assert (one.kl - one.kl).mean()[:3] == (0.0, 0.0, 0.0)
+    value, lo, hi, n = (one.kl - other.kl).mean()
+    assert n == windows.tokens
+    assert value == pytest.approx(one.kl.mean().value - other.kl.mean().value)
     assert lo <= value <= hi
-    back = other.more_than(one)
-    assert back == pytest.approx((-value, -hi, -lo))
-    alone = Judged(one.kl[:1], one.nll[:1], one.counts[:1], one.targets[:1])
-    assert np.isnan(alone.more_than(alone)[1:]).all()
+    back = (other.kl - one.kl).mean()
+    assert back[:3] == pytest.approx((-value, -hi, -lo))
+    alone = PerDocument(one.kl.sums[:1], one.kl.counts[:1])
+    assert np.isnan((alone - alone).mean()[1:3]).all()
 
 
 def test_rows_say_who_and_when(tiny):
     model, windows = tiny("llama"), cut()
-    judge, swap = judged_of(model, student_of(model, INFINI), windows)
-    zero = judge.judge(student_of(model, "layer1:zero").layout)
-    half = Judged(swap.kl / 2, swap.nll / 2, swap.counts, swap.targets)
-    judged = {"swap": swap, "repaired": half, "zero": zero}
+    held_out, swap = evaluated(model, student_of(model, INFINI), windows)
+    zero = held_out.evaluate(student_of(model, "layer1:zero").layout)
+    half = Evaluated(*(PerDocument(found.sums / 2, found.counts) for found in (swap.kl, swap.nll)))
+    students = {"swap": swap, "repaired": half, "zero": zero}
     rungs = [Rung("inherit", kl=0.2, gap_closed=0.0), Rung("local", kl=0.1, gap_closed=0.5)]
-    rows = [*rung_rows(rungs, windows.tokens), *student_rows(judged, 0)]
+    rows = [*rung_rows(rungs, windows.tokens), *student_rows(students, 0)]
     found = as_table([row | {"run_id": "test"} for row in rows])
     value = found.set_index(["stage", "student", "metric", "stat"])["value"].to_dict()
-    assert value["surgery", "swap", "kl", "mean"] == pytest.approx(swap.mean_kl()[0])
-    assert value["repair", "swap", "kl", "mean"] == pytest.approx(swap.mean_kl()[0] / 2)
+    assert value["surgery", "swap", "kl", "mean"] == pytest.approx(swap.kl.mean().value)
+    assert value["repair", "swap", "kl", "mean"] == pytest.approx(swap.kl.mean().value / 2)
     assert value["repair", "swap", "kl", "mean_minus_zero"] == pytest.approx(
-        half.mean_kl()[0] - zero.mean_kl()[0]
+        half.kl.mean().value - zero.kl.mean().value
     )
     assert value["repair", "swap", "kl", "gap_closed[rung=local]"] == 0.5
     assert (found["n"] > 0).all()

@@ -165,9 +165,9 @@ def test_a_task_reads_the_log_loss_of_the_tokens_it_asks_for(tiny):
     teacher = table[(table["student"] == "teacher") & (table["metric"] == "passkey")].iloc[0]
     assert teacher["value"] == pytest.approx(float(means[None].mean()), rel=1e-5)
     # The interval resamples rows: that of five numbers, by the house's own bootstrap.
-    from mismatch.metrics.sums.readings import mean_of
+    from mismatch.metrics.sums.per_document import PerDocument
 
-    _, lo, hi, _ = mean_of(own.numpy(), np.ones(5))
+    _, lo, hi, _ = PerDocument(own.numpy(), np.ones(5)).mean()
     row = value(table, "random", 2, "passkey", "logprob_minus_teacher")
     assert (row["lo"], row["hi"]) == pytest.approx((lo, hi), rel=1e-5)
 
