@@ -8,12 +8,13 @@
     |   |-- LayoutError           2   the model's family is not known, or it lacks a slot
     |   |-- DataError             2   no such text, or text that cannot be used
     |   `-- OutputError           2   the run folder exists, or holds another run
-    |-- SurgeryError              1   a part could not be replaced
+    |-- SurgeryError              1   a module could not be replaced
     |-- FetchError                1   a download failed or has the wrong hash
     |-- RunError                  1   a run folder could not be written or read
     `-- NumericsError             4   NaN or infinity where numbers should be
 
-An error says what, where, what was given, what is allowed, and what to do next (the hint).
+The text of an error has these parts: what is wrong, where, what was given, what is allowed, and what to do next (the
+hint).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Names and where they live: a table of strings "module:attr", so that knowing a name imports nothing.
+"""Names of mechanisms, metrics and probes: tables of strings "module:attr", so that looking up a name imports nothing.
 
 To add one, write its file and one line in the table of `mismatch/mechanisms/__init__.py`,
 `mismatch/metrics/__init__.py` or `mismatch/probes/__init__.py`. Another package adds its own through
@@ -14,6 +14,7 @@ import importlib
 import importlib.metadata
 import re
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 from mismatch.errors import MismatchError, UsageError
 from mismatch.registry.card import Card, CardError, NoModule, of_class, read
@@ -51,6 +52,7 @@ class Registry:
 
     @functools.cached_property
     def _known(self) -> dict[str, str | type]:
+        table: Mapping[str, str]
         table = _load(self._table) if isinstance(self._table, str) else self._table
         known: dict[str, str | type] = {}
         for name, target in table.items():
@@ -88,13 +90,14 @@ class Registry:
         self._added[name] = target
 
     def names(self) -> tuple[str, ...]:
+        """Every name, sorted."""
         return tuple(sorted({**self._known, **self._added}))
 
     def __contains__(self, name: object) -> bool:
         return name in self._added or name in self._known
 
     def target(self, name: str, error: type[MismatchError] = UsageError) -> str | type:
-        """What the name stands for. "module:attr" stands for itself.
+        """What the name stands for: a class, or "module:attr". A "module:attr" stands for itself.
 
         Raises:
             error: no such name.
@@ -141,7 +144,7 @@ class Registry:
             ) from cause
 
 
-def _load(target: str) -> type:
+def _load(target: str) -> Any:
     module, _, attribute = target.partition(":")
     return getattr(importlib.import_module(module), attribute)
 
@@ -160,12 +163,12 @@ def metrics() -> Registry:
 
 @functools.cache
 def probes() -> Registry:
-    """What a model can be asked on inputs made for it."""
+    """What a model can be asked, each on inputs made for one question."""
     return Registry("probe", "mismatch.probes:PROBES", "mismatch.probes")
 
 
 def read_card(name: str) -> Card:
-    """The card of what a row of the table measures: a metric, or a probe.
+    """The card of the metric or probe that a row of the table names.
 
     Raises:
         UsageError: neither has this name.

@@ -1,7 +1,7 @@
-"""The card of a mechanism or a metric: what its file says about itself, read without importing it.
+"""The card of a mechanism, metric or probe: its description and arguments, read from its file without importing it.
 
-A mechanism file imports torch. `list`, `explain`, `--help` and a wrong swap text need only its words
-and the names and types of its arguments, so those are read from the source with `ast`. What is read:
+A mechanism file imports torch. `list`, `explain`, `--help` and the check of a swap text need only its description and
+the names and types of its arguments, so those are read from the source with `ast`. What is read:
 
     text      the module docstring (of a class in a notebook: its own docstring)
     facts     the class attributes that are literals (`slots`, `identity`, `unit`, `null`, ...)
@@ -34,7 +34,7 @@ _BOUND = re.compile(r">=? -?[\d.]+|-?[\d.]+?\.\.-?[\d.]+")
 
 
 class CardError(Exception):
-    """A file whose card cannot be read. The caller says for whom, and in which sentence."""
+    """A file whose card cannot be read. The caller names the mechanism, metric or probe and raises its own error."""
 
 
 class NoModule(CardError):
@@ -88,7 +88,7 @@ class Arg:
         """The value as the argument wants it: an int serves as a float, a list as a tuple.
 
         Raises:
-            ValueError: another type, or outside the choices or the bound. `allowed` says what is right.
+            ValueError: another type, or outside the choices or the bound. `allowed` is the rule in words.
         """
         if value is None and self.optional:
             return None
@@ -103,14 +103,15 @@ class Arg:
             if self.type == "float" and type(value) is int:
                 value = float(value)
             kind = {"int": int, "float": float, "bool": bool, "str": str}[self.type]
-            if type(value) is kind and (kind in (bool, str) or self.within(value)):
+            right_type = type(value) is kind
+            if right_type and (kind in (bool, str) or self.within(value)):
                 return value
         raise ValueError(f"must be {self.allowed}")
 
 
 @dataclass(frozen=True)
 class Card:
-    """What one mechanism or metric says about itself."""
+    """The description and the arguments of one mechanism, metric or probe."""
 
     name: str
     summary: str
@@ -118,10 +119,11 @@ class Card:
     facts: dict[str, Any] = field(default_factory=dict)
     args: tuple[Arg, ...] = ()
     free: bool = False
-    """A class that somebody named by its path and that has no Config: what its constructor takes cannot be told from
-    here, so its arguments are handed on as they are written."""
+    """A class that is named by its path and has no Config: the arguments of its constructor are not known here, so they
+    are passed on as written."""
 
     def arg(self, name: str) -> Arg | None:
+        """The argument of that name, or None."""
         return next((arg for arg in self.args if arg.name == name), None)
 
 
@@ -170,7 +172,7 @@ def read(name: str, target: str) -> Card:
 
 
 def docstring(module: str) -> str:
-    """What a module says about itself, read from its source."""
+    """The docstring of a module, read from its source."""
     return ast.get_docstring(ast.parse(_source(module).read_text(encoding="utf-8"))) or ""
 
 
@@ -186,10 +188,11 @@ def _classes(module: str) -> dict[str, ast.ClassDef]:
     tree = ast.parse(_source(module).read_text(encoding="utf-8"))
     found = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
     bases = {b.id for node in found.values() for b in node.bases if isinstance(b, ast.Name)}
-    imports = [node for node in tree.body if isinstance(node, ast.ImportFrom) and node.module]
-    for node in imports:
-        if bases & {alias.name for alias in node.names}:
-            found = _classes(node.module) | found
+    for item in tree.body:
+        if not isinstance(item, ast.ImportFrom) or item.module is None:
+            continue
+        if bases & {alias.name for alias in item.names}:
+            found = _classes(item.module) | found
     return found
 
 

@@ -36,7 +36,8 @@ def list_probes() -> dict[str, str]:
 
 
 def list_sites() -> dict[str, str]:
-    """Where it can be measured: name -> one line, in computation order. From the table in `tracing/sites.py`."""
+    """Where it can be measured: name -> one line, in computation order. From the table in
+    `mismatch.forward.sites`."""
     rows = re.findall(r"^\| `(\w+)` \| (.+?) \|", docstring("mismatch.forward.sites"), re.M)
     return {name: text.replace("`", "") for name, text in rows}
 
@@ -87,8 +88,10 @@ def explain(name: str) -> str:
 
 
 def state_bytes(name: str) -> str | None:
-    """What a mechanism carries through `generate()`, in bytes as counted (analyses/mechanism_costs.py); None for one
-    that was not counted."""
+    """Size of the state that a mechanism carries through `generate()`, in bytes, as text; None where none was counted.
+
+    The sizes are those that analyses/mechanism_costs.py counted.
+    """
     row = _counted().get(name)
     if row is None:
         return None
@@ -96,19 +99,19 @@ def state_bytes(name: str) -> str | None:
     if second == 0:
         return "0 (the cache only counts tokens, or belongs to the attention beside it)"
     if first == second:
-        said = f"{second:,} whatever the length"
-        said = said if most == second else f"{second:,} to {most:,} whatever the length"
+        size = f"{second:,} whatever the length"
+        size = size if most == second else f"{second:,} to {most:,} whatever the length"
     else:
-        said = f"{first:,} after 1024 tokens, {second:,} after 2048"
+        size = f"{first:,} after 1024 tokens, {second:,} after 2048"
     of = "" if row["swap"] == name else f"{row['swap']}, "
-    return f"{said} ({of}a layer of SmolLM2-135M, one text, float32)"
+    return f"{size} ({of}a layer of SmolLM2-135M, one text, float32)"
 
 
 @functools.cache
 def _counted() -> dict[str, dict[str, str]]:
     path = resources.files("mismatch.mechanisms") / "state_bytes.csv"
-    with path.open(newline="") as file:
-        return {row["mechanism"]: row for row in csv.DictReader(file)}
+    rows = csv.DictReader(path.read_text(encoding="utf-8").splitlines())
+    return {row["mechanism"]: row for row in rows}
 
 
 def columns(rows: Iterable[Sequence[str]], indent: str = "", width: int | None = None) -> str:
@@ -125,7 +128,7 @@ def columns(rows: Iterable[Sequence[str]], indent: str = "", width: int | None =
 
 
 def _summaries(registry: Registry) -> dict[str, str]:
-    # The name opens the summary of its own file ("zero: the part runs, ..."); once is enough.
+    # The name opens the summary of its own file ("zero: the module runs, ..."); once is enough.
     return {
         name: registry.card(name).summary.removeprefix(f"{name}: ") for name in registry.names()
     }
@@ -176,7 +179,7 @@ def _default(value: object) -> str:
 
 
 def _error_text(error: type[MismatchError]) -> str:
-    # One line of the tree in errors.py says when it is raised.
+    # The line of the tree in errors.py that describes when it is raised.
     line = re.search(rf"\b{error.__name__} +\d +(.+)", errors.__doc__ or "")
     text = (line.group(1) if line else "").capitalize() + "."
     own = inspect.cleandoc(error.__doc__) if "__doc__" in vars(error) and error.__doc__ else ""

@@ -43,7 +43,7 @@ def write_atomic(path: Path, fill: Callable[[IO[bytes]], Any]) -> None:
 def whole_folder(path: Path) -> Iterator[Path]:
     """A temporary folder that becomes `path` when the block ends, and vanishes when it fails.
 
-    What was at `path` goes at that moment: ask before whether it may.
+    What was at `path` is removed at that moment; the caller checks first whether it may be.
 
     Raises:
         RunError: it cannot be written.
@@ -84,7 +84,7 @@ def read_bytes(path: Path) -> bytes:
 
 @contextmanager
 def guarded(doing: str, path: Path) -> Iterator[None]:
-    """Turn what the operating system refuses into a RunError that names the file and a way out."""
+    """Turn an OSError into a RunError that names the file, with a hint for the usual causes."""
     try:
         yield
     except OSError as cause:

@@ -1,4 +1,4 @@
-"""One process, or several that torchrun started: each takes its share of the batches, the first one writes.
+"""One process, or several that torchrun started: each takes its share of the batches, rank 0 writes.
 
     torchrun --nproc-per-node 2 -m mismatch trace --model ... --swap ...
 

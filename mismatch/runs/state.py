@@ -1,4 +1,4 @@
-"""The state that an unfinished run goes on from: arrays and a little JSON, in two steps.
+"""The state that an unfinished run resumes from: arrays and a little JSON, in two steps.
 
     state/000007-000.safetensors   the arrays of the seventh save, in parts of about 64 MiB
     state/state.json               which parts count, their sha256, the run's fingerprint, the JSON
@@ -45,7 +45,7 @@ class State:
         Args:
             arrays: any names, shapes and numpy dtypes that safetensors knows.
             info: anything JSON; floats come back bit-equal.
-            fingerprint: what must be the same for the run to go on (settings, model, data).
+            fingerprint: what must be the same for the run to be resumed (settings, model, data).
 
         Raises:
             RunError: it cannot be written; the last save still counts.
@@ -76,7 +76,7 @@ class State:
         """The arrays and the JSON of the last save, or None if there is none.
 
         Raises:
-            OutputError: the state is of a run with another fingerprint; says which fields differ.
+            OutputError: the state is of a run with another fingerprint; names the fields that differ.
             RunError: the state is damaged.
         """
         index = self._read_index()

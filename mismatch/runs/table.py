@@ -50,7 +50,7 @@ COLUMNS = (
         "str",
         False,
         "surgery: after the swap; scan: one layer at a time; plan: a choice of layers; "
-        "diagnose: one thing of the update corrected at a time; repair: mending it",
+        "diagnose: one correction of the update at a time; repair: after a stage of the repair",
     ),
     Column("step", pa.int64(), "int64", False, "training step of the stage; 0 for surgery"),
     Column(
@@ -75,7 +75,7 @@ COLUMNS = (
         True,
         "0-based; empty for final and logits; of a scan the swapped layer",
     ),
-    Column("site", pa.string(), "str", False, "place of measurement: " + " ".join(SITES)),
+    Column("site", pa.string(), "str", False, "where it was measured: " + " ".join(SITES)),
     Column("head", pa.int16(), "Int16", True, "0-based; empty where a number is not of one head"),
     Column("position", pa.string(), "str", False, "all, or 0-based inclusive token range: 64-127"),
     Column("metric", pa.string(), "str", False, "metric or probe: see metrics in this dictionary"),
@@ -85,13 +85,13 @@ COLUMNS = (
         "str",
         False,
         "statistic of the metric; X_minus_C is the paired difference to the control C (or the "
-        "teacher); X[a=1,b=2] was read under these conditions",
+        "teacher); X[a=1,b=2] was measured under these conditions",
     ),
     Column("value", pa.float64(), "float64", True, "in the unit of the metric; empty: not defined"),
     Column("lo", pa.float64(), "float64", True, "2.5 % by bootstrap over documents; empty: none"),
     Column("hi", pa.float64(), "float64", True, "97.5 % by bootstrap over documents; empty: none"),
     Column("n", pa.int64(), "int64", False, "tokens behind the number"),
-    Column("swapped", pa.bool_(), "bool", False, "the layer holds a swapped part"),
+    Column("swapped", pa.bool_(), "bool", False, "the layer holds a swapped module"),
 )
 
 ADDRESS = [c.name for c in COLUMNS if c.name not in ("value", "lo", "hi", "n", "swapped")]
@@ -107,6 +107,9 @@ _DEFAULTS = {
     "hi": float("nan"),
     "swapped": False,
 }
+_LAST = 2**15 - 1
+"""The largest int16: no layer or head has this number."""
+
 _FIRST_STUDENTS = {"swap": 0, "floor": 2}  # controls stand between them, by name
 
 
@@ -126,18 +129,21 @@ def position_start(position: str) -> int:
 
 
 def under(stat: str, **given: float | str) -> str:
-    """A statistic that was read under conditions: `logprob[length=256,depth=0.1]`."""
+    """A statistic that was measured under conditions: `logprob[length=256,depth=0.1]`."""
     if not given:
         return stat
-    said = (f"{k}={v}" if isinstance(v, str) else f"{k}={v:g}" for k, v in given.items())
-    return f"{stat}[{','.join(said)}]"
+    pairs = (f"{k}={v}" if isinstance(v, str) else f"{k}={v:g}" for k, v in given.items())
+    return f"{stat}[{','.join(pairs)}]"
 
 
 def conditions(stat: str) -> tuple[str, dict[str, float | str]]:
-    """What `under` was given: `("logprob", {"length": 256.0, "depth": 0.1})`; none for a plain statistic."""
-    name, _, said = stat.removesuffix("]").partition("[")
+    """The name and the conditions that `under` joined: `("logprob", {"length": 256.0, "depth": 0.1})`.
+
+    A plain statistic has no conditions.
+    """
+    name, _, inside = stat.removesuffix("]").partition("[")
     found: dict[str, float | str] = {}
-    for pair in filter(None, said.split(",")):
+    for pair in filter(None, inside.split(",")):
         key, _, value = pair.partition("=")
         try:
             found[key] = float(value)
@@ -169,7 +175,7 @@ def as_table(rows: pd.DataFrame | Iterable[Mapping[str, Any]]) -> pd.DataFrame:
             hint=f"the columns are {' '.join(names)}",
         )
     frame = frame[names].astype({c.name: c.pandas for c in COLUMNS})
-    frame = frame.sort_values(names[:11], key=_rank, kind="stable", ignore_index=True)
+    frame = frame.sort_values(ADDRESS, key=_rank, kind="stable", ignore_index=True)
     twice = frame.duplicated(ADDRESS)
     if twice.any():
         address = frame.loc[twice, ADDRESS].iloc[0].to_dict()
@@ -186,7 +192,7 @@ def _rank(column: pd.Series) -> pd.Series:
     if column.name == "student":
         return column.map(lambda s: f"{_FIRST_STUDENTS.get(s, 1)}{s}")
     if column.name in ("layer", "head"):
-        return column.fillna(32767).astype("int64")  # empty: after the last layer
+        return column.fillna(_LAST).astype("int64")  # empty: after the last layer
     return column
 
 

@@ -18,7 +18,7 @@
 | `layers0-last/2:infini; layer3.mlp:zero` | every second layer, and one MLP |
 | `norms:dyt` | `norm1` and `norm2` of all layers, and `final_norm` |
 | `layers[4-7].norms:dyt` | all norms of four layers |
-| `layer12:parallel(infini, alpha=0)` | the original stays, and infini is added |
+| `layer12:parallel(infini, alpha=0)` | attention stays, and infini is added to it |
 
 `parse` knows the grammar only. `check` also knows the mechanisms, by their cards. `resolve` also knows the
 model: how many layers, which slots. A clause that fits only in part is an error, never a smaller swap.

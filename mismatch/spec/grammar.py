@@ -1,4 +1,4 @@
-"""From the text of a swap to its clauses, each part with the column where it stands (see `mismatch.spec`)."""
+"""From the text of a swap to its clauses, each with the column where it stands (see `mismatch.spec`)."""
 
 from __future__ import annotations
 
@@ -45,9 +45,9 @@ _LITERALS = {"true": True, "false": False, "none": None}
 
 @dataclass(frozen=True)
 class Call:
-    """A mechanism and what was said about it: `infini(segment=64)`.
+    """A mechanism and its arguments: `infini(segment=64)`.
 
-    What is given without a key has the key "" until `check` gives it the name of its field.
+    An argument without a key has the key "" until `check` gives it the name of its field.
     """
 
     name: str
@@ -206,7 +206,7 @@ class _Parser:
         return f"`{found.group()}`" if found else "the end"
 
     def spec(self) -> Spec:
-        clauses = []
+        clauses: list[Clause] = []
         while not clauses or self.take(";"):
             if self.peek() in ("", ";"):
                 self.fail("a clause is empty", self.pos, _EXAMPLE)

@@ -1,4 +1,4 @@
-"""Mechanisms without a target, and layers without a mechanism: what a scan and a plan are told.
+"""Mechanisms without a target, and layers without a mechanism: the two lists that scan and plan take.
 
     templates = template (";" template)*        infini(segment=64); nope; mlp:zero
     template  = [slot ":"] mechanism            the slot defaults to the mechanism's own

@@ -1,4 +1,4 @@
-"""From the clauses of a swap to the exact places in one model, or to an error before any weight is loaded."""
+"""From the clauses of a swap to the slots of one model, or to an error before any weight is loaded."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ INSIDE = {
     "attn": ("q_proj", "k_proj", "v_proj", "o_proj"),
     "mlp": ("gate_proj", "up_proj", "down_proj"),
 }
-"""Slots that vanish when the slot around them is replaced. `block` is around all."""
+"""Slots inside another slot: they are gone when that one is replaced. All slots of a layer are inside `block`."""
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,8 @@ def check(spec: Spec) -> Spec:
     """Check names, slots and arguments against the mechanisms' cards.
 
     Returns:
-        The spec with each argument in its declared type and in the order of the Config's fields; those that
-        say the default are left out.
+        The spec with each argument in its declared type and in the order of the Config's fields; those
+        equal to the default are left out.
 
     Raises:
         SpecError: unknown mechanism, argument or slot; a value of another type, outside its bounds or
@@ -62,24 +62,24 @@ def format(spec: Spec) -> str:
 
 
 def explicit(spec: Spec) -> str:
-    """The text with every argument said, the defaults too: it goes on meaning the same when a default changes.
+    """The text with every argument written out, the defaults too: its meaning stays when a default changes.
 
     Raises:
         SpecError: as `check`.
     """
     checked = check(spec)
-    clauses = tuple(Clause(c.target, _said(c.call, spec.text)) for c in checked.clauses)
+    clauses = tuple(Clause(c.target, _written_out(c.call, spec.text)) for c in checked.clauses)
     return str(Spec(clauses, spec.text))
 
 
-def _said(call: Call, text: str) -> Call:
+def _written_out(call: Call, text: str) -> Call:
     given = dict(call.args)
     defaults = {arg.name: arg.default for arg in _card(call, text).args}
     args = []
     for key, value in {**defaults, **given}.items():
         if value == ():  # the grammar has no empty list
             continue
-        args.append((key, _said(value, text) if isinstance(value, Call) else value))
+        args.append((key, _written_out(value, text) if isinstance(value, Call) else value))
     return Call(call.name, tuple(args), call.at)
 
 
@@ -90,7 +90,7 @@ def resolve(
     family_name: str,
     lacks: Mapping[str, str] | None = None,
 ) -> tuple[Placement, ...]:
-    """Every place that the swap touches, clause by clause, layers ascending.
+    """Every slot that the swap touches, clause by clause, layers ascending.
 
     Args:
         spec: from `parse`; it is checked here.
@@ -101,22 +101,22 @@ def resolve(
 
     Raises:
         SpecError: a layer or slot that the model does not have, a layer named twice in one clause, or a second
-            replacement in one place.
+            replacement in one slot.
     """
     checked = check(spec)
     found: list[Placement] = []
     for index, clause in enumerate(checked.clauses):
         target = clause.target
         slot = _slot(clause, spec.text)
-        places: list[tuple[int | None, str]] = []
+        at_slots: list[tuple[int | None, str]] = []
         if target.kind != "final_norm":
             for name in _expand(slot, slots, family_name, lacks or {}, clause, spec.text):
-                places += [(layer, name) for layer in _layers(target, n_layers, spec.text)]
+                at_slots += [(layer, name) for layer in _layers(target, n_layers, spec.text)]
         if target.kind in ("norms", "final_norm"):
-            places.append((None, "final_norm"))
+            at_slots.append((None, "final_norm"))
         order = {name: at for at, name in enumerate(slots)}
-        places.sort(key=lambda p: (p[0] is None, p[0] or 0, order.get(p[1], 0)))
-        for layer, name in places:
+        at_slots.sort(key=lambda p: (p[0] is None, p[0] or 0, order.get(p[1], 0)))
+        for layer, name in at_slots:
             placement = Placement(layer, name, clause.call, index)
             _refuse_twice(placement, found, spec.text, clause)
             found.append(placement)
@@ -137,7 +137,7 @@ def _card(call: Call, text: str) -> Card:
 def _checked(call: Call, text: str) -> Call:
     card = _card(call, text)
     if card.free:
-        return _handed_on(call, text)
+        return _passed_on(call, text)
     given: dict[str, Value] = {}
     columns: dict[str, tuple[int, int]] = {}
     for index, ((key, value), (key_at, value_at)) in enumerate(
@@ -172,8 +172,8 @@ def _checked(call: Call, text: str) -> Call:
     return replace(call, args=tuple(kept), columns=where)
 
 
-def _handed_on(call: Call, text: str) -> Call:
-    """A call whose arguments only the class itself can judge, which is asked when it is built."""
+def _passed_on(call: Call, text: str) -> Call:
+    """A call whose arguments only the class itself can check, when it is built."""
     args = []
     for (key, value), (at, _) in zip(call.args, call.columns, strict=True):
         if key == "":
@@ -183,7 +183,7 @@ def _handed_on(call: Call, text: str) -> Call:
 
 
 def _unnamed(call: Call, card: Card, index: int, value: Value, text: str, at: int) -> Arg:
-    """The field that an argument without a key means: a mechanism the one for it, a number that of its place."""
+    """The field that an argument without a key means: a mechanism by its type, a number by its order."""
     if isinstance(value, Call):
         arg = next((a for a in card.args if a.type == "Call"), None)
         if arg is None:
@@ -251,7 +251,7 @@ def _slot(clause: Clause, text: str) -> str:
         return allowed[0]
     else:
         _fail(
-            f"`{card.name}` does not say which slot it goes into",
+            f"`{card.name}` declares no slot",
             text,
             clause.call.at,
             f"name one, as in `{target}.attn:{clause.call}`",
@@ -318,7 +318,7 @@ def _layers(target: Target, n_layers: int, text: str) -> list[int]:
 
 
 def _refuse_twice(new: Placement, found: list[Placement], text: str, clause: Clause) -> None:
-    """One replacement per place; a mechanism that wraps what it finds (`stacks`) may come on top."""
+    """One replacement per slot; a mechanism that wraps what it finds (`stacks`) may come on top."""
     if mechanisms().card(new.call.name).facts.get("stacks") is True:
         return
     where = "`final_norm`" if new.layer is None else f"layer {new.layer} `{new.slot}`"

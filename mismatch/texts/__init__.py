@@ -1,1 +1,1 @@
-"""Read text, cut it into windows, keep texts apart."""
+"""Text: read documents, cut windows of tokens, keep the texts of different roles apart."""

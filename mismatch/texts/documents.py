@@ -4,7 +4,7 @@ A document is the unit of everything that follows: windows never mix two of them
 bootstrapped over them. Fetched names may carry a part: `sotu` is `sotu:early`, the messages before
 1945 (calibration); `sotu:late` those from 1945 on; `sotu:all` both.
 
-Text used to calibrate must not be measured on. `calibration_and_evaluation` gives two disjoint sets
+No number may be measured on calibration text. `calibration_and_evaluation` gives two disjoint sets
 of documents, dividing by the hash of the text when both come from one source, and `assert_disjoint`
 compares those hashes, so the same text under another name is found too. No torch.
 """
@@ -14,7 +14,6 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -29,7 +28,7 @@ CALIBRATION_SHARE = 5  # one document in five, when one source has to serve for 
 
 @dataclass(frozen=True)
 class Documents:
-    """Texts with their names. `source` is what the user asked for, `note` what it is."""
+    """Texts with their names. `source` is the path or name that was given, `note` a description with the licence."""
 
     source: str
     names: tuple[str, ...]
@@ -183,7 +182,8 @@ def _part(documents: Documents, part: str) -> Documents:
 
 
 def _year(name: str) -> int:
-    return int(re.match(r"\d{4}", name)[0])
+    """The year that a file name such as `1945-Truman-1.txt` begins with."""
+    return int(name[:4])
 
 
 def calibration_and_evaluation(

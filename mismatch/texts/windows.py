@@ -36,7 +36,7 @@ class Windows:
     names: tuple[str, ...]
     """Name of each document that appears, by document number."""
     asked: int
-    """Tokens that were asked for; there are fewer when the documents ran out."""
+    """Tokens requested; there are fewer when the documents ran out."""
     prefix: tuple[int, ...]
     """Ids that the tokenizer put before each window."""
 
@@ -154,11 +154,13 @@ class _Cutter:
 
 
 def prefix_ids(tokenizer: Any) -> tuple[int, ...]:
-    """What the tokenizer puts before a text, usually one BOS or nothing.
+    """The ids that the tokenizer puts before a text, usually one BOS or none.
 
-    "As the tokenizer wants it" is what calling it does, which is what the model saw: not whether a
-    `bos_token` is named (SmolLM2 names `<|im_start|>`, which opens a chat turn, and adds none).
-    A suffix (EOS) is not used: a window is a piece of a text, not its end.
+    They are found by calling it, as in the model's training, and not by its `bos_token` (SmolLM2 names `<|im_start|>`,
+    which opens a chat turn, and adds none). A suffix (EOS) is not used: a window is a piece of a text, not its end.
+
+    Raises:
+        DataError: the tokenizer changes the ids of the text itself when it adds special tokens.
     """
     probe = "a b"
     plain = tokenizer(probe, add_special_tokens=False).input_ids

@@ -312,7 +312,7 @@ hint: slots of `infini`: attn""",
     ),
     (
         "layer1:cards_of_test:Open(rate=1)",
-        """`cards_of_test:Open` does not say which slot it goes into
+        """`cards_of_test:Open` declares no slot
   layer1:cards_of_test:Open(rate=1)
          ^
 

@@ -223,7 +223,7 @@ def _build(
     except OSError as error:
         raise FetchError(
             f"could not write {package.name} into the cache {cache}: {error.strerror or error}",
-            hint="free some space, or name another place in MISMATCH_CACHE",
+            hint="free some space, or name another folder in MISMATCH_CACHE",
         ) from error
 
 
@@ -254,7 +254,7 @@ def _publish(out: Path, folder: Path, package: Package) -> Path:
 
 
 def _card(package: Package) -> dict[str, object]:
-    """What SOURCE.json says; `cached` compares `data_sha256` and `format`."""
+    """The content of SOURCE.json; `cached` compares `data_sha256` and `format`."""
     left_out = ("members", "convert", "megabytes", "platform", "needs")
     return {k: v for k, v in dataclasses.asdict(package).items() if k not in left_out}
 
