@@ -68,7 +68,7 @@ def test_bytes_survive_reading_and_another_process(tmp_path):
     assert table.to_parquet(table.from_parquet(data)) == data
     (tmp_path / "a.parquet").write_bytes(data)
     code = (
-        "import pathlib, sys; from mismatch import table; p = pathlib.Path(sys.argv[1]);"
+        "import pathlib, sys; from mismatch.runs import table; p = pathlib.Path(sys.argv[1]);"
         "sys.stdout.buffer.write(table.to_parquet(table.from_parquet(p.read_bytes())))"
     )
     again = subprocess.run(

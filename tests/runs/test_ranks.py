@@ -28,8 +28,8 @@ def free_port() -> int:
 def start(words: list[str], before: str = "") -> list[subprocess.Popen]:
     """Two processes as torchrun starts them, without its own seconds."""
     code = (
-        "import sys\nfrom mismatch import cli, job, loop\n"
-        f"job.write_html = lambda path: None\n{before}\nsys.exit(cli.main(sys.argv[1:]))"
+        "import sys\nfrom mismatch import cli\nfrom mismatch.stages.trace import batches, stage\n"
+        f"stage.write_html = lambda path: None\n{before}\nsys.exit(cli.main(sys.argv[1:]))"
     )
     port = str(free_port())
     return [
@@ -106,7 +106,7 @@ def test_a_failure_of_the_second_rank_is_told_and_the_run_goes_on(toy_folder, tm
         "    if os.environ['RANK'] == '1' and len(calls) == 2:\n"
         "        raise NumericsError('NaN in the swap', hint='none')\n"
         "    return stream(*args, **kwargs)\n"
-        "loop.stream = fails"
+        "batches.stream = fails"
     )
     processes = start([*words, "--output", str(run)], broken)
     try:

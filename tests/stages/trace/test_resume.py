@@ -182,7 +182,10 @@ class _Alone(Ranks):
 
 
 def trace(words, *more, **options):
-    code = "import sys; from mismatch import cli, loop; loop.SAVE_EVERY = -1.0; sys.exit(cli.main(sys.argv[1:]))"
+    code = (
+        "import sys; from mismatch import cli; from mismatch.stages.trace import batches;"
+        "batches.SAVE_EVERY = -1.0; sys.exit(cli.main(sys.argv[1:]))"
+    )
     return subprocess.Popen(
         [sys.executable, "-c", code, *words, *more], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         **options,
