@@ -269,7 +269,7 @@ def test_a_figure_is_saved_with_its_numbers_and_the_same_bytes(table, tmp_path):
         contents.append({p.suffix: p.read_bytes() for p in folder.iterdir()})
     assert contents[0] == contents[1]
     assert contents[0].keys() == {".png", ".svg", ".csv", ".json"}
-    back = pd.read_csv(tmp_path / "a" / "map.csv")
+    back = pd.read_csv(tmp_path / "a" / "map.csv", float_precision="round_trip")
     np.testing.assert_array_equal(back["value"], data["value"].astype(float))
     with pytest.raises(RunError, match="could not write"):
         style.save(figure, tmp_path / "a" / "map.csv", "map", data, {})
