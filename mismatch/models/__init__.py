@@ -1,1 +1,1 @@
-"""Load a model, know its layout, generate from it."""
+"""Models: load one by name, bind its layout, generate from it."""

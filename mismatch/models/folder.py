@@ -112,7 +112,7 @@ def _check_shards(folder: Path) -> list[Path]:
         wanted = {name for name, where in weight_map.items() if where == shard}
         if absent := sorted(wanted - held):
             raise ModelError(
-                f"{folder / shard} lacks {len(absent)} tensors that {INDEX} says it holds, "
+                f"{folder / shard} lacks {len(absent)} tensors that {INDEX} lists for it, "
                 f"first {absent[0]}"
             )
     return [folder / shard for shard in shards]
@@ -147,7 +147,7 @@ def check_safetensors(path: Path) -> dict[str, Any]:
     if size != 8 + length + end:
         what = "truncated" if size < 8 + length + end else "too long"
         raise ModelError(
-            f"{path} is {what}: {size:,} bytes, its header asks for {8 + length + end:,}",
+            f"{path} is {what}: {size:,} bytes, its header requires {8 + length + end:,}",
             hint="get the file again",
         )
     return header

@@ -1,7 +1,7 @@
-"""Let a model speak: greedily, or drawn at a temperature.
+"""Generate text from a model: greedily, or sampled at a temperature.
 
-What the model's own generation config says about sampling (top-k, top-p, penalties) is left aside, so that what is
-read is the model and two models are compared on the same terms; its end-of-text tokens count.
+Sampling settings of the model's own generation config (top-k, top-p, penalties) are not used, so that the text shows
+the model and two models are compared under the same settings. Its end-of-text tokens are used.
 """
 
 from __future__ import annotations
@@ -9,18 +9,21 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import GenerationConfig
 
 from mismatch.errors import UsageError
 
+if TYPE_CHECKING:
+    from mismatch.models.layout import CausalLM
+
 
 @dataclass(frozen=True)
 class Generated:
-    """What came out.
+    """A generated text.
 
     Attributes:
         text: the prompt and what follows; of a chat the answer alone.
@@ -49,7 +52,7 @@ def check(max_new_tokens: int, temperature: float) -> None:
 
 
 def generate(
-    model: nn.Module,
+    model: CausalLM,
     tokenizer: Any,
     prompt: str,
     *,
@@ -61,11 +64,11 @@ def generate(
     """Continue a text, or answer a message.
 
     Args:
-        model, tokenizer: of one kind.
+        model, tokenizer: they belong together.
         prompt: the text.
-        max_new_tokens: where it stops at the latest.
+        max_new_tokens: upper limit of new tokens.
         temperature: 0 takes the likeliest token each time.
-        seed: of the draws.
+        seed: random seed of the sampling.
         chat: the prompt is a message; it is put into the tokenizer's chat template.
 
     Raises:
@@ -73,7 +76,8 @@ def generate(
             template.
     """
     check(max_new_tokens, temperature)
-    given = _encoded(tokenizer, prompt, chat).to(model.get_input_embeddings().weight.device)
+    embedding: Any = model.get_input_embeddings()
+    given = _encoded(tokenizer, prompt, chat).to(embedding.weight.device)
     length = given["input_ids"].shape[1]
     limit = getattr(model.config, "max_position_embeddings", None)
     if limit is not None and length + max_new_tokens > limit:
@@ -98,18 +102,18 @@ def generate(
 
 
 def run(
-    model: nn.Module, given: Mapping[str, Tensor], max_new_tokens: int, temperature: float
+    model: CausalLM, given: Mapping[str, Tensor], max_new_tokens: int, temperature: float
 ) -> Tensor:
     """The ids of prompt and continuation, `batch pos`.
 
     Args:
-        model: of its own settings only the special tokens are read.
+        model: of its own generation config only the special tokens are used.
         given: `input_ids` and `attention_mask`, `batch pos`, on the device of the embedding.
         max_new_tokens, temperature: as of `generate`.
     """
     ends, own = _ends(model), model.generation_config
     drawn = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature > 0 else {}
-    told = GenerationConfig(
+    settings = GenerationConfig(
         max_new_tokens=max_new_tokens,
         bos_token_id=own.bos_token_id,
         eos_token_id=ends or None,
@@ -117,13 +121,17 @@ def run(
         pad_token_id=ends[0] if ends else 0,
         **drawn,
     )
+    untyped: Any = model  # transformers' annotation of `generate` refuses transformers' own models
     with settings_aside(model):
-        return model.generate(**given, generation_config=told)
+        return untyped.generate(**given, generation_config=settings)
 
 
 @contextmanager
-def settings_aside(model: nn.Module) -> Iterator[None]:
-    """Inside, the model's own generation config is empty: transformers would fill in from it what a call leaves out."""
+def settings_aside(model: CausalLM) -> Iterator[None]:
+    """Empty the model's own generation config while the context lives.
+
+    transformers would otherwise fill in from it what a call leaves out.
+    """
     own = model.generation_config
     model.generation_config = GenerationConfig()
     try:
@@ -132,7 +140,7 @@ def settings_aside(model: nn.Module) -> Iterator[None]:
         model.generation_config = own
 
 
-def _ends(model: nn.Module) -> list[int]:
+def _ends(model: CausalLM) -> list[int]:
     """The tokens that end a text."""
     ends = model.generation_config.eos_token_id
     ends = ends if isinstance(ends, (list, tuple)) else [ends]

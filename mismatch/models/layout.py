@@ -1,7 +1,7 @@
-"""Where things are in a model, per family, as data.
+"""Where the modules of a model are, per family, as data.
 
 A `Family` names the paths of one architecture (blocks, attention, MLP, norms, what is added to the stream); a `Layout`
-binds it to a loaded model. Nothing is guessed: an unknown `model_type` is an error that says what was looked for, and
+binds it to a loaded model. Nothing is guessed: an unknown `model_type` is an error that names what was looked for, and
 `mismatch.forward.verify` proves the binding on the loaded model by a forward pass.
 
 Words: `attn_out` and `mlp_out` are what is ADDED to the stream, so in a family that normalises the output of its
@@ -17,7 +17,11 @@ from typing import TYPE_CHECKING, Any
 from mismatch.errors import LayoutError
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor, nn
+
+    # transformers' own annotation of a model with a language-modelling head that can generate.
+    from transformers.models.auto.modeling_auto import _BaseModelWithGenerate as CausalLM
 
 LLAMA_PROJECTIONS = {
     "q_proj": "self_attn.q_proj",
@@ -212,17 +216,17 @@ def is_parallel(family: Family, config: Any) -> bool:
 class Layout:
     """A family bound to one model. `Layout.of(model)` builds it."""
 
-    model: nn.Module
+    model: CausalLM
     family: Family
     whole_blocks: frozenset[int] = frozenset()
     """Blocks that were replaced as a whole: what is inside them is not what is added to the stream."""
 
     @classmethod
-    def of(cls, model: nn.Module) -> Layout:
+    def of(cls, model: CausalLM) -> Layout:
         """Bind the family of `model.config` to `model` and check that every path is there.
 
         Raises:
-            LayoutError: unknown family, or a path that this model lacks (what was looked for, and where).
+            LayoutError: unknown family, or a path that this model lacks; names both.
         """
         layout = cls(model, family_of(model.config))
         missing = [
@@ -234,12 +238,13 @@ class Layout:
             raise LayoutError(
                 f"a model of family `{layout.family.name}` should have {', '.join(missing)}; this "
                 f"{type(model).__name__} has not",
-                hint="was it changed before it came here? `mismatch` wants the untouched model",
+                hint="was it changed before? `mismatch` needs the untouched model",
             )
         return layout
 
     @property
     def config(self) -> Any:
+        """transformers' config of the model; its attributes differ by family."""
         return self.model.config
 
     @property
@@ -249,10 +254,12 @@ class Layout:
 
     @property
     def blocks(self) -> nn.ModuleList:
+        """The decoder's blocks, in order: one a layer."""
         return self._of_decoder(self.family.blocks)
 
     @property
     def final_norm(self) -> nn.Module:
+        """The norm after the last block."""
         return self._of_decoder(self.family.final_norm)
 
     @property
@@ -265,15 +272,17 @@ class Layout:
 
     @property
     def vocab(self) -> int:
-        return self.model.get_submodule(self.family.head).weight.shape[0]
+        """Rows of the head: the vocabulary, padding rows included."""
+        return self._head.weight.shape[0]
 
     @property
-    def embedding_device(self) -> Any:
-        """Where token ids must be; under accelerate blocks may be elsewhere."""
+    def embedding_device(self) -> torch.device:
+        """The device that token ids must be on; under accelerate blocks may be on others."""
         return self._of_decoder(self.family.embed).weight.device
 
     @property
     def parallel(self) -> bool:
+        """Whether attention and MLP of a block read the same stream."""
         return is_parallel(self.family, self.config)
 
     def head(self, final: Tensor) -> Tensor:
@@ -285,12 +294,16 @@ class Layout:
         Returns:
             `... vocab`, in the dtype of the model.
         """
-        logits = self.model.get_submodule(self.family.head)(final)
+        logits = self._head(final)
         cap = getattr(self.config, "final_logit_softcapping", None)
         return logits if cap is None else (logits / cap).tanh() * cap
 
     def slot_path(self, layer: int | None, slot: str) -> str:
-        """Dotted path, from the model, of the module in a slot. `rope` is where positions enter: the attention."""
+        """Dotted path, from the model, of the module in a slot. Of `rope` it is the attention, where positions enter.
+
+        Raises:
+            LayoutError: the family has no such slot.
+        """
         decoder = self.model.base_model_prefix
         if slot == "final_norm":
             return f"{decoder}.{self.family.final_norm}"
@@ -305,6 +318,10 @@ class Layout:
                 hint=f"slots of {self.family.name}: {', '.join(self.family.slot_names())}",
             )
         return f"{block}.{inner}"
+
+    @property
+    def _head(self) -> Any:
+        return self.model.get_submodule(self.family.head)
 
     def _of_decoder(self, path: str) -> Any:
         if not _has(self.decoder, path):

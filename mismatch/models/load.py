@@ -1,12 +1,12 @@
 """Models by name: a folder, a fetched demo model, an installed package or a hub id.
 
-`mismatch.models.resolve` says where a name leads, `read_config` reads only the config, `load` loads model
-and tokenizer. All that can be refused is refused before weights are read (`mismatch.models.folder`), and
-after the load three silent failures are looked for: weights that were left at random, a RoPE base
-that was lost between transformers 4 and 5, token ids that the embedding does not have.
+`mismatch.models.resolve` finds the folder of a name, `read_config` reads only the config, `load` loads model and
+tokenizer. All that can be refused is refused before weights are read (`mismatch.models.folder`). After the load, three
+silent failures are checked for: weights that were left at random, a RoPE base that was lost between transformers 4 and
+5, token ids that the embedding does not have.
 
-This is the only file that calls `from_pretrained`. A checkpoint of a swapped model is loaded by
-`mismatch.surgery.loading`, with what is here.
+This is the only file that calls `from_pretrained`. `mismatch.surgery.loading` uses it to load a checkpoint of a swapped
+model.
 """
 
 from __future__ import annotations
@@ -16,11 +16,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import transformers
-from torch import nn
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from mismatch.errors import ModelError
@@ -34,7 +33,10 @@ from mismatch.models.folder import (
 )
 from mismatch.models.resolve import Source, from_hub, resolve
 
-DTYPES = {
+if TYPE_CHECKING:
+    from mismatch.models.layout import CausalLM
+
+DTYPES: dict[str, str | torch.dtype] = {
     "auto": "auto",
     "float32": torch.float32,
     "fp32": torch.float32,
@@ -61,7 +63,9 @@ class ModelInfo:
 
 
 class Loaded(NamedTuple):
-    model: nn.Module
+    """A model with its tokenizer, and what a manifest records of it."""
+
+    model: CausalLM
     tokenizer: Any
     info: ModelInfo
 
@@ -82,7 +86,7 @@ def read_config(
     return config, Source(source.name, folder, source.note)
 
 
-def skeleton(config: transformers.PretrainedConfig) -> nn.Module:
+def skeleton(config: transformers.PretrainedConfig) -> CausalLM:
     """The model of a config without its weights, on the meta device: for plans and shapes."""
     with torch.device("meta"):
         return transformers.AutoModelForCausalLM.from_config(config).eval()
@@ -104,7 +108,7 @@ def load(
         name_or_path: see `resolve`.
         dtype: "auto" is what the model was saved in; else a key of `DTYPES` or a torch dtype.
         device: where to put it; None is CUDA when there is one, else the CPU.
-        device_map: accelerate's placement ("auto" spreads a model over all GPUs and the CPU);
+        device_map: accelerate's device map ("auto" spreads a model over all GPUs and the CPU);
             not together with `device`.
         revision: branch, tag or commit of a hub id.
         trust_remote_code: run Python code that comes with the model.
@@ -116,7 +120,7 @@ def load(
             weights or a RoPE base that did not arrive.
     """
     torch_dtype = as_dtype(dtype)
-    place = as_place(device, device_map)
+    target = as_target(device, device_map)
     source = resolve(name_or_path)
     folder = source.folder or from_hub(source.name, revision, code=trust_remote_code)
     if record.read(folder) is not None:
@@ -131,14 +135,14 @@ def load(
         )
     files = check_weights(folder, allow_pickle)
     tokenizer = load_tokenizer(folder, trust_remote_code)
-    model = _model(folder, config, torch_dtype, place, trust_remote_code, bool(files))
+    model = _model(folder, config, torch_dtype, target, trust_remote_code, bool(files))
     return Loaded(model, tokenizer, check_loaded(model, tokenizer, folder, files, source))
 
 
 def check_loaded(
-    model: nn.Module, tokenizer: Any, folder: Path, files: list[Path], source: Source
+    model: CausalLM, tokenizer: Any, folder: Path, files: list[Path], source: Source
 ) -> ModelInfo:
-    """Look for what a load can lose without a word; the info of the model.
+    """Check for what a load can lose silently; return the info of the model.
 
     Raises:
         ModelError: a RoPE base that did not arrive, token ids that the embedding does not have.
@@ -155,7 +159,7 @@ def check_loaded(
     )
 
 
-def describe(model: nn.Module, name: str = "a loaded model") -> ModelInfo:
+def describe(model: CausalLM, name: str = "a loaded model") -> ModelInfo:
     """The info of a model that the caller loaded: the fingerprint is over the tensors themselves.
 
     It names the weights as they are in memory, so it differs from that of the folder they came
@@ -167,9 +171,8 @@ def describe(model: nn.Module, name: str = "a loaded model") -> ModelInfo:
         whole.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
         whole.update(plain.numpy().data)
     if (swapped := getattr(model, "swap_record", None)) is not None:
-        whole.update(
-            repr(swapped).encode()
-        )  # `zero` has the very tensors of the model it was put into
+        # `zero` has exactly the tensors of the model that it was put into.
+        whole.update(repr(swapped).encode())
     parameters = sum(p.numel() for p in model.parameters())
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     return ModelInfo(name, "", whole.hexdigest(), parameters, dtype)
@@ -242,15 +245,15 @@ def _model(
     folder: Path,
     config: transformers.PretrainedConfig,
     dtype: torch.dtype | str,
-    place: dict[str, Any],
+    target: dict[str, Any],
     trust_remote_code: bool,
     safetensors: bool,
-) -> nn.Module:
+) -> CausalLM:
     model, report = pretrained(
         folder,
         config,
         dtype=dtype,
-        device_map=place.get("device_map"),
+        device_map=target.get("device_map"),
         trust_remote_code=trust_remote_code,
         use_safetensors=safetensors,
     )
@@ -260,28 +263,29 @@ def _model(
             f"would be random, first {absent[0]}",
             hint="are the weights those of this config?",
         )
-    if "device" in place:
-        model = model.to(place["device"])
+    if "device" in target:
+        model.to(target["device"])
     return model.eval().requires_grad_(False)
 
 
 def pretrained(
     folder: Path, config: transformers.PretrainedConfig, **options: Any
-) -> tuple[nn.Module, dict[str, Any]]:
+) -> tuple[CausalLM, dict[str, Any]]:
     """transformers' own `from_pretrained` on a local folder.
 
     Returns:
-        the model, and what transformers says about missing, unexpected and mismatched tensors.
+        the model, and transformers' report of missing, unexpected and mismatched tensors.
 
     Raises:
-        ModelError: it does not fit, or cannot be loaded.
+        ModelError: it does not fit into memory, or cannot be loaded.
     """
     options |= {"local_files_only": True, "output_loading_info": True}
     try:
         with _no_progress_bar():
-            return transformers.AutoModelForCausalLM.from_pretrained(
+            loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
                 folder, config=config, **options
             )
+            return loaded  # a pair, because of `output_loading_info`
     except torch.OutOfMemoryError as error:
         raise ModelError(
             f"{folder} does not fit: {_first_line(error)}",
@@ -295,7 +299,7 @@ def pretrained(
 
 @contextmanager
 def _no_progress_bar() -> Iterator[None]:
-    """Loading shows a bar of transformers' own; stderr is the caller's."""
+    """Hide the progress bar that transformers shows on stderr while it loads."""
     shown = transformers.utils.logging.is_progress_bar_enabled()
     transformers.utils.logging.disable_progress_bar()
     try:
@@ -305,11 +309,11 @@ def _no_progress_bar() -> Iterator[None]:
             transformers.utils.logging.enable_progress_bar()
 
 
-def _check_rope(model: nn.Module, folder: Path) -> None:
+def _check_rope(model: CausalLM, folder: Path) -> None:
     """The RoPE base of config.json must have arrived.
 
     transformers 4 wrote `rope_theta`, 5 writes `rope_parameters`; read by the other, it can fall
-    back to 10000 without a word.
+    back to 10000 silently.
     """
     wanted = set(_thetas(read_config_file(folder)))
     got = set(_thetas(model.config.to_dict()))
@@ -330,8 +334,9 @@ def _thetas(config: dict[str, Any]) -> Iterator[float]:
             yield from _thetas(value)
 
 
-def _check_vocabulary(model: nn.Module, tokenizer: Any, folder: Path) -> None:
-    rows, ids = model.get_input_embeddings().weight.shape[0], len(tokenizer)
+def _check_vocabulary(model: CausalLM, tokenizer: Any, folder: Path) -> None:
+    embedding: Any = model.get_input_embeddings()
+    rows, ids = embedding.weight.shape[0], len(tokenizer)
     if ids > rows:
         raise ModelError(
             f"{folder}: the tokenizer has {ids:,} tokens, the embedding {rows:,} rows",
@@ -340,6 +345,11 @@ def _check_vocabulary(model: nn.Module, tokenizer: Any, folder: Path) -> None:
 
 
 def as_dtype(dtype: str | torch.dtype) -> torch.dtype | str:
+    """The dtype of a name of `DTYPES`; "auto" stays.
+
+    Raises:
+        ModelError: unknown name.
+    """
     if isinstance(dtype, torch.dtype):
         return dtype
     if dtype not in DTYPES:
@@ -347,7 +357,12 @@ def as_dtype(dtype: str | torch.dtype) -> torch.dtype | str:
     return DTYPES[dtype]
 
 
-def as_place(device: Any, device_map: Any) -> dict[str, Any]:
+def as_target(device: Any, device_map: Any) -> dict[str, Any]:
+    """Where a model goes: `{"device": ...}` or `{"device_map": ...}`.
+
+    Raises:
+        ModelError: both are given, or the device cannot be used.
+    """
     if device_map is not None:
         if device is not None:
             raise ModelError("device and device_map exclude one another", hint="give one of them")

@@ -1,4 +1,4 @@
-"""Where a model's name leads: a folder, the cache, an installed package, or a hub id. No torch."""
+"""Find the folder of a model's name: a folder, the cache, an installed package, or a hub id. No torch."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from mismatch.errors import ModelError
 from mismatch.texts.demo import fetch
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_REASON = 200  # characters of a hub error that are shown
 SMALL_FILES = ("*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken")
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where a model name leads. `folder` is None for a hub id, whose files are not here yet."""
+    """The folder behind a model name. `folder` is None for a hub id, whose files are not here yet."""
 
     name: str
     folder: Path | None
@@ -24,9 +25,9 @@ class Source:
 
 
 def resolve(name_or_path: str | Path) -> Source:
-    """Where a name leads: explicit path, cache, installed package, hub id, in this order.
+    """Find the source of a name: explicit path, cache, installed package, hub id, in this order.
 
-    An installed package is converted into the cache on the way. Nothing is downloaded.
+    An installed package is converted into the cache. Nothing is downloaded.
 
     Raises:
         ModelError: no such folder, a text's name, a fetchable model that was not fetched.
@@ -36,7 +37,7 @@ def resolve(name_or_path: str | Path) -> Source:
     if path.is_dir():
         return Source(name, path.resolve())
     if path.is_file():
-        raise ModelError(f"{name} is a file", hint="give the folder that it lies in")
+        raise ModelError(f"{name} is a file", hint="give the folder that it is in")
     if package := fetch.SOURCES.get(name):
         return _fetched(package)
     looks_like_path = isinstance(name_or_path, Path) or name.startswith((".", "/", "~"))
@@ -114,6 +115,6 @@ def _snapshot(name: str, revision: str | None, patterns: list[str]) -> Path:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ModelError(
             f"no model {name!r}: no such folder, nothing to fetch by this name, and the Hugging "
-            f"Face hub did not give it ({reason[:200]})",
+            f"Face hub did not deliver it ({reason[:_REASON]})",
             hint=_known(),
         ) from error

@@ -1,14 +1,14 @@
-"""What a checkpoint of a swapped model says about itself: the `mismatch` entry of its config.json. No torch.
+"""The record of its swaps in a checkpoint: the `mismatch` entry of config.json. No torch.
 
     model_type   "mismatch", so that nothing takes the folder for the plain model and leaves the swap out
     auto_map     the two classes of `modeling_mismatch.py`, for transformers with trust_remote_code=True
     mismatch     format       of this entry; another one is refused
                  version      of the mismatch that wrote it
                  model_type   transformers' own name of the family
-                 base         name and fingerprint of the model that was swapped; null when nobody said
-                 swaps        in order: the text with every argument said, and the seed. A default that changes
+                 base         name and fingerprint of the model that was swapped; null when it is not known
+                 swaps        in order: the text with every argument written out, and the seed. A default that changes
                               later must not change what is rebuilt
-                 shared       tensors that are another one under a second name: they are in the file once
+                 shared       second names of tensors that are in the file once, and the first name of each
 
 `mismatch.json`, when it is there, holds facts about these weights (such as how they were repaired) and nothing that
 loading needs.
@@ -39,7 +39,7 @@ AUTO_MAP = {
 
 @dataclass(frozen=True)
 class Swap:
-    """One operation: the text of the swap and the seed of what was drawn."""
+    """One swap: its text, and the seed of what was drawn."""
 
     text: str
     seed: int = 0
@@ -129,7 +129,7 @@ def of_config(raw: Mapping[str, Any], where: Path | str) -> Record | None:
 
 
 def extra(folder: Path) -> dict[str, Any]:
-    """What mismatch.json says; empty when there is none.
+    """The content of mismatch.json; empty when there is none.
 
     Raises:
         RunError: it cannot be read.

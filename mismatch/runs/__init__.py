@@ -1,1 +1,1 @@
-"""The run folder and what lies in it: table, state, environment, ranks."""
+"""The run folder and its content: table, state, environment, ranks."""

@@ -1,1 +1,1 @@
-"""Operate, undo, controls, save, load."""
+"""Swap modules of a model for mechanisms, undo it, build controls, save and load the result."""

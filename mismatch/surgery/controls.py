@@ -1,6 +1,6 @@
-"""Students that bound the scale: the same slots as the swap, holding `zero`, `mean`, ... instead.
+"""Controls: students with `zero`, `mean`, ... in the slots of the swap. They bound the scale.
 
-A shift means something only beside what deleting the part costs, on the same tokens.
+A shift is read beside the cost of deleting the module, on the same tokens.
 """
 
 from __future__ import annotations
@@ -12,23 +12,23 @@ from mismatch.surgery.operate import Plan
 
 
 def control_specs(controls: Sequence[str], plan: Plan) -> dict[str, spec.Spec]:
-    """The swap text of each control, in the very slots of the swap.
+    """The swap text of each control, in the slots of the swap.
 
     Args:
         controls: names of mechanisms.
         plan: of the swap.
     """
-    places: dict[str, set[int | None]] = {}
+    layers: dict[str, set[int | None]] = {}
     for clause in plan.clauses:
-        places.setdefault(clause.slot, set()).add(clause.layer)
-    return {control: spec.parse(_clauses(control, places)) for control in controls}
+        layers.setdefault(clause.slot, set()).add(clause.layer)
+    return {control: spec.parse(_clauses(control, layers)) for control in controls}
 
 
-def _clauses(control: str, places: dict[str, set[int | None]]) -> list[str]:
+def _clauses(control: str, by_slot: dict[str, set[int | None]]) -> list[str]:
     slots = registry.mechanisms().card(control).facts["slots"]
     found: dict[str, None] = {}
-    for slot, layers in places.items():
-        # A control that cannot stand in this slot (skip, in attention) stands in its own: the block around it.
+    for slot, layers in by_slot.items():
+        # A control that cannot go into this slot (skip, in attention) goes into its own: the block around it.
         own = slot if slot in slots else slots[0]
         if None in layers:
             found[f"final_norm:{control}"] = None

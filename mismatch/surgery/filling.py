@@ -1,8 +1,8 @@
-"""Fill a rebuilt model with the tensors of its checkpoint: every one of the file, once, where it belongs.
+"""Fill a rebuilt model with the tensors of its checkpoint: every tensor of the file goes to its name, once.
 
-A missing tensor, one too many, or one of another shape is an error. What was one tensor under two names is one again,
-and what is two in the file becomes two, even where building the swap makes it one (a tied head that was untied, the
-two paths of `parallel` after they were trained apart).
+A missing tensor, one too many, or one of another shape is an error. One tensor under two names becomes one again. Two
+tensors in the file become two, even where building the swap makes one (a tied head that was untied, the two paths of
+`parallel` after they were trained separately).
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -27,7 +28,7 @@ FORMATS = {
     torch.bfloat16: "BF16",
     torch.float16: "F16",
 }
-"""What safetensors calls the number formats of weights."""
+"""The names of weight dtypes in safetensors."""
 
 
 def fill(
@@ -39,17 +40,17 @@ def fill(
     *,
     exact: bool,
 ) -> None:
-    """Put a checkpoint's tensors into the rebuilt model: those of replaced parts, and what is not yet as in the file.
+    """Put a checkpoint's tensors into the rebuilt model: those of replaced modules, and what differs from the file.
 
     Args:
-        model: rebuilt; what was not replaced came out of the file already, in the number format of the model.
+        model: rebuilt; what was not replaced was read from the file already, in the dtype of the model.
         found: the checkpoint's record.
         folder, files: where the tensors are.
-        replaced: paths of the replaced parts.
-        exact: each tensor in the number format of the file, whatever the rest has.
+        replaced: paths of the replaced modules.
+        exact: each tensor in the dtype of the file, whatever the others have.
 
     Raises:
-        ModelError: names or shapes in the file are not those of the model; a replaced part lies on no device.
+        ModelError: names or shapes in the file are not those of the model; a replaced module lies on no device.
     """
     held = {name: (file, one) for file in files for name, one in check_safetensors(file).items()}
     state = model.state_dict(keep_vars=True)
@@ -72,16 +73,16 @@ def fill(
             file, entry = held[source]
             other = exact and entry["dtype"] != FORMATS.get(tensor.dtype)
             # The rebuilt model shares what the saved one no longer did.
-            parted = len(sources[id(tensor)]) > 1
+            split = len(sources[id(tensor)]) > 1
             if id(tensor) in used:
                 tensor = _alike(tensor)
                 _put(model, name, tensor, paths)
-            if name.startswith(inside) or other or parted:
+            if name.startswith(inside) or other or split:
                 value = opened[file].get_tensor(source)
                 _refuse_offloaded(tensor, name, folder)
-                kind = value.dtype if exact else tensor.dtype
+                dtype = value.dtype if exact else tensor.dtype
                 # A copy: not a view of the file, and aligned as any other tensor (sums round by alignment).
-                tensor.data = value.to(device=tensor.device, dtype=kind, copy=True)
+                tensor.data = value.to(device=tensor.device, dtype=dtype, copy=True)
             used.add(id(tensor))
             there[source] = tensor
 
@@ -93,11 +94,11 @@ def _compare(
     for what, names in (
         ("are not in its weights", wanted - shapes.keys()),
         (
-            "belong to no part of it",
+            "belong to no module of it",
             (shapes.keys() - wanted) | (found.shared.keys() - state.keys()),
         ),
         (
-            "have another shape than its parts",
+            "have another shape than its modules",
             {n for n in wanted & shapes.keys() & state.keys() if shapes[n] != [*state[n].shape]},
         ),
     ):
@@ -110,11 +111,11 @@ def _compare(
 
 
 def _put(model: nn.Module, name: str, tensor: Tensor, paths: Counter[int]) -> None:
-    """Another tensor under this name alone: a module that has several paths is parted on the way to it."""
+    """Put another tensor under this name only. A module that is reached by several paths is copied on this one."""
     *owners, leaf = name.split(".")
-    module = model
+    module: nn.Module = model
     for step in owners:
-        child = module._modules[step]
+        child = module.get_submodule(step)
         if paths[id(child)] > 1:
             paths[id(child)] -= 1
             child = copy.copy(child)
@@ -122,7 +123,7 @@ def _put(model: nn.Module, name: str, tensor: Tensor, paths: Counter[int]) -> No
                 setattr(child, kind, dict(getattr(child, kind)))
             module._modules[step] = child
         module = child
-    kept = module._parameters if leaf in module._parameters else module._buffers
+    kept: dict[str, Any] = module._parameters if leaf in module._parameters else module._buffers
     kept[leaf] = tensor
 
 
@@ -134,6 +135,6 @@ def _alike(tensor: Tensor) -> Tensor:
 def _refuse_offloaded(tensor: Tensor, name: str, folder: Path) -> None:
     if tensor.device.type == "meta":
         raise ModelError(
-            f"{folder}: {name} belongs to a replaced part and lies on no device (it was offloaded)",
+            f"{folder}: {name} belongs to a replaced module and lies on no device (it was offloaded)",
             hint="give a device_map that keeps the swapped layers on a device",
         )

@@ -1,12 +1,12 @@
 """Load a checkpoint of a swapped model (written by `mismatch.surgery.saving`).
 
-    plain model    transformers loads the folder as the model that was swapped: devices, formats and buffers are its
-                   business. What was replaced is random at this point
-    rebuild        the swaps are made again, in order, on real tensors, so that everything a mechanism computes for
-                   itself and does not save is there (on transformers' meta device it would be left as garbage).
-                   What was once measured on calibration text is a placeholder
-    fill           every tensor of the replaced parts comes out of the file, bit for bit. A tensor that is missing, one
-                   too many, or one of another shape is an error, never a warning
+    plain model    transformers loads the folder as the model that was swapped; it handles devices, dtypes and buffers.
+                   Replaced modules are random at this point
+    rebuild        the swaps are made again, in order, on real tensors, so that everything is there that a mechanism
+                   computes and does not save (on transformers' meta device it would hold garbage). What was measured
+                   on calibration text is a placeholder
+    fill           every tensor of the replaced modules is read from the file, bit for bit. A missing tensor, one too
+                   many, or one of another shape is an error, never a warning
 
 `load` is what `mismatch.load` does with any model name. `MismatchConfig` and `MismatchForCausalLM` are what
 `AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)` finds in the folder.
@@ -17,11 +17,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import transformers
-from torch import nn
 
 from mismatch import spec
 from mismatch.errors import MismatchError, ModelError
@@ -35,11 +34,14 @@ from mismatch.models.swap_record import MODEL_TYPE, Record, of_config, read
 from mismatch.surgery.filling import fill
 from mismatch.surgery.operate import Replaced, layout_of, operate, placed
 
+if TYPE_CHECKING:
+    from mismatch.models.layout import CausalLM
+
 
 class Opened(NamedTuple):
     """A model that can be run and measured."""
 
-    model: nn.Module
+    model: CausalLM
     tokenizer: Any
     layout: Layout
     info: ModelInfo
@@ -55,14 +57,13 @@ def load(
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
 ) -> Opened:
-    """Load a plain model or a checkpoint, and prove its layout by a probe forward.
+    """Load a plain model or a checkpoint, and prove its layout by a forward pass.
 
     Args:
         name_or_path: see `mismatch.models.resolve`.
-        dtype: see `mismatch.models.load.load`; None is float32 for a plain model, and what it was saved in for
-        a checkpoint.
+        dtype: see `mismatch.models.load.load`; None is float32 for a plain model, and the saved dtype for a checkpoint.
         device, device_map, revision, allow_pickle: see `mismatch.models.load.load`.
-        trust_remote_code: run code that comes with a model; import a class that a checkpoint names by its module.
+        trust_remote_code: run code that comes with a model; import a class that a checkpoint names by its path.
 
     Raises:
         ModelError: no such model, or weights that are not what its config says.
@@ -84,7 +85,7 @@ def load(
         layout = Layout.of(model)
         prove(layout)
         return Opened(model, tokenizer, layout, info)
-    place = models.as_place(device, device_map)
+    target = models.as_target(device, device_map)
     wanted = models.as_dtype(dtype or "auto")
     _check_names(found, folder, trust_remote_code)
     if source.folder is None:
@@ -92,16 +93,16 @@ def load(
     files = check_weights(folder)
     tokenizer = models.load_tokenizer(folder)
     config = models.plain_config(read_config_file(folder), found, folder)
-    plain = _plain(folder, config, dtype=wanted, device_map=place.get("device_map"))
-    if "device" in place:
-        plain = plain.to(place["device"])
+    plain = _plain(folder, config, dtype=wanted, device_map=target.get("device_map"))
+    if "device" in target:
+        plain.to(target["device"])
     layout = Layout.of(plain.eval().requires_grad_(False))
     prove(layout)
     whole, replaced = _restored(layout, found, folder, files, exact=wanted == "auto")
     model = whole.model.requires_grad_(False)
-    prove_student(whole, whole, _first(replaced))  # no part carries state between calls
-    told = Source(source.name, folder, _note(found))
-    info = models.check_loaded(model, tokenizer, folder, files, told)
+    prove_student(whole, whole, _first(replaced))  # no module carries state between calls
+    swapped = Source(source.name, folder, _note(found))
+    info = models.check_loaded(model, tokenizer, folder, files, swapped)
     return Opened(model, tokenizer, whole, info)
 
 
@@ -118,21 +119,23 @@ def skeleton(
         name_or_path, revision=revision, trust_remote_code=trust_remote_code
     )
     layout = Layout.of(models.skeleton(config))
-    found = read(source.folder)
+    folder = source.folder
+    assert folder is not None  # `read_config` has read from it
+    found = read(folder)
     if found is None:
         return layout
-    _check_names(found, source.folder, trust_remote_code)
-    return _rebuilt(layout, found, source.folder).layout
+    _check_names(found, folder, trust_remote_code)
+    return _rebuilt(layout, found, folder).layout
 
 
 class MismatchConfig(transformers.PretrainedConfig):
-    """What AutoConfig finds. It makes the config of the plain model: a swapped llama is a llama."""
+    """The class that AutoConfig finds. It makes the config of the plain model: a swapped llama is a llama."""
 
     model_type = MODEL_TYPE
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """The plain model's config, with `auto_map`, so that AutoModel comes here for the rest."""
+        """The plain model's config, with `auto_map`, so that AutoModel calls the class below."""
         where = config_dict.get("_name_or_path", "this checkpoint")
         found = of_config(config_dict, where)
         if found is None:
@@ -141,7 +144,7 @@ class MismatchConfig(transformers.PretrainedConfig):
 
 
 class MismatchForCausalLM:
-    """What AutoModelForCausalLM finds: a loader. The model is of the plain model's class."""
+    """The class that AutoModelForCausalLM finds: a loader. The model is of the plain model's class."""
 
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = None) -> None:
@@ -151,7 +154,7 @@ class MismatchForCausalLM:
     def from_pretrained(
         cls, name_or_path: str | Path, *args: Any, config: Any = None, **kwargs: Any
     ) -> Any:
-        """As that of transformers: dtype, device_map, attn_implementation and the hub's options.
+        """As transformers' own: dtype, device_map, attn_implementation and the hub's options.
 
         Raises:
             ModelError: as `load`; a quantised load, a state dict or a GGUF file.
@@ -159,7 +162,7 @@ class MismatchForCausalLM:
         for name in ("quantization_config", "gguf_file", "state_dict"):
             if kwargs.get(name) is not None:
                 raise ModelError(f"a checkpoint of a swapped model cannot be loaded with `{name}`")
-        told = kwargs.pop("output_loading_info", False)
+        with_info = kwargs.pop("output_loading_info", False)
         hub = {name: kwargs.pop(name) for name in _HUB if name in kwargs}
         folder = _local(name_or_path, hub)
         found = read(folder)
@@ -174,7 +177,7 @@ class MismatchForCausalLM:
         exact = dtype in (None, "auto")
         model = _restored(Layout.of(plain), found, folder, files, exact=exact).layout.model
         names = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
-        return (model, {name: [] for name in names}) if told else model
+        return (model, {name: [] for name in names}) if with_info else model
 
 
 _HUB = (
@@ -199,9 +202,9 @@ def _local(name_or_path: str | Path, hub: dict[str, Any]) -> Path:
     return Path(snapshot_download(str(name_or_path), **hub), inner)
 
 
-def _plain(folder: Path, config: Any, **options: Any) -> nn.Module:
-    """The model that was swapped, out of the checkpoint's folder: random where something was replaced."""
-    # Of course tensors are missing, and are drawn: `fill` says what matters, and the caller's random numbers stay.
+def _plain(folder: Path, config: Any, **options: Any) -> CausalLM:
+    """The model that was swapped, from the checkpoint's folder: random where a module was replaced."""
+    # Missing tensors are expected here, and drawn at random; `fill` checks them. The caller's random state stays.
     with _quiet(), torch.random.fork_rng(devices=[]):
         return models.pretrained(folder, config, ignore_mismatched_sizes=True, **options)[0]
 
@@ -262,7 +265,7 @@ def _rebuilt(layout: Layout, found: Record, folder: Path) -> _Rebuilt:
 
 
 def _check_names(found: Record, folder: Path, trust_remote_code: bool) -> None:
-    """A class named by its module is code of somebody else: importing it runs it.
+    """A class named by its path is foreign code: importing it runs it.
 
     Raises:
         ModelError: there is one, and it is not trusted.

@@ -1,9 +1,9 @@
-"""Replace parts of a model, know exactly what was replaced, and put everything back.
+"""Swap modules of a model for mechanisms, record what was replaced, and undo it.
 
 The student is a second module tree over the SAME tensors: a deep copy whose parameters and buffers are shared. The
-teacher is never touched, both run side by side, and no weight exists twice. Surgery replaces modules, never adds hooks
-to change a value (nnsight reads values before hooks). The one hook that is added carries the 2-D padding mask to
-mechanisms, because transformers hands none to the layers of an unpadded batch.
+teacher is never changed, both run side by side, and no weight exists twice. Surgery replaces modules and never adds a
+hook that changes a value (nnsight reads values before hooks). The one hook it adds passes the 2-D padding mask to the
+mechanisms, because transformers passes none to the layers of an unpadded batch.
 """
 
 from __future__ import annotations
@@ -15,25 +15,35 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import nn
 
 from mismatch.errors import MismatchError, SurgeryError
-from mismatch.mechanisms.base import Calibrator, Context, Host, Wrapper
+from mismatch.mechanisms.base import Calibrator, Context, Host, Mechanism, Wrapper
 from mismatch.mechanisms.parts.user_module import configured
 from mismatch.models.layout import Layout, family_of
 from mismatch.models.swap_record import Base, Swap
 from mismatch.spec import Call, Clause, Placement, Spec, parse, resolve
 from mismatch.surgery import saving
 
+if TYPE_CHECKING:
+    from mismatch.models.layout import CausalLM
+
+Tree = TypeVar("Tree", bound=nn.Module)
+SEED_STEP = 1000
+"""Between the seeds of two placements of one swap."""
+
 Calibrations = Mapping[tuple[int | None, str, Call], Calibrator]
 
 
 @dataclass(frozen=True)
 class Replaced:
-    """One module that was replaced. Parameter dicts map a name to its number of values."""
+    """One module that was replaced. Parameter dicts map a name to its number of values.
+
+    `old` and `new` are the names of the two classes, `notes` sentences about this mechanism in this slot.
+    """
 
     layer: int | None
     slot: str
@@ -59,7 +69,7 @@ class Plan:
 
     @property
     def layers(self) -> tuple[int, ...]:
-        """Layers with a replaced part, ascending."""
+        """Layers with a replaced module, ascending."""
         return tuple(sorted({c.layer for c in self.clauses if c.layer is not None}))
 
     @property
@@ -70,28 +80,28 @@ class Plan:
 
 @dataclass
 class Student:
-    """A model with parts replaced. `model` is an ordinary transformers model over the teacher's tensors."""
+    """A model with replaced modules. `model` is an ordinary transformers model over the teacher's tensors."""
 
-    model: nn.Module
+    model: CausalLM
     layout: Layout
     plan: Plan
     tokenizer: Any = None
     name: str = "swap"
     host: Host = field(default_factory=Host, repr=False)
-    """What the running forward tells the swapped parts."""
+    """What the running forward passes to the mechanisms."""
     _undo: list[tuple[nn.Module, str, nn.Module]] = field(default_factory=list, repr=False)
 
     def undo(self, down_to: int = 0) -> None:
-        """Put every original module back, newest first: the logits are then bit-equal to the teacher's.
+        """Put every replaced module back, newest first: the logits are then bit-equal to the teacher's.
 
         Args:
-            down_to: replacements that stay, of those that were made.
+            down_to: number of replacements that stay, oldest first.
         """
         while len(self._undo) > down_to:
             parent, name, original = self._undo.pop()
             setattr(parent, name, original)
-        if self.plan.spec:  # what is left is not what the model's record says
-            saving.unmark(self.model)
+        if self.plan.spec and isinstance(self.model, saving.Swapped):
+            saving.unmark(self.model)  # its record would name a swap that is gone
         self.plan = Plan("", self.plan.clauses[:down_to])
 
     def save(
@@ -101,8 +111,8 @@ class Student:
 
         Args:
             path: the folder to make.
-            extra: what should be known about these weights; becomes mismatch.json.
-            overwrite: replace a checkpoint that is there; nothing else is ever replaced.
+            extra: facts about these weights; becomes mismatch.json.
+            overwrite: replace a checkpoint in that folder; nothing else is ever replaced.
 
         Raises:
             SurgeryError, OutputError, RunError: as `mismatch.surgery.saving.save`.
@@ -117,13 +127,13 @@ class Student:
         )
 
     def whole_blocks(self) -> frozenset[int]:
-        """Layers whose block was replaced as a whole: what is inside them is not what is added to the stream."""
+        """Layers whose block was replaced as a whole: the modules inside them no longer add to the stream."""
         return frozenset(
             c.layer for c in self.plan.clauses if c.slot == "block" and c.layer is not None
         )
 
 
-def graft(model: nn.Module) -> nn.Module:
+def graft(model: Tree) -> Tree:
     """A second module tree over the same parameters and buffers."""
     shared = {id(t): t for t in chain(model.parameters(), model.buffers())}
     return copy.deepcopy(model, shared)
@@ -141,21 +151,21 @@ def operate(
     base: Base | None = None,
     restoring: bool = False,
 ) -> Student:
-    """Build the student: graft the teacher's tree and replace what `placements` say, in their order.
+    """Build the student: graft the teacher's tree and replace the modules of `placements`, in their order.
 
     Args:
-        layout: of the teacher, which stays untouched.
+        layout: of the teacher, which is not changed.
         placements: from `mismatch.spec.resolve`.
         spec: the canonical text of the swap.
         seed: of every new tensor.
-        calibrations: filled calibrators by (layer, slot, call), for mechanisms that ask for one.
+        calibrations: filled calibrators by (layer, slot, call), for mechanisms that need one.
         name: the student's name in the table.
         tokenizer: kept beside the model.
-        base: what the teacher is called, for a checkpoint.
-        restoring: the tensors come out of a checkpoint afterwards; nothing need be calibrated.
+        base: name and fingerprint of the teacher, for a checkpoint.
+        restoring: the tensors are read from a checkpoint afterwards; nothing need be calibrated.
 
     Raises:
-        SurgeryError: a mechanism cannot be built here, or fails on the module it replaces.
+        SurgeryError: a mechanism cannot be built in its slot, or fails on the module it replaces.
     """
     student = blank(layout, name=name, tokenizer=tokenizer)
     clauses = replace(
@@ -183,9 +193,9 @@ def holding(
     seed: int = 0,
     calibrations: Calibrations | None = None,
 ) -> Iterator[tuple[Replaced, ...]]:
-    """Replace more parts of a student for as long as the context lives, without another tree.
+    """Replace more modules of a student while the context lives, without another tree.
 
-    One tree serves many swaps, one after the other: a scan over layers. What a swap builds is gone when it is left.
+    One tree serves many swaps, one after the other, as in a scan over layers. What a swap builds is freed at its end.
     """
     before, plan = len(student._undo), student.plan
     try:
@@ -214,18 +224,18 @@ def replace(
         original = getattr(holder, attribute)
 
         def build(
-            call: Call, module: nn.Module, place: Placement = placement, at: int = index
-        ) -> nn.Module:
+            call: Call, module: nn.Module, where: Placement = placement, at: int = index
+        ) -> Mechanism:
             context = Context(
-                layer=place.layer,
-                slot=place.slot,
+                layer=where.layer,
+                slot=where.slot,
                 n_layers=layout.n_layers,
                 d_model=layout.d_model,
                 model_config=model.config,
                 family=layout.family,
                 host=student.host,
-                seed=seed + 1000 * at,
-                calibration=(calibrations or {}).get((place.layer, place.slot, call)),
+                seed=seed + SEED_STEP * at,
+                calibration=(calibrations or {}).get((where.layer, where.slot, call)),
                 build=build,
                 restoring=restoring,
             )
@@ -241,19 +251,19 @@ def replace(
 
 
 def _held(model: nn.Module, path: str, placement: Placement) -> tuple[nn.Module, str]:
-    """The module that really has the part at `path` as its child, and under what name.
+    """The module that has the one at `path` as its child, and the name of that child.
 
-    A wrapper answers for what it wraps; a part that was set on the wrapper itself would never be called.
+    A wrapper passes attributes of the module it wraps through; a child set on the wrapper itself would never be called.
 
     Raises:
-        SurgeryError: what stands around the part was replaced, and has no such part.
+        SurgeryError: the module around it was replaced, and the replacement has no such child.
     """
     parent, _, attribute = path.rpartition(".")
     try:
         model.get_submodule(path)
     except AttributeError as error:
         raise SurgeryError(
-            f"`{placement.call.name}` at layer {placement.layer} `{placement.slot}`: the part around it was replaced "
+            f"`{placement.call.name}` at layer {placement.layer} `{placement.slot}`: the module around it was replaced "
             f"as a whole, and {error}",
             hint="leave one of the two clauses out",
         ) from error
@@ -264,21 +274,21 @@ def _held(model: nn.Module, path: str, placement: Placement) -> tuple[nn.Module,
 
 
 def placed(parsed: Spec, layout: Layout) -> tuple[Placement, ...]:
-    """The places that a swap touches in this model, which may have been swapped before.
+    """The slots that a swap touches in this model, which may have been swapped before.
 
     Raises:
-        SpecError: a layer or a slot that the model does not have, or a place that is taken.
+        SpecError: a layer or a slot that the model does not have, or a slot that is taken.
     """
     earlier = _swapped_before(layout.model)
     both = Spec((*earlier, *parsed.clauses), parsed.text)
     return tuple(
-        dataclasses.replace(place, clause_index=place.clause_index - len(earlier))
-        for place in _resolved(both, layout)
-        if place.clause_index >= len(earlier)
+        dataclasses.replace(one, clause_index=one.clause_index - len(earlier))
+        for one in _resolved(both, layout)
+        if one.clause_index >= len(earlier)
     )
 
 
-def layout_of(model: nn.Module) -> Layout:
+def layout_of(model: CausalLM) -> Layout:
     """The layout of a plain model, checked, or of one that was swapped before.
 
     Raises:
@@ -287,8 +297,8 @@ def layout_of(model: nn.Module) -> Layout:
     if not isinstance(model, saving.Swapped):
         return Layout.of(model)
     layout = Layout(model, family_of(model.config))
-    places = _resolved(Spec(_swapped_before(model), ""), layout)
-    whole = {p.layer for p in places if p.slot == "block" and p.layer is not None}
+    taken = _resolved(Spec(_swapped_before(model), ""), layout)
+    whole = {p.layer for p in taken if p.slot == "block" and p.layer is not None}
     return dataclasses.replace(layout, whole_blocks=frozenset(whole))
 
 
@@ -297,12 +307,12 @@ def _resolved(spec: Spec, layout: Layout) -> tuple[Placement, ...]:
     return resolve(spec, layout.n_layers, family.slot_names(), family.name, family.lacks)
 
 
-def _swapped_before(model: nn.Module) -> tuple[Clause, ...]:
+def _swapped_before(model: CausalLM) -> tuple[Clause, ...]:
     swaps = model.swap_record.swaps if isinstance(model, saving.Swapped) else ()
     return tuple(clause for swap in swaps for clause in parse(swap.text).clauses)
 
 
-def construct(call: Call, original: nn.Module, context: Context) -> nn.Module:
+def construct(call: Call, original: nn.Module, context: Context) -> Mechanism:
     """Build one mechanism around or in place of `original`.
 
     Raises:
@@ -324,7 +334,7 @@ def construct(call: Call, original: nn.Module, context: Context) -> nn.Module:
 
 
 def calibrators(placements: Sequence[Placement]) -> dict[tuple[int | None, str, Call], Calibrator]:
-    """A fresh calibrator for each placed mechanism that wants to see the original's inputs and outputs."""
+    """A fresh calibrator for each mechanism that needs inputs and outputs of the module it replaces."""
     wanted = {}
     for placement in placements:
         for call in placement.call.nested():
@@ -344,14 +354,14 @@ def _carry_mask(host: Host) -> Callable[[nn.Module, tuple, dict], None]:
 
 
 def _lay_out(new: nn.Module, original: nn.Module) -> None:
-    """New tensors lie in memory as they will when they come out of a file: rounding depends on it."""
+    """Give new tensors the memory layout that they have after loading from a file: rounding depends on it."""
     inherited = {id(t) for t in chain(original.parameters(), original.buffers())}
     for tensor in chain(new.parameters(), new.buffers()):
         if id(tensor) not in inherited and not tensor.is_contiguous():
             tensor.data = tensor.data.contiguous()
 
 
-def _audit(placement: Placement, path: str, original: nn.Module, new: nn.Module) -> Replaced:
+def _audit(placement: Placement, path: str, original: nn.Module, new: Mechanism) -> Replaced:
     """Work out inherited, new and dropped parameters from the identity of the tensors."""
     old = {id(p): (name, p.numel()) for name, p in original.named_parameters()}
     now = {id(p): (name, p.numel()) for name, p in new.named_parameters()}

@@ -7,9 +7,9 @@
     mismatch.json          facts about these weights, when there are any
 
 A swapped model is an ordinary transformers model whose class got one more base, `Swapped`, and with it a
-`save_pretrained` that leaves nothing out: that of transformers would write a folder that loads as the plain model. So
-`save_pretrained`, `Trainer` and pipelines write whole checkpoints too, into a folder that may exist, as they always do;
-`save` makes a new folder, whole or not at all.
+`save_pretrained` that writes the swap too: transformers' own would write a folder that loads as the plain model. So
+`Trainer` and pipelines write complete checkpoints, into a folder that may exist, as they always do; `save` makes a new
+folder, whole or not at all.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from mismatch import spec
 from mismatch.errors import OutputError, RunError, SurgeryError, UsageError
@@ -33,16 +33,23 @@ from mismatch.models.folder import CONFIG, INDEX, SINGLE
 from mismatch.models.swap_record import Record, Swap
 from mismatch.runs.files import guarded, json_text, whole_folder, write_atomic
 
+if TYPE_CHECKING:
+    from mismatch.models.layout import CausalLM
+
+    _Model = CausalLM
+else:  # `Swapped` is a second base beside the model's own class
+    _Model = object
+
 SHARD = "50GB"
 """Largest weight file, as in transformers 5."""
 
-CODE = '''"""Lets transformers load this model: parts of it were replaced by `mismatch`, and their code is there."""
+CODE = '''"""Lets transformers load this model: `mismatch` replaced modules of it, and their code is in that package."""
 
 try:
     from mismatch.checkpoint import MismatchConfig, MismatchForCausalLM
 except ImportError as error:
     raise ImportError(
-        "parts of this model were replaced by `mismatch` {version}, which is not installed here: "
+        "modules of this model were replaced by `mismatch` {version}, which is not installed here: "
         "`pip install llm-mismatch` (the package called mismatch on PyPI is another one)"
     ) from error
 
@@ -50,12 +57,12 @@ __all__ = ["MismatchConfig", "MismatchForCausalLM"]
 '''
 
 
-class Swapped:
-    """What the class of a swapped model has besides its own. `swap_record` says what was done."""
+class Swapped(_Model):
+    """The second base of a swapped model's class. `swap_record` holds the swaps."""
 
     swap_record: Record
 
-    def save_pretrained(
+    def save_pretrained(  # type: ignore[override]  # transformers' later options by keyword only
         self,
         save_directory: str | Path,
         is_main_process: bool = True,
@@ -69,7 +76,7 @@ class Swapped:
 
         Raises:
             UsageError: `push_to_hub`, `variant` or `distributed_checkpoint`.
-            SurgeryError: a part keeps something in its state that is not a tensor.
+            SurgeryError: a module keeps something in its state that is not a tensor.
             RunError: it cannot be written.
         """
         for name, given in (
@@ -79,7 +86,7 @@ class Swapped:
         ):
             if given:
                 raise UsageError(
-                    f"save_pretrained of a swapped model does not know `{name}`",
+                    f"save_pretrained of a swapped model does not support `{name}`",
                     hint="save it, then call model.push_to_hub(...)"
                     if name == "push_to_hub"
                     else None,
@@ -91,22 +98,25 @@ class Swapped:
             _write(self, folder, state_dict, max_shard_size)
 
 
-def mark(model: nn.Module, swap: Swap, base: record.Base | None = None) -> None:
-    """Note a swap on the model: its class becomes one that saves it whole.
+def mark(model: CausalLM, swap: Swap, base: record.Base | None = None) -> None:
+    """Record a swap on the model: its class becomes one whose `save_pretrained` writes the swap too.
 
     Args:
         model: after the swap.
         swap: what was done.
         base: the plain model, when this is the first swap.
     """
-    known = getattr(model, "swap_record", None) or Record(base=base)
-    if not isinstance(model, Swapped):
-        model.__class__ = _swapped(type(model))
-    model.swap_record = known.then(swap)
+    if isinstance(model, Swapped):
+        model.swap_record = model.swap_record.then(swap)
+        return
+    own: Any = type(model)
+    model.__class__ = _swapped(own)
+    assert isinstance(model, Swapped)
+    model.swap_record = Record(base=base).then(swap)
 
 
-def unmark(model: nn.Module) -> None:
-    """Take the last note back: the swap was undone."""
+def unmark(model: Swapped) -> None:
+    """Remove the last swap from the record: it was undone."""
     if model.swap_record.swaps[1:]:
         model.swap_record = replace(model.swap_record, swaps=model.swap_record.swaps[:-1])
         return
@@ -115,7 +125,7 @@ def unmark(model: nn.Module) -> None:
 
 
 @functools.cache
-def _swapped(cls: type[nn.Module]) -> type[nn.Module]:
+def _swapped(cls: type[CausalLM]) -> type[Swapped]:
     # transformers decides by the name and the module of a class (loss, pipelines, kernels): they stay.
     names = {
         "__module__": cls.__module__,
@@ -126,7 +136,7 @@ def _swapped(cls: type[nn.Module]) -> type[nn.Module]:
 
 
 def save(
-    model: nn.Module,
+    model: CausalLM,
     path: str | Path,
     *,
     tokenizer: Any = None,
@@ -140,12 +150,12 @@ def save(
         path: the folder to make.
         tokenizer: written beside it.
         extra: for mismatch.json.
-        overwrite: a checkpoint that is there gives way when the new one is complete; nothing else ever does. Between
-            the two is an instant without either.
+        overwrite: replace a checkpoint in the folder once the new one is complete; nothing else is ever replaced.
+            Between the two is an instant without either.
 
     Raises:
-        SurgeryError: nothing is swapped in this model, or a part keeps something that is not a tensor.
-        OutputError: the folder exists and is not empty, or holds something else than a checkpoint.
+        SurgeryError: nothing is swapped in this model, or a module keeps something that is not a tensor.
+        OutputError: the folder exists and is not empty, or holds something other than a checkpoint.
         RunError: it cannot be written.
     """
     path = Path(path).expanduser()
@@ -182,7 +192,7 @@ def _check_free(path: Path, overwrite: bool) -> None:
 
 
 def _write(
-    model: nn.Module,
+    model: Swapped,
     folder: Path,
     state_dict: Mapping[str, Tensor] | None,
     max_shard_size: int | str,
@@ -205,7 +215,7 @@ def _write(
         model.generation_config.to_json_file(folder / "generation_config.json")
     entry = replace(
         known,
-        swaps=tuple(replace(swap, text=_said(swap.text)) for swap in known.swaps),
+        swaps=tuple(replace(swap, text=_written_out(swap.text)) for swap in known.swaps),
         shared=shared,
         model_type=model.config.model_type,
     ).entry()
@@ -220,7 +230,7 @@ def _write(
     write_atomic(folder / CONFIG, lambda file: file.write(text.encode()))
 
 
-def _said(text: str) -> str:
+def _written_out(text: str) -> str:
     return spec.explicit(spec.parse(text))
 
 
@@ -228,7 +238,7 @@ def _shared(state: Mapping[str, Any]) -> dict[str, str]:
     """Second names of tensors, and the name under which each is written.
 
     Raises:
-        SurgeryError: a part keeps something in its state that is not a tensor.
+        SurgeryError: a module keeps something in its state that is not a tensor.
     """
     first: dict[int, str] = {}
     found = {}

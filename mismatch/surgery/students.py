@@ -1,15 +1,15 @@
-"""From a swap text to a student: calibrate what wants it, operate, prove that nothing in front of the swap changed."""
+"""From a swap text to a student: calibrate, swap, and prove that nothing in front of the swap changed."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol, TypedDict
 
 import torch
 
 from mismatch import spec
-from mismatch.config import SwapConfig
 from mismatch.forward.calibrate import calibrate
 from mismatch.forward.verify import prove_student
 from mismatch.models.layout import Layout
@@ -20,19 +20,47 @@ from mismatch.surgery.operate import Student, calibrators, operate, placed
 from mismatch.texts.documents import read
 from mismatch.texts.windows import windows
 
+if TYPE_CHECKING:
+    from mismatch.models.layout import CausalLM
+
 
 @dataclass(frozen=True)
 class Teacher:
-    """The model that others are compared with: untouched, or a checkpoint with its swap. Its layout is proven."""
+    """The model that students are compared with: untouched, or a checkpoint with its swap. Its layout is proven."""
 
-    model: torch.nn.Module
+    model: CausalLM
     tokenizer: Any
     layout: Layout
     info: ModelInfo
 
 
+class SwapSettings(Protocol):
+    """What the config of a command says about its students."""
+
+    @property
+    def swap_spec(self) -> spec.Spec: ...
+    @property
+    def controls(self) -> Sequence[str]: ...
+    @property
+    def calibration_tokens(self) -> int: ...
+    @property
+    def seq_len(self) -> int: ...
+    @property
+    def batch_size(self) -> int: ...
+    @property
+    def seed(self) -> int: ...
+
+
+class _Options(TypedDict):
+    calibration: Any
+    tokens: int
+    seq_len: int
+    batch_size: int
+    seed: int
+
+
 def students_of(
-    teacher: Teacher, config: SwapConfig, calibration: Any, swap: Student | None = None
+    teacher: Teacher, config: SwapSettings, calibration: Any, swap: Student | None = None
 ) -> list[Student]:
     """The swap first, then its controls in the same slots.
 
@@ -40,12 +68,12 @@ def students_of(
         teacher: the untouched model.
         config: swap, controls, and how much calibration text is read.
         calibration: text, read only when a mechanism asks for it.
-        swap: a student that is there already; None swaps as the config says.
+        swap: a student that exists already; None builds the one of the config.
 
     Raises:
         MismatchError: as `calibrated_swap`.
     """
-    options = {
+    options: _Options = {
         "calibration": calibration,
         "tokens": config.calibration_tokens,
         "seq_len": config.seq_len,
@@ -75,7 +103,7 @@ def calibrated_swap(
 
     Raises:
         SpecError: the swap does not fit the model.
-        SurgeryError: a mechanism cannot be built here.
+        SurgeryError: a mechanism cannot be built in its slot.
         DataError: no usable calibration text.
     """
     placements = placed(parsed, teacher.layout)
@@ -101,6 +129,6 @@ def calibrated_swap(
 
 
 def _base(info: ModelInfo) -> Base:
-    """What a checkpoint says of the model that was swapped: of a folder its name, not where it lies."""
+    """What a checkpoint records of the model that was swapped: of a folder its name, not its path."""
     name = Path(info.name).name if Path(info.name).expanduser().is_dir() else info.name
     return Base(name, info.sha256)

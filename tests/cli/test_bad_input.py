@@ -189,7 +189,7 @@ def test_model_folders_that_are_refused(say, model_folder):
     weights.write_bytes(whole[:-1000])
     assert say(model=folder) == (
         2,
-        f"error: {weights} is truncated: {len(whole) - 1000:,} bytes, its header asks for {len(whole):,}\n\n"
+        f"error: {weights} is truncated: {len(whole) - 1000:,} bytes, its header requires {len(whole):,}\n\n"
         "hint: get the file again\n",
     )
     weights.write_bytes(whole[:20])

@@ -71,7 +71,7 @@ def test_a_name_that_was_not_fetched_names_the_command(tmp_path, monkeypatch):
         ("smolm2", "no model is called 'smolm2'", "did you mean `smollm2`?"),
         ("sotu", "sotu is a text, not a model", "one to fetch: smollm2, glassllm"),
         ("./nowhere", "no model folder ./nowhere", "a folder, a hub id"),
-        ("some-owner/some-name", "the Hugging Face hub did not give it", "a folder, a hub id"),
+        ("some-owner/some-name", "the Hugging Face hub did not deliver it", "a folder, a hub id"),
     ],
 )
 def test_names_that_lead_nowhere(name, match, hint):

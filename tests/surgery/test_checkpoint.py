@@ -118,12 +118,12 @@ def test_without_trust_nothing_takes_it_for_the_plain_model(saved_toy):
 
 
 def test_the_code_of_the_folder_says_what_is_missing(saved_toy, monkeypatch):
-    monkeypatch.setitem(sys.modules, "mismatch.surgery.loading", None)
+    monkeypatch.setitem(sys.modules, "mismatch.checkpoint", None)
     with pytest.raises(ImportError) as caught:
         runpy.run_path(str(saved_toy / "modeling_mismatch.py"))
     version = record.read(saved_toy).version
     assert str(caught.value) == (
-        f"parts of this model were replaced by `mismatch` {version}, which is not installed here: "
+        f"modules of this model were replaced by `mismatch` {version}, which is not installed here: "
         "`pip install llm-mismatch` (the package called mismatch on PyPI is another one)"
     )
 
@@ -174,7 +174,7 @@ def test_layers_may_be_offloaded_but_not_the_swapped_ones(toy_teacher, tmp_path)
     with pytest.raises(ModelError) as caught:
         load("layers.1")
     assert str(caught.value) == (
-        f"{path}: model.layers.1.self_attn.gate belongs to a replaced part and lies on no device (it was "
+        f"{path}: model.layers.1.self_attn.gate belongs to a replaced module and lies on no device (it was "
         "offloaded)\n\nhint: give a device_map that keeps the swapped layers on a device"
     )
 

@@ -132,7 +132,7 @@ def test_tensors_that_are_missing(saved_copy):
 
 def test_tensors_that_belong_nowhere(saved_copy):
     tensors(saved_copy, lambda held: held.update(other=torch.zeros(2)))
-    assert "1 tensors belong to no part of it, first other" in str(refused(saved_copy))
+    assert "1 tensors belong to no module of it, first other" in str(refused(saved_copy))
 
 
 @pytest.mark.parametrize(
@@ -140,14 +140,16 @@ def test_tensors_that_belong_nowhere(saved_copy):
 )
 def test_tensors_of_another_shape(saved_copy, name, remote_code):
     tensors(saved_copy, lambda held: held.update({name: torch.zeros(3)}))
-    assert f"1 tensors have another shape than its parts, first {name}" in str(refused(saved_copy))
+    assert f"1 tensors have another shape than its modules, first {name}" in str(
+        refused(saved_copy)
+    )
     with pytest.raises(ModelError, match="have another shape"):
         AutoModelForCausalLM.from_pretrained(saved_copy, **remote_code)
 
 
 def test_a_second_name_of_nothing(saved_copy):
     shared = {**record.read(saved_copy).shared, "model.nothing": "model.embed_tokens.weight"}
-    assert "belong to no part of it, first model.nothing" in str(
+    assert "belong to no module of it, first model.nothing" in str(
         refused(edited(saved_copy, shared=shared))
     )
 

@@ -52,7 +52,7 @@ def test_shards_and_back(saved_toy, swapped_toy, tmp_path):
 
 def test_save_pretrained_refuses_what_it_would_lose(saved_toy, tmp_path):
     model = mismatch.load(saved_toy).model
-    with pytest.raises(UsageError, match="does not know `push_to_hub`"):
+    with pytest.raises(UsageError, match="does not support `push_to_hub`"):
         model.save_pretrained(tmp_path / "x", push_to_hub=True)
     state = model.state_dict()
     del state["model.layers.1.self_attn.gate"]

@@ -191,12 +191,12 @@ def test_check_plans_it_without_weights(tiny, tmp_path, text):
         (
             "layer1.block:linear; layer1.attn:zero",
             SurgeryError,
-            "`zero` at layer 1 `attn`: the part around it was replaced as a whole",
+            "`zero` at layer 1 `attn`: the module around it was replaced as a whole",
         ),
         (
             "layer1:linear; layer1.q_proj:zero",
             SurgeryError,
-            "`zero` at layer 1 `q_proj`: the part around it was replaced as a whole",
+            "`zero` at layer 1 `q_proj`: the module around it was replaced as a whole",
         ),
         (
             "layer1:rwkv; layer1:parallel(infini, alpha=0.5)",
