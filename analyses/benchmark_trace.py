@@ -12,7 +12,8 @@ Time is CPU time of one process with one thread, all ways interleaved in one run
 | `plain` | four whole forwards (teacher, swap, zero, mean), logits kept, nothing measured |
 | `nnsight + pytorch-cka` | two nnsight traces (teacher, swap) that store sites and logits, then CKA, KL; one student |
 
-The last way runs over the first 4096 tokens, for more do not fit into memory, and is scaled.
+The last way runs over the first 4096 tokens, for more do not fit into memory, and is scaled. It needs a package that
+`make` does not install: `.venv/bin/python -m pip install -c constraints.txt pytorch_cka`.
 
 Memory is the peak of a process of its own: `mismatch trace` over 8k and over 64k tokens.
 """
@@ -21,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import importlib.util
 import json
 import subprocess
 import sys
@@ -60,6 +62,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2, help="rounds of timing")
     parser.add_argument("--output", type=Path, default=HERE, help="folder of the results")
     args = parser.parse_args()
+    if args.part == "time" and importlib.util.find_spec("cka") is None:
+        parser.error(
+            "`time` compares with pytorch-cka, which is not installed\n\n"
+            f"hint: {sys.executable} -m pip install -c constraints.txt pytorch_cka"
+        )
     if args.part == "time":
         torch.set_num_threads(1)
     tokens, seq_len, rounds = (1024, 512, 1) if args.quick else (args.tokens, 1024, args.rounds)

@@ -15,6 +15,7 @@ Writes figures/forecast_score/, and mismatch/stages/repair/forecast.csv, which `
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 
@@ -70,6 +71,9 @@ COLOURS = {
 
 
 def main() -> None:
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
     cells = table(HERE / "rows")
     record = as_record(cells)
     record.to_csv(RECORD, index=False, float_format="%.6g", lineterminator="\n")

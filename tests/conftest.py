@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import transformers
 from random_models import FAMILIES, build
 from torch import nn
@@ -25,11 +26,15 @@ from mismatch.texts.demo import fetch
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if "slow" in config.getoption("-m"):
-        return
+    skipped = {}
+    if "slow" not in config.getoption("-m"):
+        skipped["slow"] = pytest.mark.skip(reason="slow: run with -m slow")
+    if not torch.cuda.is_available():
+        skipped["gpu"] = pytest.mark.skip(reason="gpu: no CUDA device")
     for item in items:
-        if "slow" in item.keywords:
-            item.add_marker(pytest.mark.skip(reason="slow: run with -m slow"))
+        for name, skip in skipped.items():
+            if name in item.keywords:
+                item.add_marker(skip)
 
 
 @pytest.fixture(autouse=True)
