@@ -1,28 +1,60 @@
-"""What is left of the damage: KL of the student to the teacher on held-out text, with its interval over documents.
+"""How far students are from the teacher on held-out text: KL and NLL difference, with intervals over documents.
 
-The teacher's stream entering the first swapped block and its final states are kept (2 d_model numbers a token), so that
-judging a student costs its own blocks from there on and the head, never the teacher's blocks again. Logits are never
-kept. Judged text is of another source than the training text, and what stops a rung is other windows than what is
-reported.
+The teacher runs once. Of each batch its stream entering the first swapped block and its final states are kept
+(2 d_model numbers a token), so that a student costs its own blocks from there on and the head. Where a share of the
+tokens is scored, it is drawn once and is the same for everybody. Logits are never kept.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from mismatch.forward import hooks
-from mismatch.forward.head import log_probs
-from mismatch.forward.sites import taps
-from mismatch.metrics.sums.logits import LogitPair
+from mismatch.forward.head import Predictions, compare
+from mismatch.forward.hooks import ids_on
+from mismatch.forward.shared_prefix import Stored, run_prefix, run_suffix
+from mismatch.metrics.sums.meter import StudentMeter
 from mismatch.metrics.sums.per_document import PerDocument
 from mismatch.models.layout import Layout
 from mismatch.texts.windows import Windows
 
-CHUNK = 256  # tokens that go through the head at once
+
+@dataclass(frozen=True)
+class Batch:
+    """The teacher's side of one batch.
+
+    Attributes:
+        number: of the batch.
+        ids: int64 `batch pos`.
+        at: int64, which of the flattened tokens are scored; None: all.
+        predictions: of those.
+        reference: `scored d_model`, the teacher's final states of those.
+        streams: what students begin from.
+    """
+
+    number: int
+    ids: Tensor
+    at: Tensor | None
+    predictions: Predictions
+    reference: Tensor
+    streams: Stored[int]
+
+    def scored(self, final: Tensor) -> Tensor:
+        """The scored tokens of final states, `batch pos d_model`: `scored d_model`."""
+        return _rows(final, self.at)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A student, and what is changed in it while it runs on a batch."""
+
+    name: str
+    layout: Layout
+    during: Callable[[Batch], AbstractContextManager] = lambda _batch: nullcontext()
 
 
 @dataclass(frozen=True)
@@ -30,8 +62,8 @@ class Evaluated:
     """One student on one text.
 
     Attributes:
-        kl: KL(teacher || student) of every token, in nats.
-        nll: NLL(student) - NLL(teacher) of every token that has a next one, in nats.
+        kl: KL(teacher || student) of every scored token, in nats.
+        nll: NLL(student) - NLL(teacher) of every scored token that has a next one, in nats.
     """
 
     kl: PerDocument
@@ -39,59 +71,95 @@ class Evaluated:
 
 
 class HeldOut:
-    """Holds the teacher's side of a text.
+    """A text with the teacher's side of it.
 
     Args:
         teacher: layout of the untouched model.
-        cut: held-out windows.
+        windows: of text that nobody was trained on.
         first: the first swapped layer.
         batch_size: windows per forward.
+        scored: share of the tokens whose predictions are compared.
+        seed: of which.
+        progress: told after each run of a model over a batch.
     """
 
-    def __init__(self, teacher: Layout, cut: Windows, first: int, batch_size: int = 4) -> None:
-        self.teacher, self.cut, self.first = teacher, cut, first
-        device = teacher.embedding_device
-        self.batches = [
-            (torch.from_numpy(batch.ids).to(device), torch.from_numpy(batch.doc))
-            for batch in cut.batches(batch_size)
-        ]
-        self._sides = [self._teacher_side(ids) for ids, _ in self.batches]
+    def __init__(
+        self,
+        teacher: Layout,
+        windows: Windows,
+        first: int,
+        batch_size: int = 4,
+        *,
+        scored: float = 1.0,
+        seed: int = 0,
+        progress: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.teacher, self.windows, self.first = teacher, windows, first
+        self.progress = progress
+        self.batches: list[Batch] = []
+        generator = torch.Generator().manual_seed(seed)
+        for number, part in enumerate(windows.batches(batch_size)):
+            ids, docs = ids_on(teacher, part.ids), ids_on(teacher, part.doc)
+            at = None if scored >= 1 else _drawn(ids, scored, generator)
+            with torch.no_grad():
+                final, streams = self.run_teacher(ids)
+            told = Predictions.of(ids, docs, at)
+            self.batches.append(Batch(number, ids, at, told, _rows(final, at), streams))
+            progress()
 
-    @torch.no_grad()
-    def _teacher_side(self, ids: Tensor) -> tuple[Tensor | None, Tensor]:
-        kept: dict[str, Tensor] = {}
-        wanted = [] if self.first == 0 else taps(self.teacher, self.first - 1)[-1:]
-        final = hooks.run(
-            self.teacher, ids, wanted, lambda _tap, value: kept.__setitem__("stream", value)
-        )
-        return kept.get("stream"), final
+    def run_teacher(self, ids: Tensor) -> tuple[Tensor, Stored[int]]:
+        """The teacher's final states, `batch pos d_model`, and the stream entering the first swapped block."""
+        return run_prefix(self.teacher, ids, [self.first])
 
-    @torch.no_grad()
     def evaluate(self, student: Layout) -> Evaluated:
-        """KL and NLL difference of a student, by document."""
-        n = self.cut.n_docs
-        sums, counts = np.zeros((2, n)), np.zeros((2, n))
-        for (ids, docs), (stream, final) in zip(self.batches, self._sides, strict=True):
-            theirs = hooks.run(student, ids, (), lambda *_: None, start=self.first, stream=stream)
-            targets = torch.full_like(ids, -1)
-            targets[:, :-1] = ids[:, 1:]
-            rows = docs[:, None].expand_as(ids).flatten().numpy()
-            flat = (final.flatten(0, 1), theirs.flatten(0, 1), targets.flatten())
-            for start in range(0, len(rows), CHUNK):
-                at = slice(start, start + CHUNK)
-                t, s, target = (x[at] for x in flat)
-                pair = LogitPair(
-                    log_probs(self.teacher, t),
-                    log_probs(student, s),
-                    target,
-                    target,
-                    target,
-                )
-                has = (target >= 0).cpu().numpy()
-                before, after = (x.double().cpu().numpy() for x in pair.nll)
-                doc = rows[at]
-                sums[0] += np.bincount(doc, pair.kl.double().cpu().numpy(), n)
-                counts[0] += np.bincount(doc, minlength=n)
-                sums[1] += np.bincount(doc[has], (after - before)[has], n)
-                counts[1] += np.bincount(doc[has], minlength=n)
-        return Evaluated(PerDocument(sums[0], counts[0]), PerDocument(sums[1], counts[1]))
+        """One student."""
+        return self.evaluate_all([Trial("student", student)])["student"]
+
+    @torch.no_grad()
+    def evaluate_all(self, trials: Sequence[Trial]) -> dict[str, Evaluated]:
+        """Each trial by its name; all see the same chunk of the teacher's predictions.
+
+        Raises:
+            RunError: a student changed the teacher's stream in place.
+        """
+        found = {
+            trial.name: StudentMeter(
+                ("kl", "nll"), n_docs=self.windows.n_docs, n_pos=self.windows.seq_len
+            )
+            for trial in trials
+        }
+        assert len(found) == len(trials)  # each has sums of its own
+        for batch in self.batches:
+            states = [(t.name, t.layout, self._final(t, batch)) for t in trials]
+            pairs = compare(self.teacher, batch.reference, states, batch.predictions)
+            for name, pair in pairs:
+                found[name].update(pair)
+        return {name: _evaluated(meter) for name, meter in found.items()}
+
+    def _final(self, trial: Trial, batch: Batch) -> Tensor:
+        with trial.during(batch):
+            final = run_suffix(
+                trial.layout, batch.ids, self.first, batch.streams, f"the {trial.name}"
+            )
+        self.progress()
+        return batch.scored(final)
+
+
+def _drawn(ids: Tensor, share: float, generator: torch.Generator) -> Tensor:
+    """A seeded share of the flattened tokens."""
+    drawn = torch.rand(ids.shape, generator=generator) < share
+    drawn[:, -2] = True  # no window without a scored token
+    return drawn.flatten().nonzero()[:, 0].to(ids.device)
+
+
+def _rows(final: Tensor, at: Tensor | None) -> Tensor:
+    flat = final.flatten(0, 1)
+    return flat if at is None else flat[at.to(flat.device)]
+
+
+def _evaluated(meter: StudentMeter) -> Evaluated:
+    kl, nll = (meter.parts[name] for name in ("kl", "nll"))
+    # The difference of sums in float64: the metric's own `shift` is rounded to float32 per token.
+    return Evaluated(
+        kl.per_document("kl"), nll.per_document("student") - nll.per_document("teacher")
+    )

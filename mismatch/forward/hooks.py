@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
+import numpy as np
+import torch
 from torch import Tensor, nn
 
 from mismatch.forward.sites import Tap, tensor_of
@@ -18,11 +20,20 @@ from mismatch.models.layout import Layout
 Visit = Callable[[Tap, Tensor], None]
 
 
+def ids_on(layout: Layout, ids: np.ndarray) -> Tensor:
+    """Token ids where the model's embedding is."""
+    return torch.from_numpy(np.ascontiguousarray(ids)).to(layout.embedding_device)
+
+
+def ignore(_tap: Tap, _value: Tensor) -> None:
+    """For a run of which only the final states are wanted."""
+
+
 def run(
     layout: Layout,
     ids: Tensor,
-    taps: Sequence[Tap],
-    visit: Visit,
+    taps: Sequence[Tap] = (),
+    visit: Visit = ignore,
     *,
     start: int = 0,
     stop: int | None = None,

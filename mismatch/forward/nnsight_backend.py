@@ -15,7 +15,7 @@ import torch
 from nnsight import NNsight, TransformersModel
 from torch import Tensor
 
-from mismatch.forward.hooks import Visit
+from mismatch.forward.hooks import Visit, ignore
 from mismatch.forward.sites import Tap, tensor_of
 from mismatch.models.layout import Layout
 
@@ -23,8 +23,8 @@ from mismatch.models.layout import Layout
 def run(
     layout: Layout,
     ids: Tensor,
-    taps: Sequence[Tap],
-    visit: Visit,
+    taps: Sequence[Tap] = (),
+    visit: Visit = ignore,
     *,
     start: int = 0,
     stop: int | None = None,

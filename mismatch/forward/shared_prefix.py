@@ -1,192 +1,189 @@
-"""One pass over a batch: the teacher once, then each student from its first swapped block on.
+"""The teacher runs once, each student from its first swapped block on: how every stage runs its models.
 
 ```
 teacher   block 0 .. block k-1 | block k .. block L-1  final         all of it, once
 student                          block k .. block L-1  final         from the teacher's stream entering k
-forced                           block k, block j, ...               each swapped block on the teacher's stream
 ```
 Blocks before the first swapped one are the same modules over the same tensors, so running them again could only
 repeat the teacher: handing the stored stream to block k is bit-exact (proved on every model by
-`mismatch.forward.verify`). The teacher's values of this batch, from block k on, live until every student has met
-them; nothing lives longer.
+`mismatch.forward.verify`).
+
+    run_prefix    a run that keeps the streams entering some blocks
+    run_suffix    a run that begins from one of them
+    finals        both, for several models on one batch: their final states
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
+from functools import partial
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from mismatch.errors import NumericsError, RunError
 from mismatch.forward import hooks
-from mismatch.forward.sites import Tap, taps
+from mismatch.forward.sites import Tap, leaving
 from mismatch.models.layout import Layout
 
-
-@dataclass(frozen=True)
-class Runner:
-    """What the stream needs of a student: its layout, where it was swapped, and its name."""
-
-    name: str
-    layout: Layout
-    first: int | None
-    """The first swapped layer; None when only the final norm is swapped, `0` for a full run."""
-    swapped: tuple[int, ...] = ()
-    whole_blocks: frozenset[int] = frozenset()
-    crop: tuple[int, int] | None = None
-    """Run only so many rows and tokens of the batch (the floor: the same text in another shape); None is all."""
-
-    def start(self) -> int:
-        return self.layout.n_layers if self.first is None else self.first
+Key = TypeVar("Key", bound=Hashable)
 
 
-@dataclass(frozen=True)
-class Meeting:
-    """Teacher and student at one site of one batch."""
+class Stored(dict[Key, Tensor]):
+    """Values of one run that other runs read. A module that changed one in place would spoil what is read later."""
 
-    student: str
-    mode: str
-    layer: int | None
-    site: str
-    teacher: Tensor
-    value: Tensor
+    def __init__(self) -> None:
+        super().__init__()
+        self._versions: dict[Key, int] = {}
+
+    def keep(self, key: Key, value: Tensor) -> None:
+        self[key] = value
+        self._versions[key] = value._version
+
+    def check(self, key: Key, message: str) -> None:
+        """Refuse a value that was changed since it was kept.
+
+        Raises:
+            RunError: with this message.
+        """
+        if key in self and self[key]._version != self._versions[key]:
+            raise RunError(message)
 
 
-Met = Callable[[Meeting], None]
+def is_finite(value: Tensor) -> bool:
+    """Whether no number is NaN or infinite."""
+    # One sum is a single read of the tensor; the exact test runs only when it fails.
+    return bool(torch.isfinite(value.sum(dtype=torch.float32)) or torch.isfinite(value).all())
 
 
-def stream(
-    teacher: Layout,
-    runners: Sequence[Runner],
-    ids: Tensor,
-    met: Met,
-    *,
-    forced: bool = True,
-    run: Callable[..., Tensor] = hooks.run,
-) -> None:
-    """Run one batch through the teacher and every student, and hand each pair to `met` as it completes.
-
-    Args:
-        teacher: layout of the untouched model.
-        runners: the students.
-        ids: int64 `batch pos`.
-        met: called with each meeting, sites in computation order, one student after the other.
-        forced: also run each swapped block after the first on the teacher's stream (for the first, forced is free).
-        run: the backend.
+def check_finite(value: Tensor, who: str, where: str) -> None:
+    """Refuse numbers that are NaN or infinite.
 
     Raises:
-        NumericsError: a value is NaN or infinite; names student, layer and site.
-        RunError: a module changed a stored value in place, so that a later comparison would be wrong.
+        NumericsError: says whose they are, and where.
     """
-    whole = [runner for runner in runners if runner.crop is None]
-    begin = min((runner.start() for runner in whole), default=teacher.n_layers)
-    crops = [runner.crop for runner in runners if runner.crop is not None]
-    kept: dict[tuple[int | None, str], Tensor] = {}
-    versions: dict[tuple[int | None, str], int] = {}
-
-    def keep(tap: Tap, value: Tensor) -> None:
-        _check_finite(value, "teacher", tap.layer, tap.site)
-        if tap.layer < begin - 1:  # only a cropped runner asks for it
-            value = value[: crops[0][0], : crops[0][1]].clone()
-        kept[tap.layer, tap.site] = value
-        versions[tap.layer, tap.site] = value._version
-
-    with torch.no_grad():
-        wanted = [
-            t
-            for layer in range(0 if crops else begin, teacher.n_layers)
-            for t in taps(teacher, layer)
-        ]
-        if begin > 0 and not crops:
-            wanted = [*taps(teacher, begin - 1)[-1:], *wanted]
-        kept[None, "final"] = run(teacher, ids, wanted, keep)
-        for runner in runners:
-            pairing = _Pairing(runner, kept, versions, met)
-            if runner.first is None:
-                pairing.only_final(teacher.n_layers - 1)
-                continue
-            pairing.free(ids, run)
-            if forced:
-                pairing.forced(ids, run)
-
-
-class _Pairing:
-    """One student's runs against the teacher's stored values."""
-
-    def __init__(self, runner: Runner, kept: dict, versions: dict, met: Met) -> None:
-        self.runner, self.kept, self.versions, self.met = runner, kept, versions, met
-
-    def free(self, ids: Tensor, run: Callable[..., Tensor]) -> None:
-        runner = self.runner
-        ids = self._cropped(ids)
-        wanted = [
-            t for layer in range(runner.start(), runner.layout.n_layers) for t in self._taps(layer)
-        ]
-
-        def pair(tap: Tap, value: Tensor) -> None:
-            self._meet("free", tap.layer, tap.site, value)
-            if tap.layer == runner.first and tap.layer in runner.swapped:
-                self._meet("forced", tap.layer, tap.site, value)
-
-        given = self._entering(runner.start()) if runner.start() > 0 else None
-        final = run(runner.layout, ids, wanted, pair, start=runner.start(), stream=given)
-        self._meet("free", None, "final", final)
-
-    def forced(self, ids: Tensor, run: Callable[..., Tensor]) -> None:
-        for layer in self.runner.swapped:
-            if layer == self.runner.first:
-                continue
-
-            def pair(tap: Tap, value: Tensor) -> None:
-                self._meet("forced", tap.layer, tap.site, value)
-
-            run(
-                self.runner.layout,
-                ids,
-                self._taps(layer),
-                pair,
-                start=layer,
-                stop=layer + 1,
-                stream=self._entering(layer),
-            )
-
-    def only_final(self, last: int) -> None:
-        """The final norm alone is swapped: no block differs, so only that norm runs again."""
-        norm = self.runner.layout.final_norm
-        self._meet("free", None, "final", norm(self.kept[last, "resid_post"]))
-
-    def _entering(self, layer: int) -> Tensor:
-        """The teacher's stream entering a block; the block before it gave it."""
-        return self._cropped(self.kept[layer - 1, "resid_post"])
-
-    def _cropped(self, x: Tensor) -> Tensor:
-        crop = self.runner.crop
-        return x if crop is None else x[: crop[0], : crop[1]]
-
-    def _taps(self, layer: int) -> tuple[Tap, ...]:
-        return taps(self.runner.layout, layer, inner=layer not in self.runner.whole_blocks)
-
-    def _meet(self, mode: str, layer: int | None, site: str, value: Tensor) -> None:
-        _check_finite(value, self.runner.name, layer, site)
-        stored = self.kept[layer, site]
-        if layer is not None and stored._version != self.versions[layer, site]:
-            raise RunError(
-                f"the teacher's {site} of layer {layer} was changed in place after it was stored"
-            )
-        self.met(Meeting(self.runner.name, mode, layer, site, self._cropped(stored), value))
-
-
-def _check_finite(value: Tensor, who: str, layer: int | None, site: str) -> None:
-    # One sum is a single read of the tensor; the exact test runs only when it fails.
-    if torch.isfinite(value.sum(dtype=torch.float32)) or torch.isfinite(value).all():
+    if is_finite(value):
         return
     kind = "NaN" if torch.isnan(value).any() else "infinity"
-    where = f"layer {layer}, {site}" if layer is not None else site
     raise NumericsError(
         f"{kind} in the {who}'s activations: {where}",
         hint="a swapped layer that overflows? try --dtype float32, or look at the mechanism's own state"
         if who != "teacher"
         else "the untouched model itself is not finite here: try --dtype float32",
     )
+
+
+def run_prefix(
+    layout: Layout,
+    ids: Tensor,
+    starts: Collection[int],
+    *,
+    begin: int = 0,
+    streams: Stored[int] | None = None,
+    sites: Sequence[Tap] = (),
+    visit: hooks.Visit = hooks.ignore,
+) -> tuple[Tensor, Stored[int]]:
+    """Run a model and keep the streams that others begin from.
+
+    Args:
+        layout: of the model.
+        ids: int64 `batch pos`.
+        starts: blocks; 0 needs no stream.
+        begin: the first block that runs, from the stream kept in `streams`.
+        streams: kept so far; those of `starts` are added.
+        sites: what else to look at.
+        visit: called with each value there.
+
+    Returns:
+        The final states, `batch pos d_model`; the streams by the block that they enter.
+    """
+    streams = Stored() if streams is None else streams
+    ends = {leaving(start - 1): start for start in starts if start > 0}
+    looked = set(sites)
+
+    def met(tap: Tap, value: Tensor) -> None:
+        if tap in ends:
+            streams.keep(ends[tap], value)
+        if tap in looked:
+            visit(tap, value)
+
+    wanted = list(dict.fromkeys([*ends, *sites]))
+    final = hooks.run(layout, ids, wanted, met, start=begin, stream=streams.get(begin))
+    return final, streams
+
+
+def run_suffix(
+    layout: Layout,
+    ids: Tensor,
+    start: int,
+    streams: Stored[int],
+    who: str,
+    *,
+    sites: Sequence[Tap] = (),
+    visit: hooks.Visit = hooks.ignore,
+) -> Tensor:
+    """Run a model from block `start` on, from the stream that another run kept: its final states, `batch pos d_model`.
+
+    Raises:
+        RunError: it changed that stream in place; `who` it was.
+    """
+    final = hooks.run(layout, ids, sites, visit, start=start, stream=streams.get(start))
+    streams.check(start, f"{who} changed the stream that it was given in place")
+    return final
+
+
+class Runnable(Protocol):
+    """A model that runs beside others."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def layout(self) -> Layout: ...
+    @property
+    def start(self) -> int:
+        """The first block that is not the teacher's own."""
+
+
+Model = TypeVar("Model", bound=Runnable)
+
+
+def finals(
+    subjects: Sequence[Model],
+    ids: Tensor,
+    sites: Callable[[Model], Sequence[Tap]] = lambda subject: (),
+    visit: Callable[[Model, Tap, Tensor], None] = lambda subject, tap, value: None,
+) -> Iterator[tuple[Model, Tensor]]:
+    """Every subject's final states on one batch, the teacher's first. A subject runs when it is asked for.
+
+    Args:
+        subjects: the teacher first.
+        ids: int64 `batch pos`.
+        sites: what else to look at in a subject, from its first swapped block on.
+        visit: told of each value there, `batch pos d_model`, as it is computed.
+
+    Yields:
+        subject, and `batch pos d_model`.
+
+    Raises:
+        NumericsError: a final state is NaN or infinite.
+        RunError: a model changed a stored stream in place.
+    """
+    teacher, *students = subjects
+    starts = {student.start for student in students}
+    told = partial(visit, teacher)
+    final, streams = run_prefix(teacher.layout, ids, starts, sites=sites(teacher), visit=told)
+    check_finite(final, teacher.name, "final states")
+    yield teacher, final
+    for student in students:
+        final = run_suffix(
+            student.layout,
+            ids,
+            student.start,
+            streams,
+            f"the {student.name}",
+            sites=sites(student),
+            visit=partial(visit, student),
+        )
+        check_finite(final, student.name, "final states")
+        yield student, final

@@ -54,8 +54,13 @@ def taps(layout: Layout, layer: int, *, inner: bool = True) -> tuple[Tap, ...]:
         if not layout.parallel:
             found.append(Tap(layer, "resid_mid", family.resid_mid, "in"))
         found.append(Tap(layer, "mlp_out", family.mlp_out, "out"))
-    found.append(Tap(layer, "resid_post", "", "out"))
+    found.append(leaving(layer))
     return tuple(found)
+
+
+def leaving(layer: int) -> Tap:
+    """The tap of the stream that leaves a block; the same in every model."""
+    return Tap(layer, "resid_post", "", "out")
 
 
 def tensor_of(value: object) -> Tensor:

@@ -18,12 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from mismatch.errors import SurgeryError
+from mismatch.forward.shared_prefix import finals
 from mismatch.mechanisms.base import Context, Host, Mechanism, innermost
 from mismatch.mechanisms.parts.calling import hidden_in
 from mismatch.mechanisms.parts.projections import AttentionParts
 from mismatch.models.layout import Layout
 from mismatch.probes.base import Subject
-from mismatch.probes.scoring import finals
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,11 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from mismatch.errors import UsageError
+from mismatch.forward.head import log_probs
+from mismatch.forward.hooks import ids_on
+from mismatch.forward.shared_prefix import finals
+from mismatch.metrics.sums.logits import kl_float64
 from mismatch.probes.base import Answers, Measure, Probe, Setting, Subject
-from mismatch.probes.scoring import finals, kl, log_probs, on
 
 PROMPT = 32
 NEW = 48
@@ -58,7 +61,7 @@ class Generation(Probe):
         parts: dict[str, list[dict[str, np.ndarray]]] = {s.name: [] for s in subjects}
         with torch.no_grad():
             for at in range(0, len(self.ids), self.setting.batch_size):
-                ids = on(subjects[0].layout, self.ids[at : at + self.setting.batch_size])
+                ids = ids_on(subjects[0].layout, self.ids[at : at + self.setting.batch_size])
                 written = {subject.name: greedy(subject, ids) for subject in subjects}
                 ours = written[subjects[0].name]
                 common = torch.cat([ids, ours], 1)
@@ -111,7 +114,7 @@ def _compared(
     rows = torch.arange(len(ours), device=ours.device)
     rows_t, at_t = rows.to(teacher.device), at.to(teacher.device)
     said = teacher[rows_t, at_t]
-    apart = kl(said, student[rows.to(student.device), at.to(student.device)])
+    apart = kl_float64(said, student[rows.to(student.device), at.to(student.device)])
     chosen = said.gather(1, theirs[rows, at].to(said.device)[:, None])
     rank = (said > chosen).sum(1)
     grams = theirs.unfold(1, GRAM, 1)

@@ -33,12 +33,15 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from mismatch.forward.head import log_probs
+from mismatch.forward.hooks import ids_on
+from mismatch.forward.shared_prefix import finals
 from mismatch.mechanisms.base import Mechanism
 from mismatch.mechanisms.parts.own_state import OwnState
 from mismatch.mechanisms.parts.projections import AttentionParts
+from mismatch.metrics.sums.logits import kl_float64
 from mismatch.probes.base import Answers, Measure, Probe, Setting, Subject, swapped_layers
 from mismatch.probes.forced import entering, update
-from mismatch.probes.scoring import finals, kl, log_probs, on
 from mismatch.runs.table import under
 
 SEGMENT = 64
@@ -120,7 +123,7 @@ class Memory(Probe):
         numbers: dict[tuple[str, Any, str], list[np.ndarray]] = {}
         with torch.no_grad():
             for at in range(0, len(self.ids), self.setting.batch_size):
-                ids = on(subjects[0].layout, self.ids[at : at + self.setting.batch_size])
+                ids = ids_on(subjects[0].layout, self.ids[at : at + self.setting.batch_size])
                 targets = ids[:, size + 1 :]
                 teacher: Tensor | None = None
                 # One model after the other runs as it is asked for, so each can be changed for its turn.
@@ -131,7 +134,7 @@ class Memory(Probe):
                     said = log_probs(subject.layout, final[:, size:-1])
                     teacher = said if teacher is None else teacher
                     nll = -said.gather(-1, targets.to(said.device)[..., None])[..., 0]
-                    for stat, value in (("kl", kl(teacher, said)), ("nll", nll)):
+                    for stat, value in (("kl", kl_float64(teacher, said)), ("nll", nll)):
                         key = (subject.name, case, stat)
                         numbers.setdefault(key, []).append(value.double().cpu().numpy())
         answers: dict[str, list[Measure]] = {subject.name: [] for subject in subjects}
@@ -154,7 +157,7 @@ class Memory(Probe):
         parts: dict[str, list[np.ndarray]] = {}
         slopes: list[np.ndarray] = []
         for at in range(0, len(self.ids), self.setting.batch_size):
-            ids = on(teacher.layout, self.ids[at : at + self.setting.batch_size])
+            ids = ids_on(teacher.layout, self.ids[at : at + self.setting.batch_size])
             with torch.no_grad():
                 stream = entering(teacher.layout, ids, [layer])[layer]
                 target = update(teacher, layer, ids, stream)
@@ -173,7 +176,7 @@ class Memory(Probe):
             first, rest = np.concatenate(slopes).T
             yield Measure.mean(under("gate_gradient", part="first"), first, size, **address)
             yield Measure.mean(under("gate_gradient", part="rest"), rest, tokens, **address)
-        yield from _state(subject, layer, on(subject.layout, self.ids), size, address)
+        yield from _state(subject, layer, ids_on(subject.layout, self.ids), size, address)
 
 
 def mechanisms(subject: Subject) -> dict[int, Mechanism]:

@@ -24,9 +24,10 @@ import torch
 from torch import Tensor
 
 from mismatch.errors import UsageError
+from mismatch.forward.hooks import ids_on
+from mismatch.forward.shared_prefix import finals
 from mismatch.forward.sites import Tap, massive, taps
 from mismatch.probes.base import Answers, Measure, Probe, Setting, Subject, swapped_layers
-from mismatch.probes.scoring import finals, on
 
 SITES = 6
 RIDGE = 0.01
@@ -96,7 +97,9 @@ class PositionDecoding(Probe):
                         decoder = decoders.setdefault((subject.name, tap, stat), Decoder())
                         decoder.update(x[kept], y[kept])
 
-                for _ in finals(subjects, on(subjects[0].layout, self.train[part]), wanted, learn):
+                for _ in finals(
+                    subjects, ids_on(subjects[0].layout, self.train[part]), wanted, learn
+                ):
                     pass
             for decoder in decoders.values():
                 decoder.solve()
@@ -114,7 +117,9 @@ class PositionDecoding(Probe):
                         key = (subject.name, tap, stat)
                         judged.setdefault(key, []).append(decoders[key].judge(x, y, kept))
 
-                for _ in finals(subjects, on(subjects[0].layout, self.test[part]), wanted, judge):
+                for _ in finals(
+                    subjects, ids_on(subjects[0].layout, self.test[part]), wanted, judge
+                ):
                     pass
         answers: dict[str, list[Measure]] = {subject.name: [] for subject in subjects}
         for (name, tap, stat), parts in judged.items():

@@ -16,8 +16,10 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from mismatch.forward.head import log_probs
+from mismatch.forward.hooks import ids_on
+from mismatch.metrics.sums.logits import kl_float64
 from mismatch.probes.base import Answers, Measure, Probe, Setting, Subject
-from mismatch.probes.scoring import kl, log_probs, on
 from mismatch.runs.table import under
 
 SHIFTS = (1, 256)
@@ -54,10 +56,10 @@ class ShiftInvariance(Probe):
             for subject in subjects:
                 found: dict[int, list[np.ndarray]] = {shift: [] for shift in self.shifts}
                 for at in range(0, len(self.ids), self.setting.batch_size):
-                    ids = on(subject.layout, self.ids[at : at + self.setting.batch_size])
+                    ids = ids_on(subject.layout, self.ids[at : at + self.setting.batch_size])
                     plain = _ends(subject, ids, 0)
                     for shift in self.shifts:
-                        apart = kl(plain, _ends(subject, ids, shift))
+                        apart = kl_float64(plain, _ends(subject, ids, shift))
                         found[shift].append(apart.cpu().numpy())
                 answers[subject.name] = [
                     Measure.mean(under("kl", shift=shift), np.concatenate(parts))

@@ -16,8 +16,11 @@ import numpy as np
 import torch
 
 from mismatch.errors import UsageError
+from mismatch.forward.head import log_probs
+from mismatch.forward.hooks import ids_on
+from mismatch.forward.shared_prefix import finals
+from mismatch.metrics.sums.logits import kl_float64
 from mismatch.probes.base import Answers, Measure, Probe, Setting, Subject
-from mismatch.probes.scoring import finals, kl, log_probs, on
 from mismatch.runs.table import under
 
 NEAR = (16, 48, 96)
@@ -66,7 +69,7 @@ class ShuffleSensitivity(Probe):
                 for near, mixed in self.mixed.items():
                     other = self._ends(subjects, mixed[at : at + size])
                     for name, ends in other.items():
-                        apart = kl(plain[name], ends).cpu().numpy()
+                        apart = kl_float64(plain[name], ends).cpu().numpy()
                         found.setdefault((name, near), []).append(apart)
         answers: dict[str, list[Measure]] = {subject.name: [] for subject in subjects}
         for (name, near), parts in found.items():
@@ -77,5 +80,5 @@ class ShuffleSensitivity(Probe):
         """Log-probabilities of each subject at the last positions, `batch LAST vocab`."""
         return {
             subject.name: log_probs(subject.layout, final[:, -LAST:])
-            for subject, final in finals(subjects, on(subjects[0].layout, ids))
+            for subject, final in finals(subjects, ids_on(subjects[0].layout, ids))
         }

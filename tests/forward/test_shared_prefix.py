@@ -9,7 +9,7 @@ from mismatch import spec
 from mismatch.errors import LayoutError, NumericsError, RunError
 from mismatch.forward import hooks
 from mismatch.forward import verify as probe
-from mismatch.forward.shared_prefix import Runner, stream
+from mismatch.forward.meetings import Runner, stream
 from mismatch.forward.sites import massive, taps
 from mismatch.models.layout import Layout
 from mismatch.stages.checking import placed

@@ -48,6 +48,12 @@ class LogitPair:
             self.teacher, student, self.targets, self.docs, self.positions, self.joint, self.shared
         )
 
+    def split(self, size: int) -> list[LogitPair]:
+        """Parts of so many tokens each."""
+        columns = (self.teacher, self.student, self.targets, self.docs, self.positions)
+        parts = zip(*(column.split(size) for column in columns), strict=True)
+        return [LogitPair(*part, self.joint) for part in parts]
+
     def kept(self, mask: str) -> Kept:
         """The tokens of a mask ("valid": all, "has_target"), listed once per chunk."""
         if mask not in self.shared:
@@ -77,11 +83,11 @@ class LogitPair:
 
     @cached_property
     def _kl(self) -> Tensor:
-        return self._sum(_kl_terms)[0]
+        return kl_per_token(self.teacher, self.student)
 
     @cached_property
     def _both(self) -> list[Tensor]:
-        return self._sum(_both_terms)
+        return _sums(_both_terms, self.teacher, self.student)
 
     @cached_property
     def top(self) -> tuple[Tensor, Tensor]:
@@ -96,12 +102,27 @@ class LogitPair:
         column = self.targets.clamp(min=0)[:, None]
         return -self.teacher.gather(1, column)[:, 0], -self.student.gather(1, column)[:, 0]
 
-    def _sum(self, terms: Callable[[Tensor, Tensor], tuple[Tensor, ...]]) -> list[Tensor]:
-        step = max(1, BLOCK // self.teacher.shape[1]) if self.teacher.device.type == "cpu" else 64
-        blocks = zip(self.teacher.split(step), self.student.split(step), strict=True)
-        sums = [[x.sum(1) for x in terms(t, s)] for t, s in blocks]
-        # rounding, far below 1e-12, could leave a sum under 0
-        return [torch.cat(part).clamp_(min=0.0) for part in zip(*sums, strict=True)]
+
+def kl_per_token(teacher: Tensor, student: Tensor) -> Tensor:
+    """`LogitPair.kl` of log-probabilities, `tokens vocab` each."""
+    return _sums(_kl_terms, teacher, student)[0]
+
+
+def kl_float64(teacher: Tensor, student: Tensor) -> Tensor:
+    """The same of log-probabilities of any shape, `... vocab`, some of which may be -inf; summed in float64."""
+    p, d = teacher.exp(), student.to(teacher.device) - teacher
+    # A token that the teacher rules out has p = 0, and its d may be inf - inf.
+    return torch.where(p > 0, p * (torch.expm1(d) - d), 0.0).sum(-1, dtype=torch.float64)
+
+
+def _sums(
+    terms: Callable[[Tensor, Tensor], tuple[Tensor, ...]], teacher: Tensor, student: Tensor
+) -> list[Tensor]:
+    step = max(1, BLOCK // teacher.shape[1]) if teacher.device.type == "cpu" else 64
+    blocks = zip(teacher.split(step), student.split(step), strict=True)
+    sums = [[x.sum(1) for x in terms(t, s)] for t, s in blocks]
+    # rounding, far below 1e-12, could leave a sum under 0
+    return [torch.cat(part).clamp_(min=0.0) for part in zip(*sums, strict=True)]
 
 
 def _kl_terms(t: Tensor, s: Tensor) -> tuple[Tensor]:

@@ -5,7 +5,7 @@ A correction acts at all places at once, each with its own fit. Heads are given 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +15,8 @@ from torch import Tensor
 
 from mismatch import spec
 from mismatch.errors import LayoutError, SpecError, SurgeryError
+from mismatch.forward.heldout import Batch, Trial
+from mismatch.forward.hooks import ids_on
 from mismatch.mechanisms.base import Mechanism
 from mismatch.models.layout import Layout
 from mismatch.stages.diagnose.config import DiagnoseConfig
@@ -28,7 +30,6 @@ from mismatch.stages.diagnose.forced import (
     heads_shared,
     teacher_sides,
 )
-from mismatch.stages.diagnose.heldout import Batch, Trial
 from mismatch.stages.diagnose.places import Place
 from mismatch.surgery.operate import Student
 from mismatch.surgery.students import Teacher, calibrated_swap
@@ -37,12 +38,12 @@ from mismatch.texts.windows import Windows
 HEAD_BATCHES = 2
 """Of calibration text, by which heads are ranked."""
 WORTH = 0.01
-"""A head that returns less of the squared error is not judged."""
+"""A head that recovers less of the squared error is not tried."""
 
 
 @dataclass(frozen=True)
 class Asked:
-    """One correction, and the trial that judges it (one that is never run does nothing)."""
+    """One correction, and the trial that measures it (one that is never run does nothing)."""
 
     name: str
     group: str
@@ -109,7 +110,7 @@ class TakenApart:
     def _read(self, cut: Windows) -> dict[Place, Sample]:
         parts: dict[Place, list[Sample]] = {place: [] for place in self.places}
         for number, part in enumerate(cut.batches(self.config.batch_size)):
-            ids = torch.from_numpy(part.ids).to(self.teacher.embedding_device)
+            ids = ids_on(self.teacher, part.ids)
             sides, _, _ = teacher_sides(self.teacher, self.places, ids)
             self.complete(ids, sides)
             for place, side in sides.items():
@@ -139,8 +140,9 @@ class TakenApart:
         """Fit every correction at every place."""
         self.fitted = {place: fit(sample) for place, sample in self._samples.items()}
 
-    def trials(self) -> list[Trial]:
-        """What there is to judge; also fills `asked`."""
+    def trials(self, sides: Sequence[Mapping[Place, Side]]) -> list[Trial]:
+        """What there is to evaluate, on text of which these are the sides by batch; also fills `asked`."""
+        self._sides = sides
         found: list[Trial] = []
         for cause, names in CAUSES.items():
             for name in names:
@@ -167,7 +169,7 @@ class TakenApart:
         def during(batch: Batch) -> Iterator[None]:
             with ExitStack() as stack:
                 for place, change in used.items():
-                    known = batch.sides[place].known
+                    known = self._sides[batch.number][place].known
                     stack.enter_context(
                         changed(
                             self.student,
@@ -180,7 +182,7 @@ class TakenApart:
         return [Trial(name, self.student, during)]
 
     def trial_of(self, name: str) -> str:
-        """The trial that judged a correction: one that does the very same is not run again."""
+        """The trial that measured a correction: one that does the very same is not run again."""
         return self._same.get(name, name)
 
     def _head_trials(self) -> list[Trial]:
@@ -205,7 +207,7 @@ class TakenApart:
             def during(
                 batch: Batch, place: Place = place, head: int = head
             ) -> AbstractContextManager[None]:
-                heads = batch.sides[place].heads
+                heads = self._sides[batch.number][place].heads
                 return head_given(self.student, place, head, self._counts[place], heads)
 
             found.append(Trial(name, self.student, during))
@@ -247,10 +249,12 @@ class TakenApart:
     # ---- numbers --------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def facts(self, batches: Sequence[Batch]) -> Iterator[dict[str, Any]]:
-        """What `Found.places` says of each place, on held-out text."""
+    def facts(
+        self, batches: Sequence[Batch], on: Sequence[Mapping[Place, Side]]
+    ) -> Iterator[dict[str, Any]]:
+        """What `Found.places` says of each place, on held-out text with these sides by batch."""
         for place in self.places:
-            sides = [batch.sides[place] for batch in batches]
+            sides = [batch_sides[place] for batch_sides in on]
             sample = joined(
                 [
                     Sample(side.known, forced(self.student, place, batch.ids, side))

@@ -17,14 +17,14 @@ from tqdm import tqdm
 
 from mismatch import spec
 from mismatch.errors import NumericsError, RunError
-from mismatch.forward.heldout import Evaluated
+from mismatch.forward.heldout import Evaluated, Trial
 from mismatch.runs import table
 from mismatch.runs.folder import Run, RunFolder, load_run, run_id
 from mismatch.stages.checking import Text, plan_dict, plan_warnings
 from mismatch.stages.diagnose.config import DiagnoseConfig
 from mismatch.stages.diagnose.corrections import SUBSETS
 from mismatch.stages.diagnose.fitted import TakenApart, joint_name
-from mismatch.stages.diagnose.heldout import CorrectedHeldOut, Trial
+from mismatch.stages.diagnose.heldout import CorrectedHeldOut
 from mismatch.stages.diagnose.numbers import Found, Kl, Returned, Share
 from mismatch.stages.diagnose.places import places_of
 from mismatch.stages.diagnose.result import Diagnosed
@@ -123,7 +123,7 @@ class DiagnoseJob:
             bar.set_description("the swap and its controls")
             first = [Trial(s.name, s.layout) for s in (swap, *controls)]
             bar.total = len(held_out.batches) * (1 + len(first))
-            evaluated = held_out.evaluate(first)
+            evaluated = held_out.evaluate_all(first)
             damage = evaluated[swap.name]
             if not math.isfinite(damage.kl.total):
                 raise NumericsError(
@@ -134,10 +134,10 @@ class DiagnoseJob:
                 bar.set_description("fits on calibration text")
                 apart.fit()
                 bar.set_description("corrections")
-                trials = apart.trials()
+                trials = apart.trials(held_out.sides)
                 bar.total += len(held_out.batches) * len(trials)
                 bar.refresh()
-                evaluated |= held_out.evaluate(trials)
+                evaluated |= held_out.evaluate_all(trials)
         found = self._found(swap, evaluated, apart, held_out)
         return self._finish(found, swap, time.monotonic() - started)
 
@@ -194,7 +194,7 @@ class DiagnoseJob:
             joint={"+".join(c): share_of(j, damage, seed) for c, j in joint.items()},
             unexplained=unexplained,
             leading=leading(returned),
-            places=tuple(apart.facts(held_out.batches)),
+            places=tuple(apart.facts(held_out.batches, held_out.sides)),
             not_applicable=tuple(apart.not_applicable),
         )
 

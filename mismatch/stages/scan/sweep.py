@@ -15,16 +15,20 @@ one part more. That is what greedy planning asks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from mismatch.errors import NumericsError, RunError
-from mismatch.forward import hooks
-from mismatch.forward.head import CHUNK, log_probs
-from mismatch.forward.sites import Tap, taps
+from mismatch.forward.head import Predictions, compare
+from mismatch.forward.shared_prefix import (
+    Stored,
+    check_finite,
+    is_finite,
+    run_prefix,
+    run_suffix,
+)
 from mismatch.metrics.sums.logits import LogitPair
 from mismatch.models.layout import Layout
 from mismatch.stages.scan.cells import Cell
@@ -93,112 +97,44 @@ class Sweep:
             NumericsError: the teacher itself is not finite.
             RunError: a cell changed a stored stream in place, so that the next one would start from something else.
         """
-        final, streams = self._streams(ids, {cell.first for cell in cells} - {0})
-        rows = asked.flatten().nonzero().squeeze(1).to(final.device)
-        reference = final.flatten(0, 1)[rows]
+        final, streams = self._streams(ids, {cell.first for cell in cells})
+        rows = asked.flatten().nonzero().squeeze(1)
+        reference = final.flatten(0, 1)[rows.to(final.device)]
         del final
-        facts = _facts(ids, docs, rows)
+        predictions = Predictions.of(ids, docs, rows)
         size = max(1, HELD // max(1, reference.numel() * reference.element_size()))
-        held: list[tuple[Cell, Tensor]] = []
-        versions = {first: stream._version for first, stream in streams.items()}
+        held: list[tuple[Cell, Layout, Tensor]] = []
+        layout = self.base.layout
         for index, cell in enumerate(cells):
             for first in [first for first in streams if first < cell.first]:
                 del streams[first]
-            stream = streams.get(cell.first)
             with holding(
                 self.base, cell.placements, seed=self.seed, calibrations=self.calibrations
             ):
-                state = self._final(self.base.layout, ids, (), _nothing, cell.first, stream)
-            if stream is not None and stream._version != versions[cell.first]:
-                raise RunError(
-                    f"`{cell.name}` at layer {cell.layer} changed the stream that it was given in place"
-                )
+                who = f"`{cell.name}` at layer {cell.layer}"
+                state = run_suffix(layout, ids, cell.first, streams, who)
+            self.work.blocks += (layout.n_layers - cell.first) * ids.numel()
             ran()
-            if torch.isfinite(state).all():
-                held.append((cell, state.flatten(0, 1)[rows]))
+            if is_finite(state):
+                held.append((cell, layout, state.flatten(0, 1)[rows.to(state.device)]))
             else:
                 broken(cell)
             if len(held) == size or index == len(cells) - 1 or due():
-                self._compare(reference, held, facts, met)
+                for compared, pair in compare(self.teacher, reference, held, predictions):
+                    met(compared, pair)
+                self.work.head += len(reference) * (1 + len(held)) if held else 0
                 held.clear()
                 done(index + 1)
 
-    def _streams(self, ids: Tensor, starts: set[int]) -> tuple[Tensor, dict[int, Tensor]]:
+    def _streams(self, ids: Tensor, starts: set[int]) -> tuple[Tensor, Stored[int]]:
         """The teacher's final states, and the stream entering each block of `starts`: the base's own."""
-        swapped = self.base.plan.first
-        last = self.teacher.n_layers if swapped is None else swapped
-        kept: dict[int, Tensor] = {}
-
-        def keep(tap: Tap, value: Tensor) -> None:
-            kept[tap.layer + 1] = value
-
-        shared = {start for start in starts if start <= last}
-        if swapped:
-            shared.add(swapped)
-        wanted = [taps(self.teacher, start - 1)[-1] for start in sorted(shared)]
-        final = self._final(self.teacher, ids, wanted, keep, 0, None)
-        if not torch.isfinite(final).all():
-            raise NumericsError(
-                "NaN or infinity in the teacher's final states",
-                hint="the untouched model itself is not finite here: try --dtype float32",
-            )
-        own = sorted(starts - shared)
+        n_layers, swapped = self.teacher.n_layers, self.base.plan.first
+        last = n_layers if swapped is None else swapped
+        own = {start for start in starts if start > last}
+        final, streams = run_prefix(self.teacher, ids, starts - own | ({last} if own else set()))
+        self.work.blocks += n_layers * ids.numel()
+        check_finite(final, "teacher", "final states")
         if own:
-            layout = self.base.layout
-            wanted = [Tap(start - 1, "resid_post", "", "out") for start in own]
-            self._final(layout, ids, wanted, keep, last, kept.get(last))
-        return final, {start: kept[start] for start in starts}
-
-    def _final(
-        self,
-        layout: Layout,
-        ids: Tensor,
-        wanted: Sequence[Tap],
-        visit: Callable[[Tap, Tensor], None],
-        start: int,
-        stream: Tensor | None,
-    ) -> Tensor:
-        self.work.blocks += (layout.n_layers - start) * ids.numel()
-        return hooks.run(layout, ids, wanted, visit, start=start, stream=stream)
-
-    def _compare(
-        self,
-        reference: Tensor,
-        held: Sequence[tuple[Cell, Tensor]],
-        facts: Mapping[str, Tensor],
-        met: Callable[[Cell, LogitPair], None],
-    ) -> None:
-        if not held:
-            return
-        for start in range(0, len(reference), CHUNK):
-            part = slice(start, start + CHUNK)
-            teacher = log_probs(self.teacher, reference[part])
-            self.work.head += len(teacher) * (1 + len(held))
-            device = teacher.device
-            here = {name: fact[part].to(device) for name, fact in facts.items()}
-            pair = None
-            for cell, states in held:
-                student = log_probs(self.base.layout, states[part]).to(device)
-                pair = (
-                    LogitPair(teacher, student, **here)
-                    if pair is None
-                    else pair.with_student(student)
-                )
-                met(cell, pair)
-
-
-def _facts(ids: Tensor, docs: Tensor, rows: Tensor) -> dict[str, Tensor]:
-    """Target (-1: none), document and position of each scored prediction."""
-    following = torch.full_like(ids, -1)
-    following[:, :-1] = ids[:, 1:]
-    rows = rows.to(ids.device)
-    positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
-    return {
-        "targets": following.flatten()[rows],
-        "docs": docs[:, None].expand_as(ids).flatten()[rows],
-        "positions": positions.flatten()[rows],
-    }
-
-
-def _nothing(_tap: Tap, _value: Tensor) -> None:
-    """No tap: only the final states are wanted."""
+            run_prefix(self.base.layout, ids, own, begin=last, streams=streams)
+            self.work.blocks += (n_layers - last) * ids.numel()
+        return final, streams

@@ -10,14 +10,14 @@ students; a few tokens of each window go through it at every layer (logit lens, 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from mismatch.forward.head import CHUNK, log_probs
-from mismatch.forward.shared_prefix import Meeting
+from mismatch.forward.head import CHUNK, Predictions, compare
+from mismatch.forward.meetings import Meeting
 from mismatch.forward.sites import before, massive
 from mismatch.metrics.base import LogitPair, Pair
 from mismatch.models.layout import Layout
@@ -107,19 +107,12 @@ class Batch:
 
     def _logits(self, scope: str, finals: Mapping[str, Tensor]) -> None:
         rows, pos, _ = finals[TEACHER].shape
-        ids = self.ids[:rows, :pos]
-        # The token that follows; the last token of a window has none, unless the window was cropped.
-        following = torch.full_like(self.ids, -1)
-        following[:, :-1] = self.ids[:, 1:]
-        targets = following[:rows, :pos].flatten()
-        positions = torch.arange(pos, device=ids.device).expand_as(ids).flatten()
-        docs = self.docs[:rows, None].expand_as(ids).flatten()
+        # Of the whole windows: the last token has no next one, unless the window was cropped.
+        every = torch.arange(self.ids.numel()).view(self.ids.shape)
+        predictions = Predictions.of(self.ids, self.docs, every[:rows, :pos].flatten())
         flat = {name: final.flatten(0, 1) for name, final in finals.items()}
-        for start in range(0, len(targets), CHUNK):
-            part = slice(start, start + CHUNK)
-            states = {name: state[part] for name, state in flat.items()}
-            tokens = (targets[part], docs[part], positions[part])
-            self._compare(scope, "logits", [NO_LAYER], states, tokens)
+        for name, pair in self._compare(flat, predictions, CHUNK):
+            self.collector.meter(Address(scope, name, "free", NO_LAYER, "logits")).update(pair)
 
     def _lens(self) -> None:
         """Several layers at a time: a few rows a layer would leave the head's large matrix idle."""
@@ -138,43 +131,22 @@ class Batch:
                     )
                     for name in names
                 }
-                tokens = (torch.full_like(docs, -1), docs, positions)
-                repeated = tuple(t.repeat(len(some)) for t in tokens)
-                self._compare(MAIN, "lens", some, states, repeated)
+                facts = (torch.full_like(docs, -1), docs, positions)
+                predictions = Predictions(*(fact.repeat(len(some)) for fact in facts))
+                for name, pair in self._compare(states, predictions, len(predictions.docs)):
+                    for layer, part in zip(some, pair.split(len(docs)), strict=True):
+                        self.collector.meter(Address(MAIN, name, "free", layer, "lens")).update(
+                            part
+                        )
 
     def _compare(
-        self,
-        scope: str,
-        at: str,
-        layers: Sequence[int],
-        states: Mapping[str, Tensor],
-        tokens: tuple[Tensor, ...],
-    ) -> None:
-        """Final states through the head, and every student beside the teacher.
-
-        Args:
-            scope: of the addresses.
-            at: "logits" or "lens".
-            layers: the rows of `states` are those of these layers, one after the other, equally many each.
-            states: by student, the teacher's included, `tokens d_model`.
-            tokens: target, document and position of each row.
-        """
-        teacher = log_probs(self.teacher, states[TEACHER])
-        device, size = teacher.device, len(teacher) // len(layers)
-        target, doc, position = (t.to(device) for t in tokens)
-        pairs: dict[int, LogitPair] = {}
-        for name, state in states.items():
-            if name == TEACHER:
-                continue
-            student = log_probs(self._layout(name), state).to(device)
-            for index, layer in enumerate(layers):
-                part = slice(index * size, (index + 1) * size)
-                if layer in pairs:
-                    pairs[layer] = pairs[layer].with_student(student[part])
-                else:
-                    facts = (target[part], doc[part], position[part])
-                    pairs[layer] = LogitPair(teacher[part], student[part], *facts)
-                self.collector.meter(Address(scope, name, "free", layer, at)).update(pairs[layer])
+        self, states: Mapping[str, Tensor], predictions: Predictions, chunk: int
+    ) -> Iterator[tuple[str, LogitPair]]:
+        """Every student beside the teacher, from final states by name, `tokens d_model`."""
+        students = [
+            (name, self._layout(name), state) for name, state in states.items() if name != TEACHER
+        ]
+        return compare(self.teacher, states[TEACHER], students, predictions, chunk=chunk)
 
     def _layout(self, name: str) -> Layout:
         """Of a student; the teacher's own for itself; the run's teacher is the student of the floor."""

@@ -16,7 +16,7 @@ import torch
 
 from mismatch.errors import NumericsError
 from mismatch.forward import hooks
-from mismatch.forward.shared_prefix import Runner, stream
+from mismatch.forward.meetings import Runner, stream
 from mismatch.models.layout import Layout
 from mismatch.runs.kept_pages import kept_pages
 from mismatch.runs.ranks import ALONE, Ranks

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from mismatch.forward.shared_prefix import Meeting
+from mismatch.forward.meetings import Meeting
 from mismatch.metrics import load_metric
 from mismatch.metrics.base import Reading
 from mismatch.metrics.sums.meter import StudentMeter, TeacherMeter

@@ -10,11 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-import torch
 from torch import Tensor, nn
 
-from mismatch.stages.repair.rungs.activation_store import Example, Store
-from mismatch.stages.repair.rungs.loss import relative_error
+from mismatch.stages.repair.rungs.activation_store import Store
+from mismatch.stages.repair.rungs.loss import Loss, relative_error
 from mismatch.stages.repair.rungs.module_pair import Part
 from mismatch.stages.repair.rungs.training import Group
 
@@ -61,28 +60,19 @@ def groups(part: Part, fresh: Iterable[str], rate: float, gate_rate: float) -> l
     ]
 
 
-class LocalLoss:
-    """Error of one part over batches of the store, and over held-out ones.
+class LocalLoss(Loss):
+    """Relative error of one part on the teacher's inputs.
 
     Args:
         part: what learns.
-        store: training inputs and targets.
-        held: held-out inputs and targets.
+        store, held: its inputs and targets on training and validation text.
     """
 
     def __init__(self, part: Part, store: Store, held: Store) -> None:
-        self.part, self.store, self.held = part, store, held
+        super().__init__(store, held)
+        self.part = part
 
-    def __call__(self, index: int, rows: int) -> Tensor:
-        """Loss of the first rows of a batch."""
-        return self._error(self.store.batch(self.part, index), rows)
-
-    @torch.no_grad()
-    def look(self) -> float:
-        """Mean error over the held-out batches."""
-        errors = [float(self._error(e, len(e.x))) for e in self.held.batches_of(self.part)]
-        return sum(errors) / len(errors)
-
-    def _error(self, example: Example, rows: int) -> Tensor:
+    def of(self, store: Store, index: int, rows: int) -> Tensor:
+        example = store.batch(self.part, index)
         x = example.x[:rows].to(next(self.part.student.parameters()).dtype)
         return relative_error(example.call(self.part.student, x), example.y[:rows])

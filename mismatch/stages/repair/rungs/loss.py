@@ -10,8 +10,38 @@ have tens) IS the loss, and everything else goes unlearnt; with it no token coun
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+
 import torch
 from torch import Tensor
+
+from mismatch.stages.repair.rungs.activation_store import Store
+
+
+class Loss(ABC):
+    """What a rung lowers: of batches of the training text, and of the validation text without a gradient.
+
+    Args:
+        store, held: activations of either text.
+    """
+
+    def __init__(self, store: Store, held: Store) -> None:
+        self.store, self.held = store, held
+
+    @abstractmethod
+    def of(self, store: Store, index: int, rows: int) -> Tensor:
+        """The loss of the first rows of a batch: a scalar with a gradient."""
+
+    def __call__(self, index: int, rows: int) -> Tensor:
+        return self.of(self.store, index, rows)
+
+    @torch.no_grad()
+    def look(self) -> float:
+        """The mean over batches of the validation text."""
+        batches = self.held.batches
+        return sum(float(self.of(self.held, i, len(b))) for i, b in enumerate(batches)) / len(
+            batches
+        )
 
 
 def weights(target: Tensor) -> Tensor:

@@ -1,0 +1,176 @@
+"""Every site of every student beside the teacher's, on one batch (prefixes shared, as `shared_prefix` says).
+
+```
+teacher   block 0 .. block k-1 | block k .. block L-1  final         all of it, once
+student                          block k .. block L-1  final         from the teacher's stream entering k
+forced                           block k, block j, ...               each swapped block on the teacher's stream
+```
+The teacher's values of this batch, from block k on, live until every student has met them; nothing lives longer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mismatch.forward import hooks
+from mismatch.forward.shared_prefix import Stored, check_finite
+from mismatch.forward.sites import Tap, leaving, taps
+from mismatch.models.layout import Layout
+
+
+@dataclass(frozen=True)
+class Runner:
+    """What the stream needs of a student: its layout, where it was swapped, and its name."""
+
+    name: str
+    layout: Layout
+    first: int | None
+    """The first swapped layer; None when only the final norm is swapped, `0` for a full run."""
+    swapped: tuple[int, ...] = ()
+    whole_blocks: frozenset[int] = frozenset()
+    crop: tuple[int, int] | None = None
+    """Run only so many rows and tokens of the batch (the floor: the same text in another shape); None is all."""
+
+    @property
+    def start(self) -> int:
+        return self.layout.n_layers if self.first is None else self.first
+
+
+@dataclass(frozen=True)
+class Meeting:
+    """Teacher and student at one site of one batch."""
+
+    student: str
+    mode: str
+    layer: int | None
+    site: str
+    teacher: Tensor
+    value: Tensor
+
+
+Met = Callable[[Meeting], None]
+
+
+def stream(
+    teacher: Layout,
+    runners: Sequence[Runner],
+    ids: Tensor,
+    met: Met,
+    *,
+    forced: bool = True,
+    run: Callable[..., Tensor] = hooks.run,
+) -> None:
+    """Run one batch through the teacher and every student, and hand each pair to `met` as it completes.
+
+    Args:
+        teacher: layout of the untouched model.
+        runners: the students.
+        ids: int64 `batch pos`.
+        met: called with each meeting, sites in computation order, one student after the other.
+        forced: also run each swapped block after the first on the teacher's stream (for the first, forced is free).
+        run: the backend.
+
+    Raises:
+        NumericsError: a value is NaN or infinite; names student, layer and site.
+        RunError: a module changed a stored value in place, so that a later comparison would be wrong.
+    """
+    whole = [runner for runner in runners if runner.crop is None]
+    begin = min((runner.start for runner in whole), default=teacher.n_layers)
+    crops = [runner.crop for runner in runners if runner.crop is not None]
+    kept: Stored[tuple[int | None, str]] = Stored()
+
+    def keep(tap: Tap, value: Tensor) -> None:
+        check_finite(value, "teacher", _where(tap.layer, tap.site))
+        if tap.layer < begin - 1:  # only a cropped runner asks for it
+            value = value[: crops[0][0], : crops[0][1]].clone()
+        kept.keep((tap.layer, tap.site), value)
+
+    with torch.no_grad():
+        wanted = [
+            t
+            for layer in range(0 if crops else begin, teacher.n_layers)
+            for t in taps(teacher, layer)
+        ]
+        if begin > 0 and not crops:
+            wanted = [leaving(begin - 1), *wanted]
+        kept.keep((None, "final"), run(teacher, ids, wanted, keep))
+        for runner in runners:
+            pairing = _Pairing(runner, kept, met)
+            if runner.first is None:
+                pairing.only_final(teacher.n_layers - 1)
+                continue
+            pairing.free(ids, run)
+            if forced:
+                pairing.forced(ids, run)
+
+
+class _Pairing:
+    """One student's runs against the teacher's stored values."""
+
+    def __init__(self, runner: Runner, kept: Stored[tuple[int | None, str]], met: Met) -> None:
+        self.runner, self.kept, self.met = runner, kept, met
+
+    def free(self, ids: Tensor, run: Callable[..., Tensor]) -> None:
+        runner = self.runner
+        ids, start = self._cropped(ids), runner.start
+        wanted = [t for layer in range(start, runner.layout.n_layers) for t in self._taps(layer)]
+
+        def pair(tap: Tap, value: Tensor) -> None:
+            self._meet("free", tap.layer, tap.site, value)
+            if tap.layer == runner.first and tap.layer in runner.swapped:
+                self._meet("forced", tap.layer, tap.site, value)
+
+        given = self._entering(start) if start > 0 else None
+        final = run(runner.layout, ids, wanted, pair, start=start, stream=given)
+        self._meet("free", None, "final", final)
+
+    def forced(self, ids: Tensor, run: Callable[..., Tensor]) -> None:
+        for layer in self.runner.swapped:
+            if layer == self.runner.first:
+                continue
+
+            def pair(tap: Tap, value: Tensor) -> None:
+                self._meet("forced", tap.layer, tap.site, value)
+
+            run(
+                self.runner.layout,
+                ids,
+                self._taps(layer),
+                pair,
+                start=layer,
+                stop=layer + 1,
+                stream=self._entering(layer),
+            )
+
+    def only_final(self, last: int) -> None:
+        """The final norm alone is swapped: no block differs, so only that norm runs again."""
+        norm = self.runner.layout.final_norm
+        self._meet("free", None, "final", norm(self.kept[last, "resid_post"]))
+
+    def _entering(self, layer: int) -> Tensor:
+        """The teacher's stream entering a block; the block before it gave it."""
+        return self._cropped(self.kept[layer - 1, "resid_post"])
+
+    def _cropped(self, x: Tensor) -> Tensor:
+        crop = self.runner.crop
+        return x if crop is None else x[: crop[0], : crop[1]]
+
+    def _taps(self, layer: int) -> tuple[Tap, ...]:
+        return taps(self.runner.layout, layer, inner=layer not in self.runner.whole_blocks)
+
+    def _meet(self, mode: str, layer: int | None, site: str, value: Tensor) -> None:
+        check_finite(value, self.runner.name, _where(layer, site))
+        of = "" if layer is None else f" of layer {layer}"
+        self.kept.check(
+            (layer, site), f"the teacher's {site}{of} was changed in place after it was stored"
+        )
+        teacher = self._cropped(self.kept[layer, site])
+        self.met(Meeting(self.runner.name, mode, layer, site, teacher, value))
+
+
+def _where(layer: int | None, site: str) -> str:
+    return f"layer {layer}, {site}" if layer is not None else site
