@@ -106,7 +106,7 @@ class Context:
     family: Any = None
     seed: int = 0
     calibration: Any = None
-    build: Callable[[Any, nn.Module], nn.Module] | None = None
+    build: Callable[[Any, nn.Module], Mechanism] | None = None
     restoring: bool = False
 
     def __deepcopy__(self, memo: dict) -> Context:
@@ -129,7 +129,7 @@ class Mechanism(nn.Module):
     state: ClassVar[str]  # what generate() carries
     source: ClassVar[str]
     stacks: ClassVar[bool] = False  # True: may go on top of another mechanism in the same place
-    branch_names: ClassVar[tuple[str, ...]] = ()  # parts whose outputs it adds up; see `branches`
+    branch_names: tuple[str, ...] = ()  # parts whose outputs it adds up; see `branches`
     silent: frozenset[str] = frozenset()  # branches that are taken out at this moment
 
     def __init__(self, original: nn.Module, config: Any, context: Context) -> None:

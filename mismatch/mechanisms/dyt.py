@@ -26,7 +26,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
@@ -81,6 +81,9 @@ class DyT(Mechanism):
     identity = "none: a norm divides each token by its own rms, DyT divides all by one number"
     state = "none"
     source = "arXiv 2503.10622, eq. 4"
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
 
     def __init__(self, original: nn.Module, config: DyTConfig, context: Context) -> None:
         """Raises:
@@ -174,7 +177,7 @@ def gain_offset(norm: nn.Module) -> float:
     """
     try:
         with torch.device("cpu"):
-            fresh = type(norm)(1)
+            fresh: Any = type(norm)(1)
     except TypeError as error:
         raise SurgeryError(f"{type(norm).__name__} is not a norm that is known: {error}") from error
     return 1.0 - fresh.weight.item()

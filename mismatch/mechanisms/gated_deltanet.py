@@ -35,7 +35,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -79,7 +79,7 @@ class GatedDeltaNet(Mixer):
 
     def _mixer(self) -> nn.Module:
         heads, head_dim = self.n_heads, self.head_dim
-        mixer = Library(
+        mixer: Any = Library(
             Qwen3NextConfig(
                 hidden_size=self.context.d_model,
                 linear_num_key_heads=heads,

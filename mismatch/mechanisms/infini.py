@@ -122,7 +122,8 @@ class Infini(AttentionParts):
                 f"{tuple(x.shape[:2])}",
                 hint="a part of the model was called by itself after a padded batch",
             )
-        grid = Grid(state.seen, keep, *x.shape[:2], self.settings.segment, x.device)
+        batch, length = x.shape[:2]
+        grid = Grid(state.seen, keep, batch, length, self.settings.segment, x.device)
         q, k, v = self.qkv(x)
         q_rot, k_rot = self.rotate(q, k, kwargs.get("position_embeddings"))
         opened = state.rows
@@ -153,20 +154,20 @@ class Infini(AttentionParts):
         i = j[grid.queries, None]
         mask = None
         if sinks or len(i) < grid.width or (self.window or grid.width) < grid.width:
-            mask = i >= j
+            causal = i >= j
             if self.window is not None:
-                mask = mask & (i - j < self.window)
-            mask = mask[None, None]
-        if sinks:
-            first = torch.arange(self.settings.sinks, device=q.device)
-            # A sink that stands in this very segment is seen as an ordinary token.
-            earlier = first < grid.starts(q.device).flatten()[:, None]
-            earlier = earlier[:, None, None].expand(-1, 1, len(i), -1)
-            mask = torch.cat([earlier, mask.expand(len(earlier), -1, -1, -1)], dim=-1)
-            k, v = (
-                torch.cat([sinks[name].repeat_interleave(grid.count, dim=0), x], dim=2)
-                for name, x in (("sink_k", k), ("sink_v", v))
-            )
+                causal = causal & (i - j < self.window)
+            mask = causal[None, None]
+            if sinks:
+                first = torch.arange(self.settings.sinks, device=q.device)
+                # A sink that stands in this very segment is seen as an ordinary token.
+                earlier = first < grid.starts(q.device).flatten()[:, None]
+                earlier = earlier[:, None, None].expand(-1, 1, len(i), -1)
+                mask = torch.cat([earlier, mask.expand(len(earlier), -1, -1, -1)], dim=-1)
+                k, v = (
+                    torch.cat([sinks[name].repeat_interleave(grid.count, dim=0), x], dim=2)
+                    for name, x in (("sink_k", k), ("sink_v", v))
+                )
         return self.attend(q, k, v, mask).unflatten(0, (-1, grid.count)).transpose(1, 2)
 
     def _sinks(
@@ -195,7 +196,7 @@ class Infini(AttentionParts):
         phi_k = self._positive(k[:, :, :closed].to(wide), "map_k")
         phi_q = self._positive(q.to(wide), "map_q").unflatten(1, (self.n_kv_heads, self.group))
         memory, norm = rows.get("memory"), rows.get("norm")
-        if memory is None:
+        if memory is None or norm is None:
             memory = v.new_zeros(*v.shape[:2], phi_q.shape[-1], v.shape[-1], dtype=wide)
             norm = memory[..., 0]
         write = linear if self.settings.update == "linear" else delta

@@ -51,13 +51,14 @@ class LinearConfig:
 class Moments:
     """Running sums of a part's inputs and outputs over bulk tokens, float64."""
 
+    x: Tensor
+    y: Tensor
+    xx: Tensor
+    xy: Tensor
+    yy: Tensor
+
     def __init__(self) -> None:
         self.count = 0
-        self.x: Tensor | None = None
-        self.y: Tensor | None = None
-        self.xx: Tensor | None = None
-        self.xy: Tensor | None = None
-        self.yy: Tensor | None = None
 
     def update(self, inputs: Tensor, outputs: Tensor, keep: Tensor) -> None:
         x, y = inputs[keep].double(), outputs[keep].double()
@@ -69,8 +70,8 @@ class Moments:
             "yy": y.pow(2).sum(0),
         }
         for name, value in new.items():
-            old = getattr(self, name)
-            setattr(self, name, value.cpu() if old is None else old + value.cpu())
+            value = value.cpu()
+            setattr(self, name, getattr(self, name) + value if hasattr(self, name) else value)
         self.count += len(x)
 
     def fit(self, ridge: float, *, update: bool = False) -> tuple[Tensor, Tensor, float]:

@@ -95,7 +95,7 @@ class LinearAttention(AttentionParts):
         "whatever the length; keys and values of the last `window` tokens and of the sinks"
     )
     source = "arXiv 2006.16236; window: arXiv 2410.10254; decay: arXiv 2307.08621; see feature_maps"
-    branch_names = ("near", "far")
+    branch_names: tuple[str, ...] = ("near", "far")
 
     def __init__(
         self, original: nn.Module, config: LinearAttentionConfig, context: Context
@@ -153,7 +153,8 @@ class LinearAttention(AttentionParts):
             )
         q, k, v = self.qkv(x)
         q, k = self.rotate(q, k, kwargs.get("position_embeddings"))
-        row = PackedRows(state.seen, keep, *x.shape[:2], self.near, x.device)
+        batch, length = x.shape[:2]
+        row = PackedRows(state.seen, keep, batch, length, self.near, x.device)
         q, k, v = (row.pack(part) for part in (q, k, v))
         sinks = self._sinks(k, v, row, state.rows)
         k, v = row.behind(k, "near_k", state.rows), row.behind(v, "near_v", state.rows)
@@ -181,21 +182,24 @@ class LinearAttention(AttentionParts):
         """
         wide = torch.promote_types(v.dtype, torch.float32)
         q, k, v = q.to(wide), k.to(wide), v.to(wide)
-        total, after = 0.0, {}
+        sums: list[Tensor] = []
+        after: dict[str, Tensor] = {}
         if self.has_far:
             left_k, left_v = row.leaving(k), row.leaving(v)
             if memory is None:
                 features = self.map_k(k[:, :, :1]).shape[-1]
                 memory = k.new_zeros(*k.shape[:2], features, v.shape[-1] + 1)
             far, memory = self._far(self.map_q(q), self.map_k(left_k), left_v, row, memory)
-            total, after = self._heard(far, "far"), {"memory": memory}
+            after = {"memory": memory}
+            sums.append(self._heard(far, "far"))
         if self.near or sinks:
             share = torch.sigmoid(self.mix.to(wide)).view(self.n_kv_heads, 1, self.group, 1, 1)
-            total = total + share * self._heard(self._near(q, k, v, sinks, row), "near")
-        sums, weight = total[..., :-1], total[..., -1:]
+            sums.append(share * self._heard(self._near(q, k, v, sinks, row), "near"))
+        total = sums[0] if len(sums) == 1 else sums[0] + sums[1]
+        weight = total[..., -1:]
         # Filled in BEFORE the division: a `where` around 0 / 0 hides the NaN of the value and not
         # that of its gradient.
-        heads = sums / weight.masked_fill(weight < EMPTY, 1.0)
+        heads = total[..., :-1] / weight.masked_fill(weight < EMPTY, 1.0)
         return heads.movedim(2, 3).flatten(3, 4).flatten(1, 2)[:, :, : q.shape[2]], after
 
     def _heard(self, total: Tensor, branch: str) -> Tensor:

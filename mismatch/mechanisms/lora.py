@@ -26,10 +26,15 @@ from typing import Annotated, Literal
 from torch import nn
 
 from mismatch.errors import SurgeryError
-from mismatch.mechanisms.parts.linears import matrix
-from mismatch.mechanisms.parts.lora_layers import LowRankAdapted
+from mismatch.mechanisms.parts.linears import LinearLayer, matrix
+from mismatch.mechanisms.parts.lora_layers import Init, LowRankAdapted
 
-PEFT_INIT = {"kaiming": True, "gaussian": "gaussian", "pissa": "pissa", "olora": "olora"}
+PEFT_INIT: dict[str, Init] = {
+    "kaiming": True,
+    "gaussian": "gaussian",
+    "pissa": "pissa",
+    "olora": "olora",
+}
 FROM_WEIGHT = ("pissa", "olora")
 
 
@@ -59,7 +64,7 @@ class LoRA(LowRankAdapted):
     source = "arXiv 2106.09685; layers: peft"
     stacks = True
 
-    def adapted(self, layer: nn.Module, path: str) -> nn.Module:
+    def adapted(self, layer: LinearLayer, path: str) -> nn.Module:
         init = PEFT_INIT[self.settings.init]
         if self.settings.init not in FROM_WEIGHT:
             return self.with_lora(layer, path, init)
@@ -84,7 +89,7 @@ class LoRA(LowRankAdapted):
         )
 
 
-def frozen_copy(layer: nn.Module) -> nn.Linear:
+def frozen_copy(layer: LinearLayer) -> nn.Linear:
     """The layer as `torch.nn.Linear` with a copy of its weight, a buffer; the bias is shared."""
     out_features, in_features = matrix(layer).shape
     copy = nn.Linear(in_features, out_features, bias=False, device="meta")

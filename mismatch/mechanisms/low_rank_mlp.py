@@ -20,7 +20,13 @@ from torch import Tensor, nn
 
 from mismatch.errors import SurgeryError
 from mismatch.mechanisms.base import Context, Wrapper
-from mismatch.mechanisms.parts.linears import grafted, linear_layers, matrix, put
+from mismatch.mechanisms.parts.linears import (
+    LinearLayer,
+    grafted,
+    linear_layers,
+    matrix,
+    put,
+)
 
 
 @dataclass(frozen=True)
@@ -49,7 +55,7 @@ class LowRankMLP(Wrapper):
                 f"{context.where}: {type(original).__name__} has no linear layer to factor"
             )
         super().__init__(tree, config, context)
-        self._larger = []
+        self._larger: list[str] = []
         for path, layer in layers.items():
             put(tree, path, Factored(layer, config.rank, context.restoring))
             m, n = matrix(layer).shape
@@ -74,7 +80,9 @@ class Factored(nn.Module):
         empty: zeros will do, the factors come out of a checkpoint.
     """
 
-    def __init__(self, layer: nn.Module, rank: int, empty: bool = False) -> None:
+    bias: nn.Parameter | None
+
+    def __init__(self, layer: LinearLayer, rank: int, empty: bool = False) -> None:
         super().__init__()
         full = matrix(layer)
         rank = min(rank, *full.shape)

@@ -33,7 +33,7 @@ generate() on SmolLM2: 9 x 64 x 64 float32 and 4 x 1728 numbers of the model's d
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -88,7 +88,7 @@ class Mamba2(Mixer):
             self.step = self.drawn("step", lambda: nn.Linear(d_model, heads, bias=False))
 
     def _mixer(self) -> nn.Module:
-        mixer = Library(
+        mixer: Any = Library(
             LibraryConfig(
                 **self._sizes(),
                 conv_kernel=self.settings.conv,
@@ -103,7 +103,7 @@ class Mamba2(Mixer):
             nn.init.constant_(mixer.norm.weight, GAIN)
         return mixer
 
-    def _sizes(self) -> dict[str, int]:
+    def _sizes(self) -> dict[str, Any]:
         config, where = self.settings, self.context.where
         if self.inherits:
             given = {name: getattr(config, name) for name in ("state", "expand", "heads")}

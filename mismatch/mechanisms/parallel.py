@@ -103,7 +103,7 @@ class PairLayer(CacheLayerMixin):
         return getattr(self.outer, "is_sliding", False)
 
     @property
-    def is_croppable(self) -> bool:
+    def is_croppable(self) -> bool:  # type: ignore[override]  # `outer` may be exchanged
         return self.outer.is_croppable and self.inner.is_croppable
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:

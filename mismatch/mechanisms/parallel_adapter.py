@@ -57,7 +57,7 @@ class ParallelAdapter(Wrapper):
             down="lora",
             up="zero",
         )
-        self.scale = config.scale
+        self.scale: float | nn.Parameter = config.scale
         if config.learned_scale:
             self.scale = nn.Parameter(torch.tensor(config.scale, **tensor_kind(original)))
 

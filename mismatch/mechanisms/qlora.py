@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from mismatch.errors import SurgeryError
 from mismatch.mechanisms.base import Context
-from mismatch.mechanisms.parts.linears import matrix
+from mismatch.mechanisms.parts.linears import LinearLayer, matrix
 from mismatch.mechanisms.parts.lora_layers import LowRankAdapted
 
 BLOCK = 64  # values that share a scale
@@ -65,7 +65,7 @@ class QLoRA(LowRankAdapted):
         bitsandbytes(context.where)
         super().__init__(original, config, context)
 
-    def adapted(self, layer: nn.Module, path: str) -> nn.Module:
+    def adapted(self, layer: LinearLayer, path: str) -> nn.Module:
         empty = self.context.restoring
         return self.with_lora(NF4Linear(layer, self.settings.double, empty), path)
 
@@ -83,7 +83,12 @@ class NF4Linear(nn.Linear):
         empty: zeros will do, the tensors come out of a checkpoint.
     """
 
-    def __init__(self, layer: nn.Module, double: bool, empty: bool = False) -> None:
+    packed: Tensor
+    absmax: Tensor
+    scale: Tensor
+    offset: Tensor
+
+    def __init__(self, layer: LinearLayer, double: bool, empty: bool = False) -> None:
         nn.Module.__init__(self)
         full = matrix(layer)
         self.out_features, self.in_features = full.shape
@@ -94,7 +99,7 @@ class NF4Linear(nn.Linear):
             self.register_buffer(name, tensor if tensor.dtype == torch.uint8 else tensor.view(BITS))
 
     @property
-    def weight(self) -> Tensor:
+    def weight(self) -> Tensor:  # type: ignore[override]  # made anew at each look, never set
         return bitsandbytes().functional.dequantize_4bit(self.packed, self._state())
 
     def forward(self, x: Tensor) -> Tensor:
@@ -137,8 +142,8 @@ def _quantised(full: Tensor, double: bool) -> dict[str, Tensor]:
 def _empty(full: Tensor, double: bool) -> dict[str, Tensor]:
     """Placeholders of the shapes that `_quantised` gives."""
     blocks = math.ceil(full.numel() / BLOCK)
-    byte = {"dtype": torch.uint8, "device": full.device}
-    wide = {"dtype": torch.float32, "device": full.device}
+    byte: dict[str, Any] = {"dtype": torch.uint8, "device": full.device}
+    wide: dict[str, Any] = {"dtype": torch.float32, "device": full.device}
     tensors = {"packed": torch.zeros(math.ceil(full.numel() / 2), 1, **byte)}
     if not double:
         return tensors | {"absmax": torch.zeros(blocks, **wide)}

@@ -26,7 +26,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from torch import Tensor, distributed, nn
 
@@ -36,6 +36,9 @@ from mismatch.mechanisms.parts.blockwise import Reads, gathered, ring_attention
 from mismatch.mechanisms.parts.calling import cache_in, hidden_in
 from mismatch.mechanisms.parts.projections import AttentionParts
 from mismatch.models.layout import Layout
+
+if TYPE_CHECKING:
+    from mismatch.models.layout import CausalLM
 
 
 @dataclass(frozen=True)
@@ -121,7 +124,7 @@ class Ring(AttentionParts):
 
 
 @contextmanager
-def spread(model: nn.Module, group: Any = None) -> Iterator[None]:
+def spread(model: CausalLM, group: Any = None) -> Iterator[None]:
     """While this lives, each process of `group` gives `model` its own run of one text's tokens.
 
     Args:
@@ -143,6 +146,7 @@ def spread(model: nn.Module, group: Any = None) -> Iterator[None]:
     attentions = [
         model.get_submodule(layout.slot_path(layer, "attn")) for layer in range(layout.n_layers)
     ]
+    rings = [attention for attention in attentions if type(attention) is Ring]
     others = [f"{i} ({type(a).__name__})" for i, a in enumerate(attentions) if type(a) is not Ring]
     if others:
         raise SurgeryError(
@@ -156,13 +160,13 @@ def spread(model: nn.Module, group: Any = None) -> Iterator[None]:
 
     handle = layout.decoder.register_forward_pre_hook(check, with_kwargs=True)
     try:
-        for attention in attentions:
-            attention.processes = group
+        for ring in rings:
+            ring.processes = group
         yield
     finally:
         handle.remove()
-        for attention in attentions:
-            attention.processes = None
+        for ring in rings:
+            ring.processes = None
 
 
 def _check_positions(kwargs: dict[str, Any], ids: Tensor | None, group: Any) -> None:

@@ -108,6 +108,22 @@ class RWKV(AttentionParts):
     )
     source = "arXiv 2503.14456 (RWKV-7), initial values of init=inherit after arXiv 2505.03005"
 
+    # Shapes in `initial`; the letters are those of the module docstring.
+    mu: nn.Parameter
+    w0: nn.Parameter
+    w1: nn.Parameter
+    w2: nn.Parameter
+    a0: nn.Parameter
+    a1: nn.Parameter
+    a2: nn.Parameter
+    g1: nn.Parameter
+    g2: nn.Parameter
+    k_k: nn.Parameter
+    k_a: nn.Parameter
+    r_k: nn.Parameter
+    ln_x: nn.Parameter
+    ln_x_bias: nn.Parameter
+
     def __init__(self, original: nn.Module, config: RWKVConfig, context: Context) -> None:
         super().__init__(original, config, context)
         fresh = config.init == "fresh"
@@ -121,9 +137,12 @@ class RWKV(AttentionParts):
         for name, value in values.items():
             weight = nn.Parameter(value.to(**kind))
             if name in (*SEPARATE[0], SEPARATE[1]):
-                linear = nn.Linear(*value.T.shape, bias=False, device="meta")
-                linear.weight, weight = weight, linear
-            setattr(self, name, weight)
+                outputs, inputs = value.shape
+                linear = nn.Linear(inputs, outputs, bias=False, device="meta")
+                linear.weight = weight
+                setattr(self, name, linear)
+            else:
+                setattr(self, name, weight)
 
     @classmethod
     def calibrator(cls, config: RWKVConfig) -> OutputPower | None:
@@ -241,7 +260,9 @@ def initial(mixer: RWKV, context: Context, fresh: bool, loudness: float) -> dict
     """Values of every new tensor, float32; draws depend on seed, place and name alone."""
     d_model, inner = context.d_model, mixer.n_heads * mixer.head_dim
     per_head = (mixer.n_heads, mixer.head_dim)
-    depth = context.layer / max(1, context.n_layers - 1)
+    layer = context.layer
+    assert layer is not None  # an attention stands in a block
+    depth = layer / max(1, context.n_layers - 1)
     along = torch.arange(inner) / max(1, inner - 1)  # 0 .. 1 over all channels
     ramp = 2 * torch.arange(mixer.head_dim) / max(1, mixer.head_dim - 1) - 1  # -1 .. 1 in a head
     zigzag = (ramp * ramp.abs()).repeat(mixer.n_heads)
@@ -274,14 +295,14 @@ def initial(mixer: RWKV, context: Context, fresh: bool, loudness: float) -> dict
         # sigmoid(0) = 1/2 of each row: g = 1. Rows differ, so that G1 can learn.
         values["g2"] = values["g2"] - values["g2"].mean(0) + 2 / gate
         return values
-    toward = 1 - context.layer / context.n_layers
+    toward = 1 - layer / context.n_layers
     power = torch.tensor([0.2, 0.9, 0.7, 0.7, 0.9, 0.2])[:, None] * toward  # r w k v a g
     return values | {
         "mu": 1 - (torch.arange(d_model) / d_model) ** power,
         "w1": torch.zeros(d_model, low),
         "a1": torch.zeros(d_model, low),
         "r_k": torch.full(per_head, -0.04),
-        "ln_x": torch.full(per_head, ((1 + context.layer) / context.n_layers) ** 0.7),
+        "ln_x": torch.full(per_head, ((1 + layer) / context.n_layers) ** 0.7),
         "q_proj": orthogonal("q_proj", inner, d_model, 1.0),
         "k_proj": orthogonal("k_proj", inner, d_model, 0.1),
         "v_proj": orthogonal("v_proj", inner, d_model, 1.0),

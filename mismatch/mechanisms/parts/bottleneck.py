@@ -14,6 +14,7 @@ Both biases start at 0.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 from mismatch.mechanisms.base import Context, tensor_kind
 from mismatch.mechanisms.parts.linears import generator
 
-NONLINEARITIES = {
+NONLINEARITIES: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "relu": F.relu,
     "swish": F.silu,

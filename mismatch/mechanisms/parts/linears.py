@@ -17,6 +17,7 @@ import copy
 import zlib
 from collections.abc import Sequence
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,25 +27,29 @@ from transformers.pytorch_utils import Conv1D
 from mismatch.errors import SurgeryError
 from mismatch.mechanisms.base import Context
 
+LinearLayer = nn.Linear | Conv1D
+
 ALL = "all"
-"""As a target: every linear layer of the part."""
+"""As a target: every linear layer of the module."""
 
 
 def grafted(part: nn.Module) -> nn.Module:
     """A second tree of modules over the same parameters, buffers and model config."""
-    shared = {id(tensor): tensor for tensor in chain(part.parameters(), part.buffers())}
+    shared: dict[int, Any] = {
+        id(tensor): tensor for tensor in chain(part.parameters(), part.buffers())
+    }
     for module in part.modules():
         # transformers reads the kind of attention off the config of the model at every call.
         shared |= {id(v): v for v in vars(module).values() if isinstance(v, PretrainedConfig)}
     return copy.deepcopy(part, shared)
 
 
-def linear_layers(part: nn.Module) -> dict[str, nn.Module]:
+def linear_layers(part: nn.Module) -> dict[str, LinearLayer]:
     """Every linear layer of a part by its dotted path, in the order of the tree."""
     return {name: m for name, m in part.named_modules() if isinstance(m, (nn.Linear, Conv1D))}
 
 
-def targets(part: nn.Module, wanted: Sequence[str], context: Context) -> dict[str, nn.Module]:
+def targets(part: nn.Module, wanted: Sequence[str], context: Context) -> dict[str, LinearLayer]:
     """The linear layers that `wanted` names, by path. A name is the end of a path (`q_proj`,
     `mlp.c_proj`), or `all`.
 
@@ -54,7 +59,7 @@ def targets(part: nn.Module, wanted: Sequence[str], context: Context) -> dict[st
     layers = linear_layers(part)
     if tuple(wanted) == (ALL,):
         return layers
-    found = {}
+    found: dict[str, LinearLayer] = {}
     for name in wanted:
         ends = {path: m for path, m in layers.items() if f".{path}".endswith(f".{name}")}
         if not ends:
@@ -72,7 +77,7 @@ def put(part: nn.Module, path: str, module: nn.Module) -> None:
     setattr(part.get_submodule(parent), name, module)
 
 
-def matrix(layer: nn.Module) -> Tensor:
+def matrix(layer: LinearLayer) -> Tensor:
     """The weight as `out in`, a view of it and outside autograd."""
     weight = layer.weight.detach()
     return weight.T if isinstance(layer, Conv1D) else weight

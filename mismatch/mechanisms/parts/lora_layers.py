@@ -10,7 +10,7 @@ the teacher shares.
 from __future__ import annotations
 
 import logging
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -18,7 +18,15 @@ from transformers.pytorch_utils import Conv1D
 
 from mismatch.errors import SurgeryError
 from mismatch.mechanisms.base import Context, Wrapper, innermost
-from mismatch.mechanisms.parts.linears import ALL, grafted, linear_layers, put, seed_of, targets
+from mismatch.mechanisms.parts.linears import (
+    ALL,
+    LinearLayer,
+    grafted,
+    linear_layers,
+    put,
+    seed_of,
+    targets,
+)
 
 # peft imports bitsandbytes where it is there, which then tells that a kernel it can do without could
 # not be fetched from the hub.
@@ -26,6 +34,9 @@ logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 from peft import LoraConfig  # noqa: E402
 from peft.tuners.lora import Linear  # noqa: E402
+
+Init = bool | Literal["gaussian", "pissa", "olora"]
+"""peft's `init_lora_weights`, as far as it is used here."""
 
 ADAPTER = "default"
 """The adapter's name in peft's tables, and so in the names of the tensors: `lora_A.default.weight`."""
@@ -50,11 +61,11 @@ class LowRankAdapted(Wrapper):
         for path, layer in targets(tree, wanted, context).items():
             put(tree, path, self.adapted(layer, path))
 
-    def adapted(self, layer: nn.Module, path: str) -> nn.Module:
+    def adapted(self, layer: LinearLayer, path: str) -> nn.Module:
         """peft's layer around what stands for `layer` in this mechanism."""
         raise NotImplementedError
 
-    def with_lora(self, base: nn.Module, path: str, init: bool | str = True) -> nn.Module:
+    def with_lora(self, base: nn.Module, path: str, init: Init = True) -> nn.Module:
         """peft's LoRA layer around `base`, its draws seeded by place and path.
 
         Args:

@@ -131,7 +131,7 @@ class Mixer(AttentionParts):
         # The one place that waits for a GPU, and only under padding.
         new = torch.full(x.shape[:1], x.shape[1]) if keep is None else keep.sum(1).cpu()
         columns = self.columns(x)
-        if bool((new == x.shape[1]).all()):
+        if keep is None or bool((new == x.shape[1]).all()):
             y, rows = self.run(columns, state.rows)
         else:
             y, rows = self._padded(columns, keep, new, state.rows)

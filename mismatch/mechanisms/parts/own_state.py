@@ -59,12 +59,12 @@ class OwnState(CacheLayerMixin):
         self.batch_select_indices(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        if self.is_initialized:
+        if self.seen is not None:
             self.seen = self.seen[indices.cpu()]
             self.rows = {name: x[indices.to(x.device)] for name, x in self.rows.items()}
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        if self.is_initialized:
+        if self.seen is not None:
             self.seen = self.seen.repeat_interleave(repeats)
             self.rows = {name: x.repeat_interleave(repeats, dim=0) for name, x in self.rows.items()}
 

@@ -53,6 +53,12 @@ class AttentionParts(Mechanism):
         layer_idx: its entry in the cache.
     """
 
+    q_proj: nn.Module
+    k_proj: nn.Module
+    v_proj: nn.Module
+    q_norm: nn.Module
+    k_norm: nn.Module
+
     def __init__(self, original: nn.Module, config: Any, context: Context) -> None:
         """Raises:
         SurgeryError: `original` is not an attention whose every part is known.
@@ -63,24 +69,25 @@ class AttentionParts(Mechanism):
             if isinstance(getattr(original, name, None), nn.Module):
                 setattr(self, name, getattr(original, name))
         _refuse_unknown(original, self, context)
-        model = original.config
-        self.layer_idx: int = original.layer_idx
-        self.head_dim: int = getattr(original, "head_dim", None) or original.head_size
+        source: Any = original  # its attributes differ by family
+        model = source.config
+        self.layer_idx: int = source.layer_idx
+        self.head_dim: int = getattr(source, "head_dim", None) or source.head_size
         self.n_heads: int = model.num_attention_heads
         grouped = self._inputs[0] in ("q_proj", "qkv_proj")
         self.n_kv_heads: int = model.num_key_value_heads if grouped else self.n_heads
-        self.scaling: float = original.scaling
+        self.scaling: float = source.scaling
         # Gemma3 sets the attribute and never uses it.
         capped = type(original).__name__ == "Gemma2Attention"
-        self.softcap: float | None = original.attn_logit_softcapping if capped else None
-        self.window: int | None = getattr(original, "sliding_window", None)
+        self.softcap: float | None = source.attn_logit_softcapping if capped else None
+        self.window: int | None = getattr(source, "sliding_window", None)
         if type(original).__name__ in WINDOW_IN_CONFIG:
             self.window = getattr(model, "sliding_window", None)
         self._rotary = _rotary(original)
-        self._dropout = getattr(original, "attention_dropout", 0.0)
+        self._dropout: float = getattr(source, "attention_dropout", 0.0)
         self._output_dropout = 0.0
         if self._output == "c_proj":  # gpt2 keeps its dropouts as modules
-            self._dropout, self._output_dropout = original.attn_dropout.p, original.resid_dropout.p
+            self._dropout, self._output_dropout = source.attn_dropout.p, source.resid_dropout.p
 
     def qkv(self, x: Tensor | tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values before position encoding.

@@ -77,11 +77,12 @@ class Foreign(Mechanism):
         self._check_call(args, kwargs)
         x, cache = hidden_in(args, kwargs), cache_in(kwargs, args)
         layer = self.context.layer
-        counts = cache is not None and layer is not None and self.context.slot in CACHED
-        before = cache.get_seq_length(layer) if counts else 0
+        if layer is None or self.context.slot not in CACHED:
+            cache = None  # this slot counts no tokens
+        before = 0 if cache is None else cache.get_seq_length(layer)
         out = self.module(*args, **kwargs)
         self._check_output(out, x)
-        if counts and cache.get_seq_length(layer) == before:
+        if cache is not None and cache.get_seq_length(layer) == before:
             count_tokens(cache, layer, x, self.context.host.padding(x.shape[1]))
         return out
 
@@ -152,7 +153,9 @@ def configured(call: Call) -> tuple[type[Mechanism], Any]:
             f"`{call.name}` is the class {cls.__name__}, which is no torch.nn.Module",
             hint="name a subclass of torch.nn.Module, or of mismatch.mechanisms.base.Mechanism",
         )
-    cls = cls if issubclass(cls, Mechanism) else adapted(cls)
+    if not issubclass(cls, Mechanism):
+        theirs: Any = cls
+        cls = adapted(theirs)
     try:
         return cls, cls.Config(**call.arguments())
     except (AttributeError, TypeError) as error:
