@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import astuple, dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -151,7 +151,9 @@ class _HeadKL(torch.autograd.Function):
     """The gradient of each chunk goes back to the final states at once: d KL / d logits = (q - p) / tokens."""
 
     @staticmethod
-    def forward(ctx, states: Tensor, reference: Tensor, student: Layout, teacher: Layout) -> Tensor:
+    def forward(
+        ctx: Any, states: Tensor, reference: Tensor, student: Layout, teacher: Layout
+    ) -> Tensor:
         total = torch.zeros((), device=states.device, dtype=torch.float64)
         gradient = torch.empty_like(states) if states.requires_grad else None
         for start in range(0, len(states), CHUNK):
@@ -173,6 +175,6 @@ class _HeadKL(torch.autograd.Function):
         return (total / len(states)).float()
 
     @staticmethod
-    def backward(ctx, upstream: Tensor):
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None, None]:
         (gradient,) = ctx.saved_tensors
         return gradient * (upstream / ctx.tokens).to(gradient.dtype), None, None, None

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mismatch.forward.head import Predictions, compare
-from mismatch.forward.hooks import ids_on
+from mismatch.forward.hooks import on_device
 from mismatch.forward.shared_prefix import Stored, run_prefix, run_suffix
 from mismatch.metrics.sums.meter import StudentMeter
 from mismatch.metrics.sums.per_document import PerDocument
@@ -99,7 +99,7 @@ class HeldOut:
         self.batches: list[Batch] = []
         generator = torch.Generator().manual_seed(seed)
         for number, part in enumerate(windows.batches(batch_size)):
-            ids, docs = ids_on(teacher, part.ids), ids_on(teacher, part.doc)
+            ids, docs = on_device(teacher, part.ids), on_device(teacher, part.doc)
             at = None if scored >= 1 else _drawn(ids, scored, generator)
             with torch.no_grad():
                 final, streams = self.run_teacher(ids)

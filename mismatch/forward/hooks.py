@@ -13,6 +13,7 @@ from contextlib import ExitStack, contextmanager
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from mismatch.forward.sites import Tap, tensor_of
 from mismatch.models.layout import Layout
@@ -20,9 +21,9 @@ from mismatch.models.layout import Layout
 Visit = Callable[[Tap, Tensor], None]
 
 
-def ids_on(layout: Layout, ids: np.ndarray) -> Tensor:
-    """Token ids where the model's embedding is."""
-    return torch.from_numpy(np.ascontiguousarray(ids)).to(layout.embedding_device)
+def on_device(layout: Layout, array: np.ndarray) -> Tensor:
+    """Token ids, or what goes with them, where the model's embedding is."""
+    return torch.from_numpy(np.ascontiguousarray(array)).to(layout.embedding_device)
 
 
 def ignore(_tap: Tap, _value: Tensor) -> None:
@@ -68,7 +69,7 @@ def tapping(layout: Layout, taps: Sequence[Tap], visit: Visit) -> Iterator[None]
         yield
 
 
-def _hook(tap: Tap, module: nn.Module, visit: Visit):
+def _hook(tap: Tap, module: nn.Module, visit: Visit) -> RemovableHandle:
     if tap.side == "out":
         return module.register_forward_hook(lambda _m, _a, out: visit(tap, tensor_of(out)))
 

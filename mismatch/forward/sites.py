@@ -17,6 +17,7 @@ missing without a warning (they are recorded by class, and a swapped module is o
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -63,7 +64,7 @@ def leaving(layer: int) -> Tap:
     return Tap(layer, "resid_post", "", "out")
 
 
-def tensor_of(value: object) -> Tensor:
+def tensor_of(value: Any) -> Tensor:
     """The tensor of a module's input or output: modules return it bare or first in a tuple."""
     return value[0] if isinstance(value, tuple) else value
 

@@ -132,7 +132,7 @@ def prove_student(teacher: Layout, student: Layout, first: int | None) -> None:
     ).to(device)
     if first is None or first == 0:
         with torch.no_grad():
-            hooks.run(student, ids, (), lambda _tap, _value: None)
+            hooks.run(student, ids)
         return
     wanted = [t for layer in range(first) for t in taps(teacher, layer)]
     ours: dict[Tap, Tensor] = {}
@@ -148,7 +148,7 @@ def prove_student(teacher: Layout, student: Layout, first: int | None) -> None:
                     tap.site,
                     f"changed, although the first swap is at layer {first}",
                 )
-        suffix = hooks.run(student, ids, (), ours.__setitem__, start=first, stream=ours[wanted[-1]])
+        suffix = hooks.run(student, ids, start=first, stream=ours[wanted[-1]])
         if not torch.equal(suffix, whole):
             raise LayoutError(
                 f"the swapped model run from block {first} differs from its whole run by "

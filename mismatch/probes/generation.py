@@ -22,7 +22,7 @@ from transformers import DynamicCache
 
 from mismatch.errors import UsageError
 from mismatch.forward.head import log_probs
-from mismatch.forward.hooks import ids_on
+from mismatch.forward.hooks import on_device
 from mismatch.forward.shared_prefix import finals
 from mismatch.metrics.sums.logits import kl_float64
 from mismatch.probes.base import Answers, Measure, Probe, Setting, Subject
@@ -61,7 +61,7 @@ class Generation(Probe):
         parts: dict[str, list[dict[str, np.ndarray]]] = {s.name: [] for s in subjects}
         with torch.no_grad():
             for at in range(0, len(self.ids), self.setting.batch_size):
-                ids = ids_on(subjects[0].layout, self.ids[at : at + self.setting.batch_size])
+                ids = on_device(subjects[0].layout, self.ids[at : at + self.setting.batch_size])
                 written = {subject.name: greedy(subject, ids) for subject in subjects}
                 ours = written[subjects[0].name]
                 common = torch.cat([ids, ours], 1)

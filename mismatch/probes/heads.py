@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from mismatch.errors import UsageError
-from mismatch.forward.hooks import ids_on
+from mismatch.forward.hooks import on_device
 from mismatch.probes.attention import Seen, watch_all
 from mismatch.probes.base import Answers, Measure, Probe, Setting, Subject
 from mismatch.probes.inputs import repeated
@@ -99,7 +99,7 @@ class Heads(Probe):
 
         with torch.no_grad():
             for at in range(0, len(inputs), self.setting.batch_size):
-                ids = ids_on(subjects[0].layout, inputs[at : at + self.setting.batch_size])
+                ids = on_device(subjects[0].layout, inputs[at : at + self.setting.batch_size])
                 known = watch_all(subjects, ids, layers, visit)
         teacher = parts[subjects[0].name]
         return {

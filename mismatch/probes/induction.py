@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from mismatch.forward.head import scores
-from mismatch.forward.hooks import ids_on
+from mismatch.forward.hooks import on_device
 from mismatch.forward.shared_prefix import finals
 from mismatch.probes.base import Answers, Measure, Probe, Setting, Subject
 from mismatch.probes.inputs import repeated
@@ -52,7 +52,7 @@ class Induction(Probe):
         size = self.setting.batch_size
         with torch.no_grad():
             for at in range(0, len(self.ids), size):
-                ids = ids_on(subjects[0].layout, self.ids[at : at + size])
+                ids = on_device(subjects[0].layout, self.ids[at : at + size])
                 mask = scored[at : at + size]
                 for subject, final in finals(subjects, ids):
                     value, right = scores(subject.layout, final, ids, mask.to(ids.device))

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from mismatch.forward.head import log_probs
-from mismatch.forward.hooks import ids_on
+from mismatch.forward.hooks import on_device
 from mismatch.forward.shared_prefix import finals
 from mismatch.mechanisms.base import Mechanism
 from mismatch.mechanisms.parts.own_state import OwnState
@@ -123,7 +123,7 @@ class Memory(Probe):
         numbers: dict[tuple[str, Any, str], list[np.ndarray]] = {}
         with torch.no_grad():
             for at in range(0, len(self.ids), self.setting.batch_size):
-                ids = ids_on(subjects[0].layout, self.ids[at : at + self.setting.batch_size])
+                ids = on_device(subjects[0].layout, self.ids[at : at + self.setting.batch_size])
                 targets = ids[:, size + 1 :]
                 teacher: Tensor | None = None
                 # One model after the other runs as it is asked for, so each can be changed for its turn.
@@ -157,7 +157,7 @@ class Memory(Probe):
         parts: dict[str, list[np.ndarray]] = {}
         slopes: list[np.ndarray] = []
         for at in range(0, len(self.ids), self.setting.batch_size):
-            ids = ids_on(teacher.layout, self.ids[at : at + self.setting.batch_size])
+            ids = on_device(teacher.layout, self.ids[at : at + self.setting.batch_size])
             with torch.no_grad():
                 stream = entering(teacher.layout, ids, [layer])[layer]
                 target = update(teacher, layer, ids, stream)
@@ -176,7 +176,7 @@ class Memory(Probe):
             first, rest = np.concatenate(slopes).T
             yield Measure.mean(under("gate_gradient", part="first"), first, size, **address)
             yield Measure.mean(under("gate_gradient", part="rest"), rest, tokens, **address)
-        yield from _state(subject, layer, ids_on(subject.layout, self.ids), size, address)
+        yield from _state(subject, layer, on_device(subject.layout, self.ids), size, address)
 
 
 def mechanisms(subject: Subject) -> dict[int, Mechanism]:

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from mismatch.forward.hooks import ids_on
+from mismatch.forward.hooks import on_device
 from mismatch.probes.base import Answers, Measure, Probe, Setting, Subject, swapped_layers
 from mismatch.probes.forced import entering, update
 from mismatch.runs.table import under
@@ -61,7 +61,7 @@ class OrderSensitivity(Probe):
         layers = swapped_layers(subjects)
         with torch.no_grad():
             for at in range(0, len(self.ids), size):
-                ids = ids_on(subjects[0].layout, self.ids[at : at + size])
+                ids = on_device(subjects[0].layout, self.ids[at : at + size])
                 streams = entering(subjects[0].layout, ids, layers)
                 for subject in subjects:
                     for layer in layers:

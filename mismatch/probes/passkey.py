@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from mismatch.forward.head import scores
-from mismatch.forward.hooks import ids_on
+from mismatch.forward.hooks import on_device
 from mismatch.forward.shared_prefix import finals
 from mismatch.probes.base import Answers, Measure, Probe, Setting, Subject
 from mismatch.probes.inputs import Prompts, passkeys
@@ -96,7 +96,7 @@ def ask(
     found: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {s.name: [] for s in subjects}
     with torch.no_grad():
         for part in prompts.batches(batch_size):
-            ids = ids_on(subjects[0].layout, part.ids)
+            ids = on_device(subjects[0].layout, part.ids)
             scored = torch.from_numpy(part.scored).to(ids.device)
             for subject, final in finals(subjects, ids):
                 value, right = scores(subject.layout, final, ids, scored)

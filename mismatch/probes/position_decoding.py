@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from mismatch.errors import UsageError
-from mismatch.forward.hooks import ids_on
+from mismatch.forward.hooks import on_device
 from mismatch.forward.shared_prefix import finals
 from mismatch.forward.sites import Tap, massive, taps
 from mismatch.probes.base import Answers, Measure, Probe, Setting, Subject, swapped_layers
@@ -98,7 +98,7 @@ class PositionDecoding(Probe):
                         decoder.update(x[kept], y[kept])
 
                 for _ in finals(
-                    subjects, ids_on(subjects[0].layout, self.train[part]), wanted, learn
+                    subjects, on_device(subjects[0].layout, self.train[part]), wanted, learn
                 ):
                     pass
             for decoder in decoders.values():
@@ -118,7 +118,7 @@ class PositionDecoding(Probe):
                         judged.setdefault(key, []).append(decoders[key].judge(x, y, kept))
 
                 for _ in finals(
-                    subjects, ids_on(subjects[0].layout, self.test[part]), wanted, judge
+                    subjects, on_device(subjects[0].layout, self.test[part]), wanted, judge
                 ):
                     pass
         answers: dict[str, list[Measure]] = {subject.name: [] for subject in subjects}

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mismatch.forward.hooks import ids_on
+from mismatch.forward.hooks import on_device
 from mismatch.probes.attention import Seen, watch_all
 from mismatch.probes.base import Answers, Measure, Probe, Setting, Subject, swapped_layers
 from mismatch.runs.table import under
@@ -67,7 +67,7 @@ class RopeBands(Probe):
 
         with torch.no_grad():
             for at in range(0, len(self.ids), self.setting.batch_size):
-                ids = ids_on(subjects[0].layout, self.ids[at : at + self.setting.batch_size])
+                ids = on_device(subjects[0].layout, self.ids[at : at + self.setting.batch_size])
                 known = watch_all(subjects, ids, layers, visit)
         teacher = subjects[0].name
         answers: dict[str, list[Measure]] = {}

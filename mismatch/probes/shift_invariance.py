@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from mismatch.forward.head import log_probs
-from mismatch.forward.hooks import ids_on
+from mismatch.forward.hooks import on_device
 from mismatch.metrics.sums.logits import kl_float64
 from mismatch.probes.base import Answers, Measure, Probe, Setting, Subject
 from mismatch.runs.table import under
@@ -56,7 +56,7 @@ class ShiftInvariance(Probe):
             for subject in subjects:
                 found: dict[int, list[np.ndarray]] = {shift: [] for shift in self.shifts}
                 for at in range(0, len(self.ids), self.setting.batch_size):
-                    ids = ids_on(subject.layout, self.ids[at : at + self.setting.batch_size])
+                    ids = on_device(subject.layout, self.ids[at : at + self.setting.batch_size])
                     plain = _ends(subject, ids, 0)
                     for shift in self.shifts:
                         apart = kl_float64(plain, _ends(subject, ids, shift))

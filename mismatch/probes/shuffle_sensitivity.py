@@ -17,7 +17,7 @@ import torch
 
 from mismatch.errors import UsageError
 from mismatch.forward.head import log_probs
-from mismatch.forward.hooks import ids_on
+from mismatch.forward.hooks import on_device
 from mismatch.forward.shared_prefix import finals
 from mismatch.metrics.sums.logits import kl_float64
 from mismatch.probes.base import Answers, Measure, Probe, Setting, Subject
@@ -80,5 +80,5 @@ class ShuffleSensitivity(Probe):
         """Log-probabilities of each subject at the last positions, `batch LAST vocab`."""
         return {
             subject.name: log_probs(subject.layout, final[:, -LAST:])
-            for subject, final in finals(subjects, ids_on(subjects[0].layout, ids))
+            for subject, final in finals(subjects, on_device(subjects[0].layout, ids))
         }

@@ -16,7 +16,7 @@ from torch import Tensor
 from mismatch import spec
 from mismatch.errors import LayoutError, SpecError, SurgeryError
 from mismatch.forward.heldout import Batch, Trial
-from mismatch.forward.hooks import ids_on
+from mismatch.forward.hooks import on_device
 from mismatch.mechanisms.base import Mechanism
 from mismatch.models.layout import Layout
 from mismatch.stages.diagnose.config import DiagnoseConfig
@@ -110,7 +110,7 @@ class TakenApart:
     def _read(self, cut: Windows) -> dict[Place, Sample]:
         parts: dict[Place, list[Sample]] = {place: [] for place in self.places}
         for number, part in enumerate(cut.batches(self.config.batch_size)):
-            ids = ids_on(self.teacher, part.ids)
+            ids = on_device(self.teacher, part.ids)
             sides, _, _ = teacher_sides(self.teacher, self.places, ids)
             self.complete(ids, sides)
             for place, side in sides.items():

@@ -16,6 +16,7 @@ import torch
 
 from mismatch.errors import LayoutError
 from mismatch.forward import hooks
+from mismatch.forward.hooks import on_device
 from mismatch.forward.verify import TOKENS, prove_student
 from mismatch.runs.ranks import ALONE, Ranks
 from mismatch.runs.state import State
@@ -65,7 +66,6 @@ def measure(
     mine = [cell for index, cell in enumerate(cells) if ranks.mine(index)]
     sums = Sums(mine, tasks, seed)
     where = _resume(sums, state, fingerprint)
-    device = sweep.teacher.embedding_device
     with polite() as stopping:
         saved = time.monotonic()
 
@@ -78,7 +78,7 @@ def measure(
                 progress(begin)
                 if begin == len(mine):
                     continue
-                ids, asked, docs = (torch.from_numpy(part).to(device) for part in batch)
+                ids, asked, docs = (on_device(sweep.teacher, part) for part in batch)
 
                 def finished(count: int, begin: int = begin, here: tuple = (at, number)) -> None:
                     nonlocal saved
@@ -131,7 +131,7 @@ def prove_restored(sweep: Sweep) -> None:
     """
     layout = sweep.teacher
     ids = torch.arange(TOKENS, device=layout.embedding_device)[None] % layout.vocab
-    ours, theirs = (hooks.run(lay, ids, (), lambda *_: None) for lay in (layout, sweep.base.layout))
+    ours, theirs = (hooks.run(each, ids) for each in (layout, sweep.base.layout))
     if not torch.equal(ours, theirs):
         raise LayoutError(
             "a mechanism of this scan left the model changed: the tree it was taken out of differs "

@@ -16,6 +16,7 @@ import torch
 
 from mismatch.errors import NumericsError
 from mismatch.forward import hooks
+from mismatch.forward.hooks import on_device
 from mismatch.forward.meetings import Runner, stream
 from mismatch.models.layout import Layout
 from mismatch.runs.kept_pages import kept_pages
@@ -77,9 +78,7 @@ def measure(
         for index, batch in mine:
             if index < first:
                 continue
-            device = teacher.embedding_device
-            ids = torch.from_numpy(batch.ids).to(device)
-            docs = torch.from_numpy(batch.doc).to(device)
+            ids, docs = on_device(teacher, batch.ids), on_device(teacher, batch.doc)
             numbers = range(index * batch_size, index * batch_size + len(ids))
             # The floor rides on the first batch: its first window once more, alone and shorter.
             floor = index == 0 and reference is None

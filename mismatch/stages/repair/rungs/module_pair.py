@@ -127,7 +127,7 @@ def watch(
         module = layout.model.get_submodule(path)
         handles.append(module.register_forward_hook(note, with_kwargs=True))
     try:
-        hooks.run(layout, ids, (), lambda *_: None, stop=last + 1)
+        hooks.run(layout, ids, stop=last + 1)
     finally:
         for handle in handles:
             handle.remove()

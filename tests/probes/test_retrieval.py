@@ -1,4 +1,4 @@
-"""Shared prefixes and heads on a few positions give the numbers of plain, whole forwards."""
+"""Induction and passkey give the numbers of plain, whole forwards."""
 
 from __future__ import annotations
 
@@ -7,70 +7,9 @@ import torch
 from asking import log_softmax, setting, student, subjects
 from random_models import build
 
-from mismatch.errors import NumericsError
-from mismatch.forward.head import log_probs, scores
-from mismatch.forward.shared_prefix import finals
-from mismatch.metrics.sums.logits import kl_float64
 from mismatch.probes.base import Subject
 from mismatch.probes.induction import Induction
 from mismatch.probes.passkey import Passkey
-
-SWAPS = (
-    "layer2:nope",
-    "layer1:infini(segment=8)",
-    "layer0.mlp:zero",
-    "layer1.block:skip",
-    "final_norm:zero",
-)
-
-
-def batch(rows=3, length=20, seed=0):
-    return torch.randint(3, 101, (rows, length), generator=torch.Generator().manual_seed(seed))
-
-
-@pytest.mark.parametrize("swap", SWAPS)
-def test_final_states_are_those_of_whole_forwards(swap):
-    model = build("llama")
-    made = student(model, swap)
-    teacher, other = subjects(model, swap)
-    with torch.no_grad():
-        got = {s.name: final for s, final in finals([teacher, other], batch())}
-        for name, whole in (("teacher", model), ("swap", made.model)):
-            wanted = whole.base_model(input_ids=batch(), use_cache=False).last_hidden_state
-            assert torch.equal(got[name], wanted), name
-
-
-def test_scores(family):
-    model = build(family)
-    ids, scored = batch(), torch.zeros(3, 20, dtype=torch.bool)
-    scored[0, 1] = scored[1, [5, 19]] = scored[2, 7] = True
-    subject = subjects(model, "layer1.attn:identity")[0]
-    with torch.no_grad():
-        (_, final), *_ = finals([subject], ids)
-        value, right = scores(subject.layout, final, ids, scored)
-    plain = log_softmax(model, ids)
-    for row, at in scored.nonzero().tolist():
-        wanted = plain[row, at - 1]
-        assert float(value[row, at]) == pytest.approx(float(wanted[ids[row, at]]), abs=1e-5)
-        assert bool(right[row, at]) == (int(wanted.argmax()) == int(ids[row, at]))
-    assert (value[~scored] == 0).all() and right[~scored].all()
-
-
-def test_kl_is_that_of_torch():
-    p, q = (torch.randn(5, 31, dtype=torch.float64).log_softmax(-1) for _ in range(2))
-    wanted = torch.nn.functional.kl_div(q, p, log_target=True, reduction="none").sum(-1)
-    assert torch.allclose(kl_float64(p, q), wanted, rtol=1e-10)
-    assert (kl_float64(p, p) == 0).all()
-
-
-def test_infinity_is_named():
-    model = build("llama")
-    with torch.no_grad():
-        model.model.layers[2].mlp.down_proj.weight.fill_(float("inf"))
-    with pytest.raises(
-        NumericsError, match=r"(NaN|infinity) in the teacher's activations: final states"
-    ):
-        list(finals(subjects(model, "layer1:nope")[:1], batch()))
 
 
 @pytest.mark.parametrize("swap", ["layer1:nope", "layer1:infini(segment=8)"])
@@ -144,12 +83,3 @@ def test_passkey_is_the_log_probability_of_a_plain_forward():
 )
 def test_segments_are_those_of_the_mechanism_wherever_it_is(swap, segment):
     assert Subject.of(student(build("llama"), swap)).segment == segment
-
-
-def test_log_probs_are_those_of_the_model(family):
-    model = build(family)
-    subject = subjects(model, "layer1.attn:identity")[0]
-    with torch.no_grad():
-        (_, final), *_ = finals([subject], batch())
-        got = log_probs(subject.layout, final)
-    assert torch.allclose(got.double(), log_softmax(model, batch()), atol=1e-5)
