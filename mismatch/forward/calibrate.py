@@ -1,7 +1,7 @@
-"""Show the original's inputs and outputs to mechanisms that set themselves from them (mean ablation, DyT's alpha).
+"""Show the teacher's inputs and outputs to mechanisms that set themselves from them (mean ablation, DyT's alpha).
 
 One pass of the teacher over calibration text, stopped behind the last layer that anybody asked for. Calibration text
-never overlaps the text that is judged (`mismatch.texts.documents.assert_disjoint`).
+never overlaps the evaluation text (`mismatch.texts.documents.assert_disjoint`).
 """
 
 from __future__ import annotations

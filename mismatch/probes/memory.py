@@ -4,7 +4,7 @@ Definition: every mechanism that names branches is asked (`Mechanism.branches`):
 what that takes away is its contribution. On text, from the second segment on (the memory is empty before), per swapped
 layer:
     kl               KL(teacher || student) of the whole model as it is; kl[without=B] with a branch taken out,
-                     kl[with=first_token] with the first token (the attention sink) given back; kl_change[...]
+                     kl[with=first_token] with the first token (the attention sink) restored; kl_change[...]
                      is the paired difference to kl: below 0 is better without; nll likewise
     share            per head: ||contribution of a branch|| / sum over branches, on the teacher's stream
     query_variation  per head: ||c - mean over the segment's queries|| / ||c||, c the contribution of a branch: 0 is
@@ -195,7 +195,7 @@ def mechanisms(subject: Subject) -> dict[int, Mechanism]:
 
 @contextmanager
 def intervened(parts: Any, case: tuple[str, str] | None) -> Iterator[None]:
-    """Every mechanism that can, without a branch or with something given back; None: as they are."""
+    """Every mechanism that can, without a branch or with something restored; None: as they are."""
     with ExitStack() as stack:
         for mechanism in parts if case is not None else ():
             kind, name = case

@@ -2,7 +2,7 @@
 
 Definition: y = position of the token, X = its vector at a site, of text; position 0 and massive tokens are left out. A
 ridge regression (channels standardised, lambda = 1 % of the number of tokens) learns on the windows of three quarters
-of the documents and is judged on the others: `r2` = 1 - SSE / SST, SST around the mean of training. `r2_shuffled`:
+of the documents and is tested on the others: `r2` = 1 - SSE / SST, SST around the mean of training. `r2_shuffled`:
 the same with positions dealt out at random among the training tokens. `distance_r2`: y = the distance from one token
 to a later one of its window, X = the later vector minus the earlier; the earlier one is every token of the first half,
 the distance is drawn evenly from 1 to half the window, so that the earlier token alone says nothing about it.
@@ -55,15 +55,15 @@ class PositionDecoding(Probe):
         held_out = docs[3 * len(docs) // 4 :]
         if len(docs) < 4:
             raise UsageError(
-                f"position_decoding needs at least 4 documents, three to learn on and one to be judged on, and "
+                f"position_decoding needs at least 4 documents, three to fit on and one to test on, and "
                 f"there are {len(docs)}",
                 hint="give more text, a smaller --seq-len, or leave this probe out",
             )
-        judged = np.isin(setting.docs, held_out)
-        self.train, self.test = setting.text[~judged], setting.text[judged]
+        tested = np.isin(setting.docs, held_out)
+        self.train, self.test = setting.text[~tested], setting.text[tested]
         if len(self.test) < 2:
             raise UsageError(
-                "position_decoding needs at least 2 windows to be judged on, and there is one",
+                "position_decoding needs at least 2 windows to test on, and there is one",
                 hint="give more text, or a smaller --seq-len",
             )
 
@@ -74,23 +74,23 @@ class PositionDecoding(Probe):
         length = self.train.shape[1]
         places = np.tile(np.arange(1, length), (len(self.train), 1))
         dealt = draw.permutation(places.reshape(-1)).reshape(places.shape)
-        learnt, judged_on = (_gaps(len(part), length, draw) for part in (self.train, self.test))
-        gaps_dealt = draw.permutation(learnt.reshape(-1)).reshape(learnt.shape)
+        gaps_train, gaps_test = (_gaps(len(part), length, draw) for part in (self.train, self.test))
+        gaps_dealt = draw.permutation(gaps_train.reshape(-1)).reshape(gaps_train.shape)
         size = self.setting.batch_size
         with torch.no_grad():
             for at in range(0, len(self.train), size):
                 part = slice(at, at + size)
                 targets = {
                     "r2": np.stack([places[part], dealt[part]], -1),
-                    "distance_r2": np.stack([learnt[part], gaps_dealt[part]], -1),
+                    "distance_r2": np.stack([gaps_train[part], gaps_dealt[part]], -1),
                 }
 
-                def learn(
+                def fit(
                     subject: Subject,
                     tap: Tap,
                     value: Tensor,
                     targets: dict[str, np.ndarray] = targets,
-                    gaps: np.ndarray = learnt[part],
+                    gaps: np.ndarray = gaps_train[part],
                 ) -> None:
                     for stat, (x, kept) in _vectors(value, gaps).items():
                         y = torch.from_numpy(targets[stat]).double()
@@ -98,31 +98,31 @@ class PositionDecoding(Probe):
                         decoder.update(x[kept], y[kept])
 
                 for _ in finals(
-                    subjects, on_device(subjects[0].layout, self.train[part]), wanted, learn
+                    subjects, on_device(subjects[0].layout, self.train[part]), wanted, fit
                 ):
                     pass
             for decoder in decoders.values():
                 decoder.solve()
-            judged: dict[tuple[str, Tap, str], list[np.ndarray]] = {}
+            scored: dict[tuple[str, Tap, str], list[np.ndarray]] = {}
 
             for at in range(0, len(self.test), size):
                 part = slice(at, at + size)
 
-                def judge(
-                    subject: Subject, tap: Tap, value: Tensor, gaps: np.ndarray = judged_on[part]
+                def score(
+                    subject: Subject, tap: Tap, value: Tensor, gaps: np.ndarray = gaps_test[part]
                 ) -> None:
                     truth = {"r2": np.arange(1, length), "distance_r2": gaps}
                     for stat, (x, kept) in _vectors(value, gaps).items():
                         y = torch.from_numpy(truth[stat]).double().expand(kept.shape)
                         key = (subject.name, tap, stat)
-                        judged.setdefault(key, []).append(decoders[key].judge(x, y, kept))
+                        scored.setdefault(key, []).append(decoders[key].score(x, y, kept))
 
                 for _ in finals(
-                    subjects, on_device(subjects[0].layout, self.test[part]), wanted, judge
+                    subjects, on_device(subjects[0].layout, self.test[part]), wanted, score
                 ):
                     pass
         answers: dict[str, list[Measure]] = {subject.name: [] for subject in subjects}
-        for (name, tap, stat), parts in judged.items():
+        for (name, tap, stat), parts in scored.items():
             explained, dealt_, total, n = np.concatenate(parts).T
             address = {"layer": tap.layer, "site": tap.site}
             answers[name] += [
@@ -216,8 +216,8 @@ class Decoder:
         cov = cov / torch.outer(scale, scale) + RIDGE * torch.eye(len(scale), dtype=torch.float64)
         self.weights = torch.linalg.solve(cov, cross / scale[:, None]) / scale[:, None]
 
-    def judge(self, x: Tensor, y: Tensor, kept: Tensor) -> np.ndarray:
-        """Judge float64 `windows n d` against targets `windows n`, where `kept`.
+    def score(self, x: Tensor, y: Tensor, kept: Tensor) -> np.ndarray:
+        """Float64 `windows n d` against targets `windows n`, where `kept`.
 
         Returns:
             Per window SST - SSE, the same of the decoder of dealt targets, SST, and rows: `windows 4`.

@@ -137,10 +137,10 @@ def test_decoder_is_ridge_regression():
     test, truth = draw.normal(size=(3, 19, 7)), np.arange(1.0, 20)
     kept = np.ones((3, 19), bool)
     kept[1, 4] = False
-    judged = decoder.judge(
+    scored = decoder.score(
         torch.from_numpy(test), torch.from_numpy(truth).expand(3, -1), torch.from_numpy(kept)
     )
-    explained, _, total, count = judged.T
+    explained, _, total, count = scored.T
     made = (test - rows.mean(0)) @ decoder.weights[:, 0].numpy() + y.mean()
     left = np.where(kept, (truth - made) ** 2, 0).sum(1)
     np.testing.assert_allclose(total - explained, left, rtol=1e-8)
@@ -203,6 +203,6 @@ def test_pairs_of_a_distance():
     assert _gaps(4, 3, np.random.default_rng(0)).shape == (4, 0)  # one distance: nothing to tell
 
 
-def test_too_few_documents_to_learn_and_judge():
+def test_too_few_documents_to_fit_and_test():
     with pytest.raises(UsageError, match=r"at least 4 documents, .* there are 3"):
         PositionDecoding(setting(docs=np.arange(16) % 3))

@@ -1,6 +1,6 @@
 """Every correction by name, the three causes they speak for, and one place fitted.
 
-| cause | corrections, from the simplest | what they give back |
+| cause | corrections, from the simplest | what they restore |
 |---|---|---|
 | distribution | scale, mean, affine, linear | the update as a map of the student's own, token by token |
 | position | delay, position, rope | what a token's place decides, and what the rotary embedding carried |

@@ -15,7 +15,7 @@ gives a map s -> y^ that is then applied to every token of other text:
 Kept apart on purpose: `delay` has the student's own size (g) and mean (m), so that a wrong scale is no delay, and is
 left out where the neighbours explain less than `GAIN` of the variance on held-out windows; `position` has no mean, so
 that a constant shift is no lost position; `size` keeps the usual size, so that a wrong scale is no broken premise.
-`rope` asks how far the student IS the original without its rotary embedding (c), rather than how much of the error that
+`rope` asks how far the student IS the teacher without its rotary embedding (c), rather than how much of the error that
 would explain: a student that adds nothing, or noise, has c = 0, whatever the layer does with positions.
 
 Weights are 1 / max(|y|, median |y|)^2, 0 at position 0 and at massive tokens: no token counts more than a usual one.

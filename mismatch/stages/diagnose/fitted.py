@@ -1,6 +1,6 @@
 """The swap taken apart: corrections of every place, fitted; which students they make; what their fits say.
 
-A correction acts at all places at once, each with its own fit. Heads are given back one place at a time.
+A correction acts at all places at once, each with its own fit. Heads are restored one place at a time.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ class TakenApart:
         return {place: joined(found) for place, found in parts.items()}
 
     def _rank(self, place: Place, ids: Tensor, side: Side, sample: Sample) -> None:
-        """What is left of the squared error with each head given back; the last number is with none."""
+        """What is left of the squared error with each head restored; the last number is with none."""
         count = self._counts[place]
         left = self._left.setdefault(place, [0.0] * (count + 1))
         left[count] += sample.error(same)
@@ -130,7 +130,7 @@ class TakenApart:
             left[head] += sample.error(lambda _s, v=ours: v)
 
     def head_errors(self, place: Place) -> list[float]:
-        """Share of the squared error at a place that each head returns, on calibration text."""
+        """Share of the squared error at a place that each head recovers, on calibration text."""
         *left, whole = self._left.get(place, [0.0])
         return [1 - one / whole for one in left] if whole > 0 else []
 
@@ -189,7 +189,7 @@ class TakenApart:
         found = []
         if self.config.heads and not any(self._counts.values()):
             self.not_applicable.append(
-                "heads: the swapped part does not share the output projection of the original's heads"
+                "heads: the swapped module does not share the output projection of the teacher's heads"
             )
         ranked = sorted(
             (
@@ -214,7 +214,7 @@ class TakenApart:
         return found
 
     def _branch_trials(self) -> list[Trial]:
-        """Each branch taken out, and each thing given back, at all places that name it."""
+        """Each branch taken out, and each thing restored, at all places that name it."""
         modules = [
             module
             for place in self.places
@@ -242,7 +242,7 @@ class TakenApart:
         if not found:
             mechanisms = ", ".join(dict.fromkeys(m for p in self.places for m in p.mechanisms))
             self.not_applicable.append(
-                f"branches: {mechanisms} names no branch and nothing that it could give back"
+                f"branches: {mechanisms} names no branch and nothing that it could restore"
             )
         return found
 

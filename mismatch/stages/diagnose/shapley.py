@@ -1,11 +1,11 @@
-"""From sums over documents to shares of the damage: what each correction returns, and the three causes.
+"""From sums over documents to shares of the damage: what each correction recovers, and the three causes.
 
 A share is 1 - KL corrected / KL swapped, a ratio of sums, resampled by document on both sides at once. The share of a
-cause is its Shapley value (Shapley 1953): what it returns on top of the others, averaged over all orders in which they
-can be corrected; with the remainder the shares add up to 1. Two causes whose corrections return the same damage divide
+cause is its Shapley value (Shapley 1953): what it recovers on top of the others, averaged over all orders in which they
+can be corrected; with the remainder the shares add up to 1. Two causes whose corrections recover the same damage divide
 it between them.
 
-The leading correction is the simplest one that returns nearly as much as any: a best linear map also mends a wrong
+The leading correction is the simplest one that recovers nearly as much as any: a best linear map also repairs a wrong
 scale, and is not the name of it.
 """
 
@@ -24,7 +24,7 @@ from mismatch.stages.diagnose.corrections import CAUSES
 from mismatch.stages.diagnose.numbers import Kl, Returned, Share
 
 NEARLY = 0.95
-"""Of the best share: a simpler correction that returns so much is the name of it."""
+"""Of the best share: a simpler correction that recovers so much is the name of it."""
 LITTLE = 0.25
 """Below this no correction leads."""
 SIMPLEST = ("scale", "mean", "first", "delay", "affine", "position", "size", "massive")
@@ -78,7 +78,7 @@ def causes_of(
 
 
 def leading(returned: Sequence[Returned]) -> str | None:
-    """The simplest correction that returns nearly as much as any; None: none returns much, beyond chance."""
+    """The simplest correction that recovers nearly as much as any; None: none recovers much, beyond chance."""
     single = [r for r in returned if np.isfinite(r.share.value) and not r.name.startswith("layer ")]
     best = max(single, key=lambda r: r.share.value, default=None)
     if best is None or best.share.value < LITTLE or best.share.lo <= 0:

@@ -135,7 +135,7 @@ def prove_restored(sweep: Sweep) -> None:
     if not torch.equal(ours, theirs):
         raise LayoutError(
             "a mechanism of this scan left the model changed: the tree it was taken out of differs "
-            f"from the original by {(ours - theirs).abs().max():.3g}",
+            f"from the teacher by {(ours - theirs).abs().max():.3g}",
             hint="scan the mechanisms one at a time to find it",
         )
 

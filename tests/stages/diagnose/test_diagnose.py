@@ -182,8 +182,8 @@ def test_no_branches_and_no_rope_are_not_applicable(toy_teacher, texts):
     ).found
     assert found.not_applicable == (
         "rope: no attention is swapped",
-        "heads: the swapped part does not share the output projection of the original's heads",
-        "branches: random names no branch and nothing that it could give back",
+        "heads: the swapped module does not share the output projection of the teacher's heads",
+        "branches: random names no branch and nothing that it could restore",
     )
     assert not any(r.group == "part" for r in found.returned)
 
