@@ -4,7 +4,7 @@ The targets are strings, so that knowing a name imports nothing (see `mismatch.r
 """
 
 MECHANISMS = {
-    # The ones that are asked about.
+    # The mechanisms.
     "adapterplus": "mismatch.mechanisms.adapterplus:AdapterPlus",
     "dyt": "mismatch.mechanisms.dyt:DyT",
     "gated_deltanet": "mismatch.mechanisms.gated_deltanet:GatedDeltaNet",

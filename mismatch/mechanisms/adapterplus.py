@@ -4,7 +4,7 @@
 
 Source: Steitz and Roth, arXiv 2406.06820 ("Adapter+": post-adapter, learned channel-wise scale, no
 norm, f = gelu, Houlsby's start). In a block h is the stream behind the MLP's addition, which is the
-published place; in `attn` and `mlp` the same adapter stands where Houlsby puts his, behind the
+published place; in `attn` and `mlp` the same adapter stands where Houlsby et al. put theirs, behind the
 sublayer and before the addition. `init=houlsby` is the published start (normal 0.01, cut at two of
 them); the default starts W_up at 0 and so exactly at the teacher, from which the published start is
 0.0002 nats away (SmolLM2-135M, layer 12, 512 tokens). Stochastic depth belongs to training and is
@@ -35,7 +35,7 @@ class AdapterPlusConfig:
 
 
 class AdapterPlus(Wrapper):
-    """The part with a scaled serial adapter behind it."""
+    """The module with a scaled serial adapter behind it."""
 
     Config = AdapterPlusConfig
     slots = ("block", "attn", "mlp")

@@ -1,17 +1,15 @@
-"""What every mechanism is, and what surgery hands to it.
+"""The base classes of a mechanism, and what surgery passes to it.
 
-A *mechanism* takes the place of one part of a pretrained model (attention, MLP, norm, block). It is
-called exactly as that part was called and returns the same structure, so that the rest of the model
-does not notice. There are two kinds:
+A *mechanism* replaces one module of a pretrained model (attention, MLP, norm, block). It is called exactly as that
+module was called and returns the same structure, so that the rest of the model is unaffected. In these files the
+*original* is the module that is replaced. There are two kinds:
 
-    Mechanism   a replacement: builds its own forward, and inherits what it can of the original. An
-                inherited tensor IS the original's Parameter (the same object), never a copy; a new
-                one takes its dtype and device
-    Wrapper     keeps the original inside, calls it, and changes what goes in or what comes out
+    Mechanism   a replacement: builds its own forward, and inherits what it can of the original. An inherited tensor IS
+                the original's Parameter (the same object), never a copy; a new one takes its dtype and device
+    Wrapper     keeps the original inside, calls it, and changes its input or its output
 
-A mechanism file reads alone: equation, source, what is inherited / new / dropped, identity limit,
-state. Mechanism files do not import one another; what they share is here, in `calling.py`,
-`projections.py`, `own_state.py` and `segments.py`.
+A mechanism file reads alone: equation, source, what is inherited / new / dropped, identity limit, state. Mechanism
+files do not import one another; what they share is here and in `mismatch.mechanisms.parts`.
 """
 
 from __future__ import annotations
@@ -28,11 +26,10 @@ from mismatch.errors import SurgeryError
 
 
 class Host:
-    """What a part must know of the running forward and its caller does not say: the padding.
+    """What a mechanism needs to know of the running forward and is not passed: the padding.
 
-    Surgery owns one Host per student and sets `mask` in a forward pre-hook on the decoder.
-    Llama-like models hand an unpadded batch no mask at all, and a padded batch a 4-D mask from
-    which the padding cannot be read back.
+    Surgery owns one Host per student and sets `mask` in a forward pre-hook on the decoder. Llama-like models pass their
+    layers no mask for an unpadded batch, and for a padded one a 4-D mask that does not show the padding.
     """
 
     def __init__(self) -> None:
@@ -50,7 +47,7 @@ class Host:
         if mask is not None and mask.ndim != 2:
             raise SurgeryError(
                 f"the model was called with a {mask.ndim}-D attention mask {tuple(mask.shape)}; "
-                "swapped parts read padding from a 2-D mask [batch, tokens]",
+                "mechanisms read padding from a 2-D mask [batch, tokens]",
                 hint="pass the tokenizer's attention_mask",
             )
         self._mask = mask
@@ -70,12 +67,15 @@ class Host:
 
 @runtime_checkable
 class Calibrator(Protocol):
-    """Measures the ORIGINAL part on calibration text before a mechanism is built from what it
-    measured."""
+    """Measures the original on calibration text, before a mechanism is built from the result."""
 
     def update(self, inputs: Tensor, outputs: Tensor, keep: Tensor) -> None:
-        """Take one batch: `inputs`, `outputs` of the part, `batch pos d`; `keep` bool `batch pos`,
-        the bulk tokens (real, not position 0, not massive)."""
+        """Add one batch.
+
+        Args:
+            inputs, outputs: of the original, `batch pos d`.
+            keep: bool `batch pos`, the bulk tokens (real, not position 0, not massive).
+        """
 
 
 @dataclass
@@ -83,18 +83,18 @@ class Context:
     """Where a mechanism is built.
 
     Attributes:
-        layer: 0-based layer, None for parts outside the blocks (`final_norm`).
+        layer: 0-based layer, None for modules outside the blocks (`final_norm`).
         slot: the slot's name, `attn`, `mlp`, `norm1` ...
         n_layers, d_model: of the model.
         model_config: the transformers config of the (text) model.
-        family: the `mismatch.models.layout.Family`, or None where nobody asked for it.
-        host: what the running forward tells (padding).
+        family: the `mismatch.models.layout.Family`, or None where it is not needed.
+        host: what the running forward passes on (padding).
         seed: base of every random draw; draws also depend on layer and slot, never on build order.
         calibration: the calibrator after its pass, or None (always None on the meta device).
         build: `build(call, original) -> Mechanism` for a mechanism that nests another; from
             surgery.
-        restoring: every tensor comes out of a checkpoint afterwards, so placeholders of the right
-            shape will do for what is measured or computed from the original.
+        restoring: every tensor is read from a checkpoint afterwards, so what is measured or computed
+            from the original may be a placeholder of the right shape.
     """
 
     layer: int | None
@@ -110,17 +110,17 @@ class Context:
     restoring: bool = False
 
     def __deepcopy__(self, memo: dict) -> Context:
-        # A copied module goes on sharing the live Host and the model's config.
+        # A copied module keeps sharing the live Host and the model's config.
         return self
 
     @property
     def where(self) -> str:
-        """`layer12.attn`, or `final_norm`: the place in words for errors."""
+        """`layer12.attn`, or `final_norm`: for errors, and the seed of random draws."""
         return self.slot if self.layer is None else f"layer{self.layer}.{self.slot}"
 
 
 class Mechanism(nn.Module):
-    """A replacement for one part. Subclasses set the class attributes as literals: `explain` reads
+    """A replacement for one module. Subclasses set the class attributes as literals: `explain` reads
     them by `ast`."""
 
     Config: ClassVar[type]
@@ -128,9 +128,9 @@ class Mechanism(nn.Module):
     identity: ClassVar[str]  # the setting at which student == teacher, or "none: why"
     state: ClassVar[str]  # what generate() carries
     source: ClassVar[str]
-    stacks: ClassVar[bool] = False  # True: may go on top of another mechanism in the same place
-    branch_names: tuple[str, ...] = ()  # parts whose outputs it adds up; see `branches`
-    silent: frozenset[str] = frozenset()  # branches that are taken out at this moment
+    stacks: ClassVar[bool] = False  # True: may go on top of another mechanism in the same slot
+    branch_names: tuple[str, ...] = ()  # paths whose outputs it adds up; see `branches`
+    silent: frozenset[str] = frozenset()  # branches that are switched off at this moment
 
     def __init__(self, original: nn.Module, config: Any, context: Context) -> None:
         super().__init__()
@@ -143,17 +143,16 @@ class Mechanism(nn.Module):
         return None
 
     def notes(self) -> tuple[str, ...]:
-        """What a reader of the plan must know about this mechanism in this place; no line =
-        nothing."""
+        """Sentences for the plan about this mechanism in this slot; empty when there is nothing to note."""
         return ()
 
     def branches(self) -> dict[str, AbstractContextManager[None]]:
         """A context for each branch, by name, inside which the branch contributes nothing.
 
         For mechanisms that add up several paths (`infini`: memory and local; a hybrid: window and running sum). They
-        name them in `branch_names` and let the paths in `silent` add exactly 0 in `forward`. What remains keeps its
-        weight (no gate or denominator is renormalised), so that the output is the sum over branches of what each
-        takes away: (whole - without it). Probes read shares, knock-outs and query dependence from that alone.
+        name them in `branch_names` and let the paths in `silent` add exactly 0 in `forward`. The others keep their
+        weight (no gate or denominator is renormalised), so that the output is the sum over branches of
+        (whole - without the branch). Probes compute shares, knock-outs and query dependence from that alone.
         """
         return {name: self._silenced(name) for name in self.branch_names}
 
@@ -166,11 +165,11 @@ class Mechanism(nn.Module):
             self.silent = before
 
     def gates(self) -> dict[str, nn.Parameter]:
-        """Trained numbers that weigh a branch, one a head, before their sigmoid, by the branch's name."""
+        """The trained gate of a branch by the branch's name: one number a head, before the sigmoid."""
         return {}
 
     def restores(self) -> dict[str, AbstractContextManager[None]]:
-        """A context for each thing that this mechanism took away and can give back for a moment, by name:
+        """A context for each thing that this mechanism removed and can restore for a while, by name:
         `first_token`, the attention sink."""
         return {}
 
@@ -179,8 +178,7 @@ class Mechanism(nn.Module):
 
 
 class Wrapper(Mechanism):
-    """Keeps the original and calls it. Unknown attributes are looked up on the original, as the
-    host may do."""
+    """Keeps the original and calls it. Attributes it lacks are those of the original, as the model may read them."""
 
     def __init__(self, original: nn.Module, config: Any, context: Context) -> None:
         super().__init__(original, config, context)
@@ -197,7 +195,7 @@ class Wrapper(Mechanism):
 
 
 def innermost(module: nn.Module) -> nn.Module:
-    """What is left when every wrapper is taken off: the host's own module, or the replacement."""
+    """The module inside all wrappers: the model's own, or the replacement."""
     while isinstance(module, Wrapper):
         module = module.original
     return module
@@ -213,8 +211,8 @@ def tensor_kind(original: nn.Module) -> dict[str, Any]:
 
 
 def need_calibration(original: nn.Module, context: Context, name: str) -> Any:
-    """The calibrator handed in by surgery; None on the meta device and before a checkpoint is read,
-    where placeholders will do.
+    """The calibrator that surgery passes; None on the meta device and before a checkpoint is read,
+    where placeholders are enough.
 
     Raises:
         SurgeryError: real weights, but no calibration.

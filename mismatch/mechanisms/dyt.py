@@ -35,9 +35,8 @@ from mismatch.errors import SurgeryError
 from mismatch.mechanisms.base import Context, Mechanism, need_calibration, tensor_kind
 
 PLACEHOLDER = 0.5  # the paper's; used on the meta device, where nothing is computed
-SLOPES = tuple(
-    2.0 ** (k / 4) for k in range(-12, 9)
-)  # tried by `refit`, times the slope that is there
+SLOPES = tuple(2.0 ** (k / 4) for k in range(-12, 9))
+"""Tried by `refit`, times the present slope: 1/8 to 4 in steps of 2^(1/4)."""
 
 
 @dataclass(frozen=True)
@@ -119,13 +118,13 @@ class DyT(Mechanism):
         """Set slope, gain and bias by least squares, without a gradient.
 
         For each slope of a grid, gain and bias of a channel are a linear regression of the norm's output on tanh(alpha
-        x): five sums a channel, one pass. The slope that errs least over all channels is taken.
+        x): five sums a channel, one pass. The slope with the smallest error over all channels is taken.
 
         Args:
             pairs: input and output of the norm, `batch pos d` each.
 
         Returns:
-            What was set, in words.
+            The names of what was set, for the report.
         """
         d = len(self.weight)
         slopes = torch.tensor(SLOPES, dtype=torch.float64, device=self.weight.device)
@@ -168,9 +167,9 @@ class DyT(Mechanism):
 
 
 def gain_offset(norm: nn.Module) -> float:
-    """What the norm adds to its weight: 1 in gemma, which stores gamma - 1, otherwise 0.
+    """The number that the norm adds to its weight: 1 in gemma, which stores gamma - 1, otherwise 0.
 
-    Read off a fresh norm of the same class, whose gain is 1 by construction.
+    Found from a fresh norm of the same class, whose gain is 1 by construction.
 
     Raises:
         SurgeryError: the class cannot be built from its width alone.

@@ -5,7 +5,7 @@
 Source: Houlsby et al., arXiv 1902.00751 (section 2.1, figure 2): two per layer, after the
 projection of the attention and after that of the MLP: `layer12.attn:houlsby; layer12.mlp:houlsby`.
 The paper starts both matrices from a normal distribution of 0.01 cut at two of them, near the
-identity (`init=houlsby`; the authors' code says 0.001); the default starts W_up at 0 and so at the
+identity (`init=houlsby`; the authors' code has 0.001); the default starts W_up at 0 and so at the
 identity. The paper's bottleneck of 64 in a model of 1024 is reduction 16, its code's f is gelu. The
 new norms that the paper trains beside the adapters are the model's own here, and inherited. In
 gemma and olmo2 the family's norm of the sublayer's output comes behind the adapter. Inherited:
@@ -35,7 +35,7 @@ class HoulsbyConfig:
 
 
 class Houlsby(Wrapper):
-    """The part with a serial adapter behind it."""
+    """The module with a serial adapter behind it."""
 
     Config = HoulsbyConfig
     slots = ("attn", "mlp")

@@ -1,4 +1,4 @@
-"""identity: the original, called through a wrapper. The control that must read exactly 0.
+"""identity: the module itself, called through a wrapper. The control that must read exactly 0.
 
     y = original(x)
 

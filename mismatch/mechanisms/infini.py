@@ -24,7 +24,7 @@ What the paper leaves open, as decided here:
                   the softmax
     padding       segments count from the first real token of a row; pads are not written, read or
                   attended
-    last segment  a part of a segment is attended and is not yet in the memory
+    last segment  an incomplete segment is attended and is not yet in the memory
     dtype         M, z and the blend in float32 at least (z overflows float16 after 4,000 tokens)
     sinks         the first `sinks` real tokens stay visible to the softmax of every later segment
                   (not in the paper; in layer 12 of SmolLM2 the lost sink is most of the damage)
@@ -46,7 +46,6 @@ from typing import Annotated, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from mismatch.errors import SurgeryError
 from mismatch.mechanisms.base import Context, tensor_kind
 from mismatch.mechanisms.parts.calling import cache_in, hidden_in
 from mismatch.mechanisms.parts.feature_maps import elu_plus_one, signed_softmax
@@ -70,7 +69,7 @@ class InfiniConfig:
     feature_map: Literal["elu", "softmax", "learned"] = "elu"
     """What makes queries and keys positive for the memory."""
     sinks: Annotated[int, ">= 0"] = 0
-    """First tokens of the text that every later segment goes on attending to."""
+    """First tokens of the text that every later segment still attends to."""
     first_segment: Literal["blend", "local"] = "blend"
     """While the memory is empty: blend it all the same (the paper), or take local attention
     alone."""
@@ -115,13 +114,7 @@ class Infini(AttentionParts):
         """As the attention it replaces: `batch pos d_model` in, (`batch pos d_model`, None) out."""
         x, cache = hidden_in(args, kwargs), cache_in(kwargs)
         state = OwnState() if cache is None else entry(cache, self.layer_idx)
-        keep = self.context.host.padding(x.shape[1])
-        if keep is not None and keep.shape != x.shape[:2]:
-            raise SurgeryError(
-                f"{self.context.where}: padding mask {tuple(keep.shape)} for an input "
-                f"{tuple(x.shape[:2])}",
-                hint="a part of the model was called by itself after a padded batch",
-            )
+        keep = self.real_tokens(x)
         batch, length = x.shape[:2]
         grid = Grid(state.seen, keep, batch, length, self.settings.segment, x.device)
         q, k, v = self.qkv(x)

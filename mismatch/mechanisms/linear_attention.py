@@ -36,7 +36,7 @@ As decided here:
                  seen from behind either
     padding      pads are no tokens: they have no age, fill no window and enter no sum
     dtype        logits, sums and the division in float32 at least
-    branches     near and far; one that is taken out leaves its weight in the denominator
+    branches     near and far; one that is switched off leaves its weight in the denominator
     no weight    a query whose phi is orthogonal to all keys (relu, learned) reads 0
 
 Limits: plain PyTorch on every device. flash-linear-attention (no extra of this package) has CUDA kernels
@@ -58,7 +58,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mismatch.errors import SurgeryError
 from mismatch.mechanisms.base import Context, tensor_kind
 from mismatch.mechanisms.parts.calling import cache_in, hidden_in
 from mismatch.mechanisms.parts.feature_maps import FeatureMap
@@ -144,13 +143,7 @@ class LinearAttention(AttentionParts):
         """As the attention it replaces: `batch pos d_model` in, (`batch pos d_model`, None) out."""
         x, cache = hidden_in(args, kwargs), cache_in(kwargs)
         state = OwnState() if cache is None else entry(cache, self.layer_idx)
-        keep = self.context.host.padding(x.shape[1])
-        if keep is not None and keep.shape != x.shape[:2]:
-            raise SurgeryError(
-                f"{self.context.where}: padding mask {tuple(keep.shape)} for an input "
-                f"{tuple(x.shape[:2])}",
-                hint="a part of the model was called by itself after a padded batch",
-            )
+        keep = self.real_tokens(x)
         q, k, v = self.qkv(x)
         q, k = self.rotate(q, k, kwargs.get("position_embeddings"))
         batch, length = x.shape[:2]
@@ -191,10 +184,10 @@ class LinearAttention(AttentionParts):
                 memory = k.new_zeros(*k.shape[:2], features, v.shape[-1] + 1)
             far, memory = self._far(self.map_q(q), self.map_k(left_k), left_v, row, memory)
             after = {"memory": memory}
-            sums.append(self._heard(far, "far"))
+            sums.append(self._unless_silent(far, "far"))
         if self.near or sinks:
             share = torch.sigmoid(self.mix.to(wide)).view(self.n_kv_heads, 1, self.group, 1, 1)
-            sums.append(share * self._heard(self._near(q, k, v, sinks, row), "near"))
+            sums.append(share * self._unless_silent(self._near(q, k, v, sinks, row), "near"))
         total = sums[0] if len(sums) == 1 else sums[0] + sums[1]
         weight = total[..., -1:]
         # Filled in BEFORE the division: a `where` around 0 / 0 hides the NaN of the value and not
@@ -202,8 +195,8 @@ class LinearAttention(AttentionParts):
         heads = total[..., :-1] / weight.masked_fill(weight < EMPTY, 1.0)
         return heads.movedim(2, 3).flatten(3, 4).flatten(1, 2)[:, :, : q.shape[2]], after
 
-    def _heard(self, total: Tensor, branch: str) -> Tensor:
-        """A sum with its weight; of a branch that is taken out the weight alone."""
+    def _unless_silent(self, total: Tensor, branch: str) -> Tensor:
+        """A sum with its weight; of a branch that is switched off the weight alone."""
         if branch not in self.silent:
             return total
         return torch.cat([torch.zeros_like(total[..., :-1]), total[..., -1:]], dim=-1)
@@ -216,7 +209,7 @@ class LinearAttention(AttentionParts):
         Args:
             phi_q: `batch H pos features`.
             phi_k, v: of the token that leaves the window at each query, `batch KV pos ...`.
-            row: says which of those are there.
+            row: which of those exist.
             memory: before the first, `batch KV features D+1`.
 
         Returns:
@@ -255,7 +248,7 @@ class LinearAttention(AttentionParts):
     def _near(
         self, q: Tensor, k: Tensor, v: Tensor, sinks: dict[str, Tensor], row: PackedRows
     ) -> Tensor:
-        """The softmax part without its division: sum and weight, `batch KV chunks group C D+1`."""
+        """The softmax branch without its division: sum and weight, `batch KV chunks group C D+1`."""
         keys, values, allowed = row.windows(k), row.windows(v), row.window_mask()
         if sinks:
             first_k, first_v = (row.for_each_chunk(sinks[name]) for name in ("sink_k", "sink_v"))

@@ -1,4 +1,4 @@
-"""lora: a low-rank matrix, trained, beside some of the part's own matrices.
+"""lora: a low-rank matrix, trained, beside some of the module's own matrices.
 
     y = W x + s B A x,   A: r x in, B: out x r,   s = alpha / r  (rslora: alpha / sqrt(r))
     dora:  y = m * (W + s B A) x / ||W + s B A||     m: one length per output, from W at the start
@@ -13,9 +13,9 @@ Sources: LoRA arXiv 2106.09685 (section 4.1), DoRA 2402.09353 (eq. 5), rsLoRA 23
 | `pissa` | its r largest singular directions, halves of them | the other halves | a copy less s B A |
 | `olora` | R of W = QR, its first r rows | Q, its first r columns | a copy less s B A |
 
-Inherited: every tensor of the part (with pissa and olora all but the targets' weights). New: A, B,
-with dora m. Dropped: nothing; with pissa and olora the targets' weights, in whose place a residual
-stands, a buffer that is not trained: the tensor that the teacher shares is never written to.
+Inherited: every tensor of the module (with pissa and olora all but the targets' weights). New: A, B,
+with dora m. Dropped: nothing; with pissa and olora the targets' weights. A residual replaces them, a
+buffer that is not trained: the tensor that the teacher shares is never written to.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class LoRAConfig:
 
 
 class LoRA(LowRankAdapted):
-    """The part with peft's LoRA layers around its targets."""
+    """The module with peft's LoRA layers around its targets."""
 
     Config = LoRAConfig
     slots = ("attn", "mlp", "block")

@@ -5,7 +5,7 @@
 The best approximation of rank r in the Frobenius norm (Eckart and Young, 1936): of the weights, not
 of what they do to the activations that come. Cost: a matrix of m x n takes r (m + n) values and as
 many multiplications, less than m n only while r < m n / (m + n) (419 for SmolLM2's 576 x 1536); the
-plan says so where it is more. The decomposition itself is done once, in float64. Inherited: biases
+plan notes where it is more. The decomposition itself is done once, in float64. Inherited: biases
 and the nonlinearity. New: the two factors of each matrix. Dropped: the matrices.
 """
 
@@ -46,7 +46,7 @@ class LowRankMLP(Wrapper):
 
     def __init__(self, original: nn.Module, config: LowRankMLPConfig, context: Context) -> None:
         """Raises:
-        SurgeryError: a part without a matrix.
+        SurgeryError: a module without a matrix.
         """
         tree = grafted(original)
         layers = linear_layers(tree)
@@ -77,7 +77,7 @@ class Factored(nn.Module):
     Args:
         layer: the linear layer.
         rank: width of the product; at most the smaller side of the weight.
-        empty: zeros will do, the factors come out of a checkpoint.
+        empty: zeros are enough, the factors are read from a checkpoint.
     """
 
     bias: nn.Parameter | None

@@ -1,9 +1,9 @@
-"""mean: the part's output becomes its mean over calibration text. The control "keep only the bias".
+"""mean: the module's output becomes its mean over calibration text. The control "keep only the bias".
 
     y = m,   m = E[original(x)] over bulk tokens (real, not position 0, not massive)
 
 Behind it the layers receive the mean they expect and no information; what `mean` still breaks is
-what the part computes, what only `zero` breaks is a constant that a bias could carry. The same
+what the module computes; what only `zero` breaks is a constant that a bias could carry. The same
 vector goes to every position, position 0 included. The original still runs, for shapes and cache.
 Inherited: everything, unused. New: the mean (d values, a buffer, not trained). Dropped: nothing.
 """
@@ -27,7 +27,7 @@ class MeanConfig:
 
 
 class OutputMean:
-    """Running sum of a part's outputs over bulk tokens, float64."""
+    """Running sum of a module's outputs over bulk tokens, float64."""
 
     def __init__(self) -> None:
         self.total: Tensor | None = None
@@ -60,7 +60,7 @@ class Mean(Wrapper):
         "attn", "mlp", "block", "norm1", "norm2", "norms", "rope", "final_norm",
         "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
     )  # fmt: skip
-    identity = "none: a constant is never the part"
+    identity = "none: no module computes a constant"
     state = "the original's"
     source = "control (mean ablation)"
     stacks = True

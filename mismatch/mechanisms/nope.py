@@ -3,9 +3,9 @@
     cos := 1, sin := 0        so that rotate(q, k) = q, k
 
 Source: Kazemnejad et al., arXiv 2305.19466 (NoPE). Only what the rotary embedding carried is lost;
-the causal mask still tells early from late. The attention factor of YaRN and longrope rides on cos
+the causal mask still separates early from late. The attention factor of YaRN and longrope rides on cos
 and sin and is no position, so it is kept: cos := factor. One layer or all of them; the other layers
-keep theirs. Refused where there is nothing to take away: gpt2 (learned positions, added once to the
+keep theirs. Refused where there is nothing to remove: gpt2 (learned positions, added once to the
 embeddings) and layers that have no rotary embedding (smollm3). Inherited: everything. New, dropped:
 nothing.
 """
@@ -28,7 +28,7 @@ class NoPEConfig:
 
 
 class NoPE(Wrapper):
-    """Hands the wrapped attention the identity rotation."""
+    """Passes the identity rotation to the wrapped attention."""
 
     Config = NoPEConfig
     slots = ("rope",)
@@ -42,7 +42,7 @@ class NoPE(Wrapper):
         SurgeryError: this attention has no rotary embedding.
         """
         super().__init__(original, config, context)
-        need_rotary(original, context, "take away")
+        need_rotary(original, context, "remove")
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         cos, sin = kwargs["position_embeddings"]

@@ -1,13 +1,12 @@
-"""parallel: the original stays, and another mechanism is added beside it, scaled by one number.
+"""parallel: the module stays, and another mechanism is added beside it, scaled by one number.
 
     y = original(x) + alpha * inner(x)
 
-`layer12:parallel(infini, alpha=0)` starts as the untouched model, to the bit, and lets training
-decide how much of the new part it wants. `inner` is built from the same original and inherits its
-tensors: both paths then share the projections, and training one trains the other (freeze them to
-train the new tensors alone). Each path keeps its own state: the cache entry of the layer becomes a
-pair. Inherited: the original, and what `inner` inherits. New: alpha, and what is new in `inner`.
-Dropped: nothing.
+`layer12:parallel(infini, alpha=0)` starts as the teacher, to the bit, and training sets how much of
+the new mechanism is used. `inner` is built from the same original and inherits its tensors: both paths
+then share the projections, and training one trains the other (freeze them to train the new tensors
+alone). Each path keeps its own state: the cache entry of the layer becomes a pair. Inherited: the
+original, and what `inner` inherits. New: alpha, and what is new in `inner`. Dropped: nothing.
 """
 
 from __future__ import annotations
@@ -47,7 +46,7 @@ class Parallel(Wrapper):
 
     def __init__(self, original: nn.Module, config: ParallelConfig, context: Context) -> None:
         """Raises:
-        SurgeryError: built outside surgery, which knows how to build `inner`.
+        SurgeryError: built outside surgery, which is what builds `inner`.
         """
         super().__init__(original, config, context)
         if context.build is None:
@@ -81,7 +80,9 @@ def _with_state(
     view.layers[layer] = getattr(pair, side)
     given, named = with_cache(args, kwargs, view)
     output = path(*given, **named)
-    setattr(pair, side, view.layers[layer])  # a path may have put an entry of its own kind there
+    setattr(
+        pair, side, view.layers[layer]
+    )  # a path may have replaced it by an entry of its own kind
     return output
 
 

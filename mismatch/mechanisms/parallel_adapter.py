@@ -5,7 +5,7 @@
 Source: He et al., arXiv 2110.04366 (table 1: "scaled parallel adapter"; their best is at the MLP).
 In their summarisation runs s = 4, f = relu, and a bottleneck of 512 in a model of 1024, which is
 reduction 2. Their models have the norms behind the sublayers, so that x is the stream; here x is
-what the part is called with, behind the norm in front of it where there is one. W_down starts as in
+what the module is called with, behind the norm in front of it where there is one. W_down starts as in
 LoRA and W_up at 0, which is the published start and the identity. Inherited: everything. New: W and
 b; with `learned_scale` s. Dropped: nothing.
 """
@@ -36,7 +36,7 @@ class ParallelAdapterConfig:
 
 
 class ParallelAdapter(Wrapper):
-    """The part with an adapter beside it."""
+    """The module with an adapter beside it."""
 
     Config = ParallelAdapterConfig
     slots = ("mlp", "attn")

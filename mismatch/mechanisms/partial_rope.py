@@ -1,4 +1,4 @@
-"""partial_rope: only the fastest part of the rotary frequencies rotates; the slow pairs stand still.
+"""partial_rope: only the fastest rotary frequencies rotate; the slow pairs stand still.
 
     n = floor(fraction x pairs)
     pair i <  n   rotated as before
@@ -28,11 +28,11 @@ from mismatch.mechanisms.parts.rotary import attention_factor, need_rotary
 @dataclass(frozen=True)
 class PartialRopeConfig:
     fraction: Annotated[float, "0..1"]
-    """Share of the pairs that goes on rotating, the fastest first."""
+    """Share of the pairs that still rotates, the fastest first."""
 
 
 class PartialRope(Wrapper):
-    """Hands the wrapped attention cos and sin whose slow pairs stand still."""
+    """Passes cos and sin whose slow pairs stand still to the wrapped attention."""
 
     Config = PartialRopeConfig
     slots = ("rope",)

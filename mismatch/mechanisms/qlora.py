@@ -49,7 +49,7 @@ class QLoRAConfig:
 
 
 class QLoRA(LowRankAdapted):
-    """The part with its targets in NF4 and peft's LoRA layers around them."""
+    """The module with its targets in NF4 and peft's LoRA layers around them."""
 
     Config = QLoRAConfig
     slots = ("attn", "mlp", "block")
@@ -80,7 +80,7 @@ class NF4Linear(nn.Linear):
     Args:
         layer: the linear layer; its bias is shared.
         double: keep the scales in 8 bits.
-        empty: zeros will do, the tensors come out of a checkpoint.
+        empty: zeros are enough, the tensors are read from a checkpoint.
     """
 
     packed: Tensor
@@ -108,7 +108,7 @@ class NF4Linear(nn.Linear):
         return y if self.bias is None else y + self.bias
 
     def _state(self) -> Any:
-        """The buffers as bitsandbytes wants them."""
+        """The buffers as bitsandbytes' own state object."""
         functional = bitsandbytes().functional
         levels, dynamic = _codes(self.packed.device)
         double = hasattr(self, "scale")
@@ -140,7 +140,7 @@ def _quantised(full: Tensor, double: bool) -> dict[str, Tensor]:
 
 
 def _empty(full: Tensor, double: bool) -> dict[str, Tensor]:
-    """Placeholders of the shapes that `_quantised` gives."""
+    """Placeholders of the shapes that `_quantised` returns."""
     blocks = math.ceil(full.numel() / BLOCK)
     byte: dict[str, Any] = {"dtype": torch.uint8, "device": full.device}
     wide: dict[str, Any] = {"dtype": torch.float32, "device": full.device}

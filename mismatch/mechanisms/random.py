@@ -1,9 +1,9 @@
-"""random: the part with every weight redrawn. The control "right shape and scale, nothing learned".
+"""random: the module with every weight redrawn. The control "right shape and scale, nothing learned".
 
     w' ~ N(mean(w), std(w)),   per tensor of the original, independent entries
 
 Redrawn with the original's own mean and standard deviation (not an initialiser's), so that what
-differs is what was learned and not the scale. Draws depend on the seed, the place and the tensor's
+differs is what was learned and not the scale. Draws depend on the seed, the slot and the tensor's
 name only. Inherited: the code and the buffers. New: every parameter. Dropped: the original's
 parameters.
 """
@@ -27,7 +27,7 @@ class RandomConfig:
 
 
 class Random(Wrapper):
-    """A redrawn copy; `.original` is that copy, the untouched original is not kept."""
+    """A redrawn copy; `.original` is that copy, the module it was drawn after is not kept."""
 
     Config = RandomConfig
     slots = (

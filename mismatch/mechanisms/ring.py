@@ -1,12 +1,12 @@
-"""ring: the attention that was there, worked out block by block of keys. Its shift must be 0.
+"""ring: the same attention, computed block by block of keys. Its shift must be 0.
 
     out = softmax(cap(scaling q k^T) + mask) v      the same numbers; never all scores at once
 
 Source: Ring Attention with Blockwise Transformers, arXiv 2310.01889, section 2 and algorithm 1; the
 algorithm is in `blockwise.py`. Scaling, softcap, grouped heads, own window, padding and the KV cache
 are the host's, so what is measured is rounding: a check of the plumbing, and what memory a long text
-needs, not an approximation. Backward works every block out again: memory grows with the length, not
-with its square. Dropout of attention weights is not there: a module that trains with it is refused.
+needs, not an approximation. Backward computes every block again: memory grows with the length, not
+with its square. It has no dropout of attention weights: a module that trains with it is refused.
 
 One text over several processes has to be asked for, because under torchrun the ranks of `trace` take
 different documents. With `ring` in every layer,
@@ -15,7 +15,7 @@ different documents. With `ring` in every layer,
         out = student.model(ids[:, mine], position_ids=mine[None], use_cache=False)
 
 each process gives its own run of the tokens, in rank order, and gets the logits of that run; keys and
-values go round the ring. Parameters' gradients are then parts: add them up over the processes. The
+values go round the ring. Parameters' gradients are then partial sums: add them up over the processes. The
 loss at the border of two runs is the caller's, who knows the next run's first token. Torch's own
 context parallel has no CPU backend and is not used. Inherited: every projection, bias and query/key
 norm. New, dropped: nothing.
@@ -94,13 +94,13 @@ class Ring(AttentionParts):
         return self._how(first=past - offset, mask=mask, real=real)
 
     def _mask(self, given: Any) -> Tensor | None:
-        """The host's mask if it says which query reads which key; a 2-D one is only the padding."""
+        """The host's mask if it is one of queries and keys; a 2-D one is only the padding."""
         if given is None or (isinstance(given, Tensor) and given.ndim == 2):
             return None
         if not isinstance(given, Tensor) or given.ndim != 4 or given.shape[1] != 1:
             shape = tuple(given.shape) if isinstance(given, Tensor) else type(given).__name__
             raise SurgeryError(
-                f"{self.context.where}: the host hands its attention the mask {shape}; `ring` "
+                f"{self.context.where}: the host passes its attention the mask {shape}; `ring` "
                 "reads [batch, 1, queries, keys]",
                 hint="load the model with attn_implementation='sdpa' or 'eager'",
             )
@@ -125,7 +125,7 @@ class Ring(AttentionParts):
 
 @contextmanager
 def spread(model: CausalLM, group: Any = None) -> Iterator[None]:
-    """While this lives, each process of `group` gives `model` its own run of one text's tokens.
+    """While the context lives, each process of `group` calls `model` on its own run of one text's tokens.
 
     Args:
         model: with `ring` as the attention of every layer, the same on every process.

@@ -61,7 +61,7 @@ class RopeConfig:
 
 
 class Rope(NewRotary):
-    """Hands the wrapped attention the cos and sin of another rule."""
+    """Passes the cos and sin of another rule to the wrapped attention."""
 
     Config = RopeConfig
     slots = ("rope",)

@@ -65,7 +65,7 @@ class RWKVConfig:
 
 
 class OutputPower:
-    """Running mean of a part's outputs and of their squared length over bulk tokens, float64."""
+    """Running mean of a module's outputs and of their squared length over bulk tokens, float64."""
 
     def __init__(self) -> None:
         self.total: Tensor | None = None
@@ -149,7 +149,7 @@ class RWKV(AttentionParts):
         return OutputPower() if config.init == "inherit" else None
 
     def _loudness(self, original: nn.Module) -> float:
-        """The scale of GroupNorm at which W_o makes of white heads what the attention put out."""
+        """The scale of GroupNorm at which W_o turns white heads into the rms of the attention's output."""
         measured = need_calibration(original, self.context, "rwkv")
         if measured is None:
             return 1.0
@@ -180,13 +180,7 @@ class RWKV(AttentionParts):
         """As the attention it replaces: `batch pos d_model` in, (`batch pos d_model`, None) out."""
         x, cache = hidden_in(args, kwargs), cache_in(kwargs)
         state = OwnState() if cache is None else entry(cache, self.layer_idx)
-        keep = self.context.host.padding(x.shape[1])
-        if keep is not None and keep.shape != x.shape[:2]:
-            raise SurgeryError(
-                f"{self.context.where}: padding mask {tuple(keep.shape)} for an input "
-                f"{tuple(x.shape[:2])}",
-                hint="a part of the model was called by itself after a padded batch",
-            )
+        keep = self.real_tokens(x)
         before, last = token_before(x, state.rows.get("last"), keep)
         x_r, x_w, x_k, x_v, x_a, x_g = torch.addcmul(x, before - x, self.mu[:, None, None])
         r, k, v = self.qkv((x_r, x_k, x_v))
@@ -250,14 +244,14 @@ def token_before(x: Tensor, last: Tensor | None, keep: Tensor | None) -> tuple[T
     if keep is None:
         # Cloned: a view would keep the whole input alive in the cache.
         return stream[:, :-1], x[:, -1].clone()
-    place = torch.arange(1, x.shape[1] + 1, device=x.device) * keep
-    newest = F.pad(place, (1, 0)).cummax(1).values  # in `stream`, of the real tokens up to here
+    column = torch.arange(1, x.shape[1] + 1, device=x.device) * keep
+    newest = F.pad(column, (1, 0)).cummax(1).values  # in `stream`, of the real tokens up to here
     at = newest[..., None].expand(-1, -1, x.shape[2])
     return stream.gather(1, at[:, :-1]), stream.gather(1, at[:, -1:])[:, 0]
 
 
 def initial(mixer: RWKV, context: Context, fresh: bool, loudness: float) -> dict[str, Tensor]:
-    """Values of every new tensor, float32; draws depend on seed, place and name alone."""
+    """Values of every new tensor, float32; draws depend on seed, slot and name alone."""
     d_model, inner = context.d_model, mixer.n_heads * mixer.head_dim
     per_head = (mixer.n_heads, mixer.head_dim)
     layer = context.layer

@@ -36,13 +36,13 @@ class SlidingWindowConfig:
     window: Annotated[int, ">= 1"] = 256
     """Tokens that a query reads, itself included."""
     sinks: Annotated[int, ">= 0"] = 0
-    """First tokens of the text that every query goes on reading."""
+    """First tokens of the text that every query still reads."""
     global_every: Annotated[int, ">= 0"] = 0
     """Every so many-th token, the first included, is read by every later query; 0 = none."""
 
 
 class SlidingWindow(Wrapper):
-    """Hands the wrapped attention a mask with a window in it."""
+    """Passes a mask with a window to the wrapped attention."""
 
     Config = SlidingWindowConfig
     slots = ("attn",)
@@ -97,11 +97,11 @@ class SlidingWindow(Wrapper):
             given: the host's mask, or None = causal and no padding.
             past: number of tokens before the first query.
             length: queries.
-            keys, offset: how many keys the host's cache hands out, and the number of the first.
+            keys, offset: how many keys the host's cache returns, and the number of the first.
         """
         if given is not None and given.ndim != 4:
             raise SurgeryError(
-                f"{self.context.where}: the host hands its attention a {given.ndim}-D mask; "
+                f"{self.context.where}: the host passes its attention a {given.ndim}-D mask; "
                 "a window needs 4-D",
                 hint="load the model with attn_implementation='sdpa' or 'eager'",
             )

@@ -6,7 +6,7 @@
     cos, sin  *=  0.1 ln(factor) + 1              in both q and k: logits grow by its square
 
 Source: arXiv 2309.00071 (YaRN), sections 3.2 and 3.4, in transformers' implementation (the ramp's
-ends are rounded to whole pairs). A scaling of the model's own is replaced and the plan says so, as
+ends are rounded to whole pairs). A scaling of the model's own is replaced and the plan notes it, as
 in `rope`. Inherited: everything. New: nothing. Dropped: the model's own angles.
 """
 
@@ -30,7 +30,7 @@ class YarnConfig:
 
 
 class Yarn(NewRotary):
-    """Hands the wrapped attention YaRN's cos and sin."""
+    """Passes YaRN's cos and sin to the wrapped attention."""
 
     Config = YarnConfig
     slots = ("rope",)

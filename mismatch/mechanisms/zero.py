@@ -1,8 +1,8 @@
-"""zero: the part runs, and its output is replaced by zeros. The control "simply delete it".
+"""zero: the module runs, and its output is replaced by zeros. The control "simply delete it".
 
     y = 0
 
-On `attn` and `mlp` nothing is added to the stream; on a norm the part behind it gets zeros; on
+On `attn` and `mlp` nothing is added to the stream; on a norm the module behind it gets zeros; on
 `block` the whole stream becomes zero (use `skip` to leave a block out). The original still runs:
 shapes, cache and positions stay right, so only the values are ablated. Inherited: everything,
 unused. New, dropped: nothing.
@@ -32,7 +32,7 @@ class Zero(Wrapper):
         "attn", "mlp", "block", "norm1", "norm2", "norms", "rope", "final_norm",
         "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
     )  # fmt: skip
-    identity = "none: a deleted part is never the part"
+    identity = "none: no module computes zeros"
     state = "the original's"
     source = "control (zero ablation)"
     stacks = True

@@ -369,7 +369,7 @@ def test_a_mask_of_another_kind_is_refused(mask):
     student = swap(tiny("llama"), "layer1:ring")
     x = torch.zeros(2, 20, 24)
     pe = student.model.model.rotary_emb(x, torch.arange(20)[None])
-    with pytest.raises(SurgeryError, match=r"layer1\.attn: the host hands its attention the mask"):
+    with pytest.raises(SurgeryError, match=r"layer1\.attn: the host passes its attention the mask"):
         part(student)(hidden_states=x, position_embeddings=pe, attention_mask=mask)
 
 

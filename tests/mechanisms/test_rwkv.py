@@ -376,5 +376,5 @@ def test_a_padding_mask_of_another_batch_is_refused():
 
 
 def test_there_is_no_rotation_to_take_away():
-    with pytest.raises(SurgeryError, match="RWKV has no rotary embedding to take away"):
+    with pytest.raises(SurgeryError, match="RWKV has no rotary embedding to remove"):
         swap(tiny("llama"), "layer1:rwkv; layer1:nope")

@@ -108,7 +108,7 @@ def test_over_a_mechanism_that_reads_no_mask_it_is_refused():
 def test_a_mask_of_another_kind_is_refused():
     student = swap(tiny("llama"), "layer1:sliding_window(window=3)")
     attn = student.layout.blocks[1].self_attn
-    with pytest.raises(SurgeryError, match="hands its attention a 2-D mask"):
+    with pytest.raises(SurgeryError, match="passes its attention a 2-D mask"):
         attn(hidden_states=torch.zeros(1, 9, 24), attention_mask=torch.ones(1, 9))
 
 

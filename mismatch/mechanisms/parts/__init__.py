@@ -1,1 +1,1 @@
-"""What mechanisms share: one file a part. No mechanism stands here."""
+"""What mechanisms share, one file each. No mechanism is defined here."""

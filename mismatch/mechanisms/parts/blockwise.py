@@ -8,7 +8,7 @@ section 2 and algorithm 1):
     o  = o exp(m - m') + p v  l = l exp(m - m') + sum p         m = m'
     out = o / l               lse = m + log l
 
-Backward works the blocks out again from lse, so that nothing of size queries x keys is kept
+Backward computes the blocks again from lse, so that nothing of size queries x keys is kept
 (FlashAttention-2 arXiv 2307.08691, algorithm 2):
 
     p = exp(s - lse)          d = sum(dout out)
@@ -16,8 +16,8 @@ Backward works the blocks out again from lse, so that nothing of size queries x 
     dk += scale ds^T q        dq += scale ds k
 
 Spread over processes, rank r holds the r-th run of the tokens. Its queries stay; keys and values go
-round the ring r -> r + 1, on the way back together with their gradients, which are complete when
-they come home. Only neighbours talk (gloo or nccl). Runs are contiguous, so under a causal mask
+round the ring r -> r + 1, in the backward pass together with their gradients, which are complete when
+they are back at their rank. Only neighbours exchange data (gloo or nccl). Runs are contiguous, so under a causal mask
 later ranks have more to do than earlier ones.
 
 All sums in float32 at least. No second derivatives.
@@ -119,7 +119,7 @@ def ring_attention(q: Tensor, k: Tensor, v: Tensor, reads: Reads) -> Tensor:
                 f"attention over {distributed.get_world_size(reads.group)} processes got "
                 f"{q.shape[2]} queries, {k.shape[2]} keys, mask={reads.mask is not None}, "
                 f"pads={reads.real is not None}; it takes a run of tokens without mask or pads",
-                hint="give every process its part of one unpadded text, without a cache",
+                hint="give every process its run of one unpadded text, without a cache",
             )
         ring = Ring(reads.group, k.shape[2], k.device)
         reads = replace(reads, first=ring.start(0))
@@ -137,17 +137,17 @@ class _Attention(torch.autograd.Function):
             weight, out = torch.zeros_like(top), torch.zeros_like(rows)
             for start, (k_run, v_run) in _runs(ring, k, v):
                 for keys, queries, at in reads.blocks(start, k_run.shape[2], q.shape[2]):
-                    part = slice(queries.start * group, queries.stop * group)
-                    scores = _scores(rows[:, :, part], k_run[:, :, keys], reads)
+                    at_rows = slice(queries.start * group, queries.stop * group)
+                    scores = _scores(rows[:, :, at_rows], k_run[:, :, keys], reads)
                     scores = reads.hide(scores, keys, queries, at, group)
-                    new = torch.maximum(top[:, :, part], scores.amax(-1, keepdim=True))
+                    new = torch.maximum(top[:, :, at_rows], scores.amax(-1, keepdim=True))
                     # A row that has read nothing yet: -inf - -inf would be NaN.
                     shift = new.masked_fill(new == -torch.inf, 0.0)
-                    old, p = (top[:, :, part] - shift).exp(), (scores - shift).exp()
-                    out[:, :, part] = out[:, :, part] * old + p @ _wide(v_run[:, :, keys])
-                    weight[:, :, part] = weight[:, :, part] * old + p.sum(-1, keepdim=True)
-                    top[:, :, part] = new
-            empty = weight == 0  # a query that may read nothing, as pads do: reads 0
+                    old, p = (top[:, :, at_rows] - shift).exp(), (scores - shift).exp()
+                    out[:, :, at_rows] = out[:, :, at_rows] * old + p @ _wide(v_run[:, :, keys])
+                    weight[:, :, at_rows] = weight[:, :, at_rows] * old + p.sum(-1, keepdim=True)
+                    top[:, :, at_rows] = new
+            empty = weight == 0  # a query that may read nothing, such as a pad, reads 0
             out = out / weight.masked_fill(empty, 1.0)
             lse = (top + weight.log()).masked_fill(empty, torch.inf)
         ctx.save_for_backward(q, k, v, out, lse)
@@ -170,19 +170,19 @@ class _Attention(torch.autograd.Function):
                 k_run, v_run, dk, dv = run
                 start = 0 if ring is None else ring.start(step)
                 for keys, queries, at in reads.blocks(start, k_run.shape[2], q.shape[2]):
-                    part = slice(queries.start * group, queries.stop * group)
-                    scores = _scores(rows[:, :, part], k_run[:, :, keys], reads)
-                    p = reads.hide(scores, keys, queries, at, group) - lse[:, :, part]
-                    p, g = p.exp(), grad_rows[:, :, part]
+                    at_rows = slice(queries.start * group, queries.stop * group)
+                    scores = _scores(rows[:, :, at_rows], k_run[:, :, keys], reads)
+                    p = reads.hide(scores, keys, queries, at, group) - lse[:, :, at_rows]
+                    p, g = p.exp(), grad_rows[:, :, at_rows]
                     dv[:, :, keys] += p.mT @ g
-                    ds = p * (g @ _wide(v_run[:, :, keys]).mT - share[:, :, part])
+                    ds = p * (g @ _wide(v_run[:, :, keys]).mT - share[:, :, at_rows])
                     if reads.softcap is not None:
                         ds = ds * (1 - (scores / reads.softcap).square())
                     ds = ds * reads.scale
-                    dk[:, :, keys] += ds.mT @ rows[:, :, part]
-                    dq[:, :, part] += ds @ _wide(k_run[:, :, keys])
-                if ring is not None:  # on the last step the gradients alone go home
-                    run = ring.hand_on(step, run if step < steps - 1 else run[2:])()
+                    dk[:, :, keys] += ds.mT @ rows[:, :, at_rows]
+                    dq[:, :, at_rows] += ds @ _wide(k_run[:, :, keys])
+                if ring is not None:  # on the last step only the gradients go to their rank
+                    run = ring.pass_on(step, run if step < steps - 1 else run[2:])()
             dk, dv = run[-2:]
         return _heads(dq, q.shape).to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None
 
@@ -195,21 +195,21 @@ def _runs(ring: Ring | None, k: Tensor, v: Tensor) -> Iterator[tuple[int, list[T
         return
     for step in range(ring.world):
         last = step == ring.world - 1
-        arrive = None if last else ring.hand_on(step, run)  # travels while this run is worked on
+        arrive = None if last else ring.pass_on(step, run)  # travels while this run is worked on
         yield ring.start(step), run
         if arrive is not None:
             run = arrive()
 
 
 class Ring:
-    """Who holds which run of the text, and handing runs on to the next rank."""
+    """Which rank holds which run of the text, and sending runs on to the next rank."""
 
     def __init__(self, group: Any, length: int, device: Any) -> None:
         """
         Args:
             group: the processes, in the order of the text.
             length: tokens of this rank.
-            device: that the processes can talk from.
+            device: that the processes can exchange tensors from.
         """
         self.group = group
         self.rank, self.world = distributed.get_rank(group), distributed.get_world_size(group)
@@ -223,7 +223,7 @@ class Ring:
         """The number of the first token of the run that is here at a step."""
         return sum(self.lengths[: self.owner(step)])
 
-    def hand_on(self, step: int, run: list[Tensor]) -> Callable[[], list[Tensor]]:
+    def pass_on(self, step: int, run: list[Tensor]) -> Callable[[], list[Tensor]]:
         """Start to send a run to the next rank; the result waits for that of the rank before."""
         length = self.lengths[self.owner(step + 1)]
         coming = [x.new_empty(*x.shape[:2], length, x.shape[3]) for x in run]

@@ -30,14 +30,14 @@ NONLINEARITIES: dict[str, Callable[[Tensor], Tensor]] = {
     "tanh": torch.tanh,
     "none": lambda x: x,
 }
-HOULSBY_STD = 0.01
+HOULSBY_STD = 0.01  # arXiv 1902.00751
 
 
 class Bottleneck(nn.Module):
-    """The adapter's inner part, without residual and scale.
+    """The adapter's MLP, without residual and scale.
 
     Args:
-        original: the part that is adapted, for dtype and device.
+        original: the module that is adapted, for dtype and device.
         context: for the width and the seed.
         reduction: d over the width of the bottleneck, which is at least 1.
         nonlinearity: a name of `NONLINEARITIES`.

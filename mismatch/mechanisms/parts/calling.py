@@ -1,9 +1,9 @@
-"""How transformers calls a part, and what comes back (transformers 5.2x).
+"""How transformers calls a module of a block, and what it returns (transformers 5.2x).
 
-| part | called with | returns |
+| module | called with | returns |
 |---|---|---|
 | attention | keywords `hidden_states attention_mask position_ids past_key_values` ... | 2-tuple |
-| attention, gpt2 and gpt_neox | `hidden_states` positional; gpt_neox says `layer_past` | 2-tuple |
+| attention, gpt2 and gpt_neox | `hidden_states` positional; gpt_neox: `layer_past` | 2-tuple |
 | block | `hidden_states` positional, the rest as for attention | Tensor |
 | block, gpt2 | the cache positional too | Tensor |
 | mlp, norms, projections | one Tensor, positional | Tensor |
@@ -20,7 +20,7 @@ CACHE_NAMES = ("past_key_values", "layer_past")
 
 
 def hidden_in(args: tuple, kwargs: dict[str, Any]) -> Tensor:
-    """The stream that goes into a part, `batch pos d`: the first positional argument or
+    """The stream that goes into a module, `batch pos d`: the first positional argument or
     `hidden_states`."""
     return args[0] if args else kwargs["hidden_states"]
 
@@ -34,7 +34,7 @@ def cache_in(kwargs: dict[str, Any], args: tuple = ()) -> Any | None:
 
 
 def with_cache(args: tuple, kwargs: dict[str, Any], cache: Any) -> tuple[tuple, dict[str, Any]]:
-    """The same call with another cache in its place."""
+    """The same call with another cache."""
     given = tuple(cache if isinstance(value, Cache) else value for value in args)
     named = {
         name: cache if name in CACHE_NAMES and value is not None else value
@@ -44,7 +44,7 @@ def with_cache(args: tuple, kwargs: dict[str, Any], cache: Any) -> tuple[tuple, 
 
 
 def first_of(output: Any) -> Tensor:
-    """The stream that comes out of a part."""
+    """The stream that a module returns, `batch pos d`."""
     return output[0] if isinstance(output, tuple) else output
 
 

@@ -1,9 +1,8 @@
-"""The linear layers inside a part, and a second module tree in which some of them are others.
+"""The linear layers inside a module, and a second module tree in which some of them are replaced.
 
-Adapters and low-rank factors go around or in place of single matrices of an attention, an MLP or a
-block. The part that is replaced must not change (the teacher runs it, `undo` puts it back, and
-`parallel` runs it beside the new one), so they are put into a graft: a second tree of modules over
-the same tensors.
+Adapters and low-rank factors go around or in place of single matrices of an attention, an MLP or a block. The module
+that is replaced must not change (the teacher runs it, `undo` puts it back, and `parallel` runs it beside the new one),
+so they are put into a graft: a second tree of modules over the same tensors.
 
 | class | weight | families |
 |---|---|---|
@@ -33,30 +32,30 @@ ALL = "all"
 """As a target: every linear layer of the module."""
 
 
-def grafted(part: nn.Module) -> nn.Module:
+def grafted(tree: nn.Module) -> nn.Module:
     """A second tree of modules over the same parameters, buffers and model config."""
     shared: dict[int, Any] = {
-        id(tensor): tensor for tensor in chain(part.parameters(), part.buffers())
+        id(tensor): tensor for tensor in chain(tree.parameters(), tree.buffers())
     }
-    for module in part.modules():
+    for module in tree.modules():
         # transformers reads the kind of attention off the config of the model at every call.
         shared |= {id(v): v for v in vars(module).values() if isinstance(v, PretrainedConfig)}
-    return copy.deepcopy(part, shared)
+    return copy.deepcopy(tree, shared)
 
 
-def linear_layers(part: nn.Module) -> dict[str, LinearLayer]:
-    """Every linear layer of a part by its dotted path, in the order of the tree."""
-    return {name: m for name, m in part.named_modules() if isinstance(m, (nn.Linear, Conv1D))}
+def linear_layers(tree: nn.Module) -> dict[str, LinearLayer]:
+    """Every linear layer of a module by its dotted path, in the order of the tree."""
+    return {name: m for name, m in tree.named_modules() if isinstance(m, (nn.Linear, Conv1D))}
 
 
-def targets(part: nn.Module, wanted: Sequence[str], context: Context) -> dict[str, LinearLayer]:
+def targets(tree: nn.Module, wanted: Sequence[str], context: Context) -> dict[str, LinearLayer]:
     """The linear layers that `wanted` names, by path. A name is the end of a path (`q_proj`,
     `mlp.c_proj`), or `all`.
 
     Raises:
-        SurgeryError: a name that no linear layer of this part has.
+        SurgeryError: a name that no linear layer of this module has.
     """
-    layers = linear_layers(part)
+    layers = linear_layers(tree)
     if tuple(wanted) == (ALL,):
         return layers
     found: dict[str, LinearLayer] = {}
@@ -64,17 +63,17 @@ def targets(part: nn.Module, wanted: Sequence[str], context: Context) -> dict[st
         ends = {path: m for path, m in layers.items() if f".{path}".endswith(f".{name}")}
         if not ends:
             raise SurgeryError(
-                f"{context.where}: {type(part).__name__} has no linear layer `{name}`",
+                f"{context.where}: {type(tree).__name__} has no linear layer `{name}`",
                 hint=f"its linear layers: {', '.join(layers) or 'none'}; `{ALL}` means every one",
             )
         found |= ends
     return found
 
 
-def put(part: nn.Module, path: str, module: nn.Module) -> None:
+def put(tree: nn.Module, path: str, module: nn.Module) -> None:
     """Set the module at a dotted path."""
     parent, _, name = path.rpartition(".")
-    setattr(part.get_submodule(parent), name, module)
+    setattr(tree.get_submodule(parent), name, module)
 
 
 def matrix(layer: LinearLayer) -> Tensor:
@@ -84,8 +83,8 @@ def matrix(layer: LinearLayer) -> Tensor:
 
 
 def generator(context: Context, name: str) -> torch.Generator:
-    """The source of one new tensor's draws: it depends on seed, place and name, never on the order
-    in which things are built."""
+    """The random generator of one new tensor: it depends on seed, slot and name, never on the order
+    in which tensors are made."""
     return torch.Generator().manual_seed(seed_of(context, name))
 
 

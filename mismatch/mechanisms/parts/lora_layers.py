@@ -28,8 +28,8 @@ from mismatch.mechanisms.parts.linears import (
     targets,
 )
 
-# peft imports bitsandbytes where it is there, which then tells that a kernel it can do without could
-# not be fetched from the hub.
+# peft imports bitsandbytes where it is installed, which then warns that an optional kernel could not
+# be fetched from the hub.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 from peft import LoraConfig  # noqa: E402
@@ -46,14 +46,14 @@ DEFAULT_TARGETS = (("q_proj", "v_proj"), ("qkv_proj",), ("query_key_value",), ("
 
 
 class LowRankAdapted(Wrapper):
-    """A part in which peft's layers stand around some matrices. Subclasses say what lies below each.
+    """A module in which peft's layers stand around some matrices. Subclasses define the layer below each.
 
     The config has `targets`, `r`, `alpha`, `dora` and `rslora`.
     """
 
     def __init__(self, original: nn.Module, config: Any, context: Context) -> None:
         """Raises:
-        SurgeryError: a target that this part lacks, or a rank that the initialisation cannot give.
+        SurgeryError: a target that this module lacks, or a rank larger than the initialisation allows.
         """
         tree = grafted(original)
         wanted = config.targets or default_targets(tree, context)
@@ -62,15 +62,15 @@ class LowRankAdapted(Wrapper):
             put(tree, path, self.adapted(layer, path))
 
     def adapted(self, layer: LinearLayer, path: str) -> nn.Module:
-        """peft's layer around what stands for `layer` in this mechanism."""
+        """peft's layer around this mechanism's stand-in for `layer`."""
         raise NotImplementedError
 
     def with_lora(self, base: nn.Module, path: str, init: Init = True) -> nn.Module:
-        """peft's LoRA layer around `base`, its draws seeded by place and path.
+        """peft's LoRA layer around `base`, its draws seeded by slot and path.
 
         Args:
-            base: what goes on computing the matrix product.
-            path: of the layer in the part.
+            base: the layer that computes the matrix product.
+            path: of the layer in the module.
             init: as peft's `init_lora_weights`.
         """
         settings = self.settings
@@ -88,20 +88,20 @@ class LowRankAdapted(Wrapper):
             return Linear(base, ADAPTER, config, r=settings.r, lora_alpha=settings.alpha)
 
 
-def default_targets(part: nn.Module, context: Context) -> tuple[str, ...]:
+def default_targets(tree: nn.Module, context: Context) -> tuple[str, ...]:
     """Queries and values of an attention or a block, every matrix of an MLP.
 
     Raises:
-        SurgeryError: a part without any of those names.
+        SurgeryError: a module without any of those names.
     """
     if context.slot == "mlp":
         return (ALL,)
-    ends = {path.rpartition(".")[2] for path in linear_layers(part)}
+    ends = {path.rpartition(".")[2] for path in linear_layers(tree)}
     for names in DEFAULT_TARGETS:
         if set(names) <= ends:
             return names
     raise SurgeryError(
-        f"{context.where}: {type(innermost(part)).__name__} has no projections of queries and "
+        f"{context.where}: {type(innermost(tree)).__name__} has no projections of queries and "
         "values to adapt",
-        hint=f"name the targets: {', '.join(linear_layers(part)) or 'it has no linear layer'}",
+        hint=f"name the targets: {', '.join(linear_layers(tree)) or 'it has no linear layer'}",
     )

@@ -1,17 +1,17 @@
-"""The recurrent mixers of transformers in the place of an attention: called as one, with state in one entry.
+"""The recurrent mixers of transformers in place of an attention: called as one, with state in one cache entry.
 
-`MambaMixer`, `Mamba2Mixer`, `Qwen3NextGatedDeltaNet` and `Lfm2ShortConv` are taken as they are: their parameters and
-first values, convolution, scan, norm and gate. What they do not give is done here, for all of them:
+`MambaMixer`, `Mamba2Mixer`, `Qwen3NextGatedDeltaNet` and `Lfm2ShortConv` are used as they are: their parameters and
+initial values, convolution, scan, norm and gate. What they lack is done here, for all of them:
 
     call      as the attention was called, tuple back; the cache entry holds `conv` and `recurrent`
     padding   rows with equally many real tokens run together, and pads never reach the mixer. Its own mask zeroes what
               goes in; a pad would still decay the state and push a zero into the convolution's
     cache     plain tensors, never changed in place. transformers' linear layers report no length, and a cache of
-              nothing else cannot tell positions
+              nothing else has no positions
     device    transformers takes the kernels of fla, mamba_ssm and causal_conv1d wherever they can be imported; on a
               CPU they raise. There its own torch code is called
-    weights   init=inherit hands the mixer its columns (what its input projection would have made) and takes its heads
-              before the output projection: both ends stay the attention's own parameters
+    weights   init=inherit passes the mixer its columns (what its input projection would have made) and takes its heads
+              before the output projection: both projections stay the attention's own parameters
 
 Not run on a GPU so far. One token with a cache cannot be trained through: the library's step writes into its state
 (backward raises); whole texts can.
@@ -29,7 +29,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mismatch.errors import SurgeryError
 from mismatch.mechanisms.base import Context, tensor_kind
 from mismatch.mechanisms.parts.calling import cache_in, hidden_in
 from mismatch.mechanisms.parts.own_state import OwnState, entry
@@ -37,7 +36,7 @@ from mismatch.mechanisms.parts.projections import AttentionParts
 
 
 class States:
-    """What a mixer of transformers asks of its cache, for one layer and one call."""
+    """The cache interface that a mixer of transformers uses, for one layer and one call."""
 
     def __init__(self, rows: dict[str, Tensor]) -> None:
         # Single steps write into what they are given.
@@ -62,7 +61,7 @@ class States:
         return seen
 
     def update_recurrent_state(self, new: Tensor, layer_idx: int) -> Tensor:
-        # Cloned: Mamba-2 gives a view into the states of all chunks.
+        # Cloned: Mamba-2 returns a view into the states of all chunks.
         self.rows["recurrent"] = new.clone()
         return new
 
@@ -74,14 +73,14 @@ class Mixer(AttentionParts):
 
     Attributes:
         inherits: whether the attention's projections stay, around a mixer without its own.
-        width: of what the mixer gives: all heads of the attention, or the stream.
+        width: of the mixer's output: all heads of the attention, or the stream.
     """
 
     mixer: nn.Module
     cache_name = "cache_params"
-    """The mixer's word for its cache."""
+    """The mixer's keyword for its cache."""
     rotates = False
-    """The order of the tokens is in the recurrence; cos and sin are not looked at."""
+    """The order of the tokens is in the recurrence; cos and sin are not used."""
 
     def __init__(self, original: nn.Module, config: Any, context: Context) -> None:
         super().__init__(original, config, context)
@@ -97,7 +96,7 @@ class Mixer(AttentionParts):
             self._modules.pop(name, None)
 
     def drawn(self, name: str, make: Callable[[], nn.Module]) -> nn.Module:
-        """`make()` in the original's dtype and device; its random numbers depend on seed, place and `name` alone."""
+        """`make()` in the original's dtype and device; its random numbers depend on seed, slot and `name` alone."""
         if self._kind["device"].type == "meta":
             with torch.device("meta"):
                 return make().to(**self._kind)
@@ -121,13 +120,7 @@ class Mixer(AttentionParts):
         """As the attention it replaces: `batch pos d_model` in, (`batch pos d_model`, None) out."""
         x, cache = hidden_in(args, kwargs), cache_in(kwargs)
         state = OwnState() if cache is None else entry(cache, self.layer_idx)
-        keep = self.context.host.padding(x.shape[1])
-        if keep is not None and keep.shape != x.shape[:2]:
-            raise SurgeryError(
-                f"{self.context.where}: padding mask {tuple(keep.shape)} for an input "
-                f"{tuple(x.shape[:2])}",
-                hint="a part of the model was called by itself after a padded batch",
-            )
+        keep = self.real_tokens(x)
         # The one place that waits for a GPU, and only under padding.
         new = torch.full(x.shape[:1], x.shape[1]) if keep is None else keep.sum(1).cpu()
         columns = self.columns(x)
@@ -144,8 +137,8 @@ class Mixer(AttentionParts):
     def run(self, columns: Tensor, rows: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """The mixer over real tokens, `batch pos any` -> `batch pos width`, and its state after them.
 
-        It always gets a cache: without one, two of the mixers train through a fused kernel that wants the projections
-        which are not theirs here.
+        It always gets a cache: without one, two of the mixers train through a fused kernel that needs the projections
+        which they do not have here.
         """
         states = States(rows)
         return self.mixer(columns, **{self.cache_name: states}), states.rows
@@ -174,7 +167,7 @@ class Mixer(AttentionParts):
 
 
 class Columns(nn.Module):
-    """Some columns of what it gets: stands where a mixer has one of several input projections."""
+    """Some columns of its input: stands where a mixer has one of several input projections."""
 
     def __init__(self, start: int, stop: int) -> None:
         super().__init__()
@@ -213,7 +206,7 @@ def on_any_device(mixer: type[nn.Module], **instead: Callable[..., Any]) -> type
 
 
 def identity_taps(conv: nn.Conv1d) -> None:
-    """The convolution as it must be for a token to see itself alone: last tap 1, the others and the bias 0."""
+    """Set a convolution so that each token sees itself alone: last tap 1, the others and the bias 0."""
     with torch.no_grad():
         conv.weight.zero_()
         conv.weight[..., -1] = 1

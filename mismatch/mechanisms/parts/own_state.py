@@ -71,7 +71,7 @@ class OwnState(CacheLayerMixin):
     def crop(self, tokens_to_remove: int) -> None:
         if tokens_to_remove != 0:
             raise SurgeryError(
-                "this cache cannot be cropped: what went into a state cannot be taken out again",
+                "this cache cannot be cropped: a token cannot be removed from a state",
                 hint="generate without assisted decoding, prompt lookup or contrastive search",
             )
 
@@ -120,7 +120,7 @@ def count_tokens(cache: Any | None, layer_idx: int | None, x: Tensor, keep: Tens
 
     Args:
         cache: of the running call; None = nothing to count.
-        layer_idx: of the part; None = outside the blocks.
+        layer_idx: of the module; None = outside the blocks.
         x: `batch pos d`.
         keep: bool `batch pos`, True = real token; None = every token is.
     """

@@ -1,7 +1,7 @@
 """The tokens of one call in their rows, however they are padded and fed: for a window that slides by one.
 
-A mechanism with a window of W tokens and a state behind it gives the same output whether a text comes
-whole, in chunks or token by token, alone or in a padded batch, only if pads take no place in a row. So
+A mechanism with a window of W tokens and a state behind it has the same output whether a text comes
+whole, in chunks or token by token, alone or in a padded batch, only if pads take no column of a row. So
 the tokens of a call are packed: row by row the last tokens that the window still holds, then the new
 real ones.
 
@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 CHUNK = 64
+"""C: new tokens worked on at once; a matter of speed and memory only."""
 
 
 class PackedRows:
@@ -73,7 +74,7 @@ class PackedRows:
         return x.gather(2, self.order[:, None, :, None].expand_as(x))
 
     def unpack(self, x: Tensor) -> Tensor:
-        """Back to where they came from; pads get zeros."""
+        """Back to their positions; pads get zeros."""
         if self.keep is None:
             return x
         rank = (self.keep.cumsum(1) - 1).clamp(min=0)[:, None, :, None]

@@ -1,4 +1,4 @@
-"""The pieces of a pretrained attention that another token mixer can keep.
+"""The modules of a pretrained attention that another token mixer can keep.
 
 Softmax attention of every supported family is
 
@@ -8,13 +8,13 @@ Softmax attention of every supported family is
                                      h // (H / KV)
     y       = project(a)             output projection
 
-and `AttentionParts` takes these pieces out of the module that is replaced, by looking at which
-attributes it has: the projections and norms stay the original's modules under the original's names,
-so their parameters are inherited. Whatever it cannot account for is refused: another class of
-attention, a parameter it does not know, learned sinks, attention that is not causal. That
-rebuilding softmax attention from the pieces gives the original is a test, for every family.
+and `AttentionParts` takes these modules over from the attention that is replaced, by the attributes that
+it has: the projections and norms stay the original's modules under the original's names, so their
+parameters are inherited. Whatever it cannot account for is refused: another class of attention, an
+unknown parameter, learned sinks, attention that is not causal. A test rebuilds softmax attention from
+them and compares it with the original, for every family.
 
-| pieces | families |
+| modules | families |
 |---|---|
 | `q_proj k_proj v_proj o_proj` | llama mistral qwen2 qwen3 gemma2 gemma3 olmo2 smollm3 |
 | `qkv_proj o_proj`: [all q, all k, all v] | phi3 |
@@ -43,7 +43,7 @@ WINDOW_IN_CONFIG = ("MistralAttention", "Phi3Attention")
 
 
 class AttentionParts(Mechanism):
-    """A mechanism built from the pieces of an attention module.
+    """A mechanism built from the modules of an attention.
 
     Attributes:
         n_heads, n_kv_heads, head_dim: H, KV, D.
@@ -61,7 +61,7 @@ class AttentionParts(Mechanism):
 
     def __init__(self, original: nn.Module, config: Any, context: Context) -> None:
         """Raises:
-        SurgeryError: `original` is not an attention whose every part is known.
+        SurgeryError: `original` is not an attention whose every parameter is known.
         """
         super().__init__(original, config, context)
         self._inputs, self._output = _named_parts(original, context)
@@ -130,11 +130,11 @@ class AttentionParts(Mechanism):
 
     @property
     def rotates(self) -> bool:
-        """Whether positions enter by rotation here. A mixer that never calls `rotate` says False."""
+        """Whether positions enter by rotation here. False for a mixer that never calls `rotate`."""
         return self._rotary is not None
 
     def rotate(self, q: Tensor, k: Tensor, position_embeddings: Any) -> tuple[Tensor, Tensor]:
-        """Queries and keys with position in them, by the cos and sin that the model hands down.
+        """Queries and keys with position in them, by the cos and sin that the model passes.
 
         Args:
             q, k: as from `qkv`.
@@ -177,6 +177,24 @@ class AttentionParts(Mechanism):
         """Query heads per kv head."""
         return self.n_heads // self.n_kv_heads
 
+    def real_tokens(self, x: Tensor) -> Tensor | None:
+        """Which tokens of this call are no padding: bool `batch pos`; None = all.
+
+        Args:
+            x: the input of this call, `batch pos d_model`.
+
+        Raises:
+            SurgeryError: the mask of the running forward is that of another batch.
+        """
+        keep = self.context.host.padding(x.shape[1])
+        if keep is not None and keep.shape != x.shape[:2]:
+            raise SurgeryError(
+                f"{self.context.where}: padding mask {tuple(keep.shape)} for an input "
+                f"{tuple(x.shape[:2])}",
+                hint="a module of the model was called by itself after a padded batch",
+            )
+        return keep
+
     def project(self, heads: Tensor) -> Tensor:
         """`batch H pos D` -> `batch pos d_model` through the output projection."""
         out = getattr(self, self._output)(heads.transpose(1, 2).flatten(-2))
@@ -198,8 +216,7 @@ def _named_parts(original: nn.Module, context: Context) -> tuple[tuple[str, ...]
 
 
 def _refuse_unknown(original: nn.Module, parts: nn.Module, context: Context) -> None:
-    """Anything that changes the original's result and is not carried over is an error, never a
-    silent loss."""
+    """Refuse an original with anything that changes its result and is not carried over."""
     if isinstance(original, Mechanism):
         raise SurgeryError(
             f"{context.where}: the attention was already replaced by `{type(original).__name__}`",

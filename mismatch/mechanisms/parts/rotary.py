@@ -3,12 +3,12 @@
     angle(p, i) = p f_i            cos, sin = a cos(angle), a sin(angle)
 
 f_i are the frequencies of a rule and a is its attention factor; both come from transformers'
-`ROPE_INIT_FUNCTIONS`, which wants a config. It is given a stand-in whose head is the rotated part
-of the host's (all of it, or the first dims in phi3 and gpt_neox), so that no peculiarity of the
+`ROPE_INIT_FUNCTIONS`, which takes a config. It gets a stand-in whose head has the rotated dims of
+the host's (all of them, or the first ones in phi3 and gpt_neox), so that no peculiarity of the
 host's own config (parameters per layer type, a fraction, a scaling of its own) is read twice or
 falls back to a default. The host's rotary class would keep its frequencies in buffers: a model cast
 to bfloat16 rounds them, a model built without weights leaves them empty, and under `dynamic` they
-remember the longest text so far. Here they are worked out from the numbers and kept as a plain
+remember the longest text so far. Here they are computed from the numbers and kept as a plain
 cache.
 """
 
@@ -38,19 +38,22 @@ LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
 
 
 def need_rotary(original: nn.Module, context: Context, purpose: str) -> None:
-    """Refuse an attention whose queries and keys are not rotated; `purpose` says what for.
+    """Refuse an attention whose queries and keys are not rotated.
+
+    Args:
+        purpose: what the rotation is needed for, as a verb for the error.
 
     Raises:
         SurgeryError: it has no rotary embedding.
     """
     attention = innermost(original)
     takes = "position_embeddings" in inspect.signature(attention.forward).parameters
-    # An attention rebuilt from its pieces takes any keyword, and says itself whether it rotates.
+    # An attention rebuilt from its modules takes any keyword, and has `rotates` itself.
     rotates = getattr(attention, "rotates", takes)
     if not rotates or not getattr(attention, "use_rope", True):
         raise SurgeryError(
             f"{context.where}: {type(attention).__name__} has no rotary embedding to {purpose}",
-            hint="positions must enter by rotation of queries and keys in this very layer",
+            hint="positions must enter by rotation of queries and keys in this layer",
         )
 
 
@@ -146,7 +149,7 @@ class Rule:
 
 
 class NewRotary(Wrapper):
-    """Hands the wrapped attention the cos and sin of a rule. Subclasses call `follow`."""
+    """Passes the cos and sin of a rule to the wrapped attention. Subclasses call `follow`."""
 
     rule: Rule
 
@@ -162,21 +165,21 @@ class NewRotary(Wrapper):
 
     def notes(self) -> tuple[str, ...]:
         rule, own = self.rule, own_parameters(self.context.model_config, self.context.layer)
-        said = f"rotary: {rule.type}, factor {rule.factor:g}, theta {rule.theta:g}"
+        note = f"rotary: {rule.type}, factor {rule.factor:g}, theta {rule.theta:g}"
         if rule.type in COUNTED:
-            said += f", trained length {rule.original}"
+            note += f", trained length {rule.original}"
         kind = own.get("rope_type", "default")
         if kind == "default":
-            return (said,)
+            return (note,)
         factor = f" (factor {own['factor']:g})" if own.get("factor") else ""
-        return (said, f"replaces the model's own rotary scaling: {kind}{factor}")
+        return (note, f"replaces the model's own rotary scaling: {kind}{factor}")
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         positions = kwargs.get("position_ids")
         if positions is None:
             raise SurgeryError(
                 f"{self.context.where}: the attention was called without `position_ids`, so new "
-                "rotary angles cannot be worked out",
+                "rotary angles cannot be computed",
                 hint="call it as its block does, with position_ids",
             )
         old, _ = kwargs["position_embeddings"]

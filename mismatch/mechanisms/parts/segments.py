@@ -1,10 +1,9 @@
 """Tokens in segments of N, however they are padded and fed.
 
-A segment-wise mechanism gives the same output whether a text comes whole, in chunks or token by
-token, alone or in a padded batch, only if segments are counted from the first REAL token of each
-row. So tokens are laid on a grid: row by row the real tokens that the open segment already holds,
-then the new ones, cut into segments of N. Pads are on no grid; rows of one batch may stand at
-different places of their segments.
+A segment-wise mechanism has the same output whether a text comes whole, in chunks or token by token, alone or in a
+padded batch, only if segments are counted from the first REAL token of each row. So tokens are laid on a grid: row by
+row the real tokens that the open segment already holds, then the new ones, cut into segments of N. Pads are on no grid;
+rows of one batch may be at different columns of their segments.
 
     grid columns   0 ........ fill | fill ....... fill + new | nothing
                    open segment      new tokens of this call          (fill < N, S segments of N)

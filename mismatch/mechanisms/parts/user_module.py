@@ -1,17 +1,17 @@
-"""A plain `torch.nn.Module` of the user's own, which knows nothing of mismatch, in the place of a part.
+"""A plain `torch.nn.Module` of the user's own, written without mismatch, as a mechanism.
 
     --swap "layer12.attn:my_package.my_module:MyAttention(heads=8)"
 
 The class is built with the arguments of the swap, and with `config` (the transformers config of the
 model) and `layer_idx` where its constructor has parameters of those names; then it takes the dtype and
-device of the part. It is called exactly as the part was called, and must return what the part
-returned: an attention the pair (output, weights or None), everything else the output alone. Arguments
-and results that do not fit are errors that say what was expected and what came.
+device of the module that it replaces. It is called exactly as that module was called, and must return
+the same structure: an attention the pair (output, weights or None), everything else the output alone.
+Arguments and results that do not fit are errors with the expected and the actual ones.
 
-A class attribute `slots = ("attn",)` says where it goes when the swap does not. What generate() needs
-is the module's own business: it is handed the cache as the part was, and may write its keys and values
-there; if it writes nothing, only its tokens are counted, so that positions stay right. For the host's
-2-D padding mask, for inherited tensors and for calibration write a subclass of `Mechanism`.
+A class attribute `slots = ("attn",)` is the slot when the swap names none. For generate() the module
+gets the cache that its predecessor got, and may write its keys and values there; if it writes nothing,
+only its tokens are counted, so that positions stay right. For the host's 2-D padding mask, for
+inherited tensors and for calibration write a subclass of `Mechanism`.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ from mismatch.registry import mechanisms
 if TYPE_CHECKING:
     from mismatch.spec import Call
 
-PAIRS = ("attn", "rope")  # slots whose part returns (output, attention weights)
-CACHED = (*PAIRS, "block")  # slots that are handed the cache
+PAIRS = ("attn", "rope")  # slots whose module returns (output, attention weights)
+CACHED = (*PAIRS, "block")  # slots whose module gets the cache
 FILLED_IN = ("config", "layer_idx")
 
 
 class Arguments:
-    """What the swap says about a user's class: handed to its constructor as it is."""
+    """The arguments of a user's class in the swap: passed to its constructor as they are."""
 
     def __init__(self, **given: Any) -> None:
         self.given = given
@@ -53,7 +53,7 @@ class Foreign(Mechanism):
 
     Config = Arguments
     identity = "not known: the user's own module"
-    state = "what the module itself keeps in the cache that it is handed"
+    state = "what the module itself keeps in the cache that it gets"
     made: ClassVar[type[nn.Module]]
 
     def __init__(self, original: nn.Module, config: Arguments, context: Context) -> None:
@@ -128,7 +128,7 @@ class Foreign(Mechanism):
             got = out[0] if isinstance(out, tuple) and len(out) == 2 else None
         shape = torch.Size((*x.shape[:-1], self._width))
         shaped = isinstance(got, Tensor) and got.shape == shape
-        # Autocast changes the format of a module's output, and the host is ready for it.
+        # Autocast changes the dtype of a module's output, and the host expects it.
         if shaped and (got.dtype == x.dtype or torch.is_autocast_enabled(x.device.type)):
             return
         expected = _described(torch.empty(shape, dtype=x.dtype, device="meta"))
@@ -144,8 +144,7 @@ def configured(call: Call) -> tuple[type[Mechanism], Any]:
     """The class of a mechanism, and its settings. A plain module class of the user's is adapted.
 
     Raises:
-        SurgeryError: the class is none that could stand in a model, or its Config does not take the
-            arguments.
+        SurgeryError: the class is no `torch.nn.Module`, or its Config does not take the arguments.
     """
     cls = mechanisms().get(call.name)
     if not issubclass(cls, nn.Module):
