@@ -51,7 +51,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(built):
     info = entry_points.split("/")[0]
     kept = {name for name in names if not name.startswith(info)}
     assert kept == SOURCES
-    assert {name for name in kept if not name.endswith(".py")} == DATA
+    assert {name for name in kept if not name.endswith((".py", ".pyi"))} == DATA
     assert names - kept == {
         f"{info}/{name}"
         for name in ("METADATA", "RECORD", "WHEEL", "entry_points.txt", "licenses/LICENSE")
