@@ -1,7 +1,7 @@
-"""The probes: inputs made to ask one question, put to teacher, student and controls alike.
+"""The probes: inputs made to ask one question, the same for teacher, student and controls.
 
-A metric compares two models on ordinary text, and ordinary text hides what is lost: without RoPE in layer 16 of
-SmolLM2 it costs 0.1 nats, and the second copy of repeated random tokens 7. The table holds strings, so listing and
+A metric compares two models on ordinary text, and ordinary text hides losses: RoPE removed from layer 16 of SmolLM2
+costs 0.1 nats there, and 7 nats on the second copy of repeated random tokens. The table holds strings, so listing and
 explaining probes imports neither them nor torch. To add one: write its file, add its line here; the contract test
 then runs over it.
 """

@@ -1,9 +1,9 @@
-"""Queries, keys and attention weights of a layer, worked out beside the running model.
+"""Queries, keys and attention weights of a layer, computed beside the running model.
 
-The host's own attention is watched at its call, under all wrappers: it then sees the mask and the rotary embedding
-that the wrappers made (`nope`, `sliding_window`), so what is worked out is what it computes. A mechanism that has no
-attention weights (a recurrence, a memory) is not the host's attention, and is not watched: not applicable. No hidden
-switch of transformers is used: `output_attentions` loses entries after surgery without a warning.
+The model's own attention is observed at its call, inside all wrappers: it then gets the mask and the rotary embedding
+that the wrappers made (`nope`, `sliding_window`), so the weights are those it computes. A mechanism that has no
+attention weights (a recurrence, a memory) is not observed: not applicable. transformers' `output_attentions` is not
+used: it loses entries after surgery without a warning.
 """
 
 from __future__ import annotations
@@ -25,9 +25,12 @@ from mismatch.mechanisms.parts.projections import AttentionParts
 from mismatch.models.layout import Layout
 from mismatch.probes.base import Subject
 
+HIDDEN = -1e4
+"""An added mask below this hides a key: far from 0, and above the lowest number of float16."""
+
 
 @dataclass(frozen=True)
-class Seen:
+class Observed:
     """One call of one layer's attention.
 
     Attributes:
@@ -37,7 +40,7 @@ class Seen:
         parts: scaling, softcap, heads.
         mask: bool `batch or 1, 1, pos, pos`, True = may be read.
         angles: the rotation of each pair of channels from one position to the next, radians, float64 `pairs`: the
-            frequencies that this layer really has; None without a rotary embedding.
+            frequencies that this layer actually uses; None without a rotary embedding.
     """
 
     layer: int
@@ -55,14 +58,14 @@ class Seen:
         return scores.masked_fill(~self.mask, float("-inf")).softmax(-1)
 
     def scores(self, channels: Any) -> Tensor:
-        """What some channels of the heads contribute to the scores, before mask and softcap, float32
+        """The share of some channels of the heads in the scores, before mask and softcap, float32
         `batch H pos pos`."""
         q, k = self.q[..., channels].float(), self.k[..., channels].float()
         return q @ self.parts.per_query_head(k).transpose(-1, -2) * self.parts.scaling
 
 
 def host_attention(subject: Subject, layer: int) -> nn.Module | None:
-    """The host's own attention in a layer, under all wrappers; None where another mechanism took its place."""
+    """The model's own attention in a layer, inside all wrappers; None where a mechanism replaced it."""
     if layer in subject.whole_blocks:
         return None
     layout = subject.layout
@@ -71,16 +74,16 @@ def host_attention(subject: Subject, layer: int) -> nn.Module | None:
 
 
 @contextmanager
-def watching(
-    subject: Subject, layers: Sequence[int], visit: Callable[[Seen], None]
+def observing(
+    subject: Subject, layers: Sequence[int], visit: Callable[[Observed], None]
 ) -> Iterator[frozenset[int]]:
-    """For as long as the context lives, tell `visit` of each call of the attention of these layers.
+    """While the context lives, call `visit` at each call of the attention of these layers.
 
     Yields:
-        The layers that can be watched.
+        The layers that can be observed.
     """
     with ExitStack() as stack:
-        watched = set()
+        observed = set()
         for layer in layers:
             attention = host_attention(subject, layer)
             if attention is None:
@@ -88,7 +91,7 @@ def watching(
             parts = _parts(subject.layout, layer, attention)
             if parts is None:
                 continue
-            watched.add(layer)
+            observed.add(layer)
 
             def look(
                 _module: nn.Module,
@@ -97,10 +100,10 @@ def watching(
                 layer: int = layer,
                 parts: AttentionParts = parts,
             ) -> None:
-                visit(_seen(layer, parts, hidden_in(args, kwargs), kwargs))
+                visit(_observed(layer, parts, hidden_in(args, kwargs), kwargs))
 
             stack.callback(attention.register_forward_pre_hook(look, with_kwargs=True).remove)
-        yield frozenset(watched)
+        yield frozenset(observed)
 
 
 def _parts(layout: Layout, layer: int, attention: nn.Module) -> AttentionParts | None:
@@ -108,13 +111,13 @@ def _parts(layout: Layout, layer: int, attention: nn.Module) -> AttentionParts |
         layer, "attn", layout.n_layers, layout.d_model, layout.config, Host(), layout.family
     )
     try:
-        # Only borrows the projections of the module; it is in nobody's tree.
+        # It only uses the projections of the module; it is in no model's tree.
         return AttentionParts(attention, None, context)
     except SurgeryError:
-        return None  # an adapter inside it, or a kind of attention that is not known
+        return None  # an adapter inside it, or an unknown class of attention
 
 
-def _seen(layer: int, parts: AttentionParts, x: Tensor, kwargs: dict[str, Any]) -> Seen:
+def _observed(layer: int, parts: AttentionParts, x: Tensor, kwargs: dict[str, Any]) -> Observed:
     with torch.no_grad():
         q, k, _ = parts.qkv(x)
         rotary = kwargs.get("position_embeddings")
@@ -123,12 +126,12 @@ def _seen(layer: int, parts: AttentionParts, x: Tensor, kwargs: dict[str, Any]) 
     if given is None:
         mask = torch.ones(size, size, dtype=torch.bool, device=x.device).tril()[None, None]
     else:
-        # Eager attention is handed floats to add: 0, or the lowest number of the format.
-        mask = given[..., :size] if given.dtype == torch.bool else given[..., :size] > -1e4
+        # Eager attention gets numbers to add: 0, or the lowest of the dtype.
+        mask = given[..., :size] if given.dtype == torch.bool else given[..., :size] > HIDDEN
     angles = None
     if rotary is not None and parts._rotary is not None:
         angles = _angles(*rotary)
-    return Seen(layer, q, k, parts, mask, angles)
+    return Observed(layer, q, k, parts, mask, angles)
 
 
 def _angles(cos: Tensor, sin: Tensor) -> Tensor:
@@ -138,19 +141,19 @@ def _angles(cos: Tensor, sin: Tensor) -> Tensor:
     return (turn[1] - turn[0]).cpu()
 
 
-def watch_all(
+def observe_all(
     subjects: Sequence[Subject],
     ids: Tensor,
     layers: Sequence[int],
-    visit: Callable[[str, Seen], None],
+    visit: Callable[[str, Observed], None],
 ) -> dict[str, frozenset[int]]:
-    """Run every subject on one batch and tell `visit` (name, what was seen) of each watched layer.
+    """Run every subject on one batch and call `visit` (name, observation) for each observed layer.
 
-    A student's blocks in front of its swap are the teacher's and do not run again: what was seen there in the teacher
-    is the student's too.
+    A student's blocks in front of its swap are the teacher's and do not run again: the teacher's observation is the
+    student's too.
 
     Returns:
-        The layers of each subject that have attention weights, its untouched first ones included.
+        The layers of each subject that have attention weights, those in front of its swap included.
     """
     found: dict[str, frozenset[int]] = {}
     with ExitStack() as stack:
@@ -160,8 +163,8 @@ def watch_all(
                 for layer in layers
                 if subject.name == subjects[0].name or layer >= subject.start
             ]
-            tell = partial(visit, subject.name)
-            found[subject.name] = stack.enter_context(watching(subject, own, tell))
+            mine = partial(visit, subject.name)
+            found[subject.name] = stack.enter_context(observing(subject, own, mine))
         for _ in finals(subjects, ids):
             pass
     first = found[subjects[0].name]

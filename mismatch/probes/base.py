@@ -1,14 +1,14 @@
-"""What a probe is: inputs made for one question, the same for every model, and numbers per sample.
+"""The base of a probe: inputs made for one question, the same for every model, and numbers per sample.
 
 A probe is built from a `Setting` before any weight is loaded, so that what cannot be asked is refused early; `run`
-puts its inputs to every `Subject` (teacher first, then swap and controls). Its answers are `Measure`s: numerators and
+runs every `Subject` on its inputs (teacher first, then swap and controls). Its answers are `Measure`s: numerators and
 denominators per sample, so that each mean, and each difference between two models on the same inputs, gets a
 bootstrap interval over samples. A sample is a prompt, a window of text or a random sequence.
 
-Rows of the table: metric = the probe, student = `teacher`, `swap` or a control; stat = what was read.
+Rows of the table: metric = the probe, student = `teacher`, `swap` or a control; stat = what was measured.
 `X_minus_teacher` is the paired difference of a student to the teacher, `X_minus_C` of the swap to the control C.
-A stat that was read under conditions carries them: `logprob[length=256,depth=0.1]`. What cannot be asked of a model
-(attention weights of a mechanism that has none) is a row without a value: not applicable, which is not 0.
+A stat that was measured under conditions carries them: `logprob[length=256,depth=0.1]`. What does not apply to a model
+(attention weights of a mechanism that has none) is a row without a value, which is not 0.
 
 Facts, read without importing the file:
 
@@ -16,8 +16,8 @@ Facts, read without importing the file:
     unit         of the headline
     range        of the headline
     better       "higher", "lower" or "none": which direction of the headline means more able
-    chance       in words: what a model that learned nothing, or a shuffled input, reads
-    tells        in words: what the headline shows
+    chance       in words: its value for a model that learned nothing, or a shuffled input
+    shows        in words: what the headline shows
     blind        in words: what it cannot see
     source       paper, or the measurement it comes from
     needs        "tokens" (made here), "text" (held-out windows) or "tokenizer"
@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any, ClassVar
@@ -52,15 +52,15 @@ class Setting:
         text: int64 `windows pos`, held-out text, one window a row.
         docs: int64 `windows`, the document of each.
         tokenizer: of the model; None where no probe needs one.
-        opening: ids in front of random tokens and prompts: what the tokenizer itself puts there.
-        bos: the token that opens random tokens where `opening` is empty; the attention sink. None: none.
-        context: tokens that the model was made for; None = not said.
+        opening: ids in front of random tokens and prompts: those that the tokenizer itself puts there.
+        bos: the first token of random sequences where `opening` is empty; the attention sink. None: none.
+        context: tokens that the model was made for; None = not known.
         model: its name, for errors.
-        samples: prompts of each kind, random sequences, windows of text that are looked at.
+        samples: prompts of each kind, random sequences, windows of text.
         batch_size: sequences per forward pass.
         lengths, depths: of the passkey prompts.
         travel: how far the planned training can move a gate; None = no plan was given.
-        seed: of every draw.
+        seed: random seed.
     """
 
     words: np.ndarray
@@ -79,7 +79,7 @@ class Setting:
     seed: int = 0
 
     def fits(self, length: int, what: str, hint: str) -> None:
-        """Whether so many tokens fit into the model's context.
+        """Check that so many tokens fit into the model's context.
 
         Raises:
             UsageError: they do not.
@@ -106,13 +106,13 @@ class Setting:
         return found
 
     def draw(self, name: str) -> np.random.Generator:
-        """The random numbers of one probe: they depend on the seed and its name, not on what else runs."""
+        """The random generator of one probe: it depends on the seed and the name, not on what else runs."""
         return np.random.default_rng([self.seed, zlib.crc32(name.encode())])
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A model that is asked.
+    """A model that is probed.
 
     Attributes:
         name: `teacher`, `swap` or a control.
@@ -138,14 +138,16 @@ class Subject:
 
     @property
     def swapped(self) -> frozenset[int]:
-        """Layers with a replaced part."""
+        """Layers with a replaced module."""
         return frozenset(c.layer for c in self.clauses if c.layer is not None)
 
     @property
     def segment(self) -> int | None:
-        """The segment of its mechanisms in tokens, inside of others too, where it is the same everywhere."""
+        """The segment of its mechanisms in tokens, nested ones too; None without one, or where they differ."""
         inside = (self.layout.model.get_submodule(clause.path).modules() for clause in self.clauses)
-        settings = (getattr(module, "settings", None) for module in chain.from_iterable(inside))
+        settings: Iterator[Any] = (
+            getattr(module, "settings", None) for module in chain.from_iterable(inside)
+        )
         found = {own.segment for own in settings if hasattr(own, "segment")}
         return found.pop() if len(found) == 1 else None
 
@@ -160,9 +162,9 @@ class Measure:
     """One number of one model, by samples: sum of `top` over sum of `bottom`.
 
     Attributes:
-        stat: what was read, with its conditions.
+        stat: what was measured, with its conditions.
         top, bottom: float64 `samples`; the same samples in the same order for every model. A sample with `bottom` 0
-            takes no part.
+            is left out.
         n: tokens behind it.
         site, layer, head, position, mode: its address in the table.
     """
@@ -196,12 +198,12 @@ class Measure:
         return cls(stat, np.array([math.nan]), np.ones(1), 0, **address)
 
     @property
-    def place(self) -> tuple[Any, ...]:
+    def address(self) -> tuple[Any, ...]:
         """What it must share with the measure of another model to be compared with it."""
         return (self.stat, self.site, self.layer, self.head, self.position, self.mode)
 
     def value(self) -> float:
-        """The number; nan where no sample takes part."""
+        """The number; nan where every sample is left out."""
         return bootstrap(self.ratio, 0)[0]
 
     def ratio(self, total: Total) -> Any:
@@ -210,7 +212,7 @@ class Measure:
 
 
 def swapped_layers(subjects: Sequence[Subject]) -> tuple[int, ...]:
-    """Layers that any subject has replaced: where probes of one layer look, in the teacher too."""
+    """Layers that any subject has replaced: probes of one layer measure there, in the teacher too."""
     return tuple(sorted({layer for subject in subjects for layer in subject.swapped}))
 
 
@@ -229,7 +231,7 @@ class Probe:
     range: ClassVar[str]
     better: ClassVar[str]
     chance: ClassVar[str]
-    tells: ClassVar[str]
+    shows: ClassVar[str]
     blind: ClassVar[str]
     source: ClassVar[str]
     needs: ClassVar[str]
@@ -238,11 +240,11 @@ class Probe:
         self.setting = setting
 
     def warnings(self) -> tuple[str, ...]:
-        """What a reader must know, after `run`; no line = nothing."""
+        """Sentences for the report, after `run`; empty when there is nothing to warn of."""
         return ()
 
     def run(self, subjects: Sequence[Subject]) -> Answers:
-        """Ask every subject; the teacher is the first.
+        """Probe every subject; the teacher is the first.
 
         Raises:
             NumericsError: an answer is NaN or infinite where it should be a number.
@@ -262,12 +264,12 @@ def rows(
         seed: of the bootstrap.
     """
     found: list[dict[str, Any]] = []
-    places = {name: {m.place: m for m in measures} for name, measures in answers.items()}
+    by_address = {name: {m.address: m for m in measures} for name, measures in answers.items()}
     for name, measures in answers.items():
         for measure in measures:
             found.append(_row(probe, name, measure.stat, measure, None, swapped, seed))
-            for other in _compared(name, places):
-                base = places[other].get(measure.place)
+            for other in _compared(name, by_address):
+                base = by_address[other].get(measure.address)
                 if base is not None and measure.n and base.n:
                     stat = minus(measure.stat, other)
                     found.append(_row(probe, name, stat, measure, base, swapped, seed))
@@ -280,12 +282,12 @@ def minus(stat: str, other: str) -> str:
     return under(f"{name}_minus_{other}", **given)
 
 
-def _compared(name: str, places: Mapping[str, Any]) -> Iterator[str]:
-    """Whom a subject is compared with: the teacher, and the swap with each control too."""
+def _compared(name: str, students: Iterable[str]) -> Iterator[str]:
+    """The subjects that one is compared with: the teacher, and of the swap each control too."""
     if name != TEACHER:
         yield TEACHER
     if name == SWAP:
-        yield from (other for other in places if other not in (SWAP, TEACHER))
+        yield from (other for other in students if other not in (SWAP, TEACHER))
 
 
 def _row(

@@ -1,6 +1,6 @@
-"""One block of a subject on a stream that is handed to it: the teacher's own, or one that was changed.
+"""Forced running: one block of a subject on a given stream, the teacher's own or a changed one.
 
-The block runs inside its model, so rotary embeddings, masks and padding are made by transformers itself, as ever.
+The block runs inside its model, so transformers itself makes rotary embeddings, masks and padding.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def update(subject: Subject, layer: int, ids: Tensor, stream: Tensor) -> Tensor:
     """What the attention of one block adds to the stream; of a block that was replaced as a whole, all that it adds.
 
     Args:
-        subject: whose block.
+        subject: the model of the block.
         layer: 0-based.
         ids: int64 `batch pos`; they only set shapes and masks.
         stream: `batch pos d_model`, entering the block.
@@ -71,7 +71,7 @@ def update(subject: Subject, layer: int, ids: Tensor, stream: Tensor) -> Tensor:
 
 @contextmanager
 def given(layout: Layout, layer: int, stream: Tensor) -> Iterator[None]:
-    """Hand a stream to a block; needed for the first one, in front of which no block passes it on."""
+    """Replace the input of a block by a stream. Needed for the first block, which no other block feeds."""
 
     def replace(_module: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         if args:

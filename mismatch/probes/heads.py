@@ -1,15 +1,15 @@
-"""What do the heads look at? Previous-token, induction and sink heads, entropy and distance, per head.
+"""What do the heads attend to? Previous-token, induction and sink heads, entropy and distance, per head.
 
 Definition, from the attention weights a_ij of query i to key j, mean over queries and samples, one number a head:
 `previous` = a_{i,i-1} on text; `induction` = a_{i,i-R+1} in the second of two equal runs of R random tokens: the token
 that followed last time; `sink` = a_{i,0}; `entropy` = -sum_j a_ij ln a_ij; `distance` = sum_j a_ij (i-j) over the keys
-but the sink, weights made to sum to 1; `mass` per distance 0, 1, 2-3, 4-7, ... of a layer, mean over heads, the sink
-left out. All but the first two are taken of text from query 16 on. `best_induction`, `best_previous`: of the best
+but the sink, weights renormalised to 1; `mass` per distance 0, 1, 2-3, 4-7, ... of a layer, mean over heads, the sink
+left out. All but the first two are measured on text from query 16 on. `best_induction`, `best_previous`: of the best
 head anywhere.
 Unit: share of attention. Range: [0, 1]. Null: the teacher against itself reads exactly 0 in every `_minus_teacher`.
-Chance: a head that looks everywhere alike reads 1 / (i + 1); at 160 tokens a distance of about 43.
+Chance: a head that attends uniformly reads 1 / (i + 1); at 160 tokens a distance of about 43.
 Source: Olsson et al., arXiv 2209.11895; sink: Gu et al., arXiv 2410.10781; measured on SmolLM2-135M: layer 16 head 0
-looks at the token before with .79, 18.6 is its induction head with .91, which falls to .25 without RoPE in layer 16.
+attends to the token before with .79, 18.6 is its induction head with .91, which falls to .25 without RoPE in layer 16.
 """
 
 from __future__ import annotations
@@ -23,19 +23,21 @@ from torch import Tensor
 
 from mismatch.errors import UsageError
 from mismatch.forward.hooks import on_device
-from mismatch.probes.attention import Seen, watch_all
+from mismatch.probes.attention import Observed, observe_all
 from mismatch.probes.base import Answers, Measure, Probe, Setting, Subject
 from mismatch.probes.inputs import repeated
 from mismatch.runs.table import under
 
 SKIP = 16
-"""First queries that are left out where a short prefix would decide: they have little to look at."""
+"""First queries that are left out: their prefix is too short."""
+
+TINY = 1e-12  # against division by 0 where all weight is on the sink
 
 ON_TEXT = ("previous", "sink", "entropy", "distance")
-"""What is read of each head on text; `induction` is read of repeated tokens."""
+"""What is measured of each head on text; `induction` is measured on repeated tokens."""
 
 Numbers = dict[int, dict[str, np.ndarray]]
-"""By layer and stat: `samples heads`, or `samples` for what is read of a layer."""
+"""By layer and stat: `samples heads`, or `samples` for a number of the whole layer."""
 
 
 class Heads(Probe):
@@ -43,10 +45,10 @@ class Heads(Probe):
     unit = "share of attention"
     range = "[0, 1]"
     better = "higher"
-    chance = "1 / (i + 1): a head that looks everywhere alike"
-    tells = "which heads carry order and copying, and how far a layer looks, before and after"
+    chance = "1 / (i + 1): a head that attends uniformly"
+    shows = "which heads carry order and copying, and how far a layer attends, before and after"
     blind = (
-        "what is done with what is read, and whether the model needs it; mechanisms without "
+        "what the values do with it, and whether the model needs it; mechanisms without "
         "attention weights are not applicable"
     )
     source = "Olsson et al., arXiv 2209.11895"
@@ -87,34 +89,34 @@ class Heads(Probe):
         subjects: Sequence[Subject],
         inputs: np.ndarray,
         layers: Sequence[int],
-        read: Callable[[Seen], dict[str, Tensor]],
+        read: Callable[[Observed], dict[str, Tensor]],
     ) -> dict[str, Numbers]:
-        """What `read` makes of each layer's attention, over all inputs, by subject."""
+        """`read` of each layer's attention, over all inputs, by subject."""
         parts: dict[str, dict[int, list[dict[str, np.ndarray]]]] = {s.name: {} for s in subjects}
         known: dict[str, frozenset[int]] = {}
 
-        def visit(name: str, seen: Seen) -> None:
+        def visit(name: str, seen: Observed) -> None:
             numbers = {stat: value.double().cpu().numpy() for stat, value in read(seen).items()}
             parts[name].setdefault(seen.layer, []).append(numbers)
 
         with torch.no_grad():
             for at in range(0, len(inputs), self.setting.batch_size):
                 ids = on_device(subjects[0].layout, inputs[at : at + self.setting.batch_size])
-                known = watch_all(subjects, ids, layers, visit)
+                known = observe_all(subjects, ids, layers, visit)
         teacher = parts[subjects[0].name]
         return {
-            name: {layer: _joined(parts[name].get(layer, teacher.get(layer))) for layer in found}
+            name: {layer: _joined(parts[name].get(layer) or teacher[layer]) for layer in found}
             for name, found in known.items()
         }
 
-    def _copying(self, seen: Seen) -> dict[str, Tensor]:
+    def _copying(self, seen: Observed) -> dict[str, Tensor]:
         weights = seen.weights()
-        # The first token of the second copy has nothing to go by; the others look for what followed last time.
+        # The first token of the second copy cannot be predicted; the others attend to what followed in the first.
         at = torch.arange(weights.shape[-1] - self.half + 1, weights.shape[-1])
         return {"induction": weights[:, :, at, at - self.half + 1].mean(-1)}
 
 
-def _on_text(seen: Seen) -> dict[str, Tensor]:
+def _on_text(seen: Observed) -> dict[str, Tensor]:
     weights = seen.weights()
     length = weights.shape[-1]
     at = torch.arange(1, length)
@@ -124,7 +126,7 @@ def _on_text(seen: Seen) -> dict[str, Tensor]:
     found["entropy"] = -torch.xlogy(late, late).sum(-1).mean(-1)
     apart = torch.arange(SKIP, length)[:, None] - torch.arange(length)
     apart = apart.to(late.device)
-    rest = late[..., 1:] / late[..., 1:].sum(-1, keepdim=True).clamp_min(1e-12)
+    rest = late[..., 1:] / late[..., 1:].sum(-1, keepdim=True).clamp_min(TINY)
     found["distance"] = (rest * apart[:, 1:].clamp(min=0)).sum(-1).mean(-1)
     starts = [0, *(2**i for i in range((length - 1).bit_length()))]
     for start, end in pairwise([*starts, length]):

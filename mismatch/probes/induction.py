@@ -1,6 +1,6 @@
 """Can the model copy from its own context? Repeated random tokens.
 
-Definition: opening, R random tokens, the same R tokens again (R = 64). Read are the mean NLL of the first copy
+Definition: opening, R random tokens, the same R tokens again (R = 64). Measured are the mean NLL of the first copy
 (`nll_first`: nothing can be known, a control inside the probe) and of the second one (`nll_second`), the difference
 (`gain` = first - second: what having seen it before is worth), and how often the next token of the second copy is the
 likeliest (`top1_second`). The first token of the second copy cannot be known, and is in neither.
@@ -30,7 +30,7 @@ class Induction(Probe):
     range = "[0, inf)"
     better = "lower"
     chance = "nll_second = nll_first: the second copy is as new as the first"
-    tells = "whether tokens can be found by what stood before them, which needs position and reach"
+    shows = "whether tokens can be found by what stood before them, which needs position and reach"
     blind = (
         "which head does it, and whether text suffers: a model may lose 7 nats here and 0.1 there; "
         "spans longer than a copy"

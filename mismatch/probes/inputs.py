@@ -19,7 +19,10 @@ from mismatch.errors import UsageError
 from mismatch.probes.base import Setting
 
 REPEAT = 64
-"""Random tokens of a copy: as in the measurements that the fact of `induction` comes from."""
+"""Random tokens of a copy: as in the measurements that `induction` quotes."""
+
+SHORTEST = 8
+"""Fewest random tokens of a copy."""
 
 TASK = (
     "There is an important info hidden inside a lot of irrelevant text. Find it and memorize them. "
@@ -37,7 +40,7 @@ class Prompts:
     Attributes:
         ids: int64 `samples pos`.
         scored: bool `samples pos`: the token at this position is a target. Never the first one of a row.
-        needle: first and last position of what is to be found.
+        needle: first and last position of the needle.
     """
 
     ids: np.ndarray
@@ -56,8 +59,8 @@ class Prompts:
         ]
 
     def borders(self, segment: int) -> int:
-        """Segment borders between the end of the needle and the first scored token: compressions it must survive."""
-        asked = int(self.scored.any(0).argmax()) - 1  # the token in front of it does the looking up
+        """Segment borders between the end of the needle and the first scored token: compressions of the needle."""
+        asked = int(self.scored.any(0).argmax()) - 1  # the token in front of it predicts it
         return asked // segment - self.needle[1] // segment
 
 
@@ -88,9 +91,11 @@ def repeated(setting: Setting, count: int, name: str = "induction") -> tuple[np.
     opening = setting.opening or (() if setting.bos is None else (setting.bos,))
     room = REPEAT if setting.context is None else (setting.context - len(opening)) // 2
     half = min(REPEAT, room)
-    setting.fits(len(opening) + 16, "a repeated sequence", "this model is too short for the probe")
+    setting.fits(
+        len(opening) + 2 * SHORTEST, "a repeated sequence", "this model is too short for the probe"
+    )
     draw = setting.draw(name)
-    # Without replacement where there are enough words: each token then has one place to be found at.
+    # Without replacement where there are enough words: each token then occurs once in a copy.
     once = np.stack(
         [draw.choice(setting.words, half, replace=len(setting.words) < half) for _ in range(count)]
     )
@@ -111,17 +116,17 @@ def passkeys(
         length: tokens of each prompt.
         depth: share of the filler in front of the needle, 0..1.
         keys: what is asked for, one a sample.
-        hidden: what stands in the needle; equal to `keys` except for the floor.
+        hidden: the keys in the needles; equal to `keys` except for the floor.
 
     Raises:
         UsageError: longer than the context, too short for task, needle and question, or a key that the tokenizer
-            does not keep apart from the text around it.
+            merges with the text around it.
     """
     setting.fits(length, "a passkey prompt", "take shorter --lengths")
     read = _Encoder(setting.tokenizer)
     lead, unit, question = read(FILLER), read(" " + FILLER), read(QUESTION)
     front = [*setting.opening, *read(TASK)]
-    rows, places, scored = [], [], np.zeros((len(keys), length), bool)
+    rows, needles, scored = [], [], np.zeros((len(keys), length), bool)
     for key, inside in zip(keys, hidden, strict=True):
         answer = read.answer(question, key)
         needle = read(NEEDLE.format(key=inside))
@@ -137,9 +142,9 @@ def passkeys(
         behind = (lead + unit * (room // len(unit) + 1))[: max(room - len(before), 0)]
         start = len(front) + len(before)
         rows.append(front + before + needle + behind + question + answer)
-        places.append((start, start + len(needle) - 1))
+        needles.append((start, start + len(needle) - 1))
         scored[len(rows) - 1, -len(answer) :] = [read.shows(token) for token in answer]
-    first, last = zip(*places, strict=True)
+    first, last = zip(*needles, strict=True)
     return Prompts(np.array(rows, np.int64), scored, (min(first), max(last)))
 
 
@@ -158,14 +163,14 @@ class _Encoder:
         return list(self.tokenizer(text, add_special_tokens=False).input_ids)
 
     def shows(self, token: int) -> bool:
-        """Whether a token is more than white space: only then it must be known to know the key."""
+        """Whether a token is more than white space, and so part of the key."""
         return bool(self.tokenizer.decode([token]).strip())
 
     def answer(self, question: list[int], key: str) -> list[int]:
         """The tokens of ` key` behind the question.
 
         Raises:
-            UsageError: the question is read otherwise with the key behind it, or the key does not come back.
+            UsageError: the key behind the question changes the question's tokens, or does not decode to itself.
         """
         whole = self(f"{QUESTION} {key}")
         answer = whole[len(question) :]
@@ -173,6 +178,6 @@ class _Encoder:
         if whole[: len(question)] != question or back != key:
             raise UsageError(
                 f"the key {key} does not tokenise: behind the question it reads back as `{back}`",
-                hint="this tokenizer cannot spell digits; leave the probe `passkey` out",
+                hint="this tokenizer does not encode digits one by one; leave the probe `passkey` out",
             )
         return answer

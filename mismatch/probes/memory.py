@@ -1,30 +1,30 @@
 """Is the memory used, and for what? Branches, gates and state of a mechanism that has them.
 
-Definition: every mechanism that names branches is asked (`Mechanism.branches`): each branch is taken out in turn, and
-what that takes away is its contribution. On text, from the second segment on (the memory is empty before), per swapped
+Definition: of every mechanism that names branches (`Mechanism.branches`) each branch is switched off in turn, and
+(whole - without it) is its contribution. On text, from the second segment on (the memory is empty before), per swapped
 layer:
-    kl               KL(teacher || student) of the whole model as it is; kl[without=B] with a branch taken out,
+    kl               KL(teacher || student) of the whole model as it is; kl[without=B] with a branch switched off,
                      kl[with=first_token] with the first token (the attention sink) restored; kl_change[...]
                      is the paired difference to kl: below 0 is better without; nll likewise
     share            per head: ||contribution of a branch|| / sum over branches, on the teacher's stream
     query_variation  per head: ||c - mean over the segment's queries|| / ||c||, c the contribution of a branch: 0 is
-                     the same answer for everybody
+                     the same answer to every query
     gate             per head: the weight of a branch, 0..1
     gate_gradient    d MSE(update, teacher's update) / d gate, mean over heads, from the first segment (part=first),
                      where the memory is empty, and from all others (part=rest)
-    travel           how far the planned training can move a gate: sum of the learning rates (--gate-lr, --gate-steps)
+    travel           how far the planned training can move a gate: sum of the planned learning rates
     state_max        largest number of each carried tensor after the text; overflow_fp16: tokens until it passes
                      65504, at the growth of the second half of the text
 Unit: nats per token. Range: [0, inf). Null: the teacher has no branches: not applicable, except kl = 0 and its nll.
-Chance: kl[without=memory] = kl: the memory adds nothing that the model reads.
+Chance: kl[without=memory] = kl: the memory adds nothing that the model uses.
 Source: branches and gates arXiv 2404.07143, eq. 10; measured on SmolLM2-135M: query_variation .008-.037 in all layers
-when Infini-attention comes in; the first token alone takes layer 12 from .043 to .007; a gate needs a travel of about 4
-(sigmoid from .5 to .98), and Adam moves it by at most the sum of the learning rates.
+when Infini-attention is swapped in; the first token alone takes layer 12 from .043 to .007; a gate needs a travel of
+about 4 (sigmoid from .5 to .98), and Adam moves it by at most the sum of the learning rates.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
@@ -45,12 +45,13 @@ from mismatch.probes.forced import entering, update
 from mismatch.runs.table import under
 
 SEGMENT = 64
-"""What counts as a segment where the mechanism has none: queries that are compared, text that is skipped."""
+"""The segment where the mechanism has none: queries that are compared, text that is skipped."""
 
 TRAVEL = 4.0
-"""sigmoid(4) = .98: what a gate must be able to move to decide for one branch."""
+"""sigmoid(4) = .98: how far a gate must be able to move to select one branch."""
 
 LARGEST_FP16 = 65504.0
+TINY = 1e-30  # against division by 0 where a branch contributes nothing
 
 
 class Memory(Probe):
@@ -58,13 +59,13 @@ class Memory(Probe):
     unit = "nats per token"
     range = "[0, inf)"
     better = "lower"
-    chance = "kl[without=memory] = kl: what the memory says is not read"
-    tells = (
+    chance = "kl[without=memory] = kl: the output of the memory is not used"
+    shows = (
         "what each branch is worth, whether the memory answers the query, whether gates can move"
     )
     blind = (
         "retrieval (passkey): a memory may matter for text and hold no key; branches share a gate, "
-        "so taking one out leaves the other at its weight"
+        "so switching one off leaves the other at its weight"
     )
     source = "arXiv 2404.07143, eq. 7-10"
     needs = "text"
@@ -72,22 +73,22 @@ class Memory(Probe):
     def __init__(self, setting: Setting) -> None:
         super().__init__(setting)
         self.ids = setting.windows("memory")
-        self._said: list[str] = []
+        self._warnings: list[str] = []
         if setting.travel is not None and setting.travel < TRAVEL:
-            self._said.append(
+            self._warnings.append(
                 f"gates: the planned learning rates sum up to {setting.travel:.3g}; below {TRAVEL:g} a gate cannot "
-                "decide for a branch, whatever it should learn: raise its learning rate or the steps"
+                "select a branch, whatever the data: raise its learning rate or the steps"
             )
 
     def warnings(self) -> tuple[str, ...]:
-        return tuple(self._said)
+        return tuple(self._warnings)
 
     def run(self, subjects: Sequence[Subject]) -> Answers:
         answers: dict[str, list[Measure]] = {subject.name: [] for subject in subjects}
         found = {subject.name: mechanisms(subject) for subject in subjects}
         size = next((s.segment for s in subjects if s.segment is not None), SEGMENT)
         if size >= self.ids.shape[1]:
-            self._said.append(
+            self._warnings.append(
                 f"memory: one segment of {size} tokens holds the whole window of {self.ids.shape[1]}; "
                 f"take --seq-len {2 * size} or more"
             )
@@ -126,15 +127,15 @@ class Memory(Probe):
                 ids = on_device(subjects[0].layout, self.ids[at : at + self.setting.batch_size])
                 targets = ids[:, size + 1 :]
                 teacher: Tensor | None = None
-                # One model after the other runs as it is asked for, so each can be changed for its turn.
+                # The models run one by one as the loop takes them, so each can be changed for its turn.
                 models = finals([subject for subject, _ in runs], ids)
                 for subject, case in runs:
                     with intervened(found[subject.name].values(), case):
                         _, final = next(models)
-                    said = log_probs(subject.layout, final[:, size:-1])
-                    teacher = said if teacher is None else teacher
-                    nll = -said.gather(-1, targets.to(said.device)[..., None])[..., 0]
-                    for stat, value in (("kl", kl_float64(teacher, said)), ("nll", nll)):
+                    logp = log_probs(subject.layout, final[:, size:-1])
+                    teacher = logp if teacher is None else teacher
+                    nll = -logp.gather(-1, targets.to(logp.device)[..., None])[..., 0]
+                    for stat, value in (("kl", kl_float64(teacher, logp)), ("nll", nll)):
                         key = (subject.name, case, stat)
                         numbers.setdefault(key, []).append(value.double().cpu().numpy())
         answers: dict[str, list[Measure]] = {subject.name: [] for subject in subjects}
@@ -152,7 +153,7 @@ class Memory(Probe):
     def _layer(
         self, teacher: Subject, subject: Subject, layer: int, mechanism: Mechanism, size: int
     ) -> Iterator[Measure]:
-        """What is read of one mechanism on the teacher's stream."""
+        """The measures of one mechanism on the teacher's stream."""
         address = {"layer": layer, "site": "attn_out", "mode": "forced"}
         parts: dict[str, list[np.ndarray]] = {}
         slopes: list[np.ndarray] = []
@@ -185,8 +186,8 @@ def mechanisms(subject: Subject) -> dict[int, Mechanism]:
     for clause in subject.clauses:
         if clause.layer is None or clause.layer in found:
             continue
-        part = subject.layout.model.get_submodule(clause.path)
-        for module in part.modules():
+        replaced = subject.layout.model.get_submodule(clause.path)
+        for module in replaced.modules():
             if isinstance(module, Mechanism) and module.branch_names:
                 found[clause.layer] = module
                 break
@@ -194,11 +195,19 @@ def mechanisms(subject: Subject) -> dict[int, Mechanism]:
 
 
 @contextmanager
-def intervened(parts: Any, case: tuple[str, str] | None) -> Iterator[None]:
-    """Every mechanism that can, without a branch or with something restored; None: as they are."""
+def intervened(mechanisms: Iterable[Mechanism], case: tuple[str, str] | None) -> Iterator[None]:
+    """Switch a branch off, or restore something, in every mechanism that can.
+
+    Args:
+        mechanisms: of one model.
+        case: ("without", branch) or ("with", name); None changes nothing.
+    """
+    if case is None:
+        yield
+        return
+    kind, name = case
     with ExitStack() as stack:
-        for mechanism in parts if case is not None else ():
-            kind, name = case
+        for mechanism in mechanisms:
             known: dict[str, AbstractContextManager[None]] = (
                 mechanism.branches() if kind == "without" else mechanism.restores()
             )
@@ -253,7 +262,7 @@ def _of_branches(taken: Mapping[str, Tensor], size: int) -> dict[str, np.ndarray
                 centred = segment - segment.mean(2, keepdim=True)
                 apart.append(centred.norm(dim=-1).mean(-1))
                 length.append(segment.norm(dim=-1).mean(-1))
-        varied = torch.stack(apart).mean(0) / torch.stack(length).mean(0).clamp_min(1e-30)
+        varied = torch.stack(apart).mean(0) / torch.stack(length).mean(0).clamp_min(TINY)
         found[under("query_variation", branch=name)] = varied.cpu().numpy()
     return found
 

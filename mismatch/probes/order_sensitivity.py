@@ -3,18 +3,19 @@
 Definition: the stream entering the layer in the teacher (the same for every model), positions 1 .. T-1-keep permuted;
 `change` = ||update(permuted) - update|| / ||update|| of the last token, mean over windows of text; the update is what
 attention adds (what the block adds, where it was replaced as a whole). keep = 1 permutes all but the last token, larger
-values leave the nearest tokens in place; with a swap in segments one of them leaves exactly its last segment, and what
-is permuted is then what the memory holds.
+values leave the nearest tokens where they are; with a swap in segments one of them leaves exactly its last segment, and
+the permuted tokens are then those in the memory.
 Unit: share of the update. Range: [0, inf). Null: the teacher against itself reads exactly 0 in `change_minus_teacher`.
 Chance: 0 (float rounding, 3e-7): a layer without position is a sum over a set. Random weights read well above 0 as long
 as they have RoPE: the probe asks whether order CAN act, not whether it helps.
 Source: permutation equivariance of attention (Lee et al., arXiv 1810.00825, property 1); measured on SmolLM2-135M: .825
-at layer 12 and 1.057 at layer 16, 3e-7 without RoPE. Nothing else tells the two apart as sharply.
+at layer 12 and 1.057 at layer 16, 3e-7 without RoPE. Nothing else separates the two as sharply.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,6 +26,7 @@ from mismatch.probes.forced import entering, update
 from mismatch.runs.table import under
 
 KEEP = (1, 16, 64)
+"""Last tokens that are not permuted."""
 
 
 class OrderSensitivity(Probe):
@@ -33,9 +35,9 @@ class OrderSensitivity(Probe):
     range = "[0, inf)"
     better = "none"
     chance = "0: a layer without position sees its prefix as a set"
-    tells = "whether a layer can tell the order of what it reads, exactly, before any training"
+    shows = "whether a layer sees the order of its input, exactly, before any training"
     blind = (
-        "whether the order it sees is used further on; a causal mask tells early from late, which "
+        "whether the order it sees is used further on; a causal mask separates early from late, which "
         "the last token alone does not show"
     )
     source = "permutation equivariance of attention, arXiv 1810.00825"
@@ -48,7 +50,7 @@ class OrderSensitivity(Probe):
     def run(self, subjects: Sequence[Subject]) -> Answers:
         length = self.ids.shape[1]
         kept = {keep for keep in KEEP if keep < length - 2}
-        # With segments: all that stands before the last one, which is what a memory holds.
+        # With segments: all that is before the last one, which is what a memory holds.
         kept |= {
             length - (length - 1) // s.segment * s.segment
             for s in subjects
@@ -90,7 +92,7 @@ class OrderSensitivity(Probe):
 
     def _measure(self, pair: np.ndarray, layer: int, keep: int) -> Measure:
         moved, plain = pair.T
-        address = {"layer": layer, "site": "attn_out", "mode": "forced"}
+        address: dict[str, Any] = {"layer": layer, "site": "attn_out", "mode": "forced"}
         stat = under("change", keep=keep)
         some = plain > 0
         if not some.any():  # a layer that adds nothing

@@ -1,13 +1,13 @@
 """Can the model find one number in a long text? Passkey retrieval over length and depth.
 
 Definition: prompts of exactly L tokens (task, filler, `The pass key is K.`, filler, question), K five random digits, at
-a depth given as the share of the filler in front of it. Read per cell of length and depth: `logprob`, the
+a depth given as the share of the filler in front of it. Measured per cell of length and depth: `logprob`, the
 teacher-forced log-probability of the key's digits, summed, and `exact`, the share of keys whose every digit is the
 likeliest token (which is what greedy decoding would give). `logprob` sees a loss long before `exact` does. `logprob`
 and `exact` without conditions are over all cells. Where the swap works in segments, also by the number of segment
 borders between needle and question (`segments`): the score of a compressive memory falls with each compression, not
-with depth. `logprob_absent`: the same question when the needle holds another key, at the shortest length: what not
-finding it reads.
+with depth. `logprob_absent`: the same question when the needle holds another key, at the shortest length: the
+value of not finding it.
 Unit: nats per key. Range: (-inf, 0]. Null: the teacher against itself reads exactly 0 in every `_minus_teacher`.
 Chance: `logprob_absent`; a random model reads about -5 ln(vocabulary).
 Source: Mohtashami and Jaggi, arXiv 2305.16300 (Landmark), prompt as there; measured on SmolLM2-135M-Instruct: -0.07
@@ -38,7 +38,7 @@ class Passkey(Probe):
     range = "(-inf, 0]"
     better = "higher"
     chance = "logprob_absent: what the model answers when the text holds another key"
-    tells = "whether what was read once, far away, can still be looked up"
+    shows = "whether what was read once, far away, can still be retrieved"
     blind = (
         "text quality, on which it hardly depends; a swap of a layer that does not carry retrieval "
         "reads well whatever its memory does; the filler is easy, natural text is not"
@@ -67,11 +67,11 @@ class Passkey(Probe):
         borders: dict[str, dict[int, list[np.ndarray]]] = {s.name: {} for s in subjects}
         for (length, depth), prompts in self.cells.items():
             given = {"length": length, "depth": depth}
-            place = f"{prompts.needle[0]}-{prompts.needle[1]}"
+            at = f"{prompts.needle[0]}-{prompts.needle[1]}"
             for name, (logprob, exact) in ask(subjects, prompts, self.setting.batch_size).items():
                 found[name] += [
-                    Measure.mean(under("logprob", **given), logprob, position=place),
-                    Measure.mean(under("exact", **given), exact, position=place),
+                    Measure.mean(under("logprob", **given), logprob, position=at),
+                    Measure.mean(under("exact", **given), exact, position=at),
                 ]
                 whole[name].append((logprob, exact))
                 if segment is not None:
@@ -102,6 +102,6 @@ def ask(
                 value, right = scores(subject.layout, final, ids, scored)
                 found[subject.name].append((value.sum(1).numpy(), right.all(1).numpy()))
     return {
-        name: tuple(np.concatenate(part) for part in zip(*parts, strict=True))
+        name: (np.concatenate([value for value, _ in parts]), np.concatenate([r for _, r in parts]))
         for name, parts in found.items()
     }

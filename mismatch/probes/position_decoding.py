@@ -1,23 +1,23 @@
 """Can the position of a token be read off the stream? A ridge regression from each site.
 
 Definition: y = position of the token, X = its vector at a site, of text; position 0 and massive tokens are left out. A
-ridge regression (channels standardised, lambda = 1 % of the number of tokens) learns on the windows of three quarters
-of the documents and is tested on the others: `r2` = 1 - SSE / SST, SST around the mean of training. `r2_shuffled`:
-the same with positions dealt out at random among the training tokens. `distance_r2`: y = the distance from one token
-to a later one of its window, X = the later vector minus the earlier; the earlier one is every token of the first half,
-the distance is drawn evenly from 1 to half the window, so that the earlier token alone says nothing about it.
-`distance_r2_shuffled`: with the distances dealt out at random. Sites: `attn_out` of up to six swapped layers,
+ridge regression (channels standardised, lambda = 1 % of the number of tokens) is fitted on the windows of three
+quarters of the documents and tested on the others: `r2` = 1 - SSE / SST, SST around the mean of training.
+`r2_shuffled`: the same with positions permuted at random among the training tokens. `distance_r2`: y = the distance
+from one token to a later one of its window, X = the later vector minus the earlier; the earlier one is every token of
+the first half, the distance is drawn evenly from 1 to half the window, so that the earlier token alone does not predict
+it. `distance_r2_shuffled`: with the distances permuted at random. Sites: `attn_out` of up to six swapped layers,
 `resid_post` of up to six layers from the first swapped one to the last.
 Unit: share of variance. Range: (-inf, 1]. Null: the teacher against itself reads exactly 0 in every `_minus_teacher`.
 Chance: r2_shuffled, about 0 or below.
-Source: Kazemnejad et al., arXiv 2305.19466; Chi et al., arXiv 2305.13571 (the causal mask alone gives position away);
+Source: Kazemnejad et al., arXiv 2305.19466; Chi et al., arXiv 2305.13571 (the causal mask alone reveals position);
 measured on SmolLM2-135M: .75, .73 and .50 at layers 13, 16 and 30, and as much without RoPE in layer 12.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,8 +29,9 @@ from mismatch.forward.shared_prefix import finals
 from mismatch.forward.sites import Tap, massive, taps
 from mismatch.probes.base import Answers, Measure, Probe, Setting, Subject, swapped_layers
 
-SITES = 6
+SITES = 6  # layers measured at most, for time
 RIDGE = 0.01
+TINY = 1e-12  # least variance of a channel that is scaled
 
 
 class PositionDecoding(Probe):
@@ -38,11 +39,11 @@ class PositionDecoding(Probe):
     unit = "share of variance"
     range = "(-inf, 1]"
     better = "none"
-    chance = "r2_shuffled: positions dealt out at random"
-    tells = "whether position is still written in the stream, by whatever way it came there"
+    chance = "r2_shuffled: positions permuted at random"
+    shows = "whether the stream still holds position, however it came there"
     blind = (
         "whether anything uses it: a model without RoPE decodes as well, for the causal mask leaks "
-        "position; no more than a line of the vector is read, so a distance only as the difference "
+        "position; only a linear function of the vector is fitted, so a distance only as the difference "
         "of two positions"
     )
     source = "arXiv 2305.19466, arXiv 2305.13571"
@@ -72,17 +73,17 @@ class PositionDecoding(Probe):
         decoders: dict[tuple[str, Tap, str], Decoder] = {}
         draw = self.setting.draw("position_decoding")
         length = self.train.shape[1]
-        places = np.tile(np.arange(1, length), (len(self.train), 1))
-        dealt = draw.permutation(places.reshape(-1)).reshape(places.shape)
+        positions = np.tile(np.arange(1, length), (len(self.train), 1))
+        permuted = draw.permutation(positions.reshape(-1)).reshape(positions.shape)
         gaps_train, gaps_test = (_gaps(len(part), length, draw) for part in (self.train, self.test))
-        gaps_dealt = draw.permutation(gaps_train.reshape(-1)).reshape(gaps_train.shape)
+        gaps_permuted = draw.permutation(gaps_train.reshape(-1)).reshape(gaps_train.shape)
         size = self.setting.batch_size
         with torch.no_grad():
             for at in range(0, len(self.train), size):
                 part = slice(at, at + size)
                 targets = {
-                    "r2": np.stack([places[part], dealt[part]], -1),
-                    "distance_r2": np.stack([gaps_train[part], gaps_dealt[part]], -1),
+                    "r2": np.stack([positions[part], permuted[part]], -1),
+                    "distance_r2": np.stack([gaps_train[part], gaps_permuted[part]], -1),
                 }
 
                 def fit(
@@ -94,8 +95,10 @@ class PositionDecoding(Probe):
                 ) -> None:
                     for stat, (x, kept) in _vectors(value, gaps).items():
                         y = torch.from_numpy(targets[stat]).double()
-                        decoder = decoders.setdefault((subject.name, tap, stat), Decoder())
-                        decoder.update(x[kept], y[kept])
+                        key = (subject.name, tap, stat)
+                        if key not in decoders:
+                            decoders[key] = Decoder(x.shape[-1])
+                        decoders[key].update(x[kept], y[kept])
 
                 for _ in finals(
                     subjects, on_device(subjects[0].layout, self.train[part]), wanted, fit
@@ -123,11 +126,11 @@ class PositionDecoding(Probe):
                     pass
         answers: dict[str, list[Measure]] = {subject.name: [] for subject in subjects}
         for (name, tap, stat), parts in scored.items():
-            explained, dealt_, total, n = np.concatenate(parts).T
-            address = {"layer": tap.layer, "site": tap.site}
+            explained, shuffled, total, n = np.concatenate(parts).T
+            address: dict[str, Any] = {"layer": tap.layer, "site": tap.site}
             answers[name] += [
                 Measure(stat, explained, total, int(n.sum()), **address),
-                Measure(f"{stat}_shuffled", dealt_, total, int(n.sum()), **address),
+                Measure(f"{stat}_shuffled", shuffled, total, int(n.sum()), **address),
             ]
         return answers
 
@@ -143,7 +146,7 @@ def _gaps(windows: int, length: int, draw: np.random.Generator) -> np.ndarray:
 
 
 def _vectors(value: Tensor, gaps: np.ndarray) -> dict[str, tuple[Tensor, Tensor]]:
-    """What each stat is read from: float64 `windows n d_model`, and bool `windows n`, whether it is looked at."""
+    """The vectors of each stat: float64 `windows n d_model`, and bool `windows n`, whether they count."""
     kept = _kept(value).cpu()
     x = value[:, 1:].double().cpu()
     found = {"r2": (x, kept)}
@@ -156,7 +159,7 @@ def _vectors(value: Tensor, gaps: np.ndarray) -> dict[str, tuple[Tensor, Tensor]
     return found
 
 
-def _wanted(subjects: Sequence[Subject]):
+def _wanted(subjects: Sequence[Subject]) -> Callable[[Subject], list[Tap]]:
     """The sites of a subject; those inside a block that was replaced as a whole are not there."""
     swapped = swapped_layers(subjects)
     last = subjects[0].layout.n_layers - 1
@@ -184,24 +187,25 @@ def _spread(layers: Sequence[int]) -> set[int]:
     return {layers[round(i)] for i in np.linspace(0, len(layers) - 1, SITES)}
 
 
-@dataclass
 class Decoder:
-    """Ridge regression of two targets at once, from sums: the true one, and the dealt one."""
+    """Ridge regression of two targets at once, from sums: the true one, and the permuted one.
 
-    n: int = 0
-    sum_x: Tensor | None = None
-    sum_xx: Tensor | None = None
-    sum_xy: Tensor | None = None
-    sum_y: Tensor = field(default_factory=lambda: torch.zeros(2, dtype=torch.float64))
-    weights: Tensor | None = None
+    Args:
+        d: length of a vector.
+    """
+
+    weights: Tensor
+    """Float64 `d 2`; from `solve`."""
+
+    def __init__(self, d: int) -> None:
+        self.n = 0
+        self.sum_x = torch.zeros(d, dtype=torch.float64)
+        self.sum_xx = torch.zeros(d, d, dtype=torch.float64)
+        self.sum_xy = torch.zeros(d, 2, dtype=torch.float64)
+        self.sum_y = torch.zeros(2, dtype=torch.float64)
 
     def update(self, x: Tensor, y: Tensor) -> None:
-        """Learn from float64 `rows d` and targets `rows 2`."""
-        if self.sum_x is None:
-            d = x.shape[1]
-            self.sum_x = torch.zeros(d, dtype=torch.float64)
-            self.sum_xx = torch.zeros(d, d, dtype=torch.float64)
-            self.sum_xy = torch.zeros(d, 2, dtype=torch.float64)
+        """Add float64 `rows d` and targets `rows 2`."""
         self.n += len(x)
         self.sum_x += x.sum(0)
         self.sum_xx += x.T @ x
@@ -209,10 +213,11 @@ class Decoder:
         self.sum_y += y.sum(0)
 
     def solve(self) -> None:
+        """Set the weights from the sums."""
         mean = self.sum_x / self.n
         cov = self.sum_xx / self.n - torch.outer(mean, mean)
         cross = self.sum_xy / self.n - torch.outer(mean, self.sum_y / self.n)
-        scale = cov.diagonal().clamp_min(1e-12).sqrt()
+        scale = cov.diagonal().clamp_min(TINY).sqrt()
         cov = cov / torch.outer(scale, scale) + RIDGE * torch.eye(len(scale), dtype=torch.float64)
         self.weights = torch.linalg.solve(cov, cross / scale[:, None]) / scale[:, None]
 
@@ -220,7 +225,7 @@ class Decoder:
         """Float64 `windows n d` against targets `windows n`, where `kept`.
 
         Returns:
-            Per window SST - SSE, the same of the decoder of dealt targets, SST, and rows: `windows 4`.
+            Per window SST - SSE, the same of the decoder of permuted targets, SST, and rows: `windows 4`.
         """
         middle = self.sum_y / self.n
         made = (x - self.sum_x / self.n) @ self.weights + middle

@@ -5,10 +5,10 @@ slowest (band 4). `norm_share` = share of a band in sum over pairs of mean |q_pa
 position 0 left out; `score_variance` = variance over the keys of a query of what the band adds to the scores (before
 softcap and softmax), mean over queries from 16 on and heads: what a band can decide, which norms do not say; band 0
 are channels that are not rotated. `bound`: the first distance m at which B(m) = sum_i cos(m theta_i) < 0: beyond it
-the base no longer lets a like key score above an unlike one. theta_i are read off the rotation that the layer really
+the base no longer lets a like key score above an unlike one. theta_i are those of the rotation that the layer actually
 gets, so a swap of the rotary embedding shows.
 Unit: share. Range: [0, 1]. Null: the teacher against itself reads exactly 0 in every `_minus_teacher`.
-Chance: 1/4 each: a layer of random weights has no band that it prefers.
+Chance: 1/4 each: a layer of random weights prefers no band.
 Source: Barbero et al., arXiv 2410.06205 (fast bands: position; slow ones: content); bound: Men et al., arXiv
 2405.14591; measured on SmolLM2-135M: .12 .17 .21 .50 in layer 12, bound 3616.
 """
@@ -22,16 +22,19 @@ import torch
 from torch import Tensor
 
 from mismatch.forward.hooks import on_device
-from mismatch.probes.attention import Seen, watch_all
+from mismatch.probes.attention import Observed, observe_all
 from mismatch.probes.base import Answers, Measure, Probe, Setting, Subject, swapped_layers
 from mismatch.runs.table import under
 
 BANDS = 4
 SKIP = 16
-"""First queries that are left out: the variance over a few keys says little."""
+"""First queries that are left out: they have too few keys for a variance."""
 
 FAR = 2**21
-"""Distances that are tried for the bound."""
+"""Largest distance that is tried for the bound."""
+
+AT_ONCE = 2**14
+"""Distances of one step of that search: a matter of memory."""
 
 
 class RopeBands(Probe):
@@ -40,10 +43,10 @@ class RopeBands(Probe):
     range = "[0, 1]"
     better = "none"
     chance = "1/4 each: no band is preferred"
-    tells = "whether a layer scores by position (fast bands) or by content (slow bands)"
+    shows = "whether a layer scores by position (fast bands) or by content (slow bands)"
     blind = (
         "whether the scores matter: measured over ten layers, the share of slow bands hardly predicts the "
-        "damage of taking RoPE away (Spearman -.43)"
+        "damage of removing RoPE (Spearman -.43)"
     )
     source = "arXiv 2410.06205; arXiv 2405.14591"
     needs = "text"
@@ -58,17 +61,17 @@ class RopeBands(Probe):
         bounds: dict[str, dict[int, float]] = {s.name: {} for s in subjects}
         known: dict[str, frozenset[int]] = {}
 
-        def visit(name: str, seen: Seen) -> None:
+        def visit(name: str, seen: Observed) -> None:
             if seen.angles is None:
                 return
-            parts[name].setdefault(seen.layer, []).append(_read(seen))
+            parts[name].setdefault(seen.layer, []).append(_read(seen, seen.angles))
             if seen.layer not in bounds[name]:
                 bounds[name][seen.layer] = bound(seen.angles)
 
         with torch.no_grad():
             for at in range(0, len(self.ids), self.setting.batch_size):
                 ids = on_device(subjects[0].layout, self.ids[at : at + self.setting.batch_size])
-                known = watch_all(subjects, ids, layers, visit)
+                known = observe_all(subjects, ids, layers, visit)
         teacher = subjects[0].name
         answers: dict[str, list[Measure]] = {}
         for subject in subjects:
@@ -101,18 +104,18 @@ def bound(angles: Tensor) -> float:
     Args:
         angles: radians from one position to the next, float64 `pairs`.
     """
-    for start in range(0, FAR, 2**14):
-        distance = torch.arange(start, start + 2**14, dtype=torch.float64)
+    for start in range(0, FAR, AT_ONCE):
+        distance = torch.arange(start, start + AT_ONCE, dtype=torch.float64)
         negative = (torch.cos(distance[:, None] * angles).sum(1) < 0).nonzero()
         if len(negative):
             return float(start + negative[0])
     return float("nan")
 
 
-def _read(seen: Seen) -> dict[str, np.ndarray]:
+def _read(seen: Observed, angles: Tensor) -> dict[str, np.ndarray]:
     """`norm_share` and `score_variance` of each band: `samples`."""
-    pairs = len(seen.angles)
-    order = seen.angles.abs().argsort(descending=True, stable=True)
+    pairs = len(angles)
+    order = angles.abs().argsort(descending=True, stable=True)
     q = _pair_norms(seen.q, pairs)
     k = seen.parts.per_query_head(_pair_norms(seen.k, pairs))
     strength = (q * k).mean(1)  # `batch pairs`
@@ -136,7 +139,7 @@ def _pair_norms(x: Tensor, pairs: int) -> Tensor:
     return torch.hypot(x[..., :pairs], x[..., pairs : 2 * pairs]).mean(2)
 
 
-def _variance(seen: Seen, channels: list[int]) -> np.ndarray:
+def _variance(seen: Observed, channels: list[int]) -> np.ndarray:
     scores = seen.scores(channels)
     allowed = seen.mask.expand_as(scores).float()
     count = allowed.sum(-1, keepdim=True).clamp_min(1)

@@ -22,8 +22,8 @@ from mismatch.metrics.sums.logits import kl_float64
 from mismatch.probes.base import Answers, Measure, Probe, Setting, Subject
 from mismatch.runs.table import under
 
-SHIFTS = (1, 256)
-LAST = 16
+SHIFTS = (1, 256)  # positions
+LAST = 16  # positions at the end that are compared
 
 
 class ShiftInvariance(Probe):
@@ -31,8 +31,8 @@ class ShiftInvariance(Probe):
     unit = "nats per token"
     range = "[0, inf)"
     better = "lower"
-    chance = "0: a model that knows no position cannot be moved by one"
-    tells = "absolute positions and wrong offsets: a cache that counts from 0, positions learned or added"
+    chance = "0: a model without position is not changed by a shift"
+    shows = "absolute positions and wrong offsets: a cache that counts from 0, positions learned or added"
     blind = (
         "lost position, by design: without RoPE it reads 0 too; segment borders, which follow the "
         "text and not the position ids"
@@ -71,7 +71,7 @@ class ShiftInvariance(Probe):
 def _ends(subject: Subject, ids: torch.Tensor, shift: int) -> torch.Tensor:
     """Log-probabilities at the last positions, `batch LAST vocab`. All of the model runs: its blocks in front of
     the swap see other positions too."""
-    places = torch.arange(shift, shift + ids.shape[1], device=ids.device).expand_as(ids)
+    positions = torch.arange(shift, shift + ids.shape[1], device=ids.device).expand_as(ids)
     layout = subject.layout
-    final = layout.decoder(input_ids=ids, position_ids=places, use_cache=False).last_hidden_state
+    final = layout.decoder(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state
     return log_probs(layout, final[:, -LAST:])

@@ -3,7 +3,7 @@
 Definition: text of T tokens, and the same with positions 1 .. T-1-w permuted; `kl` = KL(plain || shuffled) of the next
 token at the last 8 positions, by one and the same model, mean over windows, for w = 16, 48 and 96.
 Unit: nats per token. Range: [0, inf). Null: the teacher against itself reads exactly 0 in `kl_minus_teacher`.
-Chance: 0: a model that does not look that far, or takes what it sees there as a bag of words.
+Chance: 0: a model that does not read that far, or reads it as a bag of words.
 Source: Khandelwal et al., arXiv 1805.04623, section 4 (order matters only nearby); measured on SmolLM2-135M: 1.59,
 .61 and .28; without RoPE in all layers .05, in one layer hardly less.
 """
@@ -23,8 +23,9 @@ from mismatch.metrics.sums.logits import kl_float64
 from mismatch.probes.base import Answers, Measure, Probe, Setting, Subject
 from mismatch.runs.table import under
 
-NEAR = (16, 48, 96)
-LAST = 8
+NEAR = (16, 48, 96)  # last tokens that are not permuted
+LAST = 8  # positions at the end that are compared
+FEWEST = 4  # tokens in front of the last ones: position 0 and something to permute
 
 
 class ShuffleSensitivity(Probe):
@@ -33,9 +34,9 @@ class ShuffleSensitivity(Probe):
     range = "[0, inf)"
     better = "higher"
     chance = "0: far context is out of reach, or a bag of words"
-    tells = "how far back the order of words still reaches the prediction, in the whole model"
+    shows = "how far back the order of words still reaches the prediction, in the whole model"
     blind = (
-        "one layer among many: the others carry order too (order_sensitivity looks at one); a model "
+        "one layer among many: the others carry order too (order_sensitivity measures one); a model "
         "that lost its language reads anything"
     )
     source = "arXiv 1805.04623, section 4"
@@ -48,7 +49,7 @@ class ShuffleSensitivity(Probe):
         draw = setting.draw("shuffle_sensitivity")
         self.mixed: dict[int, np.ndarray] = {}
         for near in NEAR:
-            if length - near < 4:  # nothing to permute but position 0 and a token
+            if length - near < FEWEST:
                 continue
             mixed = self.ids.copy()
             for row in range(count):
@@ -56,8 +57,8 @@ class ShuffleSensitivity(Probe):
             self.mixed[near] = mixed
         if not self.mixed:
             raise UsageError(
-                f"shuffle_sensitivity needs windows of {NEAR[0] + 4} tokens or more, and they have {length}",
-                hint=f"take --seq-len {NEAR[0] + 4} or more",
+                f"shuffle_sensitivity needs windows of {NEAR[0] + FEWEST} tokens or more, and they have {length}",
+                hint=f"take --seq-len {NEAR[0] + FEWEST} or more",
             )
 
     def run(self, subjects: Sequence[Subject]) -> Answers:

@@ -71,7 +71,7 @@ def test_numbers_of_two_texts():
     said[0, 2, 9] = 3.0
     got = _compared(ours, theirs, said.log_softmax(-1), said.log_softmax(-1))
     assert got["agreed"].tolist() == [2, 6]
-    assert got["parted"].tolist() == [1, 0]
+    assert got["differs"].tolist() == [1, 0]
     assert got["same"].tolist() == [0.5, 1.0]
     assert got["rank_there"][0] == 2
     assert got["repeats"].tolist() == pytest.approx([0.0, 1 - 2 / 3])  # 1212, 2121, 1212

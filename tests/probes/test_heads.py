@@ -11,7 +11,7 @@ from asking import readings, setting, student, subjects
 from random_models import LAYERS, build
 
 from mismatch.mechanisms.parts.calling import hidden_in
-from mismatch.probes.attention import watch_all, watching
+from mismatch.probes.attention import observe_all, observing
 from mismatch.probes.base import Subject
 from mismatch.probes.heads import SKIP, Heads
 from mismatch.probes.rope_bands import RopeBands, bound
@@ -26,7 +26,7 @@ def test_weights_are_those_of_eager_attention(family):
     seen = {}
     with torch.no_grad():
         teacher = subjects(build(family), "layer1.attn:identity")[0]
-        watch_all(
+        observe_all(
             [teacher], batch(), range(LAYERS), lambda _, s: seen.update({s.layer: s.weights()})
         )
         wanted = model(input_ids=batch(), use_cache=False, output_attentions=True).attentions
@@ -49,7 +49,10 @@ def test_under_wrappers_the_weights_give_the_output(swap):
             lambda _m, args, kwargs: found.update(x=hidden_in(args, kwargs)), with_kwargs=True
         ),
     ]
-    with torch.no_grad(), watching(Subject.of(made), [1], lambda s: found.update(seen=s)) as layers:
+    with (
+        torch.no_grad(),
+        observing(Subject.of(made), [1], lambda s: found.update(seen=s)) as layers,
+    ):
         made.model(input_ids=batch(), use_cache=False)
         seen = found["seen"]
         _, _, v = seen.parts.qkv(found["x"])
@@ -113,7 +116,7 @@ def test_bands_add_up_to_the_scores(family):
     seen = {}
     with torch.no_grad():
         teacher = subjects(build(family), "layer1.attn:identity")[0]
-        watch_all([teacher], batch(), [1], lambda _, s: seen.update(one=s))
+        observe_all([teacher], batch(), [1], lambda _, s: seen.update(one=s))
     one = seen["one"]
     if one.angles is None:
         assert family == "gpt2"

@@ -117,7 +117,7 @@ def test_decoder_is_ridge_regression():
     x = draw.normal(size=(6, 20, 7)) * np.array([1, 2, 3, 1, 1, 5, 0.1]) + 0.3
     y = np.tile(np.arange(1, 20), (6, 1)).astype(float)
     dealt = draw.permutation(y.ravel()).reshape(y.shape)
-    decoder = Decoder()
+    decoder = Decoder(7)
     for part in (slice(0, 4), slice(4, 6)):
         rows = torch.from_numpy(x[part, 1:]).flatten(0, 1)
         targets = torch.from_numpy(np.stack([y[part], dealt[part]], -1)).flatten(0, 1)

@@ -22,7 +22,7 @@ from mismatch.registry import explain as catalog
 from mismatch.registry import probes
 from mismatch.runs.table import as_table, conditions
 
-FACTS = ("headline", "unit", "range", "better", "chance", "tells", "blind", "source", "needs")
+FACTS = ("headline", "unit", "range", "better", "chance", "shows", "blind", "source", "needs")
 
 
 def table(name, model, swap, controls=(), **changes):
