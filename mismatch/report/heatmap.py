@@ -17,11 +17,9 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocato
 
 from mismatch.errors import UsageError
 from mismatch.report import quantity as q
-from mismatch.report import style
+from mismatch.report import readout, style
+from mismatch.report.heatmap_cells import PANELS, readouts
 from mismatch.report.quantity import Quantity
-
-PANELS = ("rel_l2", "cka_minibatch", "norm_ratio")
-"""The metrics of the default figure, of those that the table has."""
 
 DECADES = (2, 3)
 """The colour scale spans at least and at most so many decades where the floor lies lower: a floor of
@@ -102,14 +100,16 @@ def heatmap(
                 hint="name one: heatmap(metric=...)",
             )
         quantity, cells = panels[0]
-        draw_panel(ax, cells, quantity, colour_norm([cells], quantity.signed))
+        norm = colour_norm([cells], quantity.signed)
+        draw_panel(ax, cells, quantity, norm, texts=readouts(table, cells, quantity, mode, stage))
         ax.set_xlabel("layer")
         return style.figure_of(ax)
     rows = panels[0][1]["row"].nunique()
     figure = style.new_figure(width, 0.95 + len(panels) * (0.46 + 0.165 * rows))
     axes = figure.subplots(len(panels), 1, squeeze=False)[:, 0]
     for axis, (quantity, cells) in zip(axes, panels, strict=True):
-        draw_panel(axis, cells, quantity, colour_norm([cells], quantity.signed))
+        norm = colour_norm([cells], quantity.signed)
+        draw_panel(axis, cells, quantity, norm, texts=readouts(table, cells, quantity, mode, stage))
     axes[-1].set_xlabel("layer")
     whose = "each student" if panels[0][1].attrs["rows"] == "student" else f"student {student}"
     style.frame(
@@ -171,19 +171,36 @@ def _panels(
 
 
 def draw_panel(
-    ax: Axes, cells: pd.DataFrame, quantity: Quantity, norm: Normalize, title: str | None = None
+    ax: Axes,
+    cells: pd.DataFrame,
+    quantity: Quantity,
+    norm: Normalize,
+    title: str | None = None,
+    texts: Sequence[str] = (),
 ) -> None:
-    """One panel, with its colour bar. `cells` holds one row of the picture per value of `row`."""
+    """One panel, with its colour bar.
+
+    Args:
+        ax: where.
+        cells: one row of the picture per value of `row`.
+        quantity: what they are.
+        norm: of `colour_norm`.
+        title: default: the metric and what it asks.
+        texts: what each cell reads out (`readouts`).
+    """
     rows = list(dict.fromkeys(cells["row"]))
     layers = cells["layer"].nunique()
     rgba = colours(cells, norm, quantity.signed).reshape(len(rows), layers, 4)
-    ax.pcolormesh(
+    mesh = ax.pcolormesh(
         np.arange(layers + 1) - 0.5,
         np.arange(len(rows) + 1) - 0.5,
         rgba,
         edgecolors="white",
         linewidth=0.4 if style.figure_of(ax).get_figwidth() / layers > 0.15 else 0.1,
     )
+    if texts:
+        at = style.figure_of(ax).axes.index(ax)
+        readout.read_out(mesh, f"cells-{at}-{quantity.metric}", texts)
     missing = (cells["kind"] == "missing").to_numpy().reshape(len(rows), layers)
     for row, layer in np.argwhere(missing):
         ax.add_patch(

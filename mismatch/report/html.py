@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from mismatch.report.figures import ReportFigure
+from mismatch.report.figures import Drawn, ReportFigure
 from mismatch.report.page import Html, document, join, picture, tag
 from mismatch.report.sections import Section, closing, state
 from mismatch.report.words import kind
@@ -15,7 +15,7 @@ def page(
     run: Run,
     figures: Sequence[ReportFigure],
     sections: Sequence[Section],
-    drawn: Mapping[str, bytes | str],
+    drawn: Mapping[str, Drawn],
 ) -> str:
     """The report as text.
 
@@ -23,7 +23,7 @@ def page(
         run: what it is about.
         figures: of its stage.
         sections: of its stage, in their order; the first one opens the page.
-        drawn: the svg of each figure by its name, or why there is none (`figures.draw_all`).
+        drawn: the figures by name (`figures.draw_all`).
     """
     placed = {
         item.name for part in sections for item in part.body if isinstance(item, ReportFigure)
@@ -40,17 +40,18 @@ def page(
     )
 
 
-def _section(part: Section, drawn: Mapping[str, bytes | str]) -> Html:
+def _section(part: Section, drawn: Mapping[str, Drawn]) -> Html:
     heading = [tag("h2", part.title)] if part.title else []
     return join([*heading, *_shown(part.body, drawn)])
 
 
-def _shown(body: Iterable[Html | ReportFigure], drawn: Mapping[str, bytes | str]) -> list[Html]:
+def _shown(body: Iterable[Html | ReportFigure], drawn: Mapping[str, Drawn]) -> list[Html]:
     return [_figure(x, drawn[x.name]) if isinstance(x, ReportFigure) else x for x in body]
 
 
-def _figure(figure: ReportFigure, drawn: bytes | str) -> Html:
-    if isinstance(drawn, str):
-        return join([tag("h3", figure.title), tag("p", f"Not drawn: {drawn}.")])
+def _figure(figure: ReportFigure, drawn: Drawn) -> Html:
+    heading = tag("h3", figure.title)
+    if not drawn.views:
+        return join([heading, tag("p", f"Not drawn: {drawn.missing}.")])
     caption = f"{figure.reading} Numbers, in the run folder: figures/{figure.name}.csv"
-    return join([tag("h3", figure.title), picture(drawn, figure.title, caption)])
+    return join([heading, picture(drawn.views, caption)])

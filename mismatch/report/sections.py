@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mismatch.report.figures import ReportFigure
-from mismatch.report.page import Html, grid, join, pairs, tag
+from mismatch.report.page import Cell, Html, grid, join, pairs, tag, whole
 from mismatch.report.words import count, kind, total
 from mismatch.runs.folder import Run
 
@@ -57,11 +57,11 @@ def _plan(run: Run) -> Html:
             c["path"],
             f"{c['old']} → {c['new']}",
             f"{c['mechanism']}({', '.join(f'{k}={v}' for k, v in c.get('args', {}).items())})",
-            *(count(total(c.get(k))) for k in ("inherited", "new_parameters", "dropped")),
+            *(_count(total(c.get(k))) for k in ("inherited", "new_parameters", "dropped")),
         )
         for c in clauses
     ]
-    heads = ("where", "module", "mechanism", "inherited", "new", "dropped")
+    heads = ("where", "module", "mechanism", "inherited", "new parameters", "dropped")
     notes = dict.fromkeys(note for c in clauses for note in c.get("notes", []))
     limits = dict.fromkeys(
         f"{c['mechanism']}: {c['identity']}" for c in clauses if c.get("identity")
@@ -77,14 +77,20 @@ def _plan(run: Run) -> Html:
     )
 
 
+def _count(n: int) -> Cell:
+    return Cell(count(n), n)
+
+
 def _tensors(clause: dict[str, Any]) -> Html:
     kinds = ("inherited", "new_parameters", "dropped")
     rows = [
-        (kind.replace("_parameters", ""), name, f"{int(size):,}")
+        (kind.replace("_parameters", ""), name, whole(int(size)))
         for kind in kinds
         for name, size in (clause.get(kind) or {}).items()
     ]
-    return join([tag("h3", clause["path"]), grid(("", "tensor", "numbers"), rows, numbers=(2,))])
+    return join(
+        [tag("h3", clause["path"]), grid(("kind", "tensor", "parameters"), rows, numbers=(2,))]
+    )
 
 
 def state(run: Run) -> Html:
@@ -109,15 +115,22 @@ def _glossary(run: Run) -> Html:
     if not metrics:
         return tag("p", "The run has no metrics.json.")
     rows = [
-        (tag("code", name), facts.get("summary", ""), facts.get("blind", "not said"))
+        (tag("code", name), facts.get("summary", ""), facts.get("blind", "not stated"))
         for name, facts in metrics.items()
     ]
     cards = [
-        join([tag("h3", name), tag("pre", facts.get("text", ""))])
+        join([tag("h3", name), *_paragraphs(facts.get("text", ""))])
         for name, facts in metrics.items()
     ]
-    whole = tag("details", tag("summary", "definitions, units, sources"), *cards)
-    return join([grid(("metric", "what it asks", "what it cannot see"), rows), whole])
+    more = tag("details", tag("summary", "definitions, units, sources"), *cards)
+    asked = grid(("metric", "what it asks", "what it cannot see"), rows)
+    return join([tag("div", asked, class_="words"), more])
+
+
+def _paragraphs(text: str) -> list[Html]:
+    """The text of a card; only lists and formulas, which are set in, keep their lines."""
+    parts = [part for part in text.split("\n\n") if part.strip()]
+    return [tag("p", part, class_="lines" if "\n " in part else None) for part in parts]
 
 
 def _again(run: Run) -> Html:
@@ -133,5 +146,5 @@ def _again(run: Run) -> Html:
 
 
 def _environment(run: Run) -> Html:
-    left_out = ("command", "model", "swap", "run_id")
-    return pairs({k: v for k, v in run.manifest.items() if k not in left_out and v is not None})
+    left_out = ("command", "model", "swap", "run_id", "kind", "status")
+    return pairs({k: v for k, v in run.manifest.items() if k not in left_out})

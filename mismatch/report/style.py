@@ -214,21 +214,25 @@ def label_ends(ax: Axes, ends: Sequence[tuple[float, float, str, str]]) -> None:
 
 
 @styled
-def to_bytes(figure: Figure, kind: str) -> bytes:
-    """The figure as svg or png, without a date, so that the same figure gives the same bytes."""
+def to_bytes(figure: Figure, kind: str, *, as_text: bool = False) -> bytes:
+    """The figure as svg or png, without a date, so that the same figure gives the same bytes.
+
+    Args:
+        figure: what to write.
+        kind: svg or png.
+        as_text: letters of an svg are text in the reader's font, which can be searched, and not outlines.
+    """
     sink = io.BytesIO()
     metadata = {"Date": None, "Creator": "mismatch"} if kind == "svg" else {"Software": "mismatch"}
-    figure.savefig(sink, format=kind, metadata=metadata)
+    with mpl.rc_context({"svg.fonttype": "none" if as_text else "path"}):
+        figure.savefig(sink, format=kind, metadata=metadata)
     return sink.getvalue()
 
 
 def save(
     figure: Figure, folder: Path | str, name: str, data: pd.DataFrame, made: dict[str, Any]
-) -> bytes:
+) -> None:
     """Write a figure as name.png, .svg, .csv (the data in it) and .json (how it was made).
-
-    Returns:
-        The svg, to put it into a page.
 
     Raises:
         RunError: a file cannot be written.
@@ -242,7 +246,6 @@ def save(
     for kind, content in contents.items():
         path = Path(folder) / f"{name}.{kind}"
         write_atomic(path, partial(_put, content))
-    return contents["svg"]
 
 
 def _put(content: bytes, file: IO[bytes]) -> None:

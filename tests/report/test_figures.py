@@ -164,7 +164,7 @@ def test_the_profile_draws_the_numbers_of_the_table(table):
         for student in ("swap", "zero", "mean"):
             mine = data[(data["student"] == student) & (data["metric"] == metric)]
             mine = mine[mine["value"] != 0]
-            drawn = line(axis, f"line-{student}")
+            drawn = line(axis, f"line-{student}-{metric}")
             np.testing.assert_array_equal(drawn.get_xdata(), mine["layer"].astype(float))
             np.testing.assert_array_equal(drawn.get_ydata(), mine["value"])
             first = row(table, student=student, metric=metric, site="resid_post", layer=12)
@@ -264,8 +264,7 @@ def test_a_figure_is_saved_with_its_numbers_and_the_same_bytes(table, tmp_path):
     for folder in (tmp_path / "a", tmp_path / "b"):
         figure = heatmap.heatmap(table, "rel_l2", **D)
         data = heatmap.heatmap_data(table, "rel_l2", **D)
-        svg = style.save(figure, folder, "map", data, {"by": "test"})
-        assert svg == (folder / "map.svg").read_bytes()
+        style.save(figure, folder, "map", data, {"by": "test"})
         contents.append({p.suffix: p.read_bytes() for p in folder.iterdir()})
     assert contents[0] == contents[1]
     assert contents[0].keys() == {".png", ".svg", ".csv", ".json"}

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
 import re
 from html.parser import HTMLParser
 
+import pandas as pd
 import pytest
 import synthetic as s
 
@@ -45,13 +47,14 @@ class Reader(HTMLParser):
 
     def __init__(self, text):
         super().__init__()
-        self.tags, self.addresses, self.words, self.open = [], [], [], []
+        self.tags, self.addresses, self.words, self.open, self.ids = [], [], [], [], []
         self.feed(text)
         assert not self.open
 
     def handle_starttag(self, name, attributes):
         self.tags.append(name)
         self.addresses += [v for k, v in attributes if k in ("src", "href", "srcset", "action")]
+        self.ids += [v for k, v in attributes if k == "id"]
         if name not in ("meta", "img"):
             self.open.append(name)
 
@@ -64,12 +67,28 @@ class Reader(HTMLParser):
 
 def test_the_report_is_one_file_that_loads_nothing(text):
     page = Reader(text)
-    assert len(page.addresses) == page.tags.count("img") == 4
-    assert all(a.startswith("data:image/svg+xml;base64,") for a in page.addresses)
-    assert "link" not in page.tags
-    assert "script" not in page.tags
-    assert not re.search(r"url\(|@import", text)
+    assert page.tags.count("svg") == 4 + 2  # and two views of the heatmap
+    inside = {a for a in page.addresses if a.startswith("#")}
+    assert all(a.startswith("data:image/png;base64,") for a in set(page.addresses) - inside)
+    assert not {"link", "img", "iframe", "object"} & set(page.tags)
+    assert not re.search(r"url\([^#]|@import", text)
     assert "default-src 'none'" in text
+
+
+def test_ids_are_used_once_and_what_is_referred_to_is_there(text):
+    page = Reader(text)
+    assert len(page.ids) == len(set(page.ids))
+    wanted = {a[1:] for a in page.addresses if a.startswith("#")}
+    wanted |= set(re.findall(r"url\(#([^)]+)\)", text))
+    assert wanted <= set(page.ids)
+
+
+def test_the_page_runs_its_own_script_and_no_other(text):
+    (script,) = re.findall("<script>(.*?)</script>", text, re.DOTALL)
+    known = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    (policy,) = re.findall('Content-Security-Policy" content="([^"]*)"', text)
+    assert f"script-src 'sha256-{known}'" in policy
+    assert not re.search(r"\son\w+=", text)
 
 
 def test_the_verdict_comes_first_and_all_parts_are_there(text):
@@ -93,10 +112,10 @@ def test_text_from_outside_is_escaped(tmp_path):
         tmp_path / "evil", table, EVIL, findings=[finding], documents={EVIL: EVIL}, error=[EVIL]
     )
     page = Reader(write_html(path).read_text())
-    assert "script" not in page.tags
+    assert page.tags.count("script") == 1
     assert sum(EVIL in words for words in page.words) >= 7
     together = Reader(compare([path, path], tmp_path / "c.html").read_text())
-    assert "script" not in together.tags
+    assert together.tags.count("script") == 1
 
 
 def test_attributes_are_escaped():
@@ -126,8 +145,9 @@ def test_the_figures_of_a_run_are_written_with_their_numbers(run_dir, text):
     plates = ("output_shift", "shift_heatmap", "depth_profile", "position")
     assert names == {f"{p}.{kind}" for p in plates for kind in ("png", "svg", "csv", "json")}
     for plate in plates:
-        svg = (run_dir / "figures" / f"{plate}.svg").read_bytes()
-        assert base64.b64encode(svg).decode() in text
+        assert (run_dir / "figures" / f"{plate}.svg").read_bytes().startswith(b"<?xml")
+    cells = pd.read_csv(run_dir / "figures" / "shift_heatmap.csv")
+    assert set(cells["metric"]) == {"rel_l2", "cka_minibatch", "norm_ratio", "frechet", "lens_kl"}
     made = json.loads((run_dir / "figures" / "position.json").read_text())
     assert made["by"] == "mismatch.stages.trace.report.position_figure.by_position"
     assert made["run_id"] in text
@@ -137,13 +157,15 @@ def test_the_verdict_follows_the_interval_of_the_difference():
     table = s.synthetic(layers=4, swapped=(1,))
     assert verdict(table) == (
         "The swap moves the output by 0.0612 [0.0575, 0.0649] nats per token: "
-        "worse than deleting the part (0.0537) and replacing it by its mean (0.0475)."
+        "worse than deleting the module (0.0537) and replacing it by its mean (0.0475)."
     )
     at = table["stat"] == "mean_minus_zero"
     table.loc[at, ["lo", "hi"]] = [-0.001, 0.01]
-    assert "not told apart from deleting the part (0.0537), worse than replacing" in verdict(table)
+    assert "not told apart from deleting the module (0.0537), worse than replacing" in verdict(
+        table
+    )
     table.loc[at, ["lo", "hi"]] = [-0.02, -0.01]
-    assert "better than deleting the part (0.0537)" in verdict(table)
+    assert "better than deleting the module (0.0537)" in verdict(table)
 
 
 def test_the_verdict_of_no_shift():
@@ -194,7 +216,7 @@ def test_the_plan_of_a_final_norm_has_no_layer():
 def test_runs_are_compared_on_one_page(tmp_path, run_dir):
     other = make(tmp_path / "two", s.synthetic(layers=4, swapped=(2,)), swap="layer5:zero")
     page = Reader(compare([run_dir, other], tmp_path / "c.html").read_text())
-    assert page.tags.count("img") == 3
+    assert page.tags.count("svg") == 5 + 2  # five metrics, the profile, the positions
     words = " ".join(page.words)
     assert "layer12:infini(segment=256)" in words
     assert "layer5:zero" in words

@@ -1,8 +1,8 @@
-"""A diagnosis in a picture and in words: the share of the damage that each correction returns, by cause."""
+"""A diagnosis in a picture: the share of the damage that each correction recovers, by cause."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import pandas as pd
@@ -10,9 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from mismatch.errors import UsageError
-from mismatch.report import style
-from mismatch.report.words import columns
-from mismatch.stages.repair.report.forecast_words import forecast_lines
+from mismatch.report import readout, style
 
 CAUSES = {
     "distribution": "distribution mismatch",
@@ -30,7 +28,7 @@ COLOURS = {
 PANELS = {
     "cause": "share of each cause",
     **CAUSES,
-    "part": "one part, or one place",
+    "part": "one head, branch or token",
 }
 ORACLES = ("rope", "size", "first", "massive")
 """Corrections that take values from the teacher while they run: no repair has them."""
@@ -102,18 +100,20 @@ def diagnosis_figure(
     axes = figure.subplots(
         len(panels), 1, sharex=True, squeeze=False, height_ratios=[n + 0.4 for n in counts]
     )[:, 0]
+    kls = {"swap": plan["diagnosis"]["damage"], **plan["diagnosis"]["controls"]}
+    beside = {f"KL of {name}": style.interval(*_ends(kl)) for name, kl in kls.items()}
     left = max(LEFT, min(-0.05, float(data[["share", "lo"]].min().min()) - 0.05))
     for ax, name in zip(axes, panels, strict=True):
-        _bars(ax, data[data["panel"] == name], left)
+        _bars(ax, data[data["panel"] == name], left, beside)
         ax.set_title(PANELS[name], fontweight="bold", pad=3)
-    axes[-1].set_xlabel("share of the output KL that is returned, %")
+    axes[-1].set_xlabel("share of the output KL that is recovered, %")
     found = plan["diagnosis"]
     skipped = found["not_applicable"]
     style.frame(
         figure,
-        f"{found['swap']}: what returns its damage of {style.number(found['damage']['value'])} nats per token "
-        "(student: swap)",
-        "Each bar: one thing corrected in what the swapped part adds, fitted on other text. Whiskers: 95 % over "
+        f"{found['swap']}: how much of its damage, {style.number(found['damage']['value'])} nats per token, each "
+        "correction recovers",
+        "Each bar: one thing corrected in what the swapped module adds, fitted on other text. Whiskers: 95 % over "
         "documents. Bold: the leading one. Corrections overlap, so rows do not add up; the shares of the causes and "
         "the unexplained rest do. Left of 0: worse than before. Hollow: takes values from the teacher."
         + (f" Not applicable: {'; '.join(skipped)}." if skipped else "")
@@ -122,12 +122,23 @@ def diagnosis_figure(
     return figure
 
 
-def _bars(ax: Axes, data: pd.DataFrame, left: float) -> None:
+def _text(row: Any, beside: Mapping[str, str]) -> str:
+    """What a bar reads out: the share recovered, the KL left, and the KL of the swap and its controls."""
+    band = "" if pd.isna(row.lo) else f" [{percent(row.lo)}, {percent(row.hi)}]"
+    said = {
+        "recovered": f"{percent(row.share)} %{band}" + (", no effect" if row.does_nothing else ""),
+        "KL left, nats per token": "" if pd.isna(row.kl) else style.number(row.kl),
+    }
+    return readout.lines(row.says, {**said, **beside})
+
+
+def _bars(ax: Axes, data: pd.DataFrame, left: float, beside: Mapping[str, str]) -> None:
     for at, row in enumerate(data.itertuples()):
         colour = COLOURS[row.colour]
         shown = max(row.share, left)
         fill = "white" if row.name in ORACLES or row.panel == "part" else colour
-        ax.barh(at, shown, height=0.66, facecolor=fill, edgecolor=colour, linewidth=1.0)
+        bars = ax.barh(at, shown, height=0.66, facecolor=fill, edgecolor=colour, linewidth=1.0)
+        readout.read_out(bars.patches[0], f"bar-{row.panel}-{at}", [_text(row, beside)])
         if pd.notna(row.lo) and row.hi > left:
             ax.plot(
                 [max(row.lo, left), row.hi],
@@ -160,52 +171,10 @@ def _bars(ax: Axes, data: pd.DataFrame, left: float) -> None:
     ax.tick_params(axis="y", length=0)
 
 
-def diagnosis_summary(plan: Mapping[str, Any], findings: Sequence[Mapping[str, Any]]) -> str:
-    """The end of `mismatch diagnose` in a terminal, below the verdict; readable without colour.
-
-    Args:
-        plan: the run's plan.json.
-        findings: as in findings.json.
-    """
-    found = plan["diagnosis"]
-    parts = [f"warning: {text}" for text in plan.get("warnings", ())]
-    if found["returned"]:
-        data = diagnosis_data(plan=plan)
-        for panel, title in PANELS.items():
-            rows = data[data["panel"] == panel]
-            if rows.empty:
-                continue
-            lines = [[_name(row), *_cells(row)] for row in rows.itertuples()]
-            parts += [f"{title}, % of the KL", columns(lines), ""]
-        parts += [f"not applicable  {text}" for text in found["not_applicable"]]
-    if "forecast" in plan:
-        parts += [
-            "a repair, as forecast",
-            *(f"  {line}" for line in forecast_lines(plan["forecast"])),
-            "",
-        ]
-    for finding in findings:
-        parts += [
-            f"  {finding['severity'].upper():<6} {finding['title']}",
-            f"         {finding['text']}",
-        ]
-        if finding.get("next"):
-            parts.append(f"         -> {finding['next']}")
-    return "\n".join(parts)
+def _ends(number: Mapping[str, float]) -> tuple[float, float, float]:
+    return number["value"], number["lo"], number["hi"]
 
 
 def percent(share: float) -> str:
     """A share in whole percent, without a negative zero."""
     return f"{round(100 * share) + 0.0:.0f}"
-
-
-def _name(row: Any) -> str:
-    return f"{row.says}{' *' if row.leading else ''}"
-
-
-def _cells(row: Any) -> list[str]:
-    if row.does_nothing:
-        return ["0", "no effect", ""]
-    band = "-" if pd.isna(row.lo) else f"[{percent(row.lo)}, {percent(row.hi)}]"
-    kl = "" if pd.isna(row.kl) else f"KL {style.number(row.kl)}"
-    return [percent(row.share), band, kl]

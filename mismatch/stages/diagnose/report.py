@@ -1,16 +1,29 @@
-"""The report of a diagnosis: the verdict, the share of the damage by cause, findings."""
+"""The report of a diagnosis: the verdict, the share of the damage by cause, findings, every correction."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
+import pandas as pd
+
+from mismatch.report import style
 from mismatch.report.figures import ReportFigure
+from mismatch.report.page import Cell, Html, grid, join, reading, tag
 from mismatch.report.sections import Section, findings, replaced, verdict
 from mismatch.runs.folder import Run
-from mismatch.stages.diagnose.figure import diagnosis_data, diagnosis_figure
+from mismatch.stages.diagnose.figure import (
+    PANELS,
+    diagnosis_data,
+    diagnosis_figure,
+    percent,
+)
+from mismatch.stages.repair.report.forecast_words import forecast_lines
 
 FIGURES = (
     ReportFigure(
         "diagnosis",
-        "Which correction returns the damage",
+        "Which correction recovers the damage",
         diagnosis_figure,
         diagnosis_data,
         "Top: the three causes and the rest add up to 100. Below, one thing corrected at a time, from simple to rich: "
@@ -27,10 +40,62 @@ def figures(run: Run) -> tuple[ReportFigure, ...]:
 
 
 def sections(run: Run) -> list[Section]:
-    """The verdict, the figure, findings, what was replaced."""
+    """The verdict, the damage, the figure, findings, every correction, the forecast, what was replaced."""
+    found = run.plan["diagnosis"]
+    forecast = (
+        tuple(tag("p", line) for line in forecast_lines(run.plan["forecast"]))
+        if "forecast" in run.plan
+        else ()
+    )
     return [
         verdict(run.plan.get("verdict", "")),
-        Section("", FIGURES),
+        Section("", (damage(found), *FIGURES)),
         findings(run),
+        *([Section("Every correction", (corrections(run.plan),))] if found["returned"] else []),
+        *([Section("A repair, as forecast", forecast)] if forecast else []),
         replaced(run),
     ]
+
+
+def damage(found: Mapping[str, Any]) -> Html:
+    """The output KL of the swap and of the controls in the same slots."""
+    rows = [
+        (name, reading(kl["value"], kl["lo"], kl["hi"]))
+        for name, kl in {"swap": found["damage"], **found["controls"]}.items()
+    ]
+    return grid(
+        ("student", "output KL, nats per token, 95 % interval"), rows, numbers=(1,), marked=(0,)
+    )
+
+
+def corrections(plan: Mapping[str, Any]) -> Html:
+    """A row for each correction: its cause, the share of the KL that it recovers, the KL left."""
+    data = diagnosis_data(plan=plan)
+    data = data[data["panel"] != "cause"]
+    rows = [
+        (
+            row.says,
+            PANELS[row.panel],
+            Cell(percent(row.share), row.share),
+            "no effect" if row.does_nothing else "-" if pd.isna(row.lo) else f"[{percent(row.lo)}, {percent(row.hi)}]",
+            Cell(style.number(row.kl), row.kl),
+        )
+        for row in data.itertuples()
+    ]  # fmt: skip
+    words = (
+        "One thing corrected at a time, fitted on the calibration text and measured on the evaluation text. In colour: "
+        "the leading one."
+    )
+    skipped = [
+        tag("p", f"Not applicable: {text}", class_="faint")
+        for text in plan["diagnosis"]["not_applicable"]
+    ]
+    heads = (
+        "correction",
+        "cause",
+        "recovered, %",
+        "95 % interval",
+        "KL left, nats per token",
+    )
+    marked = [at for at, leading in enumerate(data["leading"]) if leading]
+    return join([tag("p", words), grid(heads, rows, numbers=(2, 3, 4), marked=marked), *skipped])

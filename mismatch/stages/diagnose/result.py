@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from mismatch.runs.folder import Run
-from mismatch.stages.diagnose.figure import diagnosis_data, diagnosis_figure, diagnosis_summary
+from mismatch.stages.diagnose.figure import diagnosis_data, diagnosis_figure
 from mismatch.stages.diagnose.numbers import Found
 from mismatch.stages.diagnose.verdict import headline
+from mismatch.stages.diagnose.words import diagnosis_summary
 from mismatch.stages.trace.findings import Finding
 
 if TYPE_CHECKING:

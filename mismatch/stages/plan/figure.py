@@ -1,4 +1,4 @@
-"""A plan in a picture and in words: its layers one at a time, added up, together, and the control in their place."""
+"""A plan in a picture: its layers one at a time, added up, together, and the control in the same layers."""
 
 from __future__ import annotations
 
@@ -12,9 +12,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from mismatch.errors import UsageError
-from mismatch.report import style
-from mismatch.stages.scan.atlas import PANELS, Panel
-from mismatch.stages.scan.words import can_do, teacher_words
+from mismatch.report import readout, style
+from mismatch.stages.scan.damage import PANELS, Panel
 
 KINDS = ("part", "sum", "together", "control")
 _COLOURS = {"part": style.FAINT, "sum": "#0072b2", "together": "#d55e00", "control": "#009e73"}
@@ -105,11 +104,20 @@ def plan_figure(
 def _dots(ax: Axes, data: pd.DataFrame, panel: Panel) -> None:
     one = data.loc[data["kind"] == "part", "name"].nunique() == 1
     names = [_label(row, one) for row in data.itertuples()]
+    numbers = [style.interval(row.value, row.lo, row.hi) for row in data.itertuples()]
+    whole = {
+        name: text
+        for name, text, kind in zip(names, numbers, data["kind"], strict=True)
+        if kind != "part"
+    }
     for at, row in enumerate(data.itertuples()):
         colour = _COLOURS[row.kind]
         if pd.notna(row.lo):
             ax.plot([row.lo, row.hi], [at, at], color=colour, lw=1.2, solid_capstyle="butt")
-        ax.plot(row.value, at, marker=_MARKS[row.kind], ms=4, color=colour, ls="")
+        (dot,) = ax.plot(row.value, at, marker=_MARKS[row.kind], ms=4, color=colour, ls="")
+        others = {name: text for name, text in whole.items() if name != names[at]}
+        text = readout.lines(names[at], {panel.unit: numbers[at], **others})
+        readout.read_out(dot, f"dot-{panel.task}-{at}", [text])
     values = data["value"][np.isfinite(data["value"])]
     if not panel.signed and len(values) and values.min() > 0 and values.max() > 20 * values.min():
         ax.set_xscale("log")
@@ -131,72 +139,3 @@ def _label(row: Any, one_mechanism: bool) -> str:
         named = not one_mechanism and len(row.name) < 22
         return f"layer {row.layer} {row.name}" if named else f"layer {row.layer}"
     return {"sum": "sum of these", "together": "together"}.get(row.kind, f"{row.name}, together")
-
-
-def plan_summary(table: pd.DataFrame, plan: Mapping[str, Any], model: str = "MODEL") -> str:
-    """The end of `mismatch plan` in a terminal; readable without colour.
-
-    Args:
-        table: the long table of a plan.
-        plan: the run's plan.json.
-        model: for the next command.
-    """
-    data = plan_data(table)
-    chosen = sum(len(layers) for layers in plan.get("choice", {}).values())
-    parts = [f"warning: {note}" for note in plan.get("notes", ())]
-    parts.append(f"{plan['swap']}   ({chosen} of {plan['n_layers']} layers, {plan['method']})")
-    parts += _steps(plan)
-    for panel in PANELS:
-        here = data[data["task"] == panel.task]
-        if here.empty:
-            continue
-        parts += ["", f"{panel.title}, {panel.unit}{teacher_words(table, panel)}"]
-        if not can_do(table, panel.task, plan):
-            parts.append("  the original itself cannot do this: nothing follows from these numbers")
-        parts += _judged(table, panel, here)
-    parts += ["", f'next: mismatch trace --model {model} --swap "{plan["swap"]}"']
-    return "\n".join(parts)
-
-
-def _steps(plan: Mapping[str, Any]) -> list[str]:
-    lines = []
-    for at, step in enumerate(plan.get("steps", ()), 1):
-        lines.append(
-            f"  step {at}: layer {step['layer']} {step['mechanism']}; all so far "
-            f"{style.interval(step['kl'], step['lo'], step['hi'])}"
-        )
-    said = plan.get("predicted_by_scan")
-    if said:
-        lines.append(f"  the scan that chose them said {style.number(said['kl'])} in sum")
-    return lines
-
-
-def _judged(table: pd.DataFrame, panel: Panel, here: pd.DataFrame) -> list[str]:
-    one = {row.kind: row for row in here.itertuples() if row.kind in ("sum", "together")}
-    lines = []
-    for kind, words in (
-        ("sum", "predicted, one at a time added up"),
-        ("together", "measured, together"),
-    ):
-        row = one[kind]
-        lines.append(f"  {words:<34}{style.interval(row.value, row.lo, row.hi)}")
-    stat = "lost_minus_sum" if panel.signed else "mean_minus_sum"
-    rest = table[(table["metric"] == panel.metric) & (table["stat"] == stat)].iloc[0]
-    lines.append(
-        f"  {'measured - predicted':<34}{style.interval(rest['value'], rest['lo'], rest['hi'])}"
-        f"   {_verdict(rest, one['sum'].value, one['together'].value)}"
-    )
-    for row in here[here["kind"] == "control"].itertuples():
-        lines.append(
-            f"  {row.name + ' in the same places':<34}{style.interval(row.value, row.lo, row.hi)}"
-        )
-    return lines
-
-
-def _verdict(rest: pd.Series, apart: float, together: float) -> str:
-    if pd.isna(rest["lo"]):
-        return ""
-    if rest["lo"] <= 0 <= rest["hi"]:
-        return "costs add up, as far as this shows"
-    times = f" ({style.number(together / apart)} times)" if apart > 0 and together > 0 else ""
-    return ("more" if rest["lo"] > 0 else "less") + f" than the sum of its parts{times}"

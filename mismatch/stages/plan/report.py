@@ -1,12 +1,20 @@
-"""The report of a plan: the chosen layers alone, added up, together, and the control in their place."""
+"""The report of a plan: what was chosen, what it costs together, and what it was chosen by."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
+import pandas as pd
+
+from mismatch.report import style
 from mismatch.report.figures import ReportFigure
-from mismatch.report.page import tag
-from mismatch.report.sections import Section
+from mismatch.report.page import Html, grid, join, reading, tag
+from mismatch.report.sections import Section, verdict
 from mismatch.runs.folder import Run
-from mismatch.stages.plan.figure import plan_data, plan_figure, plan_summary
+from mismatch.stages.plan.figure import plan_data, plan_figure
+from mismatch.stages.plan.words import next_command, outcomes
+from mismatch.stages.scan.words import can_do, teacher_words
 
 FIGURES = (
     ReportFigure(
@@ -15,7 +23,7 @@ FIGURES = (
         plan_figure,
         plan_data,
         "Grey: each chosen layer replaced alone. Blue: these added up, which is what the choice was made by. Orange: "
-        "all of them replaced together. Green: the control in the same places. Orange to the right of blue is damage "
+        "all of them replaced together. Green: the control in the same layers. Orange to the right of blue is damage "
         "that no scan of single layers shows; orange to the right of green is no better than deleting.",
     ),
 )
@@ -27,6 +35,85 @@ def figures(run: Run) -> tuple[ReportFigure, ...]:
 
 
 def sections(run: Run) -> list[Section]:
-    """What was chosen and what it costs, then the figure."""
+    """The verdict, what the choice costs, the figure, what it was chosen by, the next command."""
+    notes = tuple(tag("p", note, class_="warning") for note in run.plan.get("notes", ()))
     model = str(run.manifest.get("model", "MODEL"))
-    return [Section("", (tag("pre", plan_summary(run.table, run.plan, model)), *FIGURES))]
+    return [
+        verdict(_verdict(run.table, run.plan)),
+        Section("", (*notes, costs(run.table, run.plan), *FIGURES)),
+        Section("What the layers were chosen by", (chosen_by(run.plan),)),
+        Section("Next", (tag("pre", next_command(run.plan, model)),)),
+    ]
+
+
+def _verdict(table: pd.DataFrame, plan: Mapping[str, Any]) -> str:
+    first = outcomes(table)[0]
+    chosen = sum(len(layers) for layers in plan.get("choice", {}).values())
+    text = (
+        f"{plan['swap']}: {chosen} of {plan['n_layers']} layers together cost "
+        f"{style.interval(*first.together)} {first.panel.unit}"
+    )
+    beside = [
+        f"{name} there costs {style.number(band[0])}" for name, band in first.controls.items()
+    ]
+    return "; ".join([text, *([first.verdict] if first.verdict else []), *beside]) + "."
+
+
+def costs(table: pd.DataFrame, plan: Mapping[str, Any]) -> Html:
+    """A row for each task: predicted, measured, the difference, the controls; larger is worse."""
+    found = outcomes(table)
+    controls = list(dict.fromkeys(name for one in found for name in one.controls))
+    rows = [
+        (
+            f"{one.panel.title}, {one.panel.unit}",
+            reading(*one.added),
+            reading(*one.together),
+            reading(*one.rest),
+            *(reading(*one.controls[c]) if c in one.controls else "" for c in controls),
+            one.verdict,
+        )
+        for one in found
+    ]
+    unable = [
+        tag("p", f"{one.panel.title}{teacher_words(table, one.panel)}: the teacher itself cannot do this, and nothing "
+            "follows from these numbers.", class_="warning")
+        for one in found
+        if not can_do(table, one.panel.task, plan)
+    ]  # fmt: skip
+    heads = (
+        *("task", "predicted: one at a time, added up", "measured: together"),
+        *("measured − predicted", *(f"{name} in the same layers" for name in controls), "so"),
+    )
+    return join([grid(heads, rows, numbers=range(1, len(heads) - 1)), *unable])
+
+
+def chosen_by(plan: Mapping[str, Any]) -> Html:
+    """The steps of a greedy choice, or the scores that the best choice was computed from."""
+    method = f"Method: {plan['method']}. Cost on the selection text, which is not the text of the numbers above."
+    if plan.get("steps"):
+        steps = [
+            (at, step["layer"], step["mechanism"], reading(step["kl"], step["lo"], step["hi"]))
+            for at, step in enumerate(plan["steps"], 1)
+        ]
+        titles = ("step", "layer", "mechanism", "KL of all so far, nats per token")
+        return join([tag("p", method), grid(titles, steps, numbers=(0, 1, 3))])
+    choice = plan.get("choice", {})
+    rows, marked = [], []
+    for at, score in enumerate(plan.get("scores", ())):
+        mine = score["layer"] in choice.get(score["mechanism"], ())
+        marked += [at] if mine else []
+        lost = score.get("lost")
+        rows.append(
+            (
+                *(score["layer"], score["mechanism"], reading(score["kl"])),
+                "not measured" if lost is None else reading(lost),
+                "chosen" if mine else "",
+            )
+        )
+    if not rows:
+        return tag("p", method)
+    heads = (
+        *("layer", "mechanism", "KL alone, nats per token"),
+        *("retrieval lost alone, nats per key", "choice"),
+    )
+    return join([tag("p", method), grid(heads, rows, numbers=(0, 2, 3), marked=marked)])

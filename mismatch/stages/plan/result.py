@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from mismatch.runs.folder import Run
-from mismatch.stages.plan.figure import plan_data, plan_figure, plan_summary
+from mismatch.stages.plan.figure import plan_data, plan_figure
+from mismatch.stages.plan.words import plan_summary
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

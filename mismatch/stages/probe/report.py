@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-from mismatch.report import style
 from mismatch.report.figures import ReportFigure
-from mismatch.report.page import Html, grid
+from mismatch.report.page import Html, grid, reading
 from mismatch.report.sections import Section, replaced
 from mismatch.runs.folder import Run
-from mismatch.stages.probe.words import (
-    ROWS,
-    headlines,
-    named,
-    passkey,
-    passkey_data,
-    probes_of,
-)
+from mismatch.stages.probe.passkey_figure import passkey, passkey_data
+from mismatch.stages.probe.words import headlines, named, probes_of
 
 FIGURES = (
     ReportFigure(
@@ -46,18 +39,21 @@ def answers(run: Run) -> tuple[Section, ...]:
 
 
 def _answers(run: Run) -> Html:
-    """The headlines; a probe of many layers or heads shows the first ones."""
+    """Every headline: probe, student, and its difference to the teacher, paired."""
     found = headlines(run.table, run.dictionary)
-    found = found.groupby(["metric", "student"], sort=False).head(ROWS)
     rows = [
         (
             named(r),
             r.student,
-            style.number(r.teacher),
-            style.number(r.value) if r.applies else "not applicable",
-            style.interval(r.difference, r.difference_lo, r.difference_hi) if r.applies else "",
+            r.unit,
+            reading(r.teacher),
+            reading(r.value, r.lo, r.hi) if r.applies else "not applicable",
+            reading(r.difference, r.difference_lo, r.difference_hi) if r.applies else "",
         )
         for r in found.itertuples()
     ]
-    heads = ("probe", "student", "teacher", "reading", "minus the teacher, 95 % interval")
-    return grid(heads, rows, numbers=(2, 3, 4))
+    heads = ("probe", "student", "unit", "teacher", "student reads", "student − teacher, paired")
+    marked = [at for at, student in enumerate(found["student"]) if student == "swap"]
+    return grid(
+        heads, rows, numbers=(3, 4, 5), marked=marked if found["student"].nunique() > 1 else ()
+    )

@@ -1,16 +1,10 @@
-"""The atlas of a scan: layers down, mechanisms across, one panel a task, side by side on the same layer axis.
-
-Text is drawn as KL, a distance. On repeated tokens and on a passkey the right token is known, so what is drawn is what
-it lost: nats per token of the second copy, nats per key. That has a sign: a layer whose loss helps is on the other
-side.
-"""
+"""The atlas of a scan: layers down, mechanisms across, one panel a task, side by side on the same layer axis."""
 
 from __future__ import annotations
 
 import math
 import textwrap
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import matplotlib as mpl
@@ -23,14 +17,17 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from mismatch.errors import UsageError
-from mismatch.report import style
+from mismatch.report import readout, style
+from mismatch.stages.scan.damage import PANELS, Panel, atlas_data, paired, students
 
 NAMED, LEAST = 4, 0.001
 """So many of a panel's largest numbers are written into their cells, if they are not below the second."""
 
 DECADES = 5
 """Of the scale of KL: a deleted first layer costs 4 nats, a window that hardly matters 0.0001."""
+
+LINEAR = 1 / 30
+"""Of the largest number of a signed panel: what is nearer to 0 is drawn on a linear scale."""
 
 UNCLEAR = "#eeeeee"
 """Colour of a change whose interval holds 0."""
@@ -43,105 +40,6 @@ TALL, LOW, HIGH, TIGHT = 4.2, 0.055, 0.16, 0.1
 
 MARGIN, ROOM = 0.6, 0.24
 """Inches: left of the panels; width that a cell needs for a number."""
-
-
-@dataclass(frozen=True)
-class Panel:
-    """How one task is drawn. `sign` turns its statistic into damage: larger is worse."""
-
-    task: str
-    metric: str
-    stat: str
-    sign: int
-    title: str
-    unit: str
-    signed: bool
-
-
-PANELS = (
-    Panel("text", "kl", "mean", 1, "Text: output KL", "nats per token", False),
-    Panel(
-        "induction", "induction", "nll_second_minus_teacher", 1,
-        "Induction: what the second copy of random tokens lost", "nats per token", True,
-    ),
-    Panel(
-        "passkey", "passkey", "logprob_minus_teacher", -1,
-        "Retrieval: what the passkey lost", "nats per key", True,
-    ),
-)  # fmt: skip
-
-
-def atlas_data(
-    table: pd.DataFrame,
-    *,
-    plan: Mapping[str, Any] | None = None,
-    dictionary: Mapping[str, Any] | None = None,
-) -> pd.DataFrame:
-    """Every layer of every mechanism on every task, also where nothing could be measured.
-
-    Args:
-        table: the long table of a scan.
-        plan, dictionary: not needed; as the other figures take them.
-
-    Returns:
-        Rows task, unit, student, layer, value, lo, hi, n, kind. `value` is the damage in nats, larger is worse; `kind`
-        is value, zero (exactly no change), unclear (its interval holds 0) or missing (not scanned, not applicable, or
-        not finite).
-
-    Raises:
-        UsageError: the table is not that of a scan.
-    """
-    found = []
-    for panel in PANELS:
-        rows = _rows(table, panel.metric, panel.stat)
-        if rows.empty:
-            continue
-        grid = pd.MultiIndex.from_product(
-            [list(dict.fromkeys(rows["student"])), range(int(rows["layer"].max()) + 1)],
-            names=["student", "layer"],
-        ).to_frame(index=False)
-        grid["layer"] = grid["layer"].astype("Int16")
-        cells = grid.merge(
-            rows[["student", "layer", "value", "lo", "hi", "n"]],
-            on=["student", "layer"],
-            how="left",
-        )
-        if panel.sign < 0:
-            cells["value"], cells["lo"], cells["hi"] = -cells["value"], -cells["hi"], -cells["lo"]
-        cells["value"] += 0.0  # no negative zero
-        cells.insert(0, "task", panel.task)
-        cells.insert(1, "unit", panel.unit)
-        value = cells["value"]
-        holds = (cells["lo"] <= 0) & (cells["hi"] >= 0) & panel.signed
-        cells["kind"] = np.select(
-            [value.isna(), value == 0, holds], ["missing", "zero", "unclear"], "value"
-        )
-        found.append(cells)
-    if not found:
-        raise UsageError("the table holds no scan", hint="make one by `mismatch scan`")
-    return pd.concat(found, ignore_index=True)
-
-
-def _rows(table: pd.DataFrame, metric: str, stat: str) -> pd.DataFrame:
-    return table[
-        (table["stage"] == "scan")
-        & (table["metric"] == metric)
-        & (table["stat"] == stat)
-        & (table["position"] == "all")
-        & table["layer"].notna()
-    ]
-
-
-def students(table: pd.DataFrame, plan: Mapping[str, Any] | None = None) -> dict[str, bool]:
-    """The mechanisms in the order in which they were asked for, each with whether it is a control; controls last."""
-    here = list(
-        dict.fromkeys(table.loc[(table["stage"] == "scan") & table["layer"].notna(), "student"])
-    )
-    said = {column["name"]: column["control"] for column in (plan or {}).get("columns", ())}
-    if not said:
-        said = {name: table["stat"].eq(f"mean_minus_{name}").any() for name in here}
-    order = sorted(said, key=lambda name: said[name])
-    return {name: bool(said[name]) for name in order if name in here}
 
 
 @style.styled
@@ -178,7 +76,7 @@ def atlas(
     named: set[int] = set()
     for axis, panel in zip(axes, panels, strict=True):
         mine = data[data["task"] == panel.task]
-        named |= _panel(axis, mine, panel, columns, cell)
+        named |= _panel(axis, mine, panel, columns, cell, _readouts(table, mine, panel, columns))
         axis.set_xticks(range(len(columns)), names, rotation=90, ma="right", linespacing=0.95)
         title = textwrap.wrap(panel.title, max(int(wide * 15), 12))
         axis.set_title("\n".join(title), pad=5, fontweight="bold", va="bottom")
@@ -198,6 +96,7 @@ def _panel(
     panel: Panel,
     columns: Mapping[str, bool],
     size: tuple[float, float],
+    texts: Mapping[tuple[str, int], str],
 ) -> set[int]:
     """One task: cells, scale, numbers. Gives the layers whose numbers are written in."""
     layers = int(data["layer"].max()) + 1
@@ -206,13 +105,15 @@ def _panel(
     cells = data[data["student"].isin(order)].assign(column=data["student"].map(order))
     cells = cells.sort_values(["layer", "column"])
     rgba = _colours(cells, norm, panel.signed).reshape(layers, len(order), 4)
-    ax.pcolormesh(
+    mesh = ax.pcolormesh(
         np.arange(len(order) + 1) - 0.5,
         np.arange(layers + 1) - 0.5,
         rgba,
         edgecolors="white",
         linewidth=0.4 if min(size) > 0.1 else 0.1,
     )
+    said = [texts[row.student, int(row.layer)] for row in cells.itertuples()]
+    readout.read_out(mesh, f"cells-{panel.task}", said)
     for cell in cells[cells["kind"] == "missing"].itertuples():
         ax.add_patch(
             Rectangle(
@@ -235,6 +136,32 @@ def _panel(
         ax.axvline(first - 0.5, color=style.INK, lw=1.0)
     _colour_bar(ax, norm, panel)
     return _write_worst(ax, cells[~cells["student"].map(columns).astype(bool)], rgba, size)
+
+
+def _readouts(
+    table: pd.DataFrame, data: pd.DataFrame, panel: Panel, columns: Mapping[str, bool]
+) -> dict[tuple[str, int], str]:
+    """What each cell reads out: its damage, and the controls in the same layer with the paired differences."""
+    known = {
+        (row.student, int(row.layer)): style.interval(row.value, row.lo, row.hi)
+        for row in data[data["kind"] != "missing"].itertuples()
+    }
+    apart: dict[tuple[str, int], dict[str, str]] = {}
+    for row in paired(table, panel).itertuples():
+        apart.setdefault((row.student, int(row.layer)), {})[f"minus {row.control}, paired"] = (
+            style.interval(row.value, row.lo, row.hi)
+        )
+    texts = {}
+    for row in data.itertuples():
+        at = (row.student, int(row.layer))
+        controls = {
+            f"control {name}": known.get((name, int(row.layer)), "")
+            for name, control in columns.items()
+            if control and name != row.student
+        }
+        said = {panel.unit: known.get(at, ""), **controls, **apart.get(at, {})}
+        texts[at] = readout.lines(f"{row.student}, layer {row.layer}", said) if at in known else ""
+    return texts
 
 
 def _layer_axis(ax: Axes, layers: int, high: float, named: set[int]) -> None:
@@ -262,7 +189,7 @@ def _norm(cells: pd.DataFrame, signed: bool) -> Normalize:
     size = cells.loc[cells["kind"] == "value", "value"].abs()
     top = float(size.max()) if len(size) else 1.0
     if signed:
-        return SymLogNorm(linthresh=top / 30, vmin=-top, vmax=top, linscale=0.6)
+        return SymLogNorm(linthresh=top * LINEAR, vmin=-top, vmax=top, linscale=0.6)
     low = max(float(size.min()) if len(size) else 0.0, top / 10**DECADES)
     return LogNorm(min(low, top / 10), top)
 
@@ -270,7 +197,7 @@ def _norm(cells: pd.DataFrame, signed: bool) -> Normalize:
 def _colours(cells: pd.DataFrame, norm: Normalize, signed: bool) -> np.ndarray:
     scale = mpl.colormaps[style.SIGNED_MAP if signed else style.DISTANCE_MAP]
     value = cells["value"].fillna(0.0).to_numpy(dtype=float)
-    shown = np.clip(value, float(norm.vmin), float(norm.vmax))
+    shown = np.clip(value, norm.vmin, norm.vmax)
     rgba = scale(np.ma.getdata(norm(shown)))
     known = (("zero", style.ZERO), ("unclear", UNCLEAR), ("missing", style.MISSING))
     for kind, colour in known:
@@ -313,8 +240,9 @@ def _colour_bar(ax: Axes, norm: Normalize, panel: Panel) -> None:
     bar.outline.set_linewidth(0.4)
     bar.ax.tick_params(length=2, labelsize=6.5)
     bar.set_label(panel.unit, fontsize=6.5, labelpad=2)
-    if panel.signed:
-        bar.ax.xaxis.set_major_locator(FixedLocator(_decades(float(norm.vmax), norm.linthresh)))
+    if isinstance(norm, SymLogNorm):
+        top = float(norm.vmax or 1.0)
+        bar.ax.xaxis.set_major_locator(FixedLocator(_decades(top, top * LINEAR)))
     elif isinstance(norm, LogNorm):
         bar.ax.xaxis.set_major_locator(LogLocator(10, numticks=4))
     bar.ax.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))

@@ -1,13 +1,19 @@
-"""The report of a scan: what hangs on one layer, the atlas, and the layers in words."""
+"""The report of a scan: what hangs on one layer, the atlas, and a table of every layer."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
+import pandas as pd
+
 from mismatch.report.figures import ReportFigure
-from mismatch.report.page import tag
+from mismatch.report.page import Cell, Html, grid, join, reading, tag, whole
 from mismatch.report.sections import Section, verdict
 from mismatch.runs.folder import Run
-from mismatch.stages.scan.atlas import atlas, atlas_data
-from mismatch.stages.scan.words import scan_summary, scan_verdict
+from mismatch.stages.scan.atlas import atlas
+from mismatch.stages.scan.damage import PANELS, Panel, against, atlas_data, students
+from mismatch.stages.scan.words import can_do, carrier, scan_verdict, teacher_words
 
 FIGURES = (
     ReportFigure(
@@ -22,6 +28,8 @@ FIGURES = (
     ),
 )
 
+NOTHING = "No task was scanned that the teacher can do and that could hang on one layer."
+
 
 def figures(run: Run) -> tuple[ReportFigure, ...]:
     """The atlas."""
@@ -29,9 +37,88 @@ def figures(run: Run) -> tuple[ReportFigure, ...]:
 
 
 def sections(run: Run) -> list[Section]:
-    """The verdict, the atlas, worst and best layers."""
+    """The verdict, the atlas, every layer, the controls."""
+    notes = tuple(tag("p", note, class_="warning") for note in run.plan.get("notes", ()))
     return [
-        verdict(scan_verdict(run.table, run.plan)),
-        Section("", FIGURES),
-        Section("Worst and best layers", (tag("pre", scan_summary(run.table, run.plan)),)),
+        verdict(scan_verdict(run.table, run.plan) or NOTHING),
+        Section("", (*notes, *FIGURES)),
+        Section("Every layer", (every_layer(run.table, run.plan),)),
+        Section("Against the controls", (controls(run.table, run.plan),)),
     ]
+
+
+def _panels(data: pd.DataFrame) -> list[Panel]:
+    return [panel for panel in PANELS if panel.task in set(data["task"])]
+
+
+def every_layer(table: pd.DataFrame, plan: Mapping[str, Any]) -> Html:
+    """A row for each mechanism and layer, with what it costs on each task; larger is worse."""
+    data = atlas_data(table)
+    panels = _panels(data)
+    cells = {(r.task, r.student, int(r.layer)): r for r in data.itertuples()}
+    alone = {
+        (panel.task, name): carrier(
+            data[
+                (data["task"] == panel.task)
+                & (data["student"] == name)
+                & (data["kind"] != "missing")
+            ]
+        )
+        for panel in panels
+        if panel.signed and can_do(table, panel.task, plan)
+        for name in students(table, plan)
+    }
+    rows: list[tuple[Any, ...]] = []
+    marked = []
+    for name, control in students(table, plan).items():
+        for layer in sorted({layer for _, student, layer in cells if student == name}):
+            found = [cells.get((panel.task, name, layer)) for panel in panels]
+            if not control and layer in [at for (_, who), at in alone.items() if who == name]:
+                marked.append(len(rows))
+            rows.append((f"{name} (control)" if control else name, layer, *map(_cost, found)))
+    words = (
+        "What the output or the answer loses where this layer alone is replaced, with its 95 % interval; larger is "
+        "worse. In colour: a layer on which a task hangs alone."
+    )
+    told = [
+        tag("p", f"{panel.title}{teacher_words(table, panel)}{_unable(table, panel, plan)}.")
+        for panel in panels
+        if panel.signed
+    ]
+    heads = ("mechanism", "layer", *(f"{p.title.partition(':')[0]}, {p.unit}" for p in panels))
+    numbers = range(1, len(heads))
+    return join([tag("p", words), *told, grid(heads, rows, numbers=numbers, marked=marked)])
+
+
+def _unable(table: pd.DataFrame, panel: Panel, plan: Mapping[str, Any]) -> str:
+    if can_do(table, panel.task, plan):
+        return ""
+    return ": the teacher itself cannot do this, and nothing follows from these numbers"
+
+
+def _cost(row: Any) -> Cell | str:
+    if row is None or row.kind == "missing":
+        return "not applicable"
+    return reading(row.value, row.lo, row.hi)
+
+
+def controls(table: pd.DataFrame, plan: Mapping[str, Any]) -> Html:
+    """In how many layers each mechanism beats each control, by the paired intervals."""
+    rows = [
+        (
+            row.student,
+            panel.title.partition(":")[0],
+            row.control,
+            *map(whole, (row.better, row.worse, row.open)),
+        )
+        for panel in _panels(atlas_data(table))
+        for row in against(table, panel).itertuples()
+    ]
+    if not rows:
+        return tag("p", "No control was scanned beside the mechanisms.")
+    words = (
+        "In how many layers a mechanism costs less (better) or more (worse) than the control in the same layer, as "
+        "far as the interval of the paired difference tells."
+    )
+    heads = ("mechanism", "task", "control", "better in", "worse in", "not told apart in")
+    return join([tag("p", words), grid(heads, rows, numbers=(3, 4, 5))])

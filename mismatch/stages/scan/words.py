@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 
 from mismatch.report.style import interval, number
-from mismatch.stages.scan.atlas import PANELS, Panel, atlas_data, students
+from mismatch.stages.scan.damage import PANELS, Panel, against, atlas_data, students
 
 SHOWN = 3
 """Layers named at either end."""
@@ -37,7 +37,7 @@ def scan_summary(table: pd.DataFrame, plan: Mapping[str, Any] | None = None) -> 
         parts += ["", f"{panel.title}, {panel.unit}{teacher_words(table, panel)}"]
         able = can_do(table, panel.task, plan)
         if not able:
-            parts.append("  the original itself cannot do this: nothing follows from these numbers")
+            parts.append("  the teacher itself cannot do this: nothing follows from these numbers")
         for name, control in rows.items():
             cells = here[here["student"] == name]
             parts += _lines(table, panel, name, cells, control)
@@ -97,7 +97,7 @@ def _reads(table: pd.DataFrame, panel: Panel) -> float | None:
 def teacher_words(table: pd.DataFrame, panel: Panel) -> str:
     """What the teacher itself reads: it says how much can be lost."""
     reads = _reads(table, panel)
-    return "" if reads is None else f"; the original reads {number(reads)}"
+    return "" if reads is None else f"; the teacher reads {number(reads)}"
 
 
 def _lines(
@@ -152,25 +152,9 @@ def _on_text(data: pd.DataFrame, name: str, layer: int) -> str:
 
 
 def _against(table: pd.DataFrame, panel: Panel, name: str) -> list[str]:
-    """In how many layers it is better or worse than a control, as far as the paired intervals say."""
-    stem = panel.stat.removesuffix("_minus_teacher") + "_minus_"
-    mine = table[
-        (table["stage"] == "scan")
-        & (table["metric"] == panel.metric)
-        & (table["student"] == name)
-        & (table["position"] == "all")
-        & table["layer"].notna()
-        & table["stat"].str.startswith(stem)
-        & (table["stat"] != panel.stat)
+    """In how many layers it is better or worse than a control."""
+    rows = against(table, panel)
+    return [
+        f"against {row.control}: better in {row.better} layers, worse in {row.worse}, not told apart in {row.open}"
+        for row in rows[rows["student"] == name].itertuples()
     ]
-    found = []
-    for stat, rows in mine.groupby("stat", sort=False):
-        lo, hi = rows["lo"] * panel.sign, rows["hi"] * panel.sign
-        if panel.sign < 0:
-            lo, hi = hi, lo
-        better, worse = int((hi < 0).sum()), int((lo > 0).sum())
-        found.append(
-            f"against {stat.removeprefix(stem)}: better in {better} layers, worse in {worse}, "
-            f"not told apart in {len(rows) - better - worse}"
-        )
-    return found

@@ -13,7 +13,8 @@ from mismatch.report.heatmap import heatmap
 from mismatch.runs.files import write_atomic
 from mismatch.runs.folder import Run
 from mismatch.stages import reporting
-from mismatch.stages.probe.words import answer_lines, headlines, passkey, probe_summary
+from mismatch.stages.probe.passkey_figure import passkey
+from mismatch.stages.probe.words import answer_lines, headlines, probe_summary
 from mismatch.stages.trace.findings import Finding
 from mismatch.stages.trace.report.position_figure import by_position
 from mismatch.stages.trace.report.profile_figure import depth_profile
@@ -54,7 +55,7 @@ class Probed:
         return probe_summary(self.table, self.plan, self.run.dictionary)
 
     def passkey(self, **options: Any) -> Figure:
-        """Retrieval over length and depth; see `mismatch.stages.probe.words`."""
+        """Retrieval over length and depth; see `mismatch.stages.probe.passkey_figure`."""
         return passkey(self.table, plan=self.plan, dictionary=self.run.dictionary, **options)
 
     def _repr_html_(self) -> str:

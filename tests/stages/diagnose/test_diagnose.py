@@ -254,7 +254,7 @@ def test_the_command_goes_on_from_a_trace(toy_folder, tmp_path, capsys):
         assert (run / "figures" / name).exists()
     page = (run / "report.html").read_text()
     assert "mismatch diagnose of " in page
-    assert "Which correction returns the damage" in page
+    assert "Which correction recovers the damage" in page
     assert not (run / "state").exists()
     # It is not overwritten; another command does not start from it.
     assert cli.main(["diagnose", str(traced), *FAST, "--output", str(run)]) == 2

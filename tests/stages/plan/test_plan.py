@@ -171,9 +171,11 @@ def test_from_python(toy, texts):
         sum(scores[best[at], at] for at in cheapest)
     )
     text = made.summary()
-    assert text.startswith(f"{made.swap}   (3 of 4 layers, milp)\n  the scan that chose them said ")
+    assert text.startswith(
+        f"{made.swap}   (3 of 4 layers, milp)\n  the scan that chose them predicted "
+    )
     assert "  predicted, one at a time added up " in text
-    assert "  zero in the same places " in text
+    assert "  zero in the same layers " in text
     assert text.endswith(f'next: mismatch trace --model a loaded model --swap "{made.swap}"')
     costs = made.costs
     assert list(costs[costs["task"] == "text"]["kind"]) == ["part"] * 3 + [

@@ -20,7 +20,8 @@ from mismatch.probes import PROBES
 from mismatch.runs import folder as run
 from mismatch.runs import table
 from mismatch.runs.table import conditions
-from mismatch.stages.probe.words import headlines, passkey, passkey_data
+from mismatch.stages.probe.passkey_figure import passkey, passkey_data
+from mismatch.stages.probe.words import headlines
 
 SHORT = [name for name in PROBES if name != "passkey"]
 """The toy's context of 128 tokens has no room for a passkey prompt."""

@@ -242,7 +242,7 @@ def test_it_is_scored_after(of_the_toy, toy_teacher):
     word = "inside" if local["inside"] else "outside"
     assert f"]: {word}" in line
     page = str(repair_page.rungs(result.climbed))
-    assert "forecast of the gap, 90 % interval" in page
+    assert "forecast of the gap closed, 90 % interval" in page
     assert f"<td>{word}</td>" in page
 
 

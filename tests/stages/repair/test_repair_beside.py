@@ -217,9 +217,9 @@ def test_one_scale_for_both_panels(tiny, monkeypatch):
 
     draw = heatmap.draw_panel
 
-    def noted(ax, cells, quantity, norm, title=None):
+    def noted(ax, cells, quantity, norm, *rest):
         norms.append((quantity.metric, norm.vmin, norm.vmax))
-        draw(ax, cells, quantity, norm, title)
+        draw(ax, cells, quantity, norm, *rest)
 
     monkeypatch.setattr(heatmap, "draw_panel", noted)
     before_after(table)
@@ -308,7 +308,7 @@ def test_a_repair_of_text_that_leaves_retrieval_lost_is_warned_of_once_a_probe()
     climb = {"students": {"repaired": {"gap_closed": (0.8, 0.7, 0.9)}}}
     (said,) = warnings(pd.DataFrame(rows), climb)
     assert said.startswith(
-        "80 % of the KL gap is closed, and 20 % of what passkey logprob[segments=3] lost has come back"
+        "80 % of the KL gap is closed, and 20 % of what passkey logprob[segments=3] lost is recovered"
     )
     assert warnings(pd.DataFrame(rows[2:]), climb) == []
     little = {"students": {"repaired": {"gap_closed": (0.2, 0.1, 0.3)}}}

@@ -203,7 +203,7 @@ Text: output KL, nats per token
     worst layers  0: 1.00 [0.999, 1.00]   1: 0.500 [0.499, 0.501]   2: 0.400 [0.399, 0.401]
     best layers   3: 0.300 [0.299, 0.301]
 
-Retrieval: what the passkey lost, nats per key; the original reads -0.0700
+Retrieval: what the passkey lost, nats per key; the teacher reads -0.0700
   window
     worst layers  2: 9.00 [8.95, 9.05]   3: 1.00 [0.950, 1.05]   0: 0.100 [0.0500, 0.150]
     best layers   1: -0.200 [-0.250, -0.150]
@@ -229,7 +229,7 @@ def test_the_verdict_names_what_hangs_on_one_layer(table):
 def test_a_task_that_the_original_cannot_do_says_nothing(table):
     plan = {**PLAN, "tasks": {"passkey": {"chance": 0.1}}}
     text = scan_summary(table, plan)
-    assert "  the original itself cannot do this: nothing follows from these numbers" in text
+    assert "  the teacher itself cannot do this: nothing follows from these numbers" in text
     assert "alone carries it" not in text
 
 

@@ -9,7 +9,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from mismatch.errors import UsageError
-from mismatch.report import heatmap, style
+from mismatch.report import heatmap, heatmap_cells, style
 from mismatch.report import quantity as q
 from mismatch.report.quantity import Quantity
 
@@ -46,7 +46,7 @@ def before_after(
 
     Args:
         table: of a repair.
-        plan: of the run; blocks behind the swap that learnt too are named in the caption.
+        plan: of the run; blocks behind the swap that were trained, too, are named in the caption.
         dictionary: the run's metrics.json.
         width: of the figure, in inches.
 
@@ -63,12 +63,14 @@ def before_after(
         for stage, cells in pair.items():
             title = f"{quantity.label}: {STAGES[stage]}"
             axis = next(axes)
-            heatmap.draw_panel(axis, cells, quantity, norm, title)
+            beside = {STAGES[other]: panel for other, panel in pair.items() if other != stage}
+            texts = heatmap_cells.readouts(table, cells, quantity, stage=stage, beside=beside)
+            heatmap.draw_panel(axis, cells, quantity, norm, title, texts)
     axis.set_xlabel("layer")
     style.frame(
         figure,
         "Shift against the teacher before and after the repair, one scale a metric",
-        f"{heatmap.caption(table, every)} {_learnt(plan)}",
+        f"{heatmap.caption(table, every)} {_trained(plan)}",
     )
     return figure
 
@@ -86,17 +88,18 @@ def _pairs(
             found.append((quantity, {s: c.assign(row=c["site"]) for s, c in cells.items()}))
     if not found:
         raise UsageError(
-            "the sites were not traced before and after", hint="mismatch repair --traced 2048"
+            "the sites were not traced before and after", hint="mismatch repair --trace-tokens 2048"
         )
     return found
 
 
-def _learnt(plan: Mapping[str, Any] | None) -> str:
-    """Which blocks behind the swap learnt too."""
+def _trained(plan: Mapping[str, Any] | None) -> str:
+    """Which blocks behind the swap were trained, too."""
     clauses = (plan or {}).get("clauses", [])
     swapped = {c["layer"] for c in clauses if c["mechanism"] != "lora"}
     behind = sorted({c["layer"] for c in clauses if c["mechanism"] == "lora"} - swapped)
     if not behind:
         return ""
-    which = f"Blocks {behind[0]}-{behind[-1]}" if len(behind) > 1 else f"Block {behind[0]}"
-    return f"{which} learnt too, through LoRA."
+    if len(behind) == 1:
+        return f"Block {behind[0]} was trained, too, through LoRA."
+    return f"Blocks {behind[0]}-{behind[-1]} were trained, too, through LoRA."

@@ -1,4 +1,4 @@
-"""The repair curve: what was left of the damage after each rung, against tokens and against time."""
+"""The repair curve: what was left of the damage after each stage, against tokens and against time."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from mismatch.report import style
+from mismatch.report import readout, style
 
 COLUMNS = (
     *("rung", "kl", "lo", "hi", "nll", "gap_closed", "gap_lo", "gap_hi"),
@@ -30,7 +30,7 @@ SMALLEST = 1e-4
 
 
 def rung_table(climbed: Mapping[str, Any]) -> pd.DataFrame:
-    """A row per rung, as climbed."""
+    """A row per stage of the repair ladder, in their order."""
     rows = [{**rung, "rung": rung["name"]} for rung in climbed["rungs"]]
     return pd.DataFrame(rows, columns=list(COLUMNS))
 
@@ -48,7 +48,7 @@ def branch_line(at: Mapping[str, Any], repaired: float) -> str:
     said = {
         "used": "",
         "bypassed": f": repaired by bypass, the {at['branch']} branch is not used",
-        "open": ": whether it is used is open, the interval is too wide (give more --judged tokens)",
+        "open": ": whether it is used is open, the interval is too wide (give more --tokens)",
     }
     change = "{} [{}, {}]".format(*more)
     return (
@@ -74,7 +74,7 @@ def repair_figure(
 
 @style.styled
 def repair_curve(climbed: Mapping[str, Any]) -> Figure:
-    """Held-out KL of every rung, with its interval; controls as lines. Undone rungs are hollow."""
+    """Held-out KL of every stage, with its interval; controls as lines. Stages that were undone are hollow."""
     frame = rung_table(climbed)
     frame = frame[(frame["rung"] == "inherit") | (frame["tokens"] > 0)]  # others were left out
     figure = style.new_figure(style.WIDTH, 3.0)
@@ -86,11 +86,11 @@ def repair_curve(climbed: Mapping[str, Any]) -> Figure:
     }
     low, high = _range(frame, controls)
     for ax, column, label in (
-        (left, "tokens", "tokens learnt from, all rungs"),
-        (right, "seconds", "seconds of mending"),
+        (left, "tokens", "training tokens, all stages so far"),
+        (right, "seconds", "seconds of repair, all stages so far"),
     ):
         ax.set_yscale("log")
-        _curve(ax, frame, column)
+        _curve(ax, frame, column, controls)
         for name, kl in controls.items():
             colour = style.look(name, list(controls))[0]
             ax.axhline(kl, color=colour, linewidth=0.8, linestyle="--", zorder=0)
@@ -122,7 +122,7 @@ def repair_curve(climbed: Mapping[str, Any]) -> Figure:
     style.frame(
         figure,
         "What is left of the damage, on held-out text",
-        "Bars: 95 % over documents. Hollow: a rung that made it worse and was undone. Dashed: controls.",
+        "Bars: 95 % interval over documents. Hollow: a stage that made it worse and was undone. Dashed: controls.",
     )
     edge = right.get_xlim()[1]
     style.label_ends(
@@ -146,17 +146,30 @@ def _short(value: float) -> str:
     return f"{value / 1000:g}k" if value < 1e6 else f"{value / 1e6:g}M"
 
 
-def _curve(ax: Axes, frame: pd.DataFrame, column: str) -> None:
+def _text(row: Any, controls: Mapping[str, float]) -> str:
+    """What a point reads out: the KL left, the gap closed, what the stage took, and the controls."""
+    closed, lo, hi = (100 * x for x in (row.gap_closed, row.gap_lo, row.gap_hi))
+    said = {
+        "KL left, nats per token": style.interval(row.kl, row.lo, row.hi),
+        "gap closed": f"{closed:.1f} %" + ("" if pd.isna(lo) else f" [{lo:.1f}, {hi:.1f}]"),
+        "tokens": f"{row.tokens:,}",
+        "seconds": f"{row.seconds:.0f}",
+        **{f"control {name}": style.number(kl) for name, kl in controls.items()},
+    }
+    return readout.lines(row.rung + ("" if row.kept else ", undone"), said)
+
+
+def _curve(ax: Axes, frame: pd.DataFrame, column: str, controls: Mapping[str, float]) -> None:
     spent = frame[column].cumsum().clip(lower=0)
     kept = list(frame["kl"].where(frame["kept"]).ffill())
     reached = list(spent)
     for at, rung in enumerate(frame["rung"].iloc[1:], 1):
-        # What a rung that was undone left is what it found.
+        # What a stage that was undone left is what it found.
         line = (reached[at - 1 : at + 1], kept[at - 1 : at + 1])
         ax.plot(*line, color=RUNG_COLOURS[rung], linewidth=1.1, zorder=1)
-    for x, row in zip(spent, frame.itertuples(), strict=True):
+    for at, (x, row) in enumerate(zip(spent, frame.itertuples(), strict=True)):
         colour = RUNG_COLOURS[row.rung]
-        ax.errorbar(
+        point, _, _ = ax.errorbar(
             [x],
             [row.kl],
             yerr=[[row.kl - row.lo], [row.hi - row.kl]] if row.lo == row.lo else None,
@@ -167,3 +180,4 @@ def _curve(ax: Axes, frame: pd.DataFrame, column: str) -> None:
             capsize=2,
             linestyle="none",
         )
+        readout.read_out(point, f"point-{column}-{at}", [_text(row, controls)])

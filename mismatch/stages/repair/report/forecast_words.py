@@ -1,4 +1,4 @@
-"""The forecast of a repair in words: before the first rung, and beside what came of it."""
+"""The forecast of a repair in words: before the first stage, and beside what came of it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ SURE = round(100 * (1 - MISS))
 
 
 def forecast_lines(told: Mapping[str, Any]) -> list[str]:
-    """What a person reads before the first rung.
+    """What a person reads before the first stage.
 
     Args:
         told: the fields of `mismatch.stages.repair.forecast.Foretold`.
@@ -40,7 +40,7 @@ def used(one: Mapping[str, Any]) -> str:
 
 
 def score(told: Mapping[str, Any] | None, rung: str) -> str:
-    """`forecast 62 % [40, 85]: inside`; empty for a rung without a forecast, or that was not climbed."""
+    """`forecast 62 % [40, 85]: inside`; empty for a stage without a forecast, or that was not run."""
     one = (told or {}).get("rungs", {}).get(rung)
     if one is None or "inside" not in one:
         return ""

@@ -13,14 +13,17 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from mismatch.errors import UsageError
-from mismatch.report import style
+from mismatch.report import readout, style
 from mismatch.stages.repair.report.curve_figure import RUNG_COLOURS
 
 PANELS = 6
 """Gate tensors that are drawn; all of them are in the numbers."""
 
+MOST = 800
+"""Points of a panel that read out their numbers; a panel with more is a picture only, its numbers are in the csv."""
+
 COLUMNS = ("gate", "branch", "head", "rung", "what", "at", "step", "raw", "value")
-STILL = 0.06  # of the width: what a rung without steps takes
+STILL = 0.06  # of the width: what a stage without steps takes
 
 
 def gates_data(
@@ -29,8 +32,8 @@ def gates_data(
     """Every gate of every head over the repair.
 
     Returns:
-        Rows gate, branch, head, rung, what (start: as swapped; look; end: the weights that the rung left), at (where it
-        is drawn: steps of all rungs so far), step (of the rung), raw (the parameter), value (its sigmoid where it
+        Rows gate, branch, head, rung, what (start: as swapped; look; end: the weights that the stage left), at (where
+        it is drawn: steps of all stages so far), step (of the stage), raw (the parameter), value (its sigmoid where it
         weighs a branch, else as it is).
 
     Raises:
@@ -55,17 +58,17 @@ def gates_data(
             share = look["step"] / max(1, rung["steps"])
             at = left + share * (right - left)
             note(look.get("gates", {}), rung["name"], "look", at, look["step"])
-        # A rung that was undone left the weights from before it; the next one begins there.
+        # A stage that was undone left the weights from before it; the next one begins there.
         if rung["kept"]:
             ends = {name: pair[1] for name, pair in rung["gates"].items() if name in drawn}
             note(ends, rung["name"], "end", right, rung["steps"])
     if not rows:
-        raise UsageError("not applicable: no swapped part has a gate")
+        raise UsageError("not applicable: no swapped module has a gate")
     return pd.DataFrame(rows, columns=list(COLUMNS))
 
 
 def _spans(climb: Mapping[str, Any]) -> list[tuple[float, float]]:
-    """From where to where each rung is drawn, in steps; a rung without steps gets a little room all the same."""
+    """From where to where each stage is drawn, in steps; one without steps gets a little room all the same."""
     steps = [rung["steps"] for rung in climb["rungs"]]
     room = STILL * (sum(steps) or 1)
     spans, at = [], 0.0
@@ -80,7 +83,7 @@ def _spans(climb: Mapping[str, Any]) -> list[tuple[float, float]]:
 def gates_figure(
     _table: pd.DataFrame, *, plan: Mapping[str, Any], dictionary: Any = None
 ) -> Figure:
-    """A panel per gate, a line per head, from the swap to the end of the climb; coloured bands are rungs.
+    """A panel per gate, a line per head, from the swap to the end of the ladder; coloured bands are its stages.
 
     Raises:
         UsageError: there is no gate.
@@ -90,18 +93,21 @@ def gates_figure(
     shown = names[:PANELS]
     figure = style.new_figure(style.WIDTH, 0.8 + 1.75 * len(shown))
     axes = figure.subplots(len(shown), 1, sharex=True, squeeze=False)[:, 0]
-    for axis, name in zip(axes, shown, strict=True):
-        _panel(axis, data[data["gate"] == name], plan["climb"])
+    for at, (axis, name) in enumerate(zip(axes, shown, strict=True)):
+        mine = data[data["gate"] == name]
+        _panel(axis, mine, plan["climb"])
+        if len(mine) <= MOST:
+            _read_out(axis, mine, f"gate-{at}")
     _name_rungs(axes[0], plan["climb"])
-    axes[-1].set_xlabel("steps of all rungs")
+    axes[-1].set_xlabel("steps of all stages so far")
     left_out = (
         f" {len(names) - len(shown)} more gates are in the numbers." if names[PANELS:] else ""
     )
     style.frame(
         figure,
         "Gates while they were trained, one line a head",
-        "Points: looks at held-out text. Dot: what a rung left, which is its best look. Bands: rungs; hatched: "
-        f"undone. Dotted: where a head began. Numbers at the right: heads.{left_out}",
+        "Points: evaluations on the validation text. Dot: what a stage left, which is its best one. Bands: stages; "
+        f"hatched: undone. Dotted: where a head began. Numbers at the right: heads.{left_out}",
     )
     for axis, name in zip(axes, shown, strict=True):
         _name_heads(axis, data[data["gate"] == name])
@@ -113,10 +119,9 @@ def _panel(ax: Axes, data: pd.DataFrame, climb: Mapping[str, Any]) -> None:
     branch = data["branch"].iloc[0]
     for rung, (left, right) in zip(climb["rungs"], _spans(climb), strict=True):
         if right > left:
-            ax.axvspan(
-                left, right, color=RUNG_COLOURS[rung["name"]], alpha=0.10, lw=0, zorder=0,
-                hatch=None if rung["kept"] else "///",
-            )  # fmt: skip
+            ax.axvspan(left, right, color=RUNG_COLOURS[rung["name"]], alpha=0.10, lw=0, zorder=0)
+            if not rung["kept"]:
+                ax.axvspan(left, right, fill=False, hatch="///", ec="#b5b5b5", lw=0, zorder=0)
     for head in heads:
         rows, colour = data[data["head"] == head], _colour(head, len(heads))
         start = rows[rows["what"] == "start"]
@@ -124,14 +129,51 @@ def _panel(ax: Axes, data: pd.DataFrame, climb: Mapping[str, Any]) -> None:
             ax.axhline(start["value"].iloc[0], color=style.FAINT, lw=0.5, ls=":", zorder=1)
         ax.plot(rows["at"], rows["value"], color=colour, lw=0.9, zorder=2)
         looks, ends = rows[rows["what"] == "look"], rows[rows["what"] == "end"]
-        ax.plot(looks["at"], looks["value"], color=colour, ls="none", marker=".", ms=3, zorder=3)
-        ax.plot(ends["at"], ends["value"], color=colour, ls="none", marker="o", ms=3.5, zorder=4)
+        ax.plot(
+            looks["at"],
+            looks["value"],
+            color=colour,
+            ls="none",
+            marker=".",
+            ms=3,
+            zorder=3,
+            label=f"look-{head}",
+        )
+        ax.plot(
+            ends["at"],
+            ends["value"],
+            color=colour,
+            ls="none",
+            marker="o",
+            ms=3.5,
+            zorder=4,
+            label=f"end-{head}",
+        )
     style.panel_title(ax, data["gate"].iloc[0])
     ax.set_ylabel(f"weight of {branch}" if branch else "value")
     if branch:
         low, high = data["value"].min(), data["value"].max()
         ax.set_ylim(max(0.0, low - 0.05), min(1.0, high + 0.05))
     ax.set_xlim(0, max(float(data["at"].max()), 1.0))
+
+
+def _read_out(ax: Axes, data: pd.DataFrame, name: str) -> None:
+    """What each point reads out: the head, the stage and its step, the gate, and where it began."""
+    start = data[data["what"] == "start"].set_index("head")["value"]
+    drawn = {line.get_label(): line for line in ax.get_lines()}
+    for (what, head), rows in data[data["what"] != "start"].groupby(["what", "head"]):
+        texts = [
+            readout.lines(
+                f"head {head}, {row.rung}, step {row.step}",
+                {
+                    f"weight of {row.branch}" if row.branch else "value": style.number(row.value),
+                    "parameter": style.number(row.raw),
+                    "at the start": style.number(start.get(head)),
+                },
+            )
+            for row in rows.itertuples()
+        ]
+        readout.read_out(drawn[f"{what}-{head}"], f"{name}-{what}-{head}", texts)
 
 
 def _name_rungs(ax: Axes, climb: Mapping[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""The report of a repair: what each rung left, then where, through which branches, and what KL does not say."""
+"""The report of a repair: what each stage left, then where, through which branches, and what KL does not show."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pandas as pd
 
 from mismatch.report import style
 from mismatch.report.figures import ReportFigure
-from mismatch.report.page import Html, grid, join, tag
+from mismatch.report.page import Cell, Html, grid, join, reading, tag, whole
 from mismatch.report.sections import Section, replaced, verdict
 from mismatch.runs.folder import Run
 from mismatch.stages.probe.words import headlines, probes_of
@@ -45,30 +45,30 @@ def percent(read: Sequence[float]) -> str:
 
 
 def rungs(climb: Mapping[str, Any]) -> Html:
-    """A row per rung: share and nats, with intervals, and what they cost; then what was forecast of them."""
+    """A row per stage: share and nats, with intervals, and what they cost; then what was forecast of them."""
     frame = rung_table(climb)
     rows = [
         (
             r.rung,
-            percent((r.gap_closed, r.gap_lo, r.gap_hi)) if r.Index else "-",
-            style.interval(r.kl, r.lo, r.hi),
-            f"{r.tokens:,}" if r.Index else "-",
-            f"{r.steps:,}" if r.Index else "-",
-            f"{r.seconds:.0f}" if r.Index else "-",
-            "" if r.kept else "undone: it got worse",
+            Cell(percent((r.gap_closed, r.gap_lo, r.gap_hi)), r.gap_closed) if r.Index else "-",
+            reading(r.kl, r.lo, r.hi),
+            whole(r.tokens) if r.Index else "-",
+            whole(r.steps) if r.Index else "-",
+            Cell(f"{r.seconds:.0f}", r.seconds) if r.Index else "-",
+            "kept" if r.kept else "undone: it got worse",
         )
         for r in frame.itertuples()
     ]
     heads = (
-        *("rung", "gap closed, 95 % interval", "KL left, nats per token, 95 % interval"),
-        *("tokens", "steps", "seconds", ""),
+        *("stage", "gap closed, 95 % interval", "KL left, nats per token, 95 % interval"),
+        *("tokens", "steps", "seconds", "kept"),
     )
     kept = [i for i, r in enumerate(frame.itertuples()) if r.kept]
     return join([grid(heads, rows, numbers=(1, 2, 3, 4, 5), marked=kept[-1:]), foretold(climb)])
 
 
 def foretold(climb: Mapping[str, Any]) -> Html:
-    """What was said of each rung before the first one, and whether it came so."""
+    """What was forecast of each stage before the first one, and whether it came so."""
     told = climb.get("forecast")
     if not told:
         return join([])
@@ -76,14 +76,14 @@ def foretold(climb: Mapping[str, Any]) -> Html:
     rows = [
         (
             name,
-            share(one),
-            f"{100 * one['measured']:.0f} %",
+            Cell(share(one), one["value"]),
+            Cell(f"{100 * one['measured']:.0f} %", one["measured"]),
             "inside" if one["inside"] else "outside",
         )
         for name, one in told["rungs"].items()
         if "measured" in one
     ]
-    heads = ("rung", f"forecast of the gap, {SURE} % interval", "measured", "")
+    heads = ("stage", f"forecast of the gap closed, {SURE} % interval", "measured", "so")
     return join([grid(heads, rows, numbers=(1, 2)), *said] if rows else said)
 
 
@@ -95,9 +95,9 @@ def students(climb: Mapping[str, Any]) -> Html:
         rows.append(
             (
                 name,
-                style.interval(*found["kl"]),
-                style.interval(*found["nll"]),
-                style.interval(*less) if less and name != "repaired" else "",
+                reading(*found["kl"]),
+                reading(*found["nll"]),
+                reading(*less) if less and name != "repaired" else "",
             )
         )
     heads = ("student", "KL", "NLL minus the teacher's", "KL, repaired − student, paired")
@@ -107,7 +107,7 @@ def students(climb: Mapping[str, Any]) -> Html:
 
 def branches(climb: Mapping[str, Any]) -> Html:
     """The KL without each branch; a mechanism that has none is not applicable."""
-    rows = []
+    rows: list[tuple[Any, ...]] = []
     for at in climb.get("branches", ()):
         if not at["branch"]:
             grey = tag("span", "not applicable: the mechanism has no branches", class_="faint")
@@ -117,8 +117,8 @@ def branches(climb: Mapping[str, Any]) -> Html:
             (
                 at["where"],
                 at["branch"],
-                style.interval(at["kl"], at["lo"], at["hi"]),
-                style.interval(at["more"], at["more_lo"], at["more_hi"]),
+                reading(at["kl"], at["lo"], at["hi"]),
+                reading(at["more"], at["more_lo"], at["more_hi"]),
                 VERDICTS.get(at["verdict"], at["verdict"]),
             )
         )
@@ -126,7 +126,13 @@ def branches(climb: Mapping[str, Any]) -> Html:
         "Each branch of the repaired mechanism taken out in turn. A branch without which the KL hardly grows is not "
         "used: the rest was trained around it."
     )
-    heads = ("place", "branch taken out", "KL without it", "minus the KL with it, paired", "")
+    heads = (
+        "layer and slot",
+        "branch taken out",
+        "KL without it",
+        "minus the KL with it, paired",
+        "so",
+    )
     return join([tag("p", words), grid(heads, rows, numbers=(2, 3))])
 
 
@@ -142,7 +148,7 @@ def before_after(table: pd.DataFrame, dictionary: Mapping[str, Any] | None = Non
 
     Returns:
         Rows metric, stat, unit, teacher, swap, repaired, left (repaired minus teacher), left_lo, left_hi, back (the
-        share of what the swap lost that came back; NaN where the swap surely lost nothing).
+        share of what the swap lost that was recovered; NaN where the interval of that loss holds 0).
     """
     of = probes_of(table)
     mine = table[table["metric"].isin(of)]
@@ -198,7 +204,7 @@ def warnings(found: pd.DataFrame, climb: Mapping[str, Any]) -> list[str]:
     worst = missing.loc[missing["left"].abs().groupby(missing["metric"], sort=False).idxmax()]
     return [
         f"{100 * closed:.0f} % of the KL gap is closed, and {100 * max(0.0, r.back):.0f} % of what {r.metric} {r.stat} "
-        f"lost has come back ({style.number(r.teacher)} -> {style.number(r.swap)} -> {style.number(r.repaired)}): text "
+        f"lost is recovered ({style.number(r.teacher)} -> {style.number(r.swap)} -> {style.number(r.repaired)}): text "
         "does not ask for what is still missing"
         for r in worst.itertuples()
     ]
@@ -213,15 +219,15 @@ def asked(run: Run) -> Html:
         (
             f"{r.metric} {r.stat}",
             r.unit,
-            *(style.number(x) for x in (r.teacher, r.swap, r.repaired)),
-            style.interval(r.left, r.left_lo, r.left_hi),
-            "nothing was lost" if math.isnan(r.back) else f"{100 * r.back:.0f} %",
+            *(reading(x) for x in (r.teacher, r.swap, r.repaired)),
+            reading(r.left, r.left_lo, r.left_hi),
+            "nothing was lost" if math.isnan(r.back) else Cell(f"{100 * r.back:.0f} %", r.back),
         )
         for r in found.itertuples()
     ]
     heads = (
         *("probe", "unit", "teacher", "swap", "repaired"),
-        *("repaired − teacher, 95 % interval", "came back"),
+        *("repaired − teacher, 95 % interval", "recovered"),
     )
     warned = [tag("p", text, class_="warning") for text in warnings(found, run.plan["climb"])]
     return join([*warned, grid(heads, rows, numbers=(2, 3, 4, 5, 6))])
@@ -233,18 +239,18 @@ FIGURES = (
         "The repair curve",
         repair_figure,
         repair_data,
-        "Each point is the student after a rung, on text that was neither learnt from nor used to choose. Lower is "
+        "Each point is the student after a stage, on text that neither trained nor selected it. Lower is "
         "nearer to the teacher. Dashed: controls, which the repaired swap must be below to have earned its place. "
-        "Hollow: a rung that made it worse and was undone.",
+        "Hollow: a stage that made it worse and was undone.",
     ),
     ReportFigure(
         "before_after",
         "The shift before and after",
         before_after_figure,
         before_after_data,
-        "Pairs of panels on one scale: what is paler below than above was mended. Read the stream (resid_post) from "
+        "Pairs of panels on one scale: what is paler below than above was repaired. Read the stream (resid_post) from "
         "the swap to the right: what stays dark at its end is what the prediction still lacks. An update (attn_out, "
-        "mlp_out) that is darker after the repair is one that learnt to answer for another.",
+        "mlp_out) that is darker after the repair is one that was trained to make up for another.",
     ),
     ReportFigure(
         "gates",
@@ -252,7 +258,7 @@ FIGURES = (
         gates_figure,
         gates_data,
         "A gate at its dotted line was not moved by the repair: its learning rate was too small, or the swap does not "
-        "need it. All heads at 0 or at 1: one branch was given up, and the table of branches says whether it matters.",
+        "need it. All heads at 0 or at 1: one branch was given up, and the table of branches shows whether it matters.",
     ),
 )
 
@@ -263,7 +269,7 @@ def figures(run: Run) -> tuple[ReportFigure, ...]:
 
 
 def sections(run: Run) -> list[Section]:
-    """The verdict and the rungs first, then where, through which branches, and what KL does not say."""
+    """The verdict and the stages first, then where, through which branches, and what KL does not show."""
     climb = run.plan.get("climb")
     if climb is None:
         return [Section("", FIGURES), replaced(run)]
@@ -276,7 +282,7 @@ def sections(run: Run) -> list[Section]:
         Section("Before and after", (shift, gates)),
         Section("Are the branches used?", (branches(climb),)),
         Section("Retrieval and free generation", (asked(run),)),
-        Section("What the rungs said", (_notes(climb),)),
+        Section("Notes of the stages", (_notes(climb),)),
         replaced(run),
     ]
 

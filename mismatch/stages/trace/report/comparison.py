@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,10 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from mismatch.errors import UsageError
-from mismatch.report import heatmap, style
+from mismatch.report import heatmap, heatmap_cells, style
 from mismatch.report import quantity as q
-from mismatch.report.page import Html, document, grid, join, picture, tag
+from mismatch.report.figures import inline
+from mismatch.report.page import Cell, Html, document, grid, join, picture, reading, tag
 from mismatch.report.words import kind
 from mismatch.runs.files import write_atomic
 from mismatch.runs.folder import Run, load_run
@@ -110,8 +112,10 @@ def heatmaps(runs: Sequence[Run], metric: str = "rel_l2", width: float = style.W
     norm = heatmap.colour_norm(panels, quantity.signed)
     figure = style.new_figure(width, 0.95 + len(runs) * 1.3)
     axes = figure.subplots(len(runs), 1, squeeze=False)[:, 0]
-    for axis, cells, label in zip(axes, panels, labels(runs), strict=True):
-        heatmap.draw_panel(axis, cells.assign(row=cells["site"]), quantity, norm, title=label)
+    for at, (axis, cells, label) in enumerate(zip(axes, panels, labels(runs), strict=True)):
+        beside = {letter(i): other for i, other in enumerate(panels) if i != at}
+        texts = heatmap_cells.readouts(runs[at].table, cells, quantity, beside=beside)
+        heatmap.draw_panel(axis, cells.assign(row=cells["site"]), quantity, norm, label, texts)
     axes[-1].set_xlabel("layer")
     both = pd.concat([run.table for run in runs])
     style.frame(figure, f"{quantity.label}, free, one scale", heatmap.caption(both, panels))
@@ -130,23 +134,18 @@ def page(runs: Sequence[Run], *, same_data: bool = True) -> str:
         "These runs saw different data: their numbers differ by the text as well as by the swap.",
         class_="warning",
     )
-    plates = (
-        (
-            "Where the shift is",
-            lambda: heatmaps(runs),
-            "One colour scale: equal colours are equal.",
-        ),
-        (
-            "Does it heal or grow?",
-            lambda: depth_profile(table, dictionary=dictionary),
-            "The swap of each run, without controls.",
-        ),
-        (
-            "Which tokens suffer",
-            lambda: by_position(table, dictionary=dictionary),
-            "The swap of each run, without controls.",
-        ),
-    )
+    shown = (
+        _figure("heatmap", "Where the shift is", "One colour scale: equal colours are equal.", {
+            q.quantity(metric, dictionary).label: partial(heatmaps, runs, metric)
+            for metric in _common(runs)
+        }),
+        _figure("depth_profile", "Does it heal or grow?", "The swap of each run, without controls.", {
+            "all": lambda: depth_profile(table, dictionary=dictionary)
+        }),
+        _figure("position", "Which tokens suffer", "The swap of each run, without controls.", {
+            "all": lambda: by_position(table, dictionary=dictionary)
+        }),
+    )  # fmt: skip
     return document(
         "mismatch: comparison",
         tag("h1", f"{len(runs)} runs compared"),
@@ -157,10 +156,10 @@ def page(runs: Sequence[Run], *, same_data: bool = True) -> str:
             for run, name in zip(runs, names, strict=True)
         ),
         tag("h2", "Figures"),
-        *(_plate(*plate) for plate in plates),
+        *shown,
         tag("h2", "Runs"),
         grid(
-            ("", "run", "folder", "model", "command"),
+            ("letter", "run", "folder", "model", "command"),
             [
                 (
                     letter(i),
@@ -175,11 +174,22 @@ def page(runs: Sequence[Run], *, same_data: bool = True) -> str:
     )
 
 
-def _plate(title: str, draw: Callable[[], Figure], reading: str) -> Html:
-    try:
-        return join([tag("h3", title), picture(style.to_bytes(draw(), "svg"), title, reading)])
-    except UsageError as missing:
-        return join([tag("h3", title), tag("p", f"Not drawn: {missing.message}.")])
+def _common(runs: Sequence[Run]) -> list[str]:
+    """The metrics that every run has along its layers; with none, the one that the missing figure is told of."""
+    each = [heatmap_cells.every_metric(run.table, run.dictionary) for run in runs]
+    cells = sum(len(q.BLOCK_SITES) * q.layer_count(run.table) for run in runs)
+    common = [metric for metric in each[0] if all(metric in other for other in each)]
+    return common[: max(1, heatmap_cells.MOST // max(1, cells))] or ["rel_l2"]
+
+
+def _figure(name: str, title: str, caption: str, views: Mapping[str, Callable[[], Figure]]) -> Html:
+    drawn = []
+    for at, (label, draw) in enumerate(views.items()):
+        try:
+            drawn.append((label, inline(draw(), f"{name}-{at}", f"{title}: {label}")))
+        except UsageError as missing:
+            return join([tag("h3", title), tag("p", f"Not drawn: {missing.message}.")])
+    return join([tag("h3", title), picture(drawn, caption)])
 
 
 def _outputs(runs: Sequence[Run], names: Sequence[str]) -> Html:
@@ -190,11 +200,11 @@ def _outputs(runs: Sequence[Run], names: Sequence[str]) -> Html:
         (name, *(one.get(student, "-") for student in students))
         for name, one in zip(names, found, strict=True)
     ]
-    heads = ("output KL, nats per token", *students)
+    heads = ("run: output KL, nats per token", *students)
     return grid(heads, rows, numbers=range(1, len(heads)))
 
 
-def _output(run: Run) -> dict[str, str]:
+def _output(run: Run) -> dict[str, Cell]:
     quantity = q.quantity("kl", run.dictionary)
     who = [*q.students(run.table), "floor"]
     where = {"site": "logits", "mode": "free", "student": who}
@@ -202,9 +212,9 @@ def _output(run: Run) -> dict[str, str]:
         return {}
     rows = q.pick(run.table, quantity, **where).set_index("student")
     return {
-        student: style.number(rows.loc[student, "value"])
+        student: reading(rows.loc[student, "value"])
         if student == "floor"
-        else style.interval(*rows.loc[student, ["value", "lo", "hi"]])
+        else reading(*rows.loc[student, ["value", "lo", "hi"]])
         for student in who
         if student in rows.index
     }

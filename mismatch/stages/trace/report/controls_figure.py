@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullFormatter
 
 from mismatch.report import quantity as q
-from mismatch.report import style
+from mismatch.report import readout, style
 
 WIDE = 20
 """The axis is logarithmic where the largest KL is more than so many times the smallest."""
@@ -90,7 +90,7 @@ def output_shift(
         f"tokens (paired). {_floor_words(floor)} Run {' '.join(table['run_id'].unique())}.",
     )
     who = list(means["student"])
-    _dots(axes[0], means, who, who)
+    _dots(axes[0], means, who, who, readouts(data, quantity))
     if (
         len(means)
         and means["value"].min() > 0
@@ -105,7 +105,7 @@ def output_shift(
     axes[0].set_title("each student", fontweight="bold")
     if len(pairs):
         names = [f"swap \u2212 {control}" for control in pairs["against"]]
-        _dots(axes[1], pairs, names, ["swap"] * len(pairs))
+        _dots(axes[1], pairs, names, ["swap"] * len(pairs), readouts(data, quantity))
         axes[1].axvline(0, color=style.FAINT, lw=0.8)
         _reach(axes[1], 1.35 * float(pairs[["value", "lo", "hi"]].abs().max().max()), -1)
         axes[1].set_title(
@@ -116,15 +116,37 @@ def output_shift(
     return figure
 
 
-def _dots(ax: Axes, rows: pd.DataFrame, names: list[str], who: list[str]) -> None:
+def readouts(data: pd.DataFrame, quantity: q.Quantity) -> dict[str, str]:
+    """What each dot reads out, by student or by `swap − control`; `data` is that of `output_data`."""
+    said = {
+        f"swap \u2212 {row.against}" if row.against else str(row.student): style.interval(
+            row.value, row.lo, row.hi
+        )
+        for row in data.itertuples()
+    }
+    floor = {"floor": said.pop("floor", "")}
+    means = {name: text for name, text in said.items() if "\u2212" not in name}
+    texts = {}
+    for row in data[data["student"] != "floor"].itertuples():
+        name = f"swap \u2212 {row.against}" if row.against else str(row.student)
+        beside = [row.against] if row.against else [s for s in means if s != name]
+        others = {readout.called(s): means.get(s, "") for s in beside}
+        rest = {**floor, **others, "tokens": f"{row.n:,}"}
+        texts[name] = readout.lines(name, {quantity.metric: said[name], **rest})
+    return texts
+
+
+def _dots(
+    ax: Axes, rows: pd.DataFrame, names: list[str], who: list[str], texts: Mapping[str, str]
+) -> None:
     for height, (student, row) in enumerate(zip(who, rows.itertuples(), strict=True)):
         colour, marker = style.look(student, who)
         if pd.notna(row.lo):
             ax.hlines(height, row.lo, row.hi, color=colour, lw=1.6)
-        ax.plot(
+        (dot,) = ax.plot(
             row.value, height, marker=marker, ms=5.5, color=colour, mec="white", mew=0.4, clip_on=False,
-            gid=f"dot-{names[height]}",
         )  # fmt: skip
+        readout.read_out(dot, f"dot-{names[height]}", [texts[names[height]]])
         right = row.hi if pd.notna(row.hi) else row.value
         ax.annotate(
             style.number(row.value), (right, height), xytext=(4, 0), textcoords="offset points",

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pandas as pd
 
 from mismatch.errors import UsageError
-from mismatch.report import heatmap, style
+from mismatch.report import heatmap, heatmap_cells, style
 from mismatch.report import quantity as q
 from mismatch.report.figures import ReportFigure
-from mismatch.report.page import Html, grid, join, tag
+from mismatch.report.page import Html, grid, join, reading, tag, whole
 from mismatch.report.sections import Section, findings, replaced
 from mismatch.runs.folder import Run
 from mismatch.stages.probe import report as probes
@@ -17,13 +19,20 @@ from mismatch.stages.trace.report.position_figure import by_position, by_positio
 from mismatch.stages.trace.report.profile_figure import depth_profile, depth_profile_data
 from mismatch.stages.trace.report.words import verdict, worst_sites
 
+
+def _every_cell(table: pd.DataFrame, *, plan: Any = None, dictionary: Any = None) -> pd.DataFrame:
+    """The cells of every view of the heatmap."""
+    metrics = heatmap_cells.every_metric(table, dictionary)
+    return heatmap.heatmap_data(table, metrics or None, dictionary=dictionary)
+
+
 FIGURES = (
     ReportFigure(
         "output_shift",
         "Output shift beside the controls",
         output_shift,
         output_data,
-        "Left: how far each student's prediction is from the teacher's. zero deletes the part, mean "
+        "Left: how far each student's prediction is from the teacher's. zero deletes the module, mean "
         "replaces it by its average: a swap that is not to their left has not yet earned its place. "
         "Right: the same as paired differences; a whisker that crosses 0 does not tell them apart.",
     ),
@@ -31,12 +40,13 @@ FIGURES = (
         "shift_heatmap",
         "Where the shift is",
         heatmap.heatmap,
-        heatmap.heatmap_data,
+        _every_cell,
         "Read each panel from left (input) to right (output), and from top to bottom in the order in "
         "which a block computes. Darker is further from the teacher. White before the swap is the "
         "proof that only the swap acts. attn_out and mlp_out are what a block adds; resid_mid and "
         "resid_post are the stream after it was added. A dark update over a pale stream is a large "
         "error of a small correction.",
+        views=lambda run: heatmap_cells.views(run.table, run.dictionary),
     ),
     ReportFigure(
         "depth_profile",
@@ -84,9 +94,9 @@ def _output(run: Run) -> Html:
     rows = [
         (
             f"swap − {r.against}" if r.against else r.student,
-            style.number(r.value),
+            reading(r.value),
             f"[{style.number(r.lo)}, {style.number(r.hi)}]" if pd.notna(r.lo) else "-",
-            f"{r.n:,}",
+            whole(r.n),
         )
         for r in data.itertuples()
     ]
@@ -96,21 +106,21 @@ def _output(run: Run) -> Html:
 
 
 def _worst(run: Run) -> Html:
-    worst = worst_sites(run.table, dictionary=run.dictionary)
+    worst = worst_sites(run.table, None, run.dictionary)
     if worst.empty:
         return tag("p", "No site is above the floor.")
     numbers = [c for c in worst if c not in ("layer", "site", "swapped")]
     rows = [
-        (row["layer"], row["site"], *(style.number(row[c]) for c in numbers))
+        (row["layer"], row["site"], *(reading(row[c]) for c in numbers))
         for _, row in worst.iterrows()
     ]
-    words = "Free running, by rel_l2; swapped layers in colour. "
+    words = "Every site above the floor, free running, the worst by rel_l2 first; swapped layers in colour. "
     if "share_of_mean" in numbers:
-        words += "share of mean: 1 = as bad as replacing the part by its mean."
+        words += "share of mean: 1 = as bad as replacing the module by its mean."
     places = range(2, 2 + len(numbers))
     marked = [i for i, swapped in enumerate(worst["swapped"]) if swapped]
-    heads = ("layer", "site", *(c.replace("_", " ") for c in numbers))
-    return join([tag("p", words), grid(heads, rows, numbers=places, marked=marked)])
+    heads = ("layer", "site", *(c if c != "share_of_mean" else "share of mean" for c in numbers))
+    return join([tag("p", words), grid(heads, rows, numbers=(0, *places), marked=marked)])
 
 
 def _floors(run: Run) -> Html:
@@ -120,7 +130,7 @@ def _floors(run: Run) -> Html:
         quantity = q.quantity(metric, run.dictionary)
         floor = q.floor_of(run.table, quantity, list(run.table["site"].unique()))
         tokens = _TOKENS.get(str(facts.get(metric, {}).get("mask")), "see its card")
-        rows.append((metric, "not measured" if floor is None else style.number(floor), tokens))
+        rows.append((metric, "not measured" if floor is None else reading(floor), tokens))
     words = (
         "The floor is what a metric reads at most when nothing changed: the teacher against itself in "
         "another batch shape. A shift at or below it is none."

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from mismatch.report import quantity as q
-from mismatch.report import style
+from mismatch.report import readout, style
 from mismatch.runs.table import position_start
 
 WIDE = 20
@@ -87,12 +87,21 @@ def by_position(
             "Bars: range of positions; markers: mean; whiskers: 95 % interval over documents."
             f"{marks}{zeros} Run {' '.join(table['run_id'].unique())}.",
         )
-    _draw(axis, data, segments(plan))
+    _draw(axis, data, segments(plan), _floors(table, quantity, site, stage))
     axis.set_ylabel(quantity.label)
     return figure
 
 
-def _draw(ax: Axes, data: pd.DataFrame, borders: list[int]) -> None:
+def _floors(table: pd.DataFrame, quantity: q.Quantity, site: str, stage: str) -> dict[str, float]:
+    """What nothing changed reads, by range of positions."""
+    where = {"student": "floor", "site": site, "stage": stage, "position": None}
+    if not q.has(table, quantity, **where):
+        return {}
+    rows = q.pick(table, quantity, **where)
+    return dict(zip(rows["position"], rows["value"], strict=True))
+
+
+def _draw(ax: Axes, data: pd.DataFrame, borders: list[int], floors: Mapping[str, float]) -> None:
     who = list(dict.fromkeys(data["student"]))
     ax.set_xscale("log", base=2)
     ends = []
@@ -106,10 +115,11 @@ def _draw(ax: Axes, data: pd.DataFrame, borders: list[int]) -> None:
         y = rows["value"].to_numpy(dtype=float)
         ax.hlines(y, 2**left, 2**right, color=colour, lw=1.2, alpha=0.45, zorder=2)
         ax.vlines(x, rows["lo"], rows["hi"], color=colour, lw=1.1, zorder=3)
-        ax.plot(
+        (points,) = ax.plot(
             x, y, ls="none", marker=marker, ms=4.2, color=colour, mec="white", mew=0.3, zorder=4,
-            gid=f"points-{student}",
         )  # fmt: skip
+        texts = [_text(row, data, floors) for row in rows.itertuples()]
+        readout.read_out(points, f"points-{student}", texts)
         ends.append((2 ** right[-1], y[-1], student, colour))
     usual = data[data["value"] > 0].groupby("student")["value"].median()
     if len(usual) and usual.max() > WIDE * usual.min():
@@ -135,7 +145,9 @@ def _draw(ax: Axes, data: pd.DataFrame, borders: list[int]) -> None:
     if ax.get_yscale() == "log":
         ax.set_ylim(_positive_range(data))
         for student, rows in data[data["value"] == 0].groupby("student"):
-            _mark_zeros(ax, rows, str(student), who)
+            _mark_zeros(
+                ax, rows, str(student), who, [_text(r, data, floors) for r in rows.itertuples()]
+            )
         ends = [(x, max(y, ax.get_ylim()[0]), name, colour) for x, y, name, colour in ends]
     ax.set_xlabel("token position in the document window (log scale)")
     ax.grid(axis="y", lw=0.4, color="#e6e6e6")
@@ -148,16 +160,29 @@ def _draw(ax: Axes, data: pd.DataFrame, borders: list[int]) -> None:
     style.label_ends(ax, ends)
 
 
-def _mark_zeros(ax: Axes, rows: pd.DataFrame, student: str, who: list[str]) -> None:
+def _text(row: Any, data: pd.DataFrame, floors: Mapping[str, float]) -> str:
+    """What a point reads out: its value, the floor, and the other students at the same positions."""
+    others = data[(data["position"] == row.position) & (data["student"] != row.student)]
+    said = {row.metric: style.interval(row.value, row.lo, row.hi)}
+    if row.position in floors:
+        said["floor"] = style.number(floors[row.position])
+    said |= {readout.called(r.student): style.number(r.value) for r in others.itertuples()}
+    where = str(row.position).replace("-", "\u2013")
+    return readout.lines(f"{row.student}, positions {where}", {**said, "tokens": f"{row.n:,}"})
+
+
+def _mark_zeros(
+    ax: Axes, rows: pd.DataFrame, student: str, who: list[str], texts: list[str]
+) -> None:
     """A log axis has no place for 0: a hollow mark at its foot."""
     colour, marker = style.look(student, who)
     share = (who.index(student) + 1) / (len(who) + 1)
     left, right = np.log2(rows["start"] + 1.0), np.log2(rows["end"] + 2.0)
-    ax.plot(
+    (zeros,) = ax.plot(
         2 ** (left + (right - left) * share), np.zeros(len(rows)), ls="none", marker=marker, ms=4.2,
-        mfc="white", mec=colour, mew=0.9, clip_on=False, zorder=5, gid=f"zeros-{student}",
-        transform=ax.get_xaxis_transform(),
+        mfc="white", mec=colour, mew=0.9, clip_on=False, zorder=5, transform=ax.get_xaxis_transform(),
     )  # fmt: skip
+    readout.read_out(zeros, f"zeros-{student}", texts)
 
 
 def _positive_range(data: pd.DataFrame) -> tuple[float, float]:

@@ -12,12 +12,12 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from mismatch.report import quantity as q
-from mismatch.report import style
+from mismatch.report import readout, style
 from mismatch.report.quantity import Quantity
 
 METRICS = ("rel_l2", "lens_kl")
 ROOM = 30
-"""The floor is drawn where it lies at most so many times below the smallest value; else it is said."""
+"""The floor is drawn where it lies at most so many times below the smallest value; else it is written."""
 
 
 @style.styled
@@ -118,6 +118,7 @@ def _draw(
 ) -> None:
     lines = _lines(table, quantity, site, mode, stage)
     who = q.students(table)
+    floor = q.floor_of(table, quantity, [site])
     ends = []
     shown = []
     for student in who:
@@ -128,10 +129,12 @@ def _draw(
         x = line["layer"].to_numpy(dtype=float)
         y = line["value"].to_numpy(dtype=float)
         top = student == "swap"
-        ax.plot(
+        (drawn,) = ax.plot(
             x, y, color=colour, marker=marker, ms=3.4 if top else 2.8, lw=1.6 if top else 1.0,
-            zorder=4 if top else 3, mec="white", mew=0.3, gid=f"line-{student}",
+            zorder=4 if top else 3, mec="white", mew=0.3,
         )  # fmt: skip
+        texts = [_text(row, lines, floor) for row in line.itertuples()]
+        readout.read_out(drawn, f"line-{student}-{quantity.metric}", texts)
         ax.fill_between(x, line["lo"], line["hi"], color=colour, alpha=0.18, lw=0)
         ends.append((x[-1], y[-1], student, colour))
         shown.append(y)
@@ -147,7 +150,7 @@ def _draw(
         else:
             bands = lines.loc[lines["student"] != "floor", ["lo", "hi"]].to_numpy().ravel()
             _log_scale(ax, np.concatenate([*shown, bands[np.isfinite(bands)]]))
-            _draw_floor(ax, q.floor_of(table, quantity, [site]), np.concatenate(shown), layers)
+            _draw_floor(ax, floor, np.concatenate(shown), layers)
         style.label_ends(ax, ends)
     else:
         ax.set_yticks([])
@@ -166,6 +169,17 @@ def _draw(
             middle, 0.5, f"exactly 0\n{where}", ha="center", va="center", fontsize=7,
             color=style.FAINT, transform=ax.get_xaxis_transform(),
         )  # fmt: skip
+
+
+def _text(row: Any, lines: pd.DataFrame, floor: float | None) -> str:
+    """What a point reads out: its value, the floor, and the other students at the same layer."""
+    others = lines[(lines["layer"] == row.layer) & ~lines["student"].isin([row.student, "floor"])]
+    said = {row.metric: style.interval(row.value, row.lo, row.hi)}
+    if floor is not None:
+        said["floor"] = style.number(floor)
+    said |= {readout.called(r.student): style.number(r.value) for r in others.itertuples()}
+    swapped = ", swapped" if row.swapped else ""
+    return readout.lines(f"{row.student}, layer {row.layer}{swapped}, {row.site}", said)
 
 
 def _log_scale(ax: Axes, values: np.ndarray) -> None:

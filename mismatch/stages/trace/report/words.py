@@ -39,18 +39,18 @@ def verdict(table: pd.DataFrame, dictionary: Mapping[str, Any] | None = None) ->
     if swap["value"] <= floor:
         return f"{said}, not more than the floor ({number(floor)}): no shift is shown."
     pairs = data[data["against"] != ""].set_index("against")
-    judged = [c for c in ("zero", "mean") if c in pairs.index and c in means.index]
-    if not judged:
-        return f"{said}. No control was run to judge it by."
+    beside = [c for c in ("zero", "mean") if c in pairs.index and c in means.index]
+    if not beside:
+        return f"{said}. No control was run to compare it with."
     words: dict[str, list[str]] = {}
-    for control in judged:
+    for control in beside:
         words.setdefault(_against(pairs.loc[control]), []).append(
             f"{_DONE[control]} ({number(means.loc[control, 'value'])})"
         )
     return f"{said}: " + ", ".join(f"{how} {' and '.join(w)}" for how, w in words.items()) + "."
 
 
-_DONE = {"zero": "deleting the part", "mean": "replacing it by its mean"}
+_DONE = {"zero": "deleting the module", "mean": "replacing it by its mean"}
 
 
 def _against(pair: pd.Series) -> str:
@@ -61,16 +61,16 @@ def _against(pair: pd.Series) -> str:
 
 
 def worst_sites(
-    table: pd.DataFrame, top: int = 10, dictionary: Mapping[str, Any] | None = None
+    table: pd.DataFrame, top: int | None = 10, dictionary: Mapping[str, Any] | None = None
 ) -> pd.DataFrame:
     """The layers and sites that moved most, by relative L2, free running.
 
     `share_of_mean` is the shift over that of the control `mean` at the same site (1 = as bad as
-    replacing the part by its mean). `resid_pre` is left out: it is `resid_post` of the layer before.
+    replacing the module by its mean). `resid_pre` is left out: it is `resid_post` of the layer before.
 
     Returns:
         Rows layer, site, swapped, one column for each metric of `WORST` that the table has,
-        share_of_mean where that control ran; at most `top`, without what is at the floor.
+        share_of_mean where that control ran; at most `top` (None: all), without what is at the floor.
     """
     sites = [s for s in q.BLOCK_SITES if s != "resid_pre"]
     first, *others = (q.quantity(m, dictionary) for m in WORST)
@@ -88,7 +88,8 @@ def worst_sites(
         mean = q.cells(table, first, student="mean", sites=sites)[["layer", "site", "value"]]
         out = out.merge(mean.rename(columns={"value": "of"}), on=["layer", "site"], how="left")
         out["share_of_mean"] = out[first.metric] / out.pop("of").replace(0, np.nan)
-    return out.nlargest(top, first.metric).reset_index(drop=True)
+    out = out.sort_values(first.metric, ascending=False, kind="stable")
+    return out.head(len(out) if top is None else top).reset_index(drop=True)
 
 
 def summary(

@@ -1,0 +1,59 @@
+"""A diagnosis in words, below its verdict: the shares by cause, the forecast of a repair, the findings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pandas as pd
+
+from mismatch.report import style
+from mismatch.report.words import columns
+from mismatch.stages.diagnose.figure import PANELS, diagnosis_data, percent
+from mismatch.stages.repair.report.forecast_words import forecast_lines
+
+
+def diagnosis_summary(plan: Mapping[str, Any], findings: Sequence[Mapping[str, Any]]) -> str:
+    """The end of `mismatch diagnose` in a terminal, below the verdict; readable without colour.
+
+    Args:
+        plan: the run's plan.json.
+        findings: as in findings.json.
+    """
+    found = plan["diagnosis"]
+    parts = [f"warning: {text}" for text in plan.get("warnings", ())]
+    if found["returned"]:
+        data = diagnosis_data(plan=plan)
+        for panel, title in PANELS.items():
+            rows = data[data["panel"] == panel]
+            if rows.empty:
+                continue
+            lines = [[_name(row), *_cells(row)] for row in rows.itertuples()]
+            parts += [f"{title}, % of the KL", columns(lines), ""]
+        parts += [f"not applicable  {text}" for text in found["not_applicable"]]
+    if "forecast" in plan:
+        parts += [
+            "a repair, as forecast",
+            *(f"  {line}" for line in forecast_lines(plan["forecast"])),
+            "",
+        ]
+    for finding in findings:
+        parts += [
+            f"  {finding['severity'].upper():<6} {finding['title']}",
+            f"         {finding['text']}",
+        ]
+        if finding.get("next"):
+            parts.append(f"         -> {finding['next']}")
+    return "\n".join(parts)
+
+
+def _name(row: Any) -> str:
+    return f"{row.says}{' *' if row.leading else ''}"
+
+
+def _cells(row: Any) -> list[str]:
+    if row.does_nothing:
+        return ["0", "no effect", ""]
+    band = "-" if pd.isna(row.lo) else f"[{percent(row.lo)}, {percent(row.hi)}]"
+    kl = "" if pd.isna(row.kl) else f"KL {style.number(row.kl)}"
+    return [percent(row.share), band, kl]

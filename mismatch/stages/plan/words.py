@@ -1,0 +1,117 @@
+"""A plan in words: what its layers were predicted to cost one at a time, and what they cost together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+
+from mismatch.report import style
+from mismatch.stages.plan.figure import plan_data
+from mismatch.stages.scan.damage import PANELS, Panel
+from mismatch.stages.scan.words import can_do, teacher_words
+
+Band = tuple[float, float, float]
+"""Value and the ends of its 95 % interval."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One task: the layers of the plan alone, added up; all of them together; the difference; the controls."""
+
+    panel: Panel
+    added: Band
+    together: Band
+    rest: Band
+    controls: Mapping[str, Band]
+
+    @property
+    def verdict(self) -> str:
+        """Whether the costs add up; empty where there is no interval."""
+        _, lo, hi = self.rest
+        if pd.isna(lo):
+            return ""
+        if lo <= 0 <= hi:
+            return "costs add up, as far as this shows"
+        apart, both = self.added[0], self.together[0]
+        times = f" ({style.number(both / apart)} times)" if apart > 0 and both > 0 else ""
+        return ("more" if lo > 0 else "less") + f" than the sum of its parts{times}"
+
+
+def outcomes(table: pd.DataFrame) -> list[Outcome]:
+    """Every task of a plan.
+
+    Raises:
+        UsageError: the table is not that of a plan.
+    """
+    data = plan_data(table)
+    found = []
+    for panel in PANELS:
+        here = data[data["task"] == panel.task]
+        if here.empty:
+            continue
+        whole = {
+            row.kind: _band(row) for row in here.itertuples() if row.kind in ("sum", "together")
+        }
+        stat = "lost_minus_sum" if panel.signed else "mean_minus_sum"
+        rest = table[(table["metric"] == panel.metric) & (table["stat"] == stat)].iloc[0]
+        controls = {row.name: _band(row) for row in here[here["kind"] == "control"].itertuples()}
+        found.append(Outcome(panel, whole["sum"], whole["together"], _band(rest), controls))
+    return found
+
+
+def _band(row: Any) -> Band:
+    return (float(row.value), float(row.lo), float(row.hi))
+
+
+def headline(plan: Mapping[str, Any]) -> str:
+    """`layers[0,3]:infini   (2 of 4 layers, greedy)`."""
+    chosen = sum(len(layers) for layers in plan.get("choice", {}).values())
+    return f"{plan['swap']}   ({chosen} of {plan['n_layers']} layers, {plan['method']})"
+
+
+def next_command(plan: Mapping[str, Any], model: str) -> str:
+    """What to run with the choice."""
+    return f'mismatch trace --model {model} --swap "{plan["swap"]}"'
+
+
+def plan_summary(table: pd.DataFrame, plan: Mapping[str, Any], model: str = "MODEL") -> str:
+    """The end of `mismatch plan` in a terminal; readable without colour.
+
+    Args:
+        table: the long table of a plan.
+        plan: the run's plan.json.
+        model: for the next command.
+    """
+    parts = [f"warning: {note}" for note in plan.get("notes", ())]
+    parts += [headline(plan), *_steps(plan)]
+    for one in outcomes(table):
+        parts += ["", f"{one.panel.title}, {one.panel.unit}{teacher_words(table, one.panel)}"]
+        if not can_do(table, one.panel.task, plan):
+            parts.append("  the teacher itself cannot do this: nothing follows from these numbers")
+        parts += [
+            f"  {'predicted, one at a time added up':<34}{style.interval(*one.added)}",
+            f"  {'measured, together':<34}{style.interval(*one.together)}",
+            f"  {'measured - predicted':<34}{style.interval(*one.rest)}   {one.verdict}",
+        ]
+        parts += [
+            f"  {name + ' in the same layers':<34}{style.interval(*band)}"
+            for name, band in one.controls.items()
+        ]
+    parts += ["", f"next: {next_command(plan, model)}"]
+    return "\n".join(parts)
+
+
+def _steps(plan: Mapping[str, Any]) -> list[str]:
+    lines = []
+    for at, step in enumerate(plan.get("steps", ()), 1):
+        lines.append(
+            f"  step {at}: layer {step['layer']} {step['mechanism']}; all so far "
+            f"{style.interval(step['kl'], step['lo'], step['hi'])}"
+        )
+    told = plan.get("predicted_by_scan")
+    if told:
+        lines.append(f"  the scan that chose them predicted {style.number(told['kl'])} in sum")
+    return lines
