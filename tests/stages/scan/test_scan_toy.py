@@ -134,7 +134,7 @@ def test_the_command_writes_a_run_with_its_atlas(toy_folder, tmp_path, capsys):
     ]
     page = (run / "report.html").read_text()
     assert "<h1>mismatch scan of " in page
-    assert "Worst and best layers" in page
+    assert "Every layer" in page and "Against the controls" in page
     assert "mismatch scan --config run/config.yaml" in page
     assert load_run(run).plan["layers"] == [0, 1, 2, 3]
     before = (run / "report.html").read_bytes()
