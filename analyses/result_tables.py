@@ -1,0 +1,269 @@
+"""Write the tables of docs/results: `python analyses/result_tables.py`. A test asks that they are up to date.
+
+Each number is read from `figures/`, where an analysis put it. Tables of what the code knows by itself (mechanisms,
+metrics, probes, flags) are made by `docs/generate.py` when the site is built.
+"""
+
+from __future__ import annotations
+
+import csv
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from statistics import median
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "docs" / "results"
+FIGURES = ROOT / "figures"
+
+Row = Mapping[str, str]
+
+
+def layer12() -> str:
+    """What `python analyses/layer12.py` measured."""
+    found = {(row["swap"], row["metric"]): row for row in _read("layer12/layer12.csv")}
+    rows = []
+    for swap in dict.fromkeys(swap for swap, _ in found):
+        pairs = [(swap, name) for name in ("kl", "nll")]
+        cells = [_interval(found[pair]) if pair in found else "" for pair in pairs]
+        rows.append((f"`{swap}`", *cells))
+    head = ("layer 12, attention", "KL, nats per token", "NLL difference, nats per token")
+    return _table(head, rows)
+
+
+def before_training() -> str:
+    """What `python analyses/mechanism_table.py` measured."""
+    rows = []
+    for row in sorted(_read("mechanism_table/mechanism_table.csv"), key=lambda r: float(r["kl"])):
+        share = [float(row[name]) for name in ("share", "share_lo", "share_hi")]
+        rows.append(
+            (
+                f"`{row['swap']}`",
+                row["kind"],
+                _interval({**row, "value": row["kl"], "lo": row["kl_lo"], "hi": row["kl_hi"]}),
+                "0" if max(share) < 0.0005 else "{:.2f} [{:.2f}, {:.2f}]".format(*share),
+                f"`{row['of']}`",
+            )
+        )
+    head = ("layer 12", "kind", "KL, nats per token", "share of the control's KL", "control")
+    return _table(head, rows)
+
+
+def costs() -> str:
+    """What `python analyses/mechanism_costs.py` counted and timed."""
+    rows = []
+    for row in _read("mechanism_table/costs.csv"):
+        first, second, most = (int(row[f"state_{when}"]) for when in ("1024", "2048", "most"))
+        peak = "" if most == max(first, second) else f", at most {most:,} between"
+        state = (f"{first:,}", f"{second:,}{peak}")
+        times = (f"{float(row['forward']):.2f}", f"{float(row['both']):.2f}")
+        rows.append((f"`{row['swap']}`", row["part"], f"{int(row['new']):,}", *times, *state))
+    head = (
+        *("mechanism", "slot", "new parameters", "forward", "with backward"),
+        *("state, 1024 tokens", "state, 2048 tokens"),
+    )
+    return _table(head, rows)
+
+
+def carriers() -> str:
+    """What `python analyses/scan_atlas.py` found: the worst layer of each mechanism, on copying and on retrieval."""
+    units = {"induction": "nats a token", "passkey": "nats a key"}
+    rows = []
+    for row in _read("scan_atlas/carriers.csv"):
+        if row["task"] not in units or row["mechanism"] == "zero":
+            continue
+        lost, lo, hi = (float(row[name]) for name in ("nats", "lo", "hi"))
+        rows.append(
+            (
+                row["task"],
+                f"`{row['mechanism']}`",
+                row["layer"],
+                f"{lost:.1f} [{lo:.1f}, {hi:.1f}] {units[row['task']]}",
+                f"{float(row['next_nats']):.2f} (layer {row['next_layer']})",
+                f"{float(row['text_kl_there']):.4f}",
+                f"{row['text_rank_there']} of {row['layers']}",
+            )
+        )
+    head = (
+        "task",
+        "mechanism",
+        "worst layer",
+        "loses there",
+        "next worst",
+        "KL of text",
+        "rank on text",
+    )
+    return _table(head, rows)
+
+
+def plans() -> str:
+    """What `python analyses/plan_layers.py` measured. A choice that two plans made is shown once."""
+    words = {"4": "4 layers", "8": "8 layers", "8_keep_retrieval": "8 layers, retrieval kept"}
+    chosen: dict[str, list[str]] = {}
+    for name in words:
+        chosen.setdefault(_read(f"plan_layers/{name}.csv")[0]["swap"], []).append(name)
+    rows = []
+    for swap, names in chosen.items():
+        found = {(row["task"], row["kind"]): row for row in _read(f"plan_layers/{names[0]}.csv")}
+        said = "; ".join(words[name] for name in names)
+        for task in dict.fromkeys(task for task, _ in found):
+            cells = [_interval(found[task, kind], 3) for kind in ("predicted", "measured", "zero")]
+            rows.append((said, f"`{swap}`", task, *cells))
+    return _table(("plan", "swap", "task", "predicted", "measured together", "`zero` there"), rows)
+
+
+def scan_cost() -> str:
+    """What `python analyses/benchmark_scan.py` timed."""
+    words = {
+        "forward": "one forward of the teacher",
+        "scan": "`mismatch scan`, 3 of 10 predictions scored, the default",
+        "scan, all scored": "`mismatch scan --scored 1`",
+        "naive": "teacher and student whole, layer by layer",
+    }
+    found = {row["way"]: row for row in _read("benchmark_scan/cost.csv")}
+    rows = [
+        (said, f"{float(found[way]['cpu_seconds']):.1f}", f"{float(found[way]['forwards']):.1f}")
+        for way, said in words.items()
+    ]
+    return _table(("30 layers, one mechanism", "CPU seconds", "forwards"), rows)
+
+
+def trace_cost() -> str:
+    """What `python analyses/benchmark_trace.py time` timed."""
+    words = {
+        "bound": "the model work that cannot be avoided",
+        "mismatch": "`mismatch trace`",
+        "plain": "the four models whole, measuring nothing",
+        "nnsight + pytorch-cka": "activations of the swap alone stored by nnsight, then pytorch-cka",
+    }
+    rows = [
+        (
+            words[row["way"]],
+            f"{float(row['cpu_seconds']):.0f}",
+            f"{float(row['ratio_to_bound']):.2f}",
+        )
+        for row in _read("benchmark_trace/time.csv")
+    ]
+    return _table(("way", "CPU seconds", "times the bound"), rows)
+
+
+def repair_cost() -> str:
+    """What `python analyses/benchmark_repair.py` timed: the median over its rounds."""
+    words = {
+        "layer": "the layer alone, forward and backward",
+        "step": "a step of the stage `local`",
+        "store": "the teacher up to the layer, once",
+        "write": "a token sampled from the teacher, once",
+        "field": "the usual step: a full forward of the teacher",
+    }
+    times: dict[str, list[float]] = {way: [] for way in words}
+    for row in _read("benchmark_repair/cost.csv"):
+        if row["way"] in times:
+            times[row["way"]].append(float(row["cpu_ms_per_token"]))
+    rows = [(words[way], f"{median(found):.3f}", str(len(found))) for way, found in times.items()]
+    return _table(("what", "CPU milliseconds per token", "rounds"), rows)
+
+
+def stages() -> str:
+    """What `python analyses/repair_layer12.py` measured."""
+    found = {(row["swap"], row["name"]): row for row in _read("repair_layer12/rungs.csv")}
+    swaps = list(dict.fromkeys(swap for swap, _ in found))
+    rows = []
+    for stage in dict.fromkeys(name for _, name in found):
+        cells = [f"`{stage}`"]
+        for swap in swaps:
+            row = found[swap, stage]
+            cells += [
+                _interval({"value": row["kl"], "lo": row["lo"], "hi": row["hi"]}),
+                f"{100 * float(row['of_plain']):.0f} %",
+            ]
+        rows.append(tuple(cells))
+    names = [swap.partition(":")[2] for swap in swaps]
+    head = [cell for name in names for cell in (f"`{name}`: KL left", "gap closed")]
+    return _table(("after", *head), rows)
+
+
+def repair() -> str:
+    """What `python analyses/repair_table.py` measured."""
+    rows = []
+    for row in _read("repair_table/table.csv"):
+        kl = [_kl(row, student) for student in ("swap", "repaired", "zero", "linear")]
+        closed = tuple(100 * float(row[name]) for name in ("gap_closed", "gap_lo", "gap_hi"))
+        gap = "{:.0f} % [{:.0f}, {:.0f}]".format(*closed)
+        rows.append((f"`{row['mechanism']}`", kl[0], kl[1], gap, *kl[2:], row["verdict"]))
+    head = ("layer 12", "swapped", "repaired", "gap closed", "`zero`", "`linear`", "verdict")
+    return _table(head, rows)
+
+
+def fresh() -> str:
+    """What `python analyses/forecast_fresh.py` measured."""
+    rows = []
+    for row in _read("forecast_score/fresh/fresh.csv"):
+        forecast, lo, hi, measured = (
+            100 * float(row[name]) for name in ("forecast", "lo", "hi", "measured")
+        )
+        inside = "yes" if row["inside"] == "True" else "no"
+        said = f"{forecast:.0f} % [{lo:.0f}, {hi:.0f}]"
+        rows.append((f"`{row['swap']}`", f"`{row['rung']}`", said, f"{measured:.0f} %", inside))
+    return _table(("swap", "after", "forecast", "measured", "inside the interval"), rows)
+
+
+TABLES = {
+    "layer12": layer12,
+    "before": before_training,
+    "costs": costs,
+    "carriers": carriers,
+    "plans": plans,
+    "scan cost": scan_cost,
+    "trace cost": trace_cost,
+    "repair cost": repair_cost,
+    "stages": stages,
+    "repair": repair,
+    "forecast": fresh,
+}
+
+
+def filled(text: str) -> str:
+    """The text of a page with every generated table renewed."""
+    for name, table in TABLES.items():
+        pattern = rf"(<!-- table: {name} -->\n).*?(<!-- end -->)"
+        text = re.sub(
+            pattern,
+            lambda found, table=table: f"{found[1]}\n{table()}\n\n{found[2]}",
+            text,
+            flags=re.S,
+        )
+    return text
+
+
+def _read(name: str) -> list[dict[str, str]]:
+    with open(FIGURES / name, newline="") as file:
+        return [*csv.DictReader(file)]
+
+
+def _interval(row: Row, digits: int = 4) -> str:
+    value, lo, hi = (float(row[name]) for name in ("value", "lo", "hi"))
+    if value == lo == hi == 0:
+        return "0"
+    if abs(value) < 0.5 * 10**-digits:
+        return f"{value:.0e}"  # rounding: an interval would say no more
+    # Adding 0 makes 0.0000 of what would read -0.0000.
+    value, lo, hi = (round(x, digits) + 0.0 for x in (value, lo, hi))
+    return f"{value:.{digits}f} [{lo:.{digits}f}, {hi:.{digits}f}]"
+
+
+def _kl(row: Row, student: str) -> str:
+    names = zip(("value", "lo", "hi"), ("", "_lo", "_hi"), strict=True)
+    return _interval({name: row[f"{student}{end}"] for name, end in names})
+
+
+def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    lines = [[*head], *([*row] for row in rows)]
+    lines.insert(1, ["---"] * len(lines[0]))
+    cells = [[" ".join(cell.split()).replace("|", "\\|") for cell in line] for line in lines]
+    return "\n".join(f"| {' | '.join(line)} |" for line in cells)
+
+
+if __name__ == "__main__":
+    for page in sorted(RESULTS.glob("*.md")):
+        page.write_text(filled(page.read_text(encoding="utf-8")), encoding="utf-8")
