@@ -76,7 +76,7 @@ def main() -> None:
     seq_len, rounds = (256, 2) if args.quick else (1024, args.rounds)
     config = RepairConfig(model=args.model, swap=(args.swap,), seq_len=seq_len)
     if args.quick:
-        config = replace(config, tokens=32 * seq_len)
+        config = replace(config, train_tokens=32 * seq_len)
     report(args, times(config, rounds), config)
 
 
@@ -118,8 +118,8 @@ def times(config: RepairConfig, rounds: int) -> dict[str, list[float]]:
                 found[way].append(1e3 * spent(run) / tokens)
             found["store"].append(1e3 * spent(filled[number + 2].fill) / tokens)
             if number < WRITING:
-                own_words = spent(lambda: writer.write(config.to_write))
-                found["write"].append(1e3 * own_words / config.to_write)
+                own_words = spent(lambda: writer.write(config.to_generate))
+                found["write"].append(1e3 * own_words / config.to_generate)
             said = ", ".join(f"{way} {values[-1]:.3f}" for way, values in found.items())
             print(f"round {number + 1}, CPU-ms a token: {said}", file=sys.stderr)
     return found
@@ -185,7 +185,8 @@ def report(args: argparse.Namespace, found: dict[str, list[float]], config: Repa
             writer.writerows((way, WORDS[way], n + 1, value) for n, value in enumerate(values))
     epochs = config.epochs
     costs = {
-        share: {e: _whole(median, e, share) for e in (1, epochs)} for share in (0.0, config.written)
+        share: {e: _whole(median, e, share) for e in (1, epochs)}
+        for share in (0.0, config.self_generated)
     }
     made = {
         "model": args.model,
@@ -194,8 +195,8 @@ def report(args: argparse.Namespace, found: dict[str, list[float]], config: Repa
         "medians": median,
         "step_over_layer": [float(r) for r in ratios],
         "epochs": epochs,
-        "written": config.written,
-        "field_over_repair": median["field"] / costs[config.written][epochs],
+        "written": config.self_generated,
+        "field_over_repair": median["field"] / costs[config.self_generated][epochs],
         "field_over_repair_of_given_text": median["field"] / costs[0.0][epochs],
         "threads": 1,
         "versions": environment.versions(),
@@ -231,8 +232,8 @@ def figure(median: dict[str, float], config: RepairConfig) -> Figure:
         *((WORDS[way], median[way]) for way in ("layer", "step", "store", "write")),
         (f"the whole repair, {times_through}", _whole(median, config.epochs, 0.0)),
         (
-            f"the whole repair, {config.written:.0%} of its text written",
-            _whole(median, config.epochs, config.written),
+            f"the whole repair, {config.self_generated:.0%} of its text written",
+            _whole(median, config.epochs, config.self_generated),
         ),
         (WORDS["field"], median["field"]),
     ]

@@ -95,7 +95,7 @@ def times(name: str, tokens: int, seq_len: int, rounds: int) -> tuple[dict[str, 
     part = layers / len(naive)
     found: dict[str, list[float]] = {way: [] for way in ("forward", *ways)}
     # Imports and allocations of the first use belong to nobody.
-    mismatch.scan(teacher, SWAP, layers="last", **{**given, "tokens": seq_len})
+    mismatch.scan(teacher, SWAP, among="last", **{**given, "tokens": seq_len})
     forward(teacher.model, ids)
     for index in range(rounds):
         units = []

@@ -27,9 +27,9 @@ SWAPS = (
     "layer4:partial_rope(fraction=0.25)",
 )
 SETTINGS = {
-    "tokens": 8192, "written": 0.0, "judged": 2048, "looked": 1024, "seq_len": 512, "epochs": 3,
-    "max_minutes": None, "traced": 0, "probes": (), "controls": ("zero",),
-    "rungs": ("closed-form", "local", "block"),
+    "train_tokens": 8192, "self_generated": 0.0, "tokens": 2048, "val_tokens": 1024, "seq_len": 512, "epochs": 3,
+    "max_minutes": None, "trace_tokens": 0, "probes": (), "controls": ("zero",),
+    "stages": ("closed-form", "local", "block"),
 }  # fmt: skip
 HERE = Path(__file__).resolve().parent.parent / "figures" / "forecast_score" / "fresh"
 

@@ -27,15 +27,15 @@ import mismatch
 from mismatch.forward import hooks
 from mismatch.forward.heldout import HeldOut
 from mismatch.forward.sites import taps
+from mismatch.stages.opening import Opened
 from mismatch.stages.repair.config import RepairConfig
 from mismatch.stages.repair.forecast_readings import errors
 from mismatch.stages.repair.ladder import Ladder, Texts
 from mismatch.stages.repair.rungs import block_window_kl as stream
 from mismatch.stages.repair.rungs.activation_store import Store
 from mismatch.stages.repair.rungs.module_pair import Part, watch
-from mismatch.stages.repair.start import read_texts
+from mismatch.stages.repair.texts import RepairTexts, read_texts
 from mismatch.stages.repair.trainable import learner
-from mismatch.texts import documents as data
 
 LAYERS = (2, 10, 18, 26, 6, 14, 22, 12)
 """In the order in which they are run: stopped half-way, the record still spans the depth."""
@@ -50,7 +50,7 @@ CONTROLS = ("zero", "mean", "linear")
 RUNGS = ("closed-form", "local", "block")
 BLOCK_LAYERS = (2, 10, 18, 26)
 """Whose cells climb to the rung block."""
-SIZES = {"tokens": 8192, "judged": 2048, "looked": 1024, "seq_len": 512, "epochs": 3}
+SIZES = {"train_tokens": 8192, "tokens": 2048, "val_tokens": 1024, "seq_len": 512, "epochs": 3}
 DRAWS = 4
 """Times that labels are drawn from the teacher's prediction, for `guess`."""
 ROWS = Path(__file__).resolve().parent.parent / "figures" / "forecast_score" / "rows"
@@ -62,7 +62,7 @@ class Bench:
 
     teacher: Any
     config: RepairConfig
-    read: Any
+    read: RepairTexts
     texts: Texts
     folder: Path
     slopes: dict[int, list[Tensor]] = field(default_factory=dict)
@@ -105,10 +105,14 @@ def prepared(folder: Path) -> Bench:
     """One pass of the teacher over the text to learn from, one over what is looked at."""
     teacher = mismatch.load("smollm2")
     config = _config("layer2:nope", ("closed-form", "local"))
-    read = read_texts(config, data.read("wiki"), data.read("sotu"), teacher.tokenizer)
-    cuts = (read.train, read.looked)
+    read = read_texts(Opened(config, teacher=teacher))
+    cuts = (read.train, read.validation)
     batches = [[torch.from_numpy(b.ids) for b in cut.batches(config.batch_size)] for cut in cuts]
-    key = {"model": teacher.info.sha256, "train": cuts[0].fingerprint, "look": cuts[1].fingerprint}
+    key = {
+        "model": teacher.info.sha256,
+        "train": cuts[0].fingerprint,
+        "validation": cuts[1].fingerprint,
+    }
     bench = Bench(teacher, config, read, Texts(*batches, key), folder)
     places = []
     for layer in LAYERS:
@@ -125,8 +129,8 @@ def prepared(folder: Path) -> Bench:
 
 def _config(swap: str, rungs: tuple[str, ...]) -> RepairConfig:
     return RepairConfig(
-        model="smollm2", swap=(swap,), rungs=rungs, controls=(), max_minutes=None, pays=0.0,
-        traced=0, probes=(), written=0.0, **SIZES,
+        model="smollm2", swap=(swap,), stages=rungs, controls=(), max_minutes=None, min_gain=0.0,
+        trace_tokens=0, probes=(), self_generated=0.0, **SIZES,
     )  # fmt: skip
 
 
@@ -146,13 +150,13 @@ def one_cell(bench: Bench, layer: int, name: str) -> dict[str, Any]:
     """Numbers before training, then the climb."""
     teacher, swap_text = bench.teacher, f"layer{layer}:{MECHANISMS[name]}"
     if layer not in bench.held_out:
-        bench.held_out = {layer: HeldOut(teacher.layout, bench.read.judged, layer, 2)}
+        bench.held_out = {layer: HeldOut(teacher.layout, bench.read.evaluation, layer, 2)}
         bench.controls = {layer: controls(bench, layer)}
     held_out, known = bench.held_out[layer], dict(bench.controls[layer])
     rungs = RUNGS if layer in BLOCK_LAYERS else RUNGS[:2]
     config = _config(swap_text, rungs)
     swap = _swap(bench, swap_text)
-    mine = learner(teacher, config, swap, bench.read.text.calibration)
+    mine = learner(teacher, config, swap, bench.read.documents)
     known |= before(bench, mine.parts[0])
     ladder = Ladder(
         config, teacher.layout, mine, held_out, bench.texts, folder=bench.folder, state=None,
@@ -171,7 +175,7 @@ def one_cell(bench: Bench, layer: int, name: str) -> dict[str, Any]:
 
 def _swap(bench: Bench, text: str) -> Any:
     return mismatch.swap(
-        bench.teacher, text, calibration=bench.read.text.calibration, seq_len=SIZES["seq_len"]
+        bench.teacher, text, calibration_data=bench.read.documents, seq_len=SIZES["seq_len"]
     )
 
 

@@ -34,8 +34,8 @@ USUAL, RAISED = 3e-4, 3e-2
 NEEDED = 4.0
 """sigmoid(4) = .98: how far a gate must go to decide for one branch."""
 REPAIR = {
-    "rungs": ("local",), "controls": (), "tokens": 12288, "written": 0.0, "seq_len": 512, "judged": 4096,
-    "looked": 1024, "epochs": 12, "max_minutes": None,
+    "stages": ("local",), "controls": (), "train_tokens": 12288, "self_generated": 0.0, "seq_len": 512,
+    "tokens": 4096, "val_tokens": 1024, "epochs": 12, "max_minutes": None,
 }  # fmt: skip
 MAPS = {"elu": "infini(segment=64)", "softmax": "infini(segment=64, feature_map=softmax)"}
 STUDENTS = {
@@ -104,7 +104,7 @@ def gates(teacher: mismatch.api.Teacher) -> pd.DataFrame:
     rows = []
     store = tempfile.TemporaryDirectory(prefix="mismatch-")  # the teacher runs once for all rates
     for rate in GATE_RATES:
-        result = mended(teacher, "layer12:infini(segment=64)", rate, store=store.name)
+        result = mended(teacher, "layer12:infini(segment=64)", rate, activations_dir=store.name)
         rung = result.climbed["rungs"][-1]
         start, end = (np.array(x) for x in next(iter(rung["gates"].values())))
         share = 1 / (1 + np.exp(-end))
@@ -148,11 +148,11 @@ def memory(teacher: mismatch.api.Teacher) -> pd.DataFrame:
 def retrieval(teacher: mismatch.api.Teacher, name: str) -> pd.DataFrame:
     """student, stat, segments, value, lo, hi: nats per key lost by segment borders; text KL; exact keys."""
     swap, rate, *_ = STUDENTS[name]
-    # Text is judged below: in a repair it only says whether to keep it.
+    # The KL is measured below: in a repair it only says whether to keep it.
     student = (
         mismatch.swap(teacher, swap)
         if rate is None
-        else mended(teacher, swap, rate, judged=2048).student
+        else mended(teacher, swap, rate, tokens=2048).student
     )
     table = mismatch.probe(teacher, student, controls=(), **PROMPTS).table
     rows = []

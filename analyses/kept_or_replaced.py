@@ -66,11 +66,11 @@ CONTROLLED = {
 }  # fmt: skip
 """The mechanism whose first cell measures the controls of a slot."""
 SIZES: dict[str, Any] = {
-    "tokens": 8192,
-    "written": 0.0,
+    "train_tokens": 8192,
+    "self_generated": 0.0,
     "seq_len": 256,
-    "judged": 2048,
-    "looked": 1024,
+    "tokens": 2048,
+    "val_tokens": 1024,
     "epochs": 3,
 }
 ROUNDING = 1e-7
@@ -129,7 +129,7 @@ def main() -> None:
         measure(file, [case for case in cases(args.only) if args.column in (None, case.column)])
     found = pd.read_csv(file)
     made = {
-        "model": "smollm2", "layer": LAYER, **SIZES, "rungs": ["closed-form", "local"],
+        "model": "smollm2", "layer": LAYER, **SIZES, "stages": ["closed-form", "local"],
         "cpu_seconds": found["cpu_seconds"].sum(), "verdict": verdict(found),
         "versions": environment.versions(),
     }  # fmt: skip
@@ -175,8 +175,8 @@ def cell(teacher: mismatch.api.Teacher, case: Case, store: str) -> dict[str, Any
     """Before and after, with intervals; the controls where this cell measures them."""
     started = time.process_time()
     climbed = mismatch.repair(
-        teacher, case.swap, rungs=("closed-form", "local"), max_minutes=None, pays=0.0, traced=0, probes=(),
-        controls=case.controls, store=store, **SIZES,
+        teacher, case.swap, stages=("closed-form", "local"), max_minutes=None, min_gain=0.0, trace_tokens=0, probes=(),
+        controls=case.controls, activations_dir=store, **SIZES,
     ).climbed  # fmt: skip
     students = climbed["students"]
     row: dict[str, Any] = {

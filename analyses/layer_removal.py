@@ -44,7 +44,7 @@ def main() -> None:
     found = losses(scanned.table)
     args.output.mkdir(parents=True, exist_ok=True)
     found.to_csv(args.output / "removal.csv", index=False)
-    text = scanned.run.manifest["text"]
+    text = scanned.run.manifest["texts"]["evaluation"]
     draw(found, args.model, text).savefig(args.output / "removal.png", dpi=200)
     made = {"model": args.model, **given, "text": text, "versions": environment.versions()}
     (args.output / "removal.json").write_text(json.dumps(made, indent=2) + "\n")

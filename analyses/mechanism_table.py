@@ -146,15 +146,17 @@ def measured(args: argparse.Namespace) -> tuple[pd.DataFrame, dict]:
     layout = teacher.layout
     swaps = tuple(text for _, texts in KINDS.values() for text in texts)
     config = ScanConfig(
-        model=args.model, swap=swaps, layers=str(args.layer), seq_len=args.seq_len, tokens=args.tokens,
+        model=args.model, swap=swaps, among=str(args.layer), seq_len=args.seq_len, tokens=args.tokens,
         calibration_tokens=args.calibration_tokens,
     )  # fmt: skip
     made = columns(config.templates, ("zero",))
     whole = [joint(text, spec.check(spec.parse(text)), layout) for text in WHOLE]
     every = tuple(sorted([*cells(made, [args.layer], layout), *whole], key=lambda cell: cell.first))
-    learnt, held_out = calibration_and_evaluation(config.calibration, config.data)
+    learnt, held_out = calibration_and_evaluation(config.calibration_data, config.data)
     cut = windows(held_out, teacher.tokenizer, args.seq_len, args.tokens, config.seed)
-    sweep = sweep_of(teacher, config, every, learnt)
+    length, tokens = min(args.seq_len, args.calibration_tokens), args.calibration_tokens
+    calibration = windows(learnt, teacher.tokenizer, length, tokens, config.seed)
+    sweep = sweep_of(teacher, config, every, calibration)
     task = text_task(cut, config.scored, config.seed)
     with tqdm(total=len(every) * math.ceil(len(cut) / BATCH), unit="run") as bar:
         sums = measure(

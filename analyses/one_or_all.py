@@ -59,11 +59,11 @@ SIZES = {"tokens": 1536, "seq_len": 192, "batch_size": 8}
 REPAIRED = (5, 13, 20, 28)
 """A set of four of the above."""
 REPAIR: dict[str, Any] = {
-    "tokens": 8192,
-    "written": 0.0,
+    "train_tokens": 8192,
+    "self_generated": 0.0,
     "seq_len": 256,
-    "judged": 2048,
-    "looked": 1024,
+    "tokens": 2048,
+    "val_tokens": 1024,
     "epochs": 2,
 }
 HERE = Path(__file__).resolve().parent.parent / "figures" / "one_or_all"
@@ -127,10 +127,12 @@ def documents(teacher: mismatch.api.Teacher, mechanism: str) -> pd.DataFrame:
         for text, layers in texts.items()
     }
     every = tuple(sorted(made, key=lambda cell: cell.first))
-    learnt, held_out = calibration_and_evaluation(config.calibration, config.data)
+    learnt, held_out = calibration_and_evaluation(config.calibration_data, config.data)
     cut = windows(held_out, teacher.tokenizer, config.seq_len, config.tokens, config.seed)
+    length, tokens = min(config.seq_len, config.calibration_tokens), config.calibration_tokens
+    calibration = windows(learnt, teacher.tokenizer, length, tokens, config.seed)
     task = text_task(cut, config.scored, config.seed)
-    sweep = sweep_of(teacher, config, every, learnt)
+    sweep = sweep_of(teacher, config, every, calibration)
     with tqdm(total=len(every), unit="run", desc=mechanism) as bar:
         sums = measure(sweep, every, [task], batch_tokens=cut.tokens, progress=bar.update)
     prove_restored(sweep)
@@ -219,8 +221,8 @@ def repair(teacher: mismatch.api.Teacher, file: Path) -> None:
 def _repair(teacher: mismatch.api.Teacher, layers: tuple[int, ...], store: str) -> dict[str, Any]:
     started = time.process_time()
     climbed = mismatch.repair(
-        teacher, swap_of(layers, MECHANISMS["infini"][0]), rungs=("closed-form", "local"), max_minutes=None,
-        pays=0.0, traced=0, probes=(), controls=("zero",), store=store, progress=True, **REPAIR,
+        teacher, swap_of(layers, MECHANISMS["infini"][0]), stages=("closed-form", "local"), max_minutes=None,
+        min_gain=0.0, trace_tokens=0, probes=(), controls=("zero",), activations_dir=store, progress=True, **REPAIR,
     ).climbed  # fmt: skip
     students = climbed["students"]
     row: dict[str, Any] = {}

@@ -59,7 +59,7 @@ def main() -> None:
         folder = args.runs / f"parallel_alpha-{short}"
         if not (folder / "metrics.parquet").exists():
             mismatch.scan(
-                "smollm2", swaps(names[short]), layers=LAYERS, tasks=("text",), progress=True,
+                "smollm2", swaps(names[short]), among=LAYERS, tasks=("text",), progress=True,
                 controls=("zero",), output=str(folder), **SIZES,
             )  # fmt: skip
     folders = {name: args.runs / f"parallel_alpha-{short}" for short, name in names.items()}
@@ -76,7 +76,7 @@ def main() -> None:
         "mark": MARK,
         "crossings": crossed.to_dict("records"),
         "verdict": verdict(found, crossed),
-        "text": next(iter(runs.values())).run.manifest["text"],
+        "text": next(iter(runs.values())).run.manifest["texts"]["evaluation"],
         "versions": environment.versions(),
     }
     args.output.mkdir(parents=True, exist_ok=True)

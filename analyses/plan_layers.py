@@ -42,6 +42,7 @@ def main() -> None:
     scan = mismatch.load_run(args.scan)
     same = ("seq_len", "samples", "length", "batch_size", "tokens")
     sizes = {name: scan.config[name] for name in same}
+    sizes["selection_tokens"] = scan.config["tokens"]
     teacher = mismatch.load(scan.manifest["model"])
     for name in [args.only] if args.only else PLANS:
         layers, keep = PLANS[name]

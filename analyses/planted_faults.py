@@ -47,7 +47,7 @@ CORRECTIONS = (
 LAYER = 12
 BY = 10.0
 """Length of the shift; a usual update there has length 21 (median over tokens)."""
-SIZES = {"tokens": 4608, "judged": 1536, "controls": ()}
+SIZES = {"fit_tokens": 4608, "tokens": 1536, "controls": ()}
 HERE = Path(__file__).resolve().parent.parent / "figures" / "planted_faults"
 
 

@@ -24,11 +24,12 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import mismatch
-from mismatch.config import ProbeConfig
 from mismatch.probes import PROBES, load_probe
 from mismatch.probes.base import Probe, Setting, Subject, rows
 from mismatch.runs import environment
-from mismatch.stages.probe.stage import questions
+from mismatch.stages.opening import Opened
+from mismatch.stages.probe.config import ProbeConfig
+from mismatch.stages.runner import stage_of
 from mismatch.surgery.students import Teacher
 
 HERE = Path(__file__).resolve().parent.parent / "figures" / "probe_nulls"
@@ -105,8 +106,8 @@ def main() -> None:
         model=args.model, swap=(f"layer{args.layer}{IDENTITY}",), seq_len=args.seq_len,
         lengths=(str(args.length),), depths=("0.1",),
     )  # fmt: skip
-    facts = (teacher.model.config, teacher.tokenizer)
-    setting = questions(config, *facts, config.data, config.calibration).setting
+    opened = Opened(config, teacher=teacher)
+    setting = stage_of("probe").prepare(opened).asked.setting
     found = nulls(teacher, setting, args.layer)
     args.output.mkdir(parents=True, exist_ok=True)
     found.to_csv(args.output / "nulls.csv", index=False)

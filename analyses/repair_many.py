@@ -38,8 +38,8 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2", help="what to repair")
     parser.add_argument("--swap", default=SWAP, help="several places")
     parser.add_argument("--epochs", type=int, default=5, help="times through the text, each rung")
-    parser.add_argument("--tokens", type=int, default=12288, help="to learn from")
-    parser.add_argument("--judged", type=int, default=2048, help="to judge on")
+    parser.add_argument("--train-tokens", type=int, default=12288, help="to train on")
+    parser.add_argument("--tokens", type=int, default=2048, help="to evaluate on")
     parser.add_argument("--output", type=Path, default=HERE, help="folder of the results")
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
@@ -60,16 +60,16 @@ def climb(order: str, args: argparse.Namespace) -> dict:
         args.model,
         args.swap,
         order=order,
-        rungs=RUNGS,
-        pays=0.0,
+        stages=RUNGS,
+        min_gain=0.0,
         max_minutes=None,
         epochs=args.epochs,
         seq_len=SEQ_LEN,
+        train_tokens=args.train_tokens,
+        self_generated=0.0,
         tokens=args.tokens,
-        written=0.0,
-        judged=args.judged,
         probes=(),
-        traced=0,
+        trace_tokens=0,
         progress=True,
     )
     print(result.summary(), file=sys.stderr)
@@ -77,6 +77,7 @@ def climb(order: str, args: argparse.Namespace) -> dict:
         "swap": args.swap,
         "order": order,
         "epochs": args.epochs,
+        "train_tokens": args.train_tokens,
         "tokens": args.tokens,
         "threads": torch.get_num_threads(),
         "climb": result.climbed,

@@ -50,8 +50,8 @@ def main() -> None:
     parser.add_argument("--only", choices=SWAPS, help="one row")
     parser.add_argument("--model", default="smollm2", help="what to repair")
     parser.add_argument("--epochs", type=int, default=4, help="times through the text, each rung")
-    parser.add_argument("--tokens", type=int, default=32768, help="to learn from")
-    parser.add_argument("--judged", type=int, default=4096, help="to judge on")
+    parser.add_argument("--train-tokens", type=int, default=32768, help="to train on")
+    parser.add_argument("--tokens", type=int, default=4096, help="to evaluate on")
     parser.add_argument("--output", type=Path, default=HERE, help="folder of the results")
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
@@ -71,15 +71,15 @@ def climb(name: str, args: argparse.Namespace, store: str) -> None:
     result = mismatch.repair(
         args.model,
         SWAPS[name],
-        rungs=RUNGS,
+        stages=RUNGS,
         max_minutes=None,
         epochs=args.epochs,
         seq_len=SEQ_LEN,
-        pays=0.0,
+        min_gain=0.0,
+        train_tokens=args.train_tokens,
+        self_generated=0.0,
         tokens=args.tokens,
-        written=0.0,
-        judged=args.judged,
-        store=store,
+        activations_dir=store,
         progress=True,
     )
     print(result.summary(), file=sys.stderr)
@@ -87,6 +87,7 @@ def climb(name: str, args: argparse.Namespace, store: str) -> None:
         "swap": SWAPS[name],
         "epochs": args.epochs,
         "cpu_seconds": time.process_time() - started,
+        "train_tokens": args.train_tokens,
         "tokens": args.tokens,
         "threads": torch.get_num_threads(),
         "climb": result.climbed,

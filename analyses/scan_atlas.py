@@ -59,7 +59,7 @@ def write(scanned: Scanned, folder: Path) -> None:
     manifest = scanned.run.manifest
     made = {
         name: manifest.get(name)
-        for name in ("model", "swap", "seed", "text", "seconds", "work", "versions")
+        for name in ("model", "swap", "seed", "texts", "seconds", "work", "versions")
     }
     made |= {
         "tasks": scanned.run.plan["tasks"],

@@ -50,7 +50,7 @@ def diagnose(teacher: mismatch.api.Teacher, swap: str, to: Path) -> None:
     with tempfile.TemporaryDirectory(prefix="mismatch-") as folder:
         asked = Path(folder) / "probes"
         mismatch.probe(teacher, swap=swap, output=str(asked), **PROBES)
-        result = mismatch.diagnose(teacher, swap, evidence=asked)
+        result = mismatch.diagnose(teacher, swap, earlier_run=asked)
     to.with_suffix(".png").write_bytes(style.to_bytes(result.figure(), "png"))
     result.shares.to_csv(to.with_suffix(".csv"), index=False)
     made = {

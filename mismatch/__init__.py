@@ -1,27 +1,25 @@
-"""mismatch: swap a part of a pretrained language model, see where, why and how badly it breaks, and mend it.
+"""mismatch: swap a module of a pretrained language model, see where, why and how badly it breaks, and repair it.
 
     import mismatch
     teacher = mismatch.load("smollm2")
     student = mismatch.swap(teacher, "layer12:infini(segment=64)")
     result = mismatch.trace(teacher, student, data="wiki", tokens=8192)
 
-The names below are imported when they are first used: `import mismatch` alone does not import torch.
+The names below, and a function for each stage (trace, probe, diagnose, scan, plan, repair), are imported when they are
+first used: `import mismatch` alone does not import torch. `__init__.pyi` has their signatures.
 """
 
 from importlib import import_module as _import_module
 from typing import Any as _Any
 
+from mismatch.registry import stages as _stages
+from mismatch.stages import STAGES as _STAGES
+
 _PLACES = {
     "load": "mismatch.api",
     "generate": "mismatch.api",
     "save_checkpoint": "mismatch.api",
-    "plan": "mismatch.api",
-    "repair": "mismatch.api",
-    "scan": "mismatch.api",
     "swap": "mismatch.api",
-    "trace": "mismatch.api",
-    "probe": "mismatch.api",
-    "diagnose": "mismatch.api",
     "check": "mismatch.api",
     "open_nnsight": "mismatch.api",
     "fetch": "mismatch.texts.demo.fetch",
@@ -35,20 +33,20 @@ _PLACES = {
     "measure": "mismatch.metrics",
 }
 
-__all__ = sorted([*_PLACES, "__version__"])
+__all__ = sorted([*_PLACES, *_STAGES, "__version__"])
 
 
 def __getattr__(name: str) -> _Any:
     if name == "__version__":
-        from mismatch.runs.environment import versions
-
-        return versions()["mismatch"]
-    if name not in _PLACES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module = _import_module(_PLACES[name])
-    value = module if name == "errors" else getattr(module, name)
-    globals()[name] = value
-    return value
+        return str(_import_module("mismatch.runs.environment").versions()["mismatch"])
+    if name in _PLACES:
+        module = _import_module(_PLACES[name])
+        value = module if name == "errors" else getattr(module, name)
+        globals()[name] = value
+        return value
+    if not name.startswith("_") and name in _stages():
+        return _import_module("mismatch.stages.functions").function(name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

@@ -1,4 +1,4 @@
-"""What a user calls from Python.
+"""What a user calls from Python, beside the functions of the stages, which come from `mismatch.stages.runner`.
 
 teacher = mismatch.load("smollm2")
 student = mismatch.swap(teacher, "layer12:infini(segment=64)")
@@ -7,81 +7,34 @@ result = mismatch.trace(teacher, student, data="wiki", tokens=8192)
 
 from __future__ import annotations
 
-import os
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from mismatch import spec
-from mismatch.config import ProbeConfig, TraceConfig
-from mismatch.errors import UsageError
 from mismatch.models import generate as generating
 from mismatch.models.generate import Generated
-from mismatch.report.words import plan_lines
-from mismatch.runs.folder import RunFolder, check_output
-from mismatch.runs.ranks import Ranks, joined
-from mismatch.stages.checking import (
-    Check,
-    check,
-    check_context,
-    check_settings,
-    plan_dict,
-    planned,
-    read_text,
-)
-from mismatch.stages.diagnose.result import Diagnosed
-from mismatch.stages.diagnose.start import diagnose, diagnose_command
-from mismatch.stages.opening import (
-    as_loaded,
-    check_shares,
-    create,
-    given,
-    load,
-    load_options,
-    model_config_of,
-    tokenizer_of,
-)
-from mismatch.stages.plan.result import Planned
-from mismatch.stages.plan.start import plan, plan_command
-from mismatch.stages.probe.stage import ask, behind, questions
-from mismatch.stages.repair.result import Repaired
-from mismatch.stages.repair.start import repair, repair_command
-from mismatch.stages.scan.result import Scanned
-from mismatch.stages.scan.start import scan, scan_command
-from mismatch.stages.trace.result import Probed, Result
-from mismatch.stages.trace.stage import Job
-from mismatch.surgery.operate import Student, saving
+from mismatch.stages.functions import opened_for
+from mismatch.stages.opening import load
+from mismatch.stages.runner import stage_of
+from mismatch.stages.swapped import calibrates
+from mismatch.stages.trace.check import Check, checked
+from mismatch.surgery import saving
+from mismatch.surgery.operate import Student
 from mismatch.surgery.students import Teacher, calibrated_swap
+from mismatch.texts.documents import read
+from mismatch.texts.windows import windows
 
 __all__ = [
     "Check",
-    "Diagnosed",
-    "Planned",
-    "Probed",
-    "Repaired",
-    "Result",
-    "Scanned",
     "Student",
     "Teacher",
     "check",
-    "diagnose",
-    "diagnose_command",
     "generate",
     "load",
     "open_nnsight",
-    "plan",
-    "plan_command",
-    "probe",
-    "probe_command",
-    "repair",
-    "repair_command",
     "save_checkpoint",
-    "scan",
-    "scan_command",
     "swap",
-    "trace",
-    "trace_command",
 ]
 
 
@@ -115,11 +68,20 @@ def save_checkpoint(
     )
 
 
+def check(*args: Any, **settings: Any) -> Check:
+    """What a trace would do: plan, parameters and cost, without weights. Arguments are those of `mismatch.trace`.
+
+    Raises:
+        MismatchError: whatever a trace would refuse of model, swap and controls.
+    """
+    return checked(opened_for(stage_of("trace"), args, settings))
+
+
 def swap(
     teacher: Any,
     swap: str | Sequence[str],
     *,
-    calibration: Any = "sotu",
+    calibration_data: Any = "sotu",
     calibration_tokens: int = 2048,
     seq_len: int = 1024,
     batch_size: int = 4,
@@ -130,7 +92,7 @@ def swap(
     Args:
         teacher: from `load`, or what `load` takes.
         swap: one clause or several, such as "layer12:infini(segment=64)".
-        calibration: text for mechanisms that set themselves from the model's activations; read only for those.
+        calibration_data: text for mechanisms that set themselves from the model's activations; read only for those.
         calibration_tokens, seq_len, batch_size: how much of it, and how it is cut.
         seed: of every new tensor.
 
@@ -141,15 +103,13 @@ def swap(
         SpecError: the text is wrong, or does not fit the model.
         SurgeryError: a mechanism cannot be built here.
     """
-    return calibrated_swap(
-        load(teacher),
-        spec.parse(swap),
-        calibration=calibration,
-        tokens=calibration_tokens,
-        seq_len=seq_len,
-        batch_size=batch_size,
-        seed=seed,
-    )
+    loaded, parsed = load(teacher), spec.parse(swap)
+    cut = None
+    if calibrates(spec.check(parsed).clauses):
+        length = min(seq_len, calibration_tokens)
+        text = read(calibration_data)
+        cut = windows(text, loaded.tokenizer, length, calibration_tokens, seed)
+    return calibrated_swap(loaded, parsed, cut, batch_size=batch_size, seed=seed)
 
 
 def generate(
@@ -195,160 +155,3 @@ def open_nnsight(student: Student | Teacher) -> Any:
     from mismatch.forward.nnsight_backend import open_model
 
     return open_model(student.model, student.tokenizer)
-
-
-def trace(
-    model: Any,
-    student: Student | None = None,
-    *,
-    data: Any = "wiki",
-    calibration: Any = "sotu",
-    progress: bool = False,
-    **settings: Any,
-) -> Result:
-    """Measure how far a swapped model is from the original, site by site.
-
-    Args:
-        model: the teacher, or what `load` takes.
-        student: from `swap`; or give `swap="..."`.
-        data: held-out text: a fetched name, a path, or a list of strings.
-        calibration: text for mechanisms and controls that set themselves from it; never overlaps with `data`.
-        progress: show a bar on stderr.
-        settings: fields of `mismatch.config.TraceConfig`: tokens, seq_len, controls, metrics, output ...
-
-    Returns:
-        The result. A run folder is written only when `output` or `run_name` is given.
-
-    Raises:
-        MismatchError: see `mismatch.errors`.
-    """
-    named = isinstance(model, (str, Path))
-    config = TraceConfig(**given(model, student, data, calibration, settings, "a trace"))
-    if config.folder is not None:
-        check_output(config.folder)
-    if named:
-        check(config)
-        teacher = load(model, **load_options(config, Ranks()))
-    else:
-        teacher = load(model)
-        config = as_loaded(config, teacher)
-        check_context(teacher.model.config, config)
-    check_shares(student, teacher, "trace")
-    swapped = student is not None
-    text = read_text(config, data, calibration, teacher.tokenizer, swapped=swapped)
-    facts = (teacher.model.config, teacher.tokenizer)
-    after = behind(config, *facts, data, calibration, swapped=swapped)
-    folder = None if config.folder is None else create(config)
-    path = None if folder is None else folder.path
-    job = Job(config, teacher, text, student, folder, path, progress=progress, after=after)
-    return job.run()
-
-
-def probe(
-    model: Any,
-    student: Student | None = None,
-    *,
-    data: Any = "wiki",
-    calibration: Any = "sotu",
-    progress: bool = False,
-    **settings: Any,
-) -> Probed:
-    """Ask teacher, swap and controls what ordinary text does not show: copying, retrieval, position, memory.
-
-    Args:
-        model: the teacher, or what `load` takes.
-        student: from `swap`; or give `swap="..."`.
-        data: held-out text, read only when a probe needs text.
-        calibration: text for mechanisms and controls that set themselves from it.
-        progress: show a bar on stderr.
-        settings: fields of `mismatch.config.ProbeConfig`: probes, samples, lengths, depths, controls, output ...
-
-    Returns:
-        The answers. A run folder is written only when `output` or `run_name` is given.
-
-    Raises:
-        MismatchError: see `mismatch.errors`.
-    """
-    config = ProbeConfig(**given(model, student, data, calibration, settings, "a run of probes"))
-    if config.folder is not None:
-        check_output(config.folder)
-    if isinstance(model, (str, Path)):
-        planned(config)
-        teacher = load(model, **load_options(config, Ranks()))
-    else:
-        teacher = load(model)
-        config = as_loaded(config, teacher)
-        check_context(teacher.model.config, config)
-    check_shares(student, teacher, "probe")
-    facts = (teacher.model.config, teacher.tokenizer)
-    asked = questions(config, *facts, data, calibration, swapped=student is not None)
-    folder = None if config.folder is None else create(config, kind="probe")
-    return ask(config, teacher, asked, student, folder, progress)
-
-
-def probe_command(config: ProbeConfig, *, overwrite: bool = False, progress: bool = True) -> Probed:
-    """What `mismatch probe` does. Everything that can be refused is refused before weights are loaded.
-
-    Args:
-        config: the settings.
-        overwrite: replace the run in `config.output`.
-        progress: talk on stderr.
-
-    Raises:
-        MismatchError: see `mismatch.errors`.
-    """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UsageError(
-            "probes run in one process, and torchrun started several",
-            hint="mismatch probe ...; a trace or a scan can be spread",
-        )
-    if config.folder is not None:
-        check_output(config.folder, overwrite=overwrite)
-    skeleton, students = planned(config)
-    facts = (skeleton.config, tokenizer_of(config))
-    asked = questions(config, *facts, config.data, config.calibration)
-    if progress:
-        lines = [f"swap    {line}" for line in plan_lines(plan_dict(students[0].plan))]
-        print("\n".join([*lines, f"probes  {', '.join(asked.probes)}"]), file=sys.stderr)
-    teacher = load(config.model, **load_options(config, Ranks()))
-    folder = create(config, overwrite, kind="probe")
-    return ask(config, teacher, asked, None, folder, progress)
-
-
-def trace_command(
-    config: TraceConfig,
-    *,
-    resume: Path | None = None,
-    overwrite: bool = False,
-    progress: bool = True,
-) -> Result:
-    """What `mismatch trace` does. Everything that can be refused is refused before weights are loaded.
-
-    Args:
-        config: the settings.
-        resume: the folder of an unfinished run to go on with.
-        overwrite: replace the run in `config.output`.
-        progress: talk on stderr.
-
-    Raises:
-        MismatchError: see `mismatch.errors`.
-        KeyboardInterrupt: with `.run_dir` when the run can be resumed.
-    """
-    with joined(config.device) as ranks:
-        if resume is not None:
-            check_settings(resume, config)
-        elif ranks.first and (target := config.folder) is not None:
-            check_output(target, overwrite=overwrite)
-        checked = check(config)
-        texts = (config.data, config.calibration)
-        tokenizer = tokenizer_of(config)
-        text = read_text(config, *texts, tokenizer)
-        after = behind(config, model_config_of(config), tokenizer, *texts)
-        if progress and ranks.first:
-            print(checked.text(), file=sys.stderr)
-        teacher = load(config.model, **load_options(config, ranks))
-        folder = None
-        if ranks.first:
-            folder = RunFolder.resume(resume) if resume is not None else create(config, overwrite)
-        path = ranks.from_first(None if folder is None else folder.path)
-        return Job(config, teacher, text, None, folder, path, ranks, progress, after).run()

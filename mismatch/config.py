@@ -1,8 +1,8 @@
 """What a command is told: typed, strict, and written into the run folder so that the run can be repeated.
 
-One class a command (`TraceConfig`, `ProbeConfig`) over what they share. Each field is described once, here. The flags
-of the command, their help, the checks of a YAML file and the errors are all made from these annotations and the texts
-under them (read by `mismatch.registry.card`).
+One class a command (`mismatch/stages/*/config.py`) over what they share, which is here. Each field is described once.
+The flags of the command, their help, the keyword arguments of the function, the checks of a YAML file and the errors
+are all made from these annotations and the texts under them (read by `mismatch.registry.card`).
 Precedence: flags > file > defaults. An unknown key or a wrong type is an error, never ignored.
 """
 
@@ -13,39 +13,45 @@ import functools
 import hashlib
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import yaml
 
 from mismatch import spec
 from mismatch.errors import ConfigError
-from mismatch.registry import Registry, card, did_you_mean, mechanisms, metrics, probes
+from mismatch.registry import Registry, card, did_you_mean, mechanisms
 from mismatch.registry.card import REQUIRED, Arg
 
-ELSEWHERE = ("output", "run_name", "fail_on", "store")
+ELSEWHERE = ("output", "run_name", "fail_on", "activations_dir")
 """Fields that change where a run lies and how it exits, but none of its numbers."""
-
-WINDOWS = 4
-"""Windows of text per sample of a probe: a decoder learns on three quarters of them and is judged on the rest."""
 
 C = TypeVar("C", bound="RunConfig")
 
 
+MODEL = ("model", "revision", "dtype", "device", "device_map")
+OUTPUT = ("output", "run_name")
+DANGEROUS = ("trust_remote_code", "allow_pickle")
+"""Fields that every command has, as its help groups them."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """What every command says that runs a changed model beside the original."""
+    """What every command has that runs a changed model beside the teacher."""
 
-    examples = {"model": "--model smollm2"}  # of the fields that must be given
+    groups: ClassVar[dict[str, tuple[str, ...]]] = {}
+    """Title -> fields, as the help groups those of one command; a test asks that none is missing."""
+    examples: ClassVar[dict[str, str]] = {"model": "--model smollm2"}
+    """How the fields are given that must be given."""
 
     model: str
     """A fetched name, a folder, or a hub id."""
     revision: str | None = None
     """Branch, tag or commit of a hub model."""
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32"
-    """Number format of the models. Metrics are always summed in float64."""
+    """dtype of the models. Metrics are always summed in float64."""
     device: str = "auto"
     """cpu, cuda, cuda:1, mps; auto takes the first accelerator there is."""
     device_map: str | None = None
@@ -56,18 +62,16 @@ class RunConfig:
     """Load pickled weights, which can run code."""
 
     data: str = "wiki"
-    """Held-out text: a fetched name, a .txt or .jsonl file, or a folder."""
-    calibration: str = "sotu"
-    """Text for swaps that need calibration. Never overlaps with the held-out text."""
+    """Evaluation text, behind every reported number: a fetched name, a .txt or .jsonl file, or a folder."""
     calibration_tokens: Annotated[int, ">= 1"] = 2048
-    """Tokens to calibrate on."""
+    """Tokens that mechanisms and controls set themselves from, where they do."""
     batch_size: Annotated[int, ">= 1"] = 4
     """Windows per forward pass."""
 
     controls: tuple[str, ...] = ("zero", "mean")
-    """Controls that run along on the same tokens; none for no control."""
+    """Controls that are measured on the same tokens; none for no control."""
     seed: Annotated[int, ">= 0"] = 0
-    """Of every random choice."""
+    """Random seed."""
 
     output: str | None = None
     """Run folder to make. By default a new folder under runs/."""
@@ -92,6 +96,11 @@ class RunConfig:
                 raise ConfigError(f"the {registry.kind} `{name}` is named twice")
 
     @property
+    def subject(self) -> str:
+        """What the run is about, in canonical form: goes into its name and its manifest."""
+        raise NotImplementedError
+
+    @property
     def folder(self) -> Path | None:
         """The run folder that was asked for; None leaves its name to the run."""
         if self.output:
@@ -103,14 +112,17 @@ class RunConfig:
         values = dataclasses.asdict(self)
         return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
 
+    def settings(self) -> dict[str, Any]:
+        """What config.yaml holds and the run id hashes: all that changes a number, not where the run lies."""
+        return {name: value for name, value in self.to_dict().items() if name not in ELSEWHERE}
+
     def to_yaml(self) -> str:
-        """The whole config; `mismatch trace --config FILE` with it repeats the run."""
+        """The whole config; `mismatch COMMAND --config FILE` with it repeats the run."""
         return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True, width=1000)
 
     def fingerprint(self) -> str:
         """16 hex digits of all that determines the numbers. Two spellings of one swap have one fingerprint."""
-        values = {k: v for k, v in self.to_dict().items() if k not in ELSEWHERE}
-        text = json.dumps(values | self.canonical(), sort_keys=True, ensure_ascii=False)
+        text = json.dumps(self.settings() | self.canonical(), sort_keys=True, ensure_ascii=False)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def canonical(self) -> dict[str, str]:
@@ -119,10 +131,21 @@ class RunConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CalibratedConfig(RunConfig):
+    """A command whose calibration text is a text of its own."""
+
+    calibration_data: str = "sotu"
+    """Calibration text, which mechanisms and controls set themselves from. Never overlaps with the evaluation text."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class SwapConfig(RunConfig):
     """A command about one swap."""
 
-    examples = {**RunConfig.examples, "swap": '--swap "layer12:infini"'}
+    examples: ClassVar[dict[str, str]] = {
+        **RunConfig.examples,
+        "swap": '--swap "layer12:infini"',
+    }
 
     swap: tuple[str, ...]
     """What to replace: target:mechanism, such as "layer12:infini". May be repeated."""
@@ -138,117 +161,29 @@ class SwapConfig(RunConfig):
         """The parsed swap."""
         return spec.parse(self.swap)
 
+    @property
+    def subject(self) -> str:
+        return spec.format(self.swap_spec)
+
     def canonical(self) -> dict[str, str]:
-        return {"swap": spec.format(self.swap_spec)}
-
-
-@dataclass(frozen=True, kw_only=True)
-class TraceConfig(SwapConfig):
-    """What `mismatch trace` is told."""
-
-    tokens: Annotated[int, ">= 1"] = 8192
-    """Held-out tokens to measure on."""
-    seq_len: Annotated[int, ">= 2"] = 1024
-    """Tokens per window. A window never mixes documents."""
-    metrics: tuple[str, ...] | None = None
-    """Metrics to compute; all but js when not given. Named metrics of covariances are taken behind every block."""
-    moment_tokens: Annotated[int, ">= 1"] = 2048
-    """Tokens that feed the metrics of second moments (cka, frechet, ...)."""
-    probes: tuple[str, ...] = ()
-    """Probes to run behind the trace, with short inputs, into the same table (see `mismatch probe`)."""
-    backend: Literal["hooks", "nnsight"] = "hooks"
-    """How sites are read. Both give the same bits."""
-    fail_on: Literal["low", "medium", "high"] | None = None
-    """Exit with 3 when a finding is at least this severe."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._known(self.metrics or (), metrics())
-        self._known(self.probes, probes())
-        if self.metrics == ():
-            raise ConfigError("`metrics` is empty", hint="leave it out to compute the usual ones")
-
-
-@dataclass(frozen=True, kw_only=True)
-class ProbeConfig(SwapConfig):
-    """What `mismatch probe` is told."""
-
-    controls: tuple[str, ...] = ("zero",)
-    """Controls that get the same inputs; none for no control."""
-    probes: tuple[str, ...] | None = None
-    """Probes to run; all of them when not given."""
-    samples: Annotated[int, ">= 2"] = 8
-    """Prompts of each kind, and windows of text. With fewer than 8 the intervals are too narrow."""
-    seq_len: Annotated[int, ">= 32"] = 160
-    """Tokens per window of held-out text."""
-    lengths: tuple[str, ...] = ("256", "512", "1024")
-    """Tokens of the passkey prompts."""
-    depths: tuple[str, ...] = ("0.1", "0.5", "0.9")
-    """Where the passkey stands: 0 is the start of the prompt, 1 its end."""
-    gate_lr: float | None = None
-    """Peak learning rate that is planned for gates (cosine schedule): says how far they can move."""
-    gate_steps: Annotated[int, ">= 1"] = 1000
-    """Steps of that plan."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._known(self.probes or (), probes())
-        if self.probes == ():
-            raise ConfigError("`probes` is empty", hint="leave it out to run all of them")
-        for name, kind, fits in (
-            ("lengths", int, lambda x: x >= 1),
-            ("depths", float, lambda x: 0 <= x <= 1),
-        ):
-            given = getattr(self, name)
-            if not given:
-                raise ConfigError(f"`{name}` is empty", hint="leave it out for the usual ones")
-            if len(set(given)) < len(given):
-                raise ConfigError(f"`{name}` names a value twice: {', '.join(given)}")
-            for text in given:
-                if not _reads(kind, fits, text):
-                    what = "whole numbers >= 1" if kind is int else "numbers in 0..1"
-                    raise ConfigError(f"`{name}` must be {what}, got `{text}`")
-
-    @property
-    def tokens(self) -> int:
-        """Held-out tokens: windows for training a decoder, and as many again as there are samples for judging it."""
-        return WINDOWS * self.samples * self.seq_len
-
-    @property
-    def prompt_lengths(self) -> tuple[int, ...]:
-        """Tokens of the passkey prompts."""
-        return tuple(int(text) for text in self.lengths)
-
-    @property
-    def prompt_depths(self) -> tuple[float, ...]:
-        """Where the passkey stands in them."""
-        return tuple(float(text) for text in self.depths)
-
-
-def _reads(kind: type, fits: Callable[[Any], bool], text: str) -> bool:
-    try:
-        return fits(kind(text))
-    except ValueError:
-        return False
+        return {"swap": self.subject}
 
 
 @functools.cache
-def fields(kind: type[RunConfig] = TraceConfig) -> dict[str, Arg]:
+def fields(kind: type[RunConfig]) -> dict[str, Arg]:
     """Name, type, bounds, default and text of each field of a command's config."""
     return {arg.name: arg for arg in card.fields(f"{kind.__module__}:{kind.__name__}")}
 
 
 def load(
-    file: str | Path | None = None,
-    flags: Mapping[str, Any] | None = None,
-    kind: type[C] = TraceConfig,
+    kind: type[C], file: str | Path | None = None, flags: Mapping[str, Any] | None = None
 ) -> C:
     """Flags over file over defaults.
 
     Args:
+        kind: the config class of a command.
         file: YAML, such as the `config.yaml` of a run folder.
         flags: values by field name; None means not given. Text is read as the field's type.
-        kind: of which command.
 
     Raises:
         ConfigError: no such file, not YAML, an unknown key, a wrong type or value, no model.

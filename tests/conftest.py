@@ -40,7 +40,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture(autouse=True)
 def _names_as_they_were():
     """What a test registers is gone behind it."""
-    tables = (registry.mechanisms(), registry.metrics(), registry.probes())
+    tables = (registry.mechanisms(), registry.metrics(), registry.probes(), registry.stages())
     before = [dict(table._added) for table in tables]
     yield
     for table, added in zip(tables, before, strict=True):
@@ -106,7 +106,9 @@ def swapped_toy(toy: models.Loaded) -> Any:
     """A student whose every tensor is its own and was moved, as if trained. Shared."""
     teacher = (copy.deepcopy(toy.model), toy.tokenizer)  # whose tensors the student would share
     text = ["a b c d e f g " * 90]
-    student = mismatch.swap(teacher, SWAPPED, calibration=text, calibration_tokens=96, seq_len=64)
+    student = mismatch.swap(
+        teacher, SWAPPED, calibration_data=text, calibration_tokens=96, seq_len=64
+    )
     for weight in student.model.parameters():
         weight.data = weight.detach() * 1.01
     return student

@@ -19,33 +19,33 @@ from wonderland import documents, jsonl
 
 import mismatch
 from mismatch.runs import state
+from mismatch.stages import runner
 from mismatch.stages.repair import ladder
-from mismatch.stages.repair import stage as job
 from mismatch.stages.repair.rungs import closed_form, training
 from mismatch.stages.repair.rungs.activation_store import Store
 
 SWAP = "layer2:infini(segment=16)"
 SETTINGS: dict[str, Any] = {
-    "tokens": 384,
-    "judged": 192,
-    "looked": 96,
+    "train_tokens": 384,
+    "tokens": 192,
+    "val_tokens": 96,
     "seq_len": 48,
     "batch_size": 2,
     "max_minutes": None,
     "epochs": 2,
-    "pays": 0.0,
+    "min_gain": 0.0,
     "controls": (),
     "probes": (),
-    "traced": 0,
+    "trace_tokens": 0,
 }
 
 
 def repaired(folder: Path, name: str, **settings: Any) -> Any:
     """The repair in FOLDER/NAME, without its figures."""
-    job.write_html = lambda _folder: None
+    runner.write_html = lambda _folder: None
     texts = {
         "data": str(jsonl(folder / "held_out.jsonl", documents(12))),
-        "calibration": str(jsonl(folder / "learnt.jsonl", documents(8, seed=1))),
+        "train_data": str(jsonl(folder / "learnt.jsonl", documents(8, seed=1))),
     }
     output = str(folder / name)
     return mismatch.repair("glassllm", SWAP, output=output, **(SETTINGS | texts | settings))

@@ -11,12 +11,11 @@ from torch import nn
 from mismatch import registry, spec
 from mismatch.models.layout import Layout
 from mismatch.runs.table import as_table
-from mismatch.stages.checking import placed
 from mismatch.stages.trace.batches import measure
 from mismatch.stages.trace.meters import Collector
 from mismatch.surgery import operate as surgery
 from mismatch.surgery.controls import control_specs
-from mismatch.surgery.operate import Student
+from mismatch.surgery.operate import Student, placed
 from mismatch.texts.windows import Windows
 
 SEQ_LEN, N_DOCS = 24, 3

@@ -9,8 +9,9 @@ import pytest
 import yaml
 
 from mismatch import config
-from mismatch.config import TraceConfig, fields, load
+from mismatch.config import fields, load
 from mismatch.errors import ConfigError, SpecError, UsageError
+from mismatch.stages.trace.config import TraceConfig
 
 SWAP = ["layer12:zero"]
 
@@ -26,10 +27,10 @@ def written(tmp_path, text):
 
 
 def test_the_fields_as_read_from_the_source_are_the_fields():
-    assert list(fields()) == [field.name for field in dataclasses.fields(TraceConfig)]
+    assert list(fields(TraceConfig)) == [field.name for field in dataclasses.fields(TraceConfig)]
     hints = typing.get_type_hints(TraceConfig)
     for field in dataclasses.fields(TraceConfig):
-        arg = fields()[field.name]
+        arg = fields(TraceConfig)[field.name]
         assert arg.doc, f"{field.name} has no text, and so no help"
         assert arg.optional == (type(None) in typing.get_args(hints[field.name]))
         if field.default is not dataclasses.MISSING:
@@ -46,17 +47,17 @@ def test_precedence(tmp_path):
         "metrics": "kl, cka",
         "device_map": "none",
     }
-    got = load(file, flags)
+    got = load(TraceConfig, file, flags)
     assert (got.model, got.tokens, got.seq_len, got.batch_size) == ("a", 200, 64, 4)
     assert (got.controls, got.metrics, got.device_map) == ((), ("kl", "cka"), None)
-    assert load(None, {"model": "a", "swap": SWAP}).controls == ("zero", "mean")
+    assert load(TraceConfig, None, {"model": "a", "swap": SWAP}).controls == ("zero", "mean")
 
 
 @pytest.mark.parametrize("changes", [{}, {"swap": ["layer1:zero", "norms:dyt"], "controls": ()}])
 def test_yaml_there_and_back(tmp_path, changes):
     before = made(**changes)
-    assert load(written(tmp_path, before.to_yaml())) == before
-    assert list(yaml.safe_load(before.to_yaml())) == list(fields())
+    assert load(TraceConfig, written(tmp_path, before.to_yaml())) == before
+    assert list(yaml.safe_load(before.to_yaml())) == list(fields(TraceConfig))
 
 
 @pytest.mark.parametrize(
@@ -70,12 +71,15 @@ def test_yaml_there_and_back(tmp_path, changes):
     ],
 )
 def test_forms_of_a_swap_in_yaml(tmp_path, text):
-    got = load(written(tmp_path, f"model: m\n{text}\n"))
+    got = load(TraceConfig, written(tmp_path, f"model: m\n{text}\n"))
     assert [str(clause) for clause in got.swap_spec.clauses] == ["layer12:zero", "layer3:zero"]
 
 
 def test_lists_in_yaml_may_be_words(tmp_path):
-    got = load(written(tmp_path, "model: m\nswap: layer1:zero\ncontrols: none\nmetrics: kl,cka\n"))
+    got = load(
+        TraceConfig,
+        written(tmp_path, "model: m\nswap: layer1:zero\ncontrols: none\nmetrics: kl,cka\n"),
+    )
     assert (got.controls, got.metrics) == ((), ("kl", "cka"))
 
 
@@ -85,7 +89,7 @@ def test_lists_in_yaml_may_be_words(tmp_path):
         (
             "tokns: 5",
             "unknown key `tokns` in FILE\n\nhint: did you mean `tokens`? available: "
-            + ", ".join(sorted(fields())),
+            + ", ".join(sorted(fields(TraceConfig))),
         ),
         ("tokens: 1.5", "`tokens` in FILE must be int >= 1, got 1.5"),
         ("tokens: true", "`tokens` in FILE must be int >= 1, got True"),
@@ -118,20 +122,20 @@ def test_lists_in_yaml_may_be_words(tmp_path):
 def test_a_wrong_file(tmp_path, text, message):
     file = written(tmp_path, text)
     with pytest.raises(ConfigError) as caught:
-        load(file, {"model": "m", "swap": SWAP})
+        load(TraceConfig, file, {"model": "m", "swap": SWAP})
     assert str(caught.value).replace(str(file), "FILE") == message
     assert caught.value.exit_code == 2
 
 
 def test_a_file_that_cannot_be_read(tmp_path):
     with pytest.raises(ConfigError) as caught:
-        load(tmp_path / "no.yaml")
+        load(TraceConfig, tmp_path / "no.yaml")
     assert (
         str(caught.value) == f"cannot read the config {tmp_path}/no.yaml: No such file or directory"
     )
     (tmp_path / "bytes.yaml").write_bytes(b"model: \xff")
     with pytest.raises(ConfigError) as caught:
-        load(tmp_path / "bytes.yaml")
+        load(TraceConfig, tmp_path / "bytes.yaml")
     assert str(caught.value) == f"the config {tmp_path}/bytes.yaml is not UTF-8 text"
 
 
@@ -154,7 +158,7 @@ def test_a_file_that_cannot_be_read(tmp_path):
 )
 def test_a_wrong_flag(flags, message):
     with pytest.raises(ConfigError) as caught:
-        load(None, {"model": "m", "swap": SWAP, **flags})
+        load(TraceConfig, None, {"model": "m", "swap": SWAP, **flags})
     assert str(caught.value).split("\n\nhint: available")[0] == message
 
 
@@ -196,13 +200,13 @@ def test_fingerprint():
         "device": "cpu",
         "device_map": "auto",
         "data": "x",
-        "calibration": "x",
+        "calibration_data": "x",
         "controls": (),
         "metrics": ("kl",),
         "probes": ("induction",),
         "backend": "nnsight",
     }
-    for name, arg in fields().items():
+    for name, arg in fields(TraceConfig).items():
         if name in config.ELSEWHERE:
             continue
         value = other.get(name, not arg.default if arg.type == "bool" else None)

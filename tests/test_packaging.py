@@ -26,6 +26,7 @@ DATA = {
     "mismatch/mechanisms/state_bytes.csv",
     "mismatch/py.typed",
     "mismatch/report/page.css",
+    "mismatch/report/page.js",
     "mismatch/stages/repair/forecast.csv",
 }
 

@@ -35,7 +35,7 @@ def command(
         *(
             "--data",
             str(held_out),
-            "--calibration",
+            "--calibration-data",
             str(calibration),
             "--calibration-tokens",
             "256",

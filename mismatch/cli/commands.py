@@ -14,41 +14,46 @@ from typing import Any
 
 from mismatch import config
 from mismatch.cli.streams import first_rank, say
-from mismatch.errors import NumericsError, UsageError
+from mismatch.errors import UsageError
 from mismatch.registry import explain as catalog
-from mismatch.stages.diagnose.config import DiagnoseConfig
-from mismatch.stages.plan.config import PlanConfig
-from mismatch.stages.repair.config import RepairConfig
-from mismatch.stages.scan.config import ScanConfig
+from mismatch.registry import stages
+from mismatch.registry.card import Card
 
 
-def trace(args: Namespace) -> int:
-    resume = _resume(args)
+def stage(args: Namespace) -> int:
+    """Every stage: its settings from flags, a file or an earlier run, then the runner."""
+    name, card = args.command, stages().card(args.command)
+    kind = stages().config(name)
+    resume = _resume(args, card)
+    flags = _flags(args, kind)
+    if getattr(args, "run", None) is not None:
+        flags = {**_of_run(args, card), **{k: v for k, v in flags.items() if v is not None}}
     file = args.config if resume is None else resume / "config.yaml"
-    settings = config.load(file, _flags(args))
-    from mismatch import api
+    settings = config.load(kind, file, flags)
+    from mismatch.stages import runner
 
-    result = api.trace_command(
+    result = runner.command(
+        name,
         settings,
         resume=resume,
         overwrite=args.overwrite,
         progress=not args.quiet and first_rank(),
     )
     if args.json:
-        _print_json(
-            {"run": str(result.run_dir), "findings": [f.as_dict() for f in result.findings]}
-        )
+        _print_json(result.as_dict())
     else:
         print(result.summary())
         print(result.run_dir)
-    return 3 if _reached(settings.fail_on, [f.severity for f in result.findings]) else 0
+    return runner.stage_of(name).exit_code(settings, result)
 
 
 def check(args: Namespace) -> int:
-    settings = config.load(args.config, _flags(args))
-    from mismatch import api
+    kind = stages().config("trace")
+    settings = config.load(kind, args.config, _flags(args, kind))
+    from mismatch.stages.opening import Opened
+    from mismatch.stages.trace.check import checked
 
-    found = api.check(settings)
+    found = checked(Opened(settings))
     if args.json:
         _print_json(found.as_dict())
     else:
@@ -56,134 +61,34 @@ def check(args: Namespace) -> int:
     return 0
 
 
-def probe(args: Namespace) -> int:
-    settings = config.load(args.config, _flags(args, config.ProbeConfig), config.ProbeConfig)
-    from mismatch import api
-
-    result = api.probe_command(
-        settings, overwrite=args.overwrite, progress=not args.quiet and first_rank()
-    )
-    if args.json:
-        rows = json.loads(result.headlines.to_json(orient="records"))
-        _print_json({"run": str(result.run_dir), "probes": rows})
-    else:
-        print(result.summary())
-        print(result.run_dir)
-    return 0
-
-
-def diagnose(args: Namespace) -> int:
-    flags = _flags(args, DiagnoseConfig)
-    if args.run is not None:
-        taken = {**_of_run(args), "evidence": args.run}
-        flags = {**taken, **{k: v for k, v in flags.items() if v is not None}}
-    settings = config.load(args.config, flags, DiagnoseConfig)
-    from mismatch import api
-
-    result = api.diagnose_command(
-        settings, overwrite=args.overwrite, progress=not args.quiet and first_rank()
-    )
-    if args.json:
-        _print_json(result.as_dict())
-    else:
-        print(result.summary())
-        print(result.run_dir)
-    return 0
-
-
-def scan(args: Namespace) -> int:
-    resume = _resume(args)
-    file = args.config if resume is None else resume / "config.yaml"
-    settings = config.load(file, _flags(args, ScanConfig), ScanConfig)
-    from mismatch import api
-
-    result = api.scan_command(
-        settings,
-        resume=resume,
-        overwrite=args.overwrite,
-        progress=not args.quiet and first_rank(),
-    )
-    if args.json:
-        rows = json.loads(result.cells.to_json(orient="records"))
-        _print_json({"run": str(result.run_dir), "cells": rows})
-    else:
-        print(result.summary())
-        print(result.run_dir)
-    return 0 if result.finite else NumericsError.exit_code
-
-
-def plan(args: Namespace) -> int:
-    settings = config.load(args.config, _flags(args, PlanConfig), PlanConfig)
-    from mismatch import api
-
-    result = api.plan_command(
-        settings, overwrite=args.overwrite, progress=not args.quiet and first_rank()
-    )
-    if args.json:
-        rows = json.loads(result.costs.to_json(orient="records"))
-        _print_json({"run": str(result.run_dir), "swap": result.swap, "costs": rows})
-    else:
-        print(result.summary())
-        print(result.run_dir)
-    return 0
-
-
-def repair(args: Namespace) -> int:
-    resume = _resume(args)
-    file = args.config if resume is None else resume / "config.yaml"
-    flags = _flags(args, RepairConfig)
-    if args.run is not None:
-        flags = {**_of_run(args), **{k: v for k, v in flags.items() if v is not None}}
-    settings = config.load(file, flags, RepairConfig)
-    from mismatch import api
-
-    result = api.repair_command(
-        settings, resume=resume, overwrite=args.overwrite, progress=not args.quiet
-    )
-    if args.json:
-        rows = json.loads(result.rungs.to_json(orient="records"))
-        _print_json(
-            {"run": str(result.run_dir), "rungs": rows, "checkpoint": str(result.checkpoint)}
-        )
-    else:
-        print(result.summary())
-        print(result.run_dir)
-    return 0
-
-
-OF_RUN = ("model", "revision", "dtype", "swap", "data", "calibration", "seed")
-"""What a repair or a diagnosis takes over from an earlier run; a repair also the length of the windows."""
-FROM = {
-    "repair": {"trace": config.TraceConfig},
-    "diagnose": {"trace": config.TraceConfig, "probe": config.ProbeConfig},
-}
-"""Command -> the commands whose runs it may start from, and their settings."""
-
-
-def _of_run(args: Namespace) -> dict[str, Any]:
+def _of_run(args: Namespace, card: Card) -> dict[str, Any]:
     """The settings of the run that a command starts from.
 
     Raises:
         UsageError: together with --config or --resume, or a run of another command.
     """
-    resume = getattr(args, "resume", None)
-    if args.config is not None or resume is not None:
+    if args.config is not None or getattr(args, "resume", None) is not None:
         given = "--config" if args.config is not None else "--resume"
         raise UsageError(
             f"RUN and {given} do not go together", hint="give one place to take settings from"
         )
     from mismatch.runs.folder import made_by
 
-    made = made_by(args.run) or "trace"
-    known = FROM[args.command]
+    made = made_by(args.run)
+    known = card.facts["starts_from"]
+    if made is None:
+        raise UsageError(
+            f"there is no run in {args.run}", hint="give a run folder, or --model and --swap"
+        )
     if made not in known:
         raise UsageError(
             f"the run in {args.run} was made by `mismatch {made}`, not by a {' or a '.join(known)}",
             hint=f"{args.command} starts from one, or from --model and --swap",
         )
-    found = config.load(Path(args.run) / "config.yaml", kind=known[made])
-    names = (*OF_RUN, "seq_len") if args.command == "repair" else OF_RUN
-    return {name: getattr(found, name) for name in names}
+    found = config.load(stages().config(made), Path(args.run) / "config.yaml")
+    taken = {name: getattr(found, name) for name in card.facts["takes"]}
+    earlier = card.facts.get("run_setting")
+    return taken if earlier is None else {**taken, earlier: args.run}
 
 
 def generate(args: Namespace) -> int:
@@ -294,17 +199,17 @@ def _machine() -> dict[str, Any]:
     return found
 
 
-def _flags(args: Namespace, kind: type[config.RunConfig] = config.TraceConfig) -> dict[str, Any]:
+def _flags(args: Namespace, kind: type[config.RunConfig]) -> dict[str, Any]:
     return {name: getattr(args, name) for name in config.fields(kind)}
 
 
-def _resume(args: Namespace) -> Path | None:
+def _resume(args: Namespace, card: Card) -> Path | None:
     """The run folder to go on with, once it is clear that this command may.
 
     Raises:
         UsageError: flags that do not go together, or a run of another command.
     """
-    if args.resume is None:
+    if not card.facts.get("resumable") or args.resume is None:
         return None
     if args.overwrite or args.config is not None:
         given = "--overwrite" if args.overwrite else "--config"
@@ -321,14 +226,6 @@ def _resume(args: Namespace) -> Path | None:
             hint=f"mismatch {kind} --resume {args.resume}",
         )
     return Path(args.resume)
-
-
-def _reached(limit: str | None, severities: Any) -> bool:
-    """Whether a finding is at least as severe as `limit`. Severities below the lowest limit never are."""
-    if limit is None:
-        return False
-    order = config.fields()["fail_on"].choices or ()
-    return any(s in order and order.index(s) >= order.index(limit) for s in severities)
 
 
 def _print_json(data: Any) -> None:

@@ -1,4 +1,4 @@
-"""Commands and flags. Those of `trace` and `check` are made from the fields of `mismatch.config`."""
+"""Commands and flags. Those of a stage are made from its card and the fields of its Config."""
 
 from __future__ import annotations
 
@@ -6,118 +6,24 @@ import argparse
 import difflib
 import re
 from collections.abc import Mapping, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from mismatch import config
 from mismatch.cli import commands
 from mismatch.errors import UsageError
-from mismatch.registry import did_you_mean
+from mismatch.registry import did_you_mean, stages
 from mismatch.registry.card import REQUIRED, Arg
 from mismatch.registry.explain import LISTS
-from mismatch.stages.diagnose.config import DiagnoseConfig
-from mismatch.stages.plan.config import PlanConfig
-from mismatch.stages.repair.config import RepairConfig
-from mismatch.stages.scan.config import ScanConfig
-
-GROUPS = {
-    "model": ("model", "revision", "dtype", "device", "device_map"),
-    "swap": ("swap",),
-    "data": ("data", "calibration", "tokens", "calibration_tokens", "seq_len", "batch_size"),
-    "measurement": ("controls", "metrics", "moment_tokens", "probes", "backend", "seed"),
-    "output": ("output", "run_name", "fail_on"),
-    "dangerous": ("trust_remote_code", "allow_pickle"),
-}
-"""The fields of a trace, as its help groups them. A test asks that none is missing."""
-
-PROBE_GROUPS = {
-    "model": GROUPS["model"],
-    "swap": GROUPS["swap"],
-    "questions": ("probes", "controls", "samples", "lengths", "depths", "gate_lr", "gate_steps"),
-    "data": ("data", "calibration", "calibration_tokens", "seq_len", "batch_size", "seed"),
-    "output": ("output", "run_name"),
-    "dangerous": GROUPS["dangerous"],
-}
-"""The same for a run of probes."""
-
-DIAGNOSE_GROUPS = {
-    "model": GROUPS["model"],
-    "swap": ("swap", "controls"),
-    "diagnosis": ("tokens", "judged", "scored", "heads", "evidence"),
-    "data": PROBE_GROUPS["data"],
-    "output": ("output", "run_name"),
-    "dangerous": GROUPS["dangerous"],
-}
-"""The same for a diagnosis."""
-
-SCAN_GROUPS = {
-    "model": GROUPS["model"],
-    "cells": ("swap", "layers", "controls"),
-    "questions": ("tasks", "tokens", "seq_len", "scored", "samples", "length", "depth"),
-    "data": ("data", "calibration", "calibration_tokens", "batch_size", "seed"),
-    "output": ("output", "run_name"),
-    "dangerous": GROUPS["dangerous"],
-}
-"""The same for a scan."""
-
-REPAIR_GROUPS = {
-    "model": GROUPS["model"],
-    "swap": ("swap", "controls", "same_steps"),
-    "ladder": (
-        *("rungs", "tokens", "written", "max_minutes", "epochs", "lr", "gate_lr", "width"),
-        *("neighbours", "rank", "order", "pays"),
-    ),
-    "data": (
-        *("data", "calibration", "judged", "looked", "seq_len", "batch_size"),
-        *("calibration_tokens", "seed"),
-    ),
-    "questions": ("probes", "traced"),
-    "activations": ("store_gb", "store", "store_dtype"),
-    "output": SCAN_GROUPS["output"],
-    "dangerous": GROUPS["dangerous"],
-}
-"""The same for a repair."""
-
-PLAN_GROUPS = {
-    "model": GROUPS["model"],
-    "choice": (
-        *("mechanism", "layers", "among", "budget_kl", "keep_retrieval", "budget_retrieval"),
-        *("method", "scan", "controls"),
-    ),
-    "questions": ("tokens", "seq_len", "scored", "samples", "length", "depth"),
-    "data": SCAN_GROUPS["data"],
-    "output": SCAN_GROUPS["output"],
-    "dangerous": GROUPS["dangerous"],
-}
-"""The same for a plan."""
+from mismatch.stages import STAGES
 
 EXAMPLES = {
-    "trace": (
+    "mismatch": (
         'mismatch trace --model smollm2 --swap "layer12:infini"',
-        'mismatch trace --model ./my-model --swap "layers[8-15].attn:sliding_window(window=256)" --tokens 65536',
+        "mismatch explain infini",
     ),
     "check": (
         'mismatch check --model smollm2 --swap "layer12:infini(segment=64)"',
         'mismatch check --model smollm2 --swap "norms:dyt" --json',
-    ),
-    "probe": (
-        'mismatch probe --model smollm2 --swap "layer16:nope"',
-        'mismatch probe --model smollm2 --swap "layer18:infini(segment=64)" --probes passkey,memory',
-    ),
-    "diagnose": (
-        'mismatch diagnose --model smollm2 --swap "layer12:infini(segment=64)"',
-        "mismatch diagnose runs/TRACE",
-    ),
-    "scan": (
-        'mismatch scan --model smollm2 --swap "infini(segment=64); nope; sliding_window(64, 1)"',
-        'mismatch scan --model smollm2 --swap "mlp:zero" --layers 0-9 --tasks text --tokens 2048',
-    ),
-    "plan": (
-        "mismatch plan --model smollm2 --mechanism gated_deltanet --layers 8 --keep-retrieval",
-        'mismatch plan --model smollm2 --mechanism "sliding_window(64, 1)" --budget-kl 0.2 --scan runs/SCAN',
-    ),
-    "repair": (
-        'mismatch repair --model smollm2 --swap "layer12:infini(segment=64)"',
-        "mismatch repair runs/TRACE --rungs closed-form,local --tokens 1M --max-minutes 10",
     ),
     "generate": (
         'mismatch generate CHECKPOINT "Once upon a time"',
@@ -193,8 +99,8 @@ def _kebab(word: str) -> str:
 def _tree() -> tuple[Parser, dict[str, Parser]]:
     tree = Parser(
         prog="mismatch",
-        description=_examples([EXAMPLES["trace"][0], EXAMPLES["explain"][0]])
-        + "\n\nSwap a part of a pretrained language model; see where, why and how badly it breaks.",
+        description=_examples(EXAMPLES["mismatch"])
+        + "\n\nSwap a module of a pretrained language model; see where, why and how badly it breaks; repair it.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -204,76 +110,44 @@ def _tree() -> tuple[Parser, dict[str, Parser]]:
     )
     found: dict[str, Parser] = {}
 
-    def command(name: str, text: str) -> Parser:
+    def command(name: str, text: str, examples: Sequence[str], handler: Any) -> Parser:
         found[name] = branches.add_parser(
             name,
             help=text,
-            description=f"{_examples(EXAMPLES[name])}\n\n{text}",
+            description=f"{_examples(examples)}\n\n{text}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
-        found[name].set_defaults(handler=getattr(commands, name))
+        found[name].set_defaults(handler=handler)
         return found[name]
 
-    trace = command(
-        "trace", "Run teacher and swapped model side by side and measure where they part."
-    )
-    check = command(
-        "check", "Show the plan, the parameters and the cost of a trace, without loading weights."
-    )
-    probe = command(
-        "probe",
-        "Ask teacher and swapped model what text hides: copying, retrieval, position, memory.",
-    )
-    reasons = command(
-        "diagnose",
-        "Correct one thing at a time in what the swapped part adds, and say why it breaks.",
-    )
-    scan = command(
-        "scan", "Put every mechanism into every layer, one layer at a time, and draw the atlas."
-    )
-    plan = command(
-        "plan",
-        "Pick the layers that a mechanism replaces at least cost, and measure them together.",
-    )
-    mend = command(
-        "repair", "Train the swapped layer to give what the original gave, cheaply, and judge it."
-    )
-    _settings(check, GROUPS, config.fields())
-    written = (
-        _settings(trace, GROUPS, config.fields()),
-        _settings(scan, SCAN_GROUPS, config.fields(ScanConfig)),
-        _settings(mend, REPAIR_GROUPS, config.fields(RepairConfig)),
-        _settings(probe, PROBE_GROUPS, config.fields(config.ProbeConfig)),
-        _settings(plan, PLAN_GROUPS, config.fields(PlanConfig)),
-        _settings(reasons, DIAGNOSE_GROUPS, config.fields(DiagnoseConfig)),
-    )
-    for group in written[:3]:
-        group.add_argument("--resume", metavar="RUN", help="go on with an interrupted run")
-    for group in written:
-        group.add_argument("--overwrite", action="store_true", help="replace the run in --output")
+    for name in _stages():
+        facts = stages().card(name).facts
+        stage = command(name, facts["help"], facts.get("examples", ()), commands.stage)
+        _stage(stage, name, facts)
+        if name == "trace":
+            text = (
+                "Print the plan, the parameters and the cost of a trace, without loading weights."
+            )
+            check = command("check", text, EXAMPLES["check"], commands.check)
+            _settings(check, stages().config(name))
 
-    reasons.add_argument(
-        "run",
-        nargs="?",
-        metavar="RUN",
-        help="a trace or probes, whose settings and answers to take",
+    def other(name: str, text: str) -> Parser:
+        made = command(name, text, EXAMPLES[name], getattr(commands, name))
+        _common(made, made)
+        return made
+
+    _generate(
+        other("generate", "Continue a text with a model, or with a checkpoint of a swapped one.")
     )
-    mend.add_argument(
-        "run", nargs="?", metavar="RUN", help="a trace, whose model, swap and texts to take"
-    )
-    speak = command("generate", "Let a model, or a checkpoint of a swapped one, continue a text.")
-    _generate(speak)
-    fetch = command(
-        "fetch", "Get demo models and texts: pinned by hash, converted, kept in a cache."
-    )
+    fetch = other("fetch", "Get demo models and texts: pinned by hash, converted, kept in a cache.")
     fetch.add_argument(
         "names", nargs="+", metavar="NAME", help="see `mismatch list models` and `texts`"
     )
-    report = command("report", "Write the report of a finished run again, from its table.")
+    report = other("report", "Write the report of a finished run again, from its table.")
     report.add_argument("run", metavar="RUN", help="run folder")
     report.add_argument("--output", metavar="FILE", help="default: report.html in the run folder")
-    compare = command("compare", "Show several finished runs on one scale.")
+    compare = other("compare", "Show several finished runs on one scale.")
     compare.add_argument("runs", nargs="+", metavar="RUN", help="run folders")
     compare.add_argument(
         "--output", metavar="FILE", default="comparison.html", help="default: %(default)s"
@@ -281,20 +155,38 @@ def _tree() -> tuple[Parser, dict[str, Parser]]:
     compare.add_argument(
         "--any-data", action="store_true", help="also compare runs on different text"
     )
-    listing = command("list", "List what there is.")
+    listing = other("list", "List mechanisms, metrics, probes, sites, models or texts.")
     listing.add_argument("what", choices=tuple(LISTS), metavar="WHAT", help=", ".join(LISTS))
-    explain = command("explain", "Say what a mechanism, a metric, a probe, a site or an error is.")
+    explain = other("explain", "Explain a mechanism, a metric, a probe, a site or an error.")
     explain.add_argument("name", metavar="NAME")
-    env = command("env", "Print versions and devices, for a bug report.")
-    for parser in (speak, fetch, report, compare, listing, explain, env):
-        _common(parser, parser)
+    other("env", "Print versions and devices, for a bug report.")
     return tree, found
 
 
-def _settings(
-    parser: Parser, titles: Mapping[str, Sequence[str]], known: Mapping[str, Arg]
-) -> argparse._ArgumentGroup:
+def _stages() -> list[str]:
+    """The stages in the order of their table; those of other packages behind them."""
+    order = list(STAGES)
+    names = stages().names()
+    return sorted(names, key=lambda name: order.index(name) if name in order else len(order))
+
+
+def _stage(parser: Parser, name: str, facts: Mapping[str, Any]) -> None:
+    """The flags of a stage."""
+    output = _settings(parser, stages().config(name))
+    if facts.get("resumable"):
+        output.add_argument("--resume", metavar="RUN", help="go on with an interrupted run")
+    output.add_argument("--overwrite", action="store_true", help="replace the run in --output")
+    if kinds := facts.get("starts_from"):
+        what = " or ".join(kinds)
+        takes = ", ".join(taken.replace("_", "-") for taken in facts["takes"])
+        parser.add_argument(
+            "run", nargs="?", metavar="RUN", help=f"a run of {what}: takes over its {takes}"
+        )
+
+
+def _settings(parser: Parser, kind: type[config.RunConfig]) -> argparse._ArgumentGroup:
     """The flags of a config in their groups, and those of every command; returns the group `output`."""
+    titles, known = kind.groups, config.fields(kind)
     groups = {title: parser.add_argument_group(title) for title in titles}
     groups["output"].add_argument(
         "-C", "--config", metavar="FILE", help="YAML with these settings; flags win over it"
@@ -345,9 +237,9 @@ def _add(group: argparse._ArgumentGroup, arg: Arg) -> None:
     """A flag for one field. Its text becomes a value in `config.load`, where all checks are."""
     flag = "--" + arg.name.replace("_", "-")
     text = " ".join(arg.doc.split()).rstrip(".").replace("%", "%%")
-    if arg.default not in (REQUIRED, None, False):
+    if arg.default is not REQUIRED and arg.default is not None and arg.type != "bool":
         shown = ",".join(arg.default) if isinstance(arg.default, tuple) else arg.default
-        text += f" (default: {shown})"
+        text += f" (default: {'none' if shown == '' else shown})"
     if arg.type == "bool":
         group.add_argument(flag, dest=arg.name, action=argparse.BooleanOptionalAction, help=text)
         return
@@ -368,7 +260,11 @@ _METAVARS = {
     "device_map": "MAP",
     "revision": "REVISION",
     "data": "DATA",
-    "calibration": "DATA",
+    "calibration_data": "DATA",
+    "train_data": "DATA",
+    "scan": "RUN",
+    "earlier_run": "RUN",
+    "activations_dir": "FOLDER",
     "output": "FOLDER",
     "run_name": "NAME",
 }

@@ -31,7 +31,7 @@ from mismatch.models.folder import (
     read_config_file,
     refuse_remote_code,
 )
-from mismatch.models.resolve import Source, from_hub, resolve
+from mismatch.models.resolve import Source, from_hub, locate
 
 if TYPE_CHECKING:
     from mismatch.models.layout import CausalLM
@@ -71,7 +71,10 @@ class Loaded(NamedTuple):
 
 
 def read_config(
-    name_or_path: str | Path, *, revision: str | None = None, trust_remote_code: bool = False
+    name_or_path: str | Path | Source,
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
 ) -> tuple[transformers.PretrainedConfig, Source]:
     """The config alone, for `mismatch check`: no weights are read, none need be there.
 
@@ -80,20 +83,12 @@ def read_config(
     Raises:
         ModelError: as `resolve`; no or broken config.json; code of the folder's own.
     """
-    source = resolve(name_or_path)
-    folder = source.folder or from_hub(source.name, revision, code=trust_remote_code)
-    config = _config(folder, trust_remote_code)
-    return config, Source(source.name, folder, source.note)
-
-
-def skeleton(config: transformers.PretrainedConfig) -> CausalLM:
-    """The model of a config without its weights, on the meta device: for plans and shapes."""
-    with torch.device("meta"):
-        return transformers.AutoModelForCausalLM.from_config(config).eval()
+    source = locate(name_or_path, revision, code=trust_remote_code)
+    return _config(source.folder, trust_remote_code), source
 
 
 def load(
-    name_or_path: str | Path,
+    name_or_path: str | Path | Source,
     *,
     dtype: str | torch.dtype = "auto",
     device: str | torch.device | None = None,
@@ -101,6 +96,7 @@ def load(
     revision: str | None = None,
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
+    tokenizer: Any = None,
 ) -> Loaded:
     """Model (in eval mode, without gradients) and tokenizer.
 
@@ -114,6 +110,7 @@ def load(
         trust_remote_code: run Python code that comes with the model.
         allow_pickle: read pickle weights when there are no others (transformers reads them with
             torch's weights_only unpickler).
+        tokenizer: of the same model, where it was loaded already.
 
     Raises:
         ModelError: before weights are read, for all that `mismatch.models.folder` refuses; after, for
@@ -121,20 +118,20 @@ def load(
     """
     torch_dtype = as_dtype(dtype)
     target = as_target(device, device_map)
-    source = resolve(name_or_path)
-    folder = source.folder or from_hub(source.name, revision, code=trust_remote_code)
+    source = locate(name_or_path, revision, code=trust_remote_code)
+    folder = source.folder
     if record.read(folder) is not None:
         raise ModelError(
             f"{folder} is a checkpoint of a swapped model, not a plain one",
             hint="mismatch.load reads both",
         )
     config = _config(folder, trust_remote_code)
-    if source.folder is None:
+    if source.hub:
         folder = from_hub(
-            source.name, revision, weights=True, code=trust_remote_code, pickle=allow_pickle
+            source.name, source.revision, weights=True, code=trust_remote_code, pickle=allow_pickle
         )
     files = check_weights(folder, allow_pickle)
-    tokenizer = load_tokenizer(folder, trust_remote_code)
+    tokenizer = tokenizer or load_tokenizer(folder, trust_remote_code)
     model = _model(folder, config, torch_dtype, target, trust_remote_code, bool(files))
     return Loaded(model, tokenizer, check_loaded(model, tokenizer, folder, files, source))
 

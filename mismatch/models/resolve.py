@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mismatch.errors import ModelError
@@ -22,6 +22,30 @@ class Source:
     name: str
     folder: Path | None
     note: str = ""
+    hub: bool = False
+    """The folder holds the small files of a hub id; its weights come when they are asked for."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id."""
+
+
+def locate(name_or_path: str | Path | Source, revision: str | None, *, code: bool) -> Source:
+    """Where a name leads, with its small files at hand; what was located already is taken as it is.
+
+    Args:
+        name_or_path: see `resolve`.
+        revision: branch, tag or commit of a hub id.
+        code: also Python files.
+
+    Raises:
+        ModelError: as `resolve` and `from_hub`.
+    """
+    if isinstance(name_or_path, Source):
+        return name_or_path
+    source = resolve(name_or_path)
+    if source.folder is not None:
+        return source
+    folder = from_hub(source.name, revision, code=code)
+    return replace(source, folder=folder, hub=True, revision=revision)
 
 
 def resolve(name_or_path: str | Path) -> Source:

@@ -13,6 +13,7 @@ layer:
     gate_gradient    d MSE(update, teacher's update) / d gate, mean over heads, from the first segment (part=first),
                      where the memory is empty, and from all others (part=rest)
     travel           how far the planned training can move a gate: sum of the planned learning rates
+                      (--planned-gate-lr, --planned-gate-steps)
     state_max        largest number of each carried tensor after the text; overflow_fp16: tokens until it passes
                      65504, at the growth of the second half of the text
 Unit: nats per token. Range: [0, inf). Null: the teacher has no branches: not applicable, except kl = 0 and its nll.

@@ -143,6 +143,17 @@ class Registry:
                 hint=IMPORTABLE if isinstance(cause, NoModule) and ":" in name else None,
             ) from cause
 
+    def config(self, name: str, error: type[MismatchError] = UsageError) -> type:
+        """The class of its settings. Imports only the file that this class is in.
+
+        Raises:
+            error: as `card`; it has no Config.
+        """
+        where = self.card(name, error).config
+        if where is None:
+            raise error(f"the {self.kind} `{name}` has no Config")
+        return _load(where) if isinstance(where, str) else where
+
 
 def _load(target: str) -> Any:
     module, _, attribute = target.partition(":")
@@ -165,6 +176,12 @@ def metrics() -> Registry:
 def probes() -> Registry:
     """What a model can be asked, each on inputs made for one question."""
     return Registry("probe", "mismatch.probes:PROBES", "mismatch.probes")
+
+
+@functools.cache
+def stages() -> Registry:
+    """What a command does."""
+    return Registry("stage", "mismatch.stages:STAGES", "mismatch.stages")
 
 
 def read_card(name: str) -> Card:

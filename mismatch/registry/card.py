@@ -118,6 +118,8 @@ class Card:
     text: str
     facts: dict[str, Any] = field(default_factory=dict)
     args: tuple[Arg, ...] = ()
+    config: str | type | None = None
+    """Where the class of its arguments is: "package.module:Class", or the class itself."""
     free: bool = False
     """A class that is named by its path and has no Config: the arguments of its constructor are not known here, so they
     are passed on as written."""
@@ -161,14 +163,21 @@ def read(name: str, target: str) -> Card:
                 except ValueError:
                     continue  # computed: not a fact that can be read without importing
     args: tuple[Arg, ...] = ()
+    where = None
     if config is not None:
-        if config not in classes:
-            raise CardError(
-                f"the Config of `{attribute}` must be a class in the same file, `{path}`"
-            )
-        args = _fields(classes[config], classes)
+        where = f"{module if config in classes else _origin(tree, config, path)}:{config}"
+        args = fields(where)
     text = ast.get_docstring(tree) or ast.get_docstring(classes[attribute]) or ""
-    return Card(name, _first_line(text), text, facts, args, config is None and ":" in name)
+    free = config is None and ":" in name
+    return Card(name, _first_line(text), text, facts, args, where, free)
+
+
+def _origin(tree: ast.Module, config: str, path: Path) -> str:
+    """The module that a file imports a class from."""
+    for node in tree.body:
+        if isinstance(node, ast.ImportFrom) and config in [alias.name for alias in node.names]:
+            return str(node.module)
+    raise CardError(f"the class `{config}` is neither in `{path}` nor imported there")
 
 
 def docstring(module: str) -> str:
@@ -179,20 +188,21 @@ def docstring(module: str) -> str:
 def fields(target: str) -> tuple[Arg, ...]:
     """The fields of a dataclass "package.module:Class" as arguments, read from its source."""
     module, _, attribute = target.partition(":")
-    classes = _classes(module)
+    classes = _classes(module, attribute)
     return _fields(classes[attribute], classes)
 
 
-def _classes(module: str) -> dict[str, ast.ClassDef]:
-    """The classes of a file by name, and those of other files that they inherit from."""
-    tree = ast.parse(_source(module).read_text(encoding="utf-8"))
-    found = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
-    bases = {b.id for node in found.values() for b in node.bases if isinstance(b, ast.Name)}
-    for item in tree.body:
-        if not isinstance(item, ast.ImportFrom) or item.module is None:
-            continue
-        if bases & {alias.name for alias in item.names}:
-            found = _classes(item.module) | found
+def _classes(module: str, attribute: str) -> dict[str, ast.ClassDef]:
+    """A class and its ancestors by name, those included that its file imports."""
+    path = _source(module)
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    here = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
+    found: dict[str, ast.ClassDef] = {}
+    for node in _ancestry(here[attribute], here):
+        found[node.name] = node
+        for base in node.bases:
+            if isinstance(base, ast.Name) and base.id not in here:
+                found = _classes(_origin(tree, base.id, path), base.id) | found
     return found
 
 
@@ -212,7 +222,7 @@ def of_class(name: str, cls: type) -> Card:
         default = REQUIRED if item.default is dataclasses.MISSING else item.default
         args.append(_arg(item.name, ast.parse(note, mode="eval").body, default, ""))
     text = inspect.getdoc(cls) or ""
-    return Card(name, _first_line(text), text, facts, tuple(args), config is None)
+    return Card(name, _first_line(text), text, facts, tuple(args), config, config is None)
 
 
 def _imports(tree: ast.Module, name: str) -> bool:
@@ -285,6 +295,8 @@ def _fields(node: ast.ClassDef, classes: dict[str, ast.ClassDef]) -> tuple[Arg, 
     for owner in reversed(list(_ancestry(node, classes))):
         for item, after in zip(owner.body, [*owner.body[1:], None], strict=True):
             if not (isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name)):
+                continue
+            if "ClassVar" in ast.unparse(item.annotation):
                 continue
             doc = ""
             if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
+import resource
 import subprocess
+import sys
 from pathlib import Path
 
 DISTRIBUTION = "llm-mismatch"
@@ -57,3 +59,12 @@ def git_commit(file: Path = Path(__file__)) -> dict[str, str | bool] | None:
         return {"commit": git("rev-parse", "HEAD"), "dirty": dirty}
     except (OSError, subprocess.SubprocessError):
         return None
+
+
+def peak_memory() -> int:
+    """Largest memory of this process so far, in bytes (the GPU's, when there is one)."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        return int(torch.cuda.max_memory_allocated())
+    size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return size if sys.platform == "darwin" else size * 1024

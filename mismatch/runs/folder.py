@@ -1,4 +1,4 @@
-"""The run folder: what a trace leaves behind. Only this file writes one.
+"""The run folder: what a command leaves behind. Only this file writes one.
 
     runs/20261123-171904_smollm2_layer12-infini_a1b2c3/
       manifest.json    status (running|done|failed|interrupted), command, versions, fingerprints,
@@ -8,6 +8,7 @@
       metrics.parquet  the long table (mismatch/runs/table.py)
       metrics.json     what its columns and metrics mean
       findings.json    log.txt  figures/  report.html
+      checkpoint/      of a repair: the repaired model
       state/           only while the run is unfinished: what `--resume` goes on from
 
 Every file appears whole or not at all: it is written beside its place, synced, and moved there.
@@ -42,8 +43,6 @@ from mismatch.runs.state import State
 
 MANIFEST = "manifest.json"
 STATUSES = ("running", "done", "failed", "interrupted")
-RESUMABLE = ("trace", "scan", "repair")
-"""Commands whose runs go on where they were stopped; the others take minutes, and begin anew."""
 CONTENTS = (
     MANIFEST,
     "config.yaml",
@@ -54,6 +53,7 @@ CONTENTS = (
     "report.html",
     "log.txt",
     "figures",
+    "checkpoint",
     "state",
 )
 """All that a run folder may hold; `overwrite` removes these and nothing else."""
@@ -90,7 +90,8 @@ class RunFolder:
         swap: str,
         settings: Mapping[str, Any],
         *,
-        kind: str = "trace",
+        kind: str,
+        resumable: bool = False,
         root: Path | str = "runs",
         output: Path | str | None = None,
         overwrite: bool = False,
@@ -104,6 +105,7 @@ class RunFolder:
             swap: the swap text in canonical form.
             settings: every setting that changes a number; becomes config.yaml and the hash.
             kind: the command that makes it.
+            resumable: a stopped run goes on from its state; otherwise it begins anew.
             root: where a folder is made and named, when `output` is not given.
             output: the folder itself.
             overwrite: take the place of the run in `output`.
@@ -127,6 +129,7 @@ class RunFolder:
             schema_version=tables.SCHEMA_VERSION,
             run_id=name,
             kind=kind,
+            resumable=resumable,
             status="running",
             command=shlex.join(command if command is not None else ["mismatch", *sys.argv[1:]]),
             model=model,
@@ -243,9 +246,10 @@ class Run:
         manifest: dict[str, Any],
         plan: dict[str, Any],
         config: dict[str, Any],
+        findings: list[dict[str, Any]],
     ) -> Run:
         """A finished run that was not written."""
-        run = cls(None, manifest, plan, [], config, tables.dictionary(table["metric"]))
+        run = cls(None, manifest, plan, findings, config, tables.dictionary(table["metric"]))
         run.__dict__["table"] = table  # what the cached property would have read
         return run
 
@@ -337,12 +341,12 @@ def made_by(path: Path | str) -> str | None:
         RunError: its manifest cannot be read.
     """
     path = Path(path)
-    return _read_manifest(path).get("kind", "trace") if (path / MANIFEST).is_file() else None
+    return str(_read_manifest(path)["kind"]) if (path / MANIFEST).is_file() else None
 
 
 def _finished_by(path: Path, manifest: Mapping[str, Any]) -> str:
-    made = manifest.get("kind", "trace")
-    if made in RESUMABLE:
+    made = manifest["kind"]
+    if manifest.get("resumable"):
         return f"finish it: mismatch {made} --resume {path}"
     return f"mismatch {made} begins anew; run it again with --overwrite: {manifest['command']}"
 
@@ -351,12 +355,19 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     if not (path / MANIFEST).is_file():
         raise RunError(
             f"there is no run in {path}: {MANIFEST} is missing",
-            hint="give the path of a folder that `mismatch trace`, `probe` or `scan` made",
+            hint="give the path of a folder that `mismatch trace` or another command made",
         )
     manifest = _load(path / MANIFEST, None)
     if not isinstance(manifest, dict) or not {"run_id", "status"} <= manifest.keys():
         raise RunError(f"{path / MANIFEST} is not the manifest of a run")
-    return manifest
+    if (schema := manifest.get("schema_version")) != tables.SCHEMA_VERSION:
+        by = manifest.get("versions", {}).get("mismatch", "of an unknown version")
+        raise RunError(
+            f"the run in {path} was made by mismatch {by} (schema {schema}); this version reads schema "
+            f"{tables.SCHEMA_VERSION}",
+            hint=f"make it again, or read it with that version; it was made by: {manifest.get('command')}",
+        )
+    return {"kind": "trace", **manifest}
 
 
 def _load(path: Path, default: Any) -> Any:

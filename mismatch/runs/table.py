@@ -23,8 +23,8 @@ from mismatch.errors import RunError
 
 MAIN, FLOOR, SWAP = "main", "floor", "swap"
 """Students that the table knows by name."""
-SCHEMA_VERSION = 1
-"""Goes up when a column changes its name or its meaning."""
+SCHEMA_VERSION = 2
+"""Goes up when a column, the plan, the manifest or a setting changes its name or its meaning."""
 
 SITES = ("resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post", "final", "logits")
 """Where numbers are taken, in the order of computation."""

@@ -80,7 +80,7 @@ def _template(parser: _Parser) -> Template:
         hint = (
             "it belongs to no layer: `mismatch trace` swaps it"
             if word.startswith("final_norm")
-            else "leave it out; --layers says which layers"
+            else "leave it out; --among names the layers"
         )
         parser.fail(f"`{word}` is a target: here mechanisms stand without one", at, hint)
     template = Template(parser.call(), slot, parser.text, at)

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 import torch
 
-from mismatch.config import TraceConfig
 from mismatch.models.layout import Layout
 from mismatch.runs.table import BLOCK_SITES
+from mismatch.stages.trace.config import TraceConfig
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "auto": 4}
 EFFICIENCY = (

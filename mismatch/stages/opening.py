@@ -1,30 +1,334 @@
-"""What every command begins with: model, tokenizer, settings as a Python caller wrote them, run folder."""
+"""One command, opened once: config, model folder, tokenizer, texts cut once, ranks, and later the weights.
+
+Every stage gets one `Opened`. What costs something (a hub look-up, a tokenizer, a text) is made when it is first asked
+for and kept. What was given from Python (a loaded model, a student, documents) stands in for what the config names.
+"""
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic
+
+from tqdm import tqdm
 
 from mismatch import spec
-from mismatch.config import C, RunConfig, SwapConfig, fields
+from mismatch.config import SwapConfig
 from mismatch.errors import UsageError
-from mismatch.forward.verify import prove
-from mismatch.models.load import describe, load_tokenizer, read_config
+from mismatch.models.layout import Layout, family_of
+from mismatch.models.load import load_tokenizer, read_config
+from mismatch.models.skeleton import skeleton_of
 from mismatch.runs.folder import RunFolder
-from mismatch.runs.ranks import Ranks
-from mismatch.stages.trace.stage import settings
-from mismatch.surgery import loading as checkpoint
-from mismatch.surgery.operate import Student, layout_of, saving
-from mismatch.surgery.students import Teacher
+from mismatch.runs.ranks import ALONE, Ranks
+from mismatch.runs.state import State
+from mismatch.stages.base import C
+from mismatch.surgery import loading, operate
+from mismatch.surgery.controls import control_specs
+from mismatch.surgery.operate import Student, placed
+from mismatch.surgery.students import Teacher, students_of
+from mismatch.texts.documents import Documents, calibration_and_evaluation, read
+from mismatch.texts.windows import Windows, windows
+
+FIELDS = {"evaluation": "data", "calibration": "calibration_data", "training": "train_data"}
+"""Role of a text -> the setting that names its source."""
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text in its role: the documents it comes from, and the windows that were cut."""
+
+    documents: Documents
+    cut: Windows
+
+    def as_dict(self) -> dict[str, Any]:
+        """For the manifest."""
+        return {
+            "source": self.documents.source,
+            "note": self.documents.note,
+            "documents": self.cut.n_docs,
+            "windows": len(self.cut),
+            "tokens": self.cut.tokens,
+            "fingerprint": self.cut.fingerprint,
+        }
+
+
+class Opened(Generic[C]):
+    """Everything a stage works with.
+
+    Args:
+        config: the settings.
+        teacher: a model that is loaded already; None: the one that the config names, when `load` is called.
+        student: a student that is there already; None swaps as the config says.
+        given: text by setting (`data`, `calibration_data`, `train_data`) that a Python caller handed over.
+        ranks: who this process is among how many.
+        progress: talk on stderr.
+        overwrite: run folders may take the place of earlier runs.
+    """
+
+    def __init__(
+        self,
+        config: C,
+        *,
+        teacher: Teacher | None = None,
+        student: Student | None = None,
+        given: Mapping[str, Any] | None = None,
+        ranks: Ranks = ALONE,
+        progress: bool = False,
+        overwrite: bool = False,
+    ) -> None:
+        self.config = config
+        self.student = student
+        self.given = dict(given or {})
+        self.ranks = ranks
+        self.progress = progress
+        self.overwrite = overwrite
+        self.texts: dict[str, Text] = {}
+        """By role, what was cut: goes into the manifest with its fingerprint."""
+        self.folder: RunFolder | None = None
+        """On the first rank, once the weights are loaded; None when nothing is written."""
+        self.path: Path | None = None
+        """Of the run folder, on every rank."""
+        self._teacher = teacher
+        self._planned: list[Student] | None = None
+
+    def child(self, config: Any) -> Opened[Any]:
+        """The same model and given texts under other settings: a stage inside a stage."""
+        made: Opened[Any] = Opened(
+            config,
+            teacher=self._teacher,
+            given=self.given,
+            ranks=self.ranks,
+            progress=self.progress,
+            overwrite=self.overwrite,
+        )
+        made.tokenizer, made.skeleton = self.tokenizer, self.skeleton
+        if self._teacher is None:
+            made.source = self.source
+        return made
+
+    # ---- the model ----------------------------------------------------------------------------------
+
+    @cached_property
+    def source(self) -> tuple[Any, Any]:
+        """transformers' config of the model, and where it lies: one look-up for all that follows."""
+        config = self.config
+        return read_config(
+            config.model, revision=config.revision, trust_remote_code=config.trust_remote_code
+        )
+
+    @property
+    def model_config(self) -> Any:
+        """transformers' config of the model."""
+        return self.source[0] if self._teacher is None else self._teacher.model.config
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The model's tokenizer."""
+        if self._teacher is not None:
+            return self._teacher.tokenizer
+        return load_tokenizer(self.source[1].folder, self.config.trust_remote_code)
+
+    @cached_property
+    def skeleton(self) -> Layout:
+        """The model without its weights, on the meta device.
+
+        Raises:
+            LayoutError: its family is not known.
+        """
+        if self._teacher is not None:
+            return skeleton_of(self._teacher.layout)
+        family_of(self.model_config)
+        return loading.skeleton(self.source, trust_remote_code=self.config.trust_remote_code)
+
+    @property
+    def teacher(self) -> Teacher:
+        """The untouched model, with its weights."""
+        if self._teacher is None:
+            raise RuntimeError("the weights are not loaded yet")
+        return self._teacher
+
+    def take(self, teacher: Teacher) -> None:
+        """A teacher that another command loaded."""
+        self._teacher = teacher
+
+    def load(self) -> None:
+        """Read the weights.
+
+        Raises:
+            ModelError: there are none, or they are not what the config says.
+        """
+        config = self.config
+        if self._teacher is None:
+            self._teacher = load(
+                self.source[1],
+                dtype=config.dtype,
+                device=None if config.device_map else self.ranks.device(config.device),
+                device_map=config.device_map,
+                trust_remote_code=config.trust_remote_code,
+                allow_pickle=config.allow_pickle,
+                tokenizer=self.tokenizer,
+            )
+
+    def check_context(self) -> None:
+        """Whether a window fits into what the model was made for.
+
+        Raises:
+            UsageError: it does not.
+        """
+        limit = getattr(self.model_config, "max_position_embeddings", None)
+        if limit is not None and self.config.seq_len > limit:
+            raise UsageError(
+                f"--seq-len {self.config.seq_len} is longer than the context of {self.config.model}: "
+                f"{limit} tokens",
+                hint=f"take --seq-len {limit} or less",
+            )
+
+    # ---- swap and controls --------------------------------------------------------------------------
+
+    def planned(self) -> list[Student]:
+        """The swap and its controls, built on the meta device.
+
+        Raises:
+            MismatchError: whatever would be refused of model, swap and controls.
+        """
+        if self._planned is None:
+            self._planned = self._plan()
+        return self._planned
+
+    def _plan(self) -> list[Student]:
+        self.check_context()
+        first = self._on_meta(self.swap_config.swap_spec)
+        controls = control_specs(self.config.controls, first.plan)
+        return [first, *(self._on_meta(spec_) for spec_ in controls.values())]
+
+    @property
+    def swap_config(self) -> SwapConfig:
+        """The settings of a stage that is about one swap."""
+        assert isinstance(self.config, SwapConfig)
+        return self.config
+
+    def _on_meta(self, parsed: spec.Spec) -> Student:
+        skeleton = self.skeleton
+        return operate.operate(skeleton, placed(parsed, skeleton), spec=spec.format(parsed))
+
+    def students(self, calibration: Windows | None) -> list[Student]:
+        """The swap first, then its controls in the same slots, with weights.
+
+        Args:
+            calibration: windows for mechanisms that set themselves from them.
+
+        Raises:
+            MismatchError: as `mismatch.surgery.students.students_of`.
+        """
+        return students_of(self.teacher, self.swap_config, calibration, self.student)
+
+    # ---- text ---------------------------------------------------------------------------------------
+
+    def documents(self, role: str) -> Documents:
+        """The documents of a role: what was given, or what the setting names.
+
+        Raises:
+            DataError: text that is missing, unreadable or empty.
+        """
+        return read(self.text_of(role))
+
+    def text_of(self, role: str) -> Any:
+        """What the caller gave for a role, or the name that the setting holds."""
+        name = FIELDS[role]
+        return self.given.get(name, getattr(self.config, name, None))
+
+    def apart(self, *, calibrates: bool) -> tuple[Documents | None, Documents]:
+        """Calibration and evaluation documents, disjoint; of one source they are divided.
+
+        Args:
+            calibrates: whether anything sets itself from calibration text; it is read only then.
+
+        Raises:
+            DataError: as `documents`; a document in both.
+        """
+        calibration, evaluation = self.text_of("calibration"), self.text_of("evaluation")
+        if calibrates or _same(calibration, evaluation):
+            return calibration_and_evaluation(calibration, evaluation)
+        return None, read(evaluation)
+
+    def cut(self, role: str, documents: Documents, tokens: int, **options: int) -> Windows:
+        """Windows of a text in its role, remembered for the manifest.
+
+        Args:
+            role: evaluation, calibration, training, validation or selection.
+            documents: to cut.
+            tokens: how many.
+            options: `seq_len` and `seed`, where they are not those of the config.
+
+        Raises:
+            DataError: too little text.
+        """
+        made = windows(
+            documents,
+            self.tokenizer,
+            options.get("seq_len", self.config.seq_len),
+            tokens,
+            options.get("seed", self.config.seed),
+        )
+        self.texts[role] = Text(documents, made)
+        return made
+
+    def calibration(self, documents: Documents | None = None) -> Windows:
+        """Windows that mechanisms set themselves from.
+
+        Args:
+            documents: of the role; None reads them.
+
+        Raises:
+            DataError: as `documents` and `cut`.
+        """
+        tokens = self.config.calibration_tokens
+        length = min(self.config.seq_len, tokens)
+        text = self.documents("calibration") if documents is None else documents
+        return self.cut("calibration", text, tokens, seq_len=length)
+
+    # ---- what a run writes and says -----------------------------------------------------------------
+
+    def fingerprints(self) -> dict[str, str]:
+        """All that must be equal for a stopped run to go on."""
+        return {
+            "settings": self.config.fingerprint(),
+            "model": self.teacher.info.sha256,
+            "ranks": str(self.ranks.world),
+            **{role: text.cut.fingerprint for role, text in self.texts.items()},
+        }
+
+    def state(self, part: str = "") -> State | None:
+        """Where this rank saves what it goes on from: the first rank in front, the others below."""
+        if self.path is None:
+            return None
+        folder = self.path / "state" / part
+        return State(folder if self.ranks.first else folder / f"rank{self.ranks.rank}")
+
+    def say(self, line: str) -> None:
+        """One line for the person who waits, and for log.txt."""
+        if self.progress and self.ranks.first:
+            print(line, file=sys.stderr, flush=True)
+        if self.folder is not None:
+            self.folder.log(line)
+
+    @contextmanager
+    def bar(self, total: int, what: str, unit: str) -> Iterator[tqdm[Any]]:
+        """A progress bar on stderr; silent when nobody looks."""
+        silent = None if self.progress and self.ranks.first else True
+        with tqdm(total=total, desc=what, unit=unit, file=sys.stderr, disable=silent) as bar:
+            yield bar
 
 
 def load(source: Any, **options: Any) -> Teacher:
     """Load a model, or take one that is loaded, and prove its layout by a probe forward.
 
     A checkpoint that `student.save` wrote comes back with its swap: it can be traced, generated from and swapped
-    further. Its number format stays what it was saved in; plain models are loaded in float32.
+    further. Its dtype stays what it was saved in; plain models are loaded in float32.
 
     Args:
         source: a fetched name, a folder, a hub id, or `(model, tokenizer)`.
@@ -38,125 +342,9 @@ def load(source: Any, **options: Any) -> Teacher:
     if isinstance(source, Teacher):
         return source
     if isinstance(source, tuple):
-        model, tokenizer = source
-        info = describe(model)
-        model.eval()
-        layout = layout_of(model)
-        if not isinstance(
-            model, saving.Swapped
-        ):  # the layout of a swapped model was proven before the swap
-            prove(layout)
-        return Teacher(model, tokenizer, layout, info)
-    return Teacher(*checkpoint.load(source, **options))
+        return Teacher(*loading.of_loaded(*source))
+    return Teacher(*loading.load(source, **options))
 
 
-def load_options(config: RunConfig, ranks: Ranks) -> dict[str, Any]:
-    """What `load` is told by the settings of a command."""
-    return {
-        "dtype": config.dtype,
-        "device": None if config.device_map else ranks.device(config.device),
-        "device_map": config.device_map,
-        "revision": config.revision,
-        "trust_remote_code": config.trust_remote_code,
-        "allow_pickle": config.allow_pickle,
-    }
-
-
-def model_config_of(config: RunConfig) -> Any:
-    """The model's config alone."""
-    found, _ = read_config(
-        config.model, revision=config.revision, trust_remote_code=config.trust_remote_code
-    )
-    return found
-
-
-def tokenizer_of(config: RunConfig) -> Any:
-    """The tokenizer alone: text that cannot be used is then refused before weights are loaded."""
-    _, source = read_config(
-        config.model, revision=config.revision, trust_remote_code=config.trust_remote_code
-    )
-    return load_tokenizer(source.folder, config.trust_remote_code)
-
-
-def given(
-    model: Any,
-    student: Student | None,
-    data: Any,
-    calibration: Any,
-    rest: Mapping[str, Any],
-    what: str,
-) -> dict[str, Any]:
-    """Fields of a config from what a Python caller wrote: lists for tuples, one swap or several, or a student.
-
-    Args:
-        model, data, calibration: names, or what is there already; the config can only name it.
-        student: holds the swap; None: `rest` says it.
-        rest: the other fields.
-        what: is called, for the error.
-
-    Raises:
-        UsageError: neither a student nor a swap, or both; a student that was undone.
-    """
-    if (student is None) == ("swap" not in rest):
-        raise UsageError(
-            f"{what} needs one student", hint='give `student`, or `swap="layer12:infini"`'
-        )
-    found = {k: tuple(value) if isinstance(value, list) else value for k, value in rest.items()}
-    if student is not None:
-        found["swap"] = _swap_of(student)
-    if isinstance(found["swap"], str):
-        found["swap"] = (found["swap"],)
-    return {**named(model, data, calibration), **found}
-
-
-def named(model: Any, data: Any, calibration: Any) -> dict[str, str]:
-    """What a config says of model and texts: names or paths. What is in memory has none."""
-    whole = {"model": model, "data": data, "calibration": calibration}
-    nameless = {"model": "a loaded model", "data": "given texts", "calibration": "given texts"}
-    return {
-        name: str(value) if isinstance(value, (str, Path)) else nameless[name]
-        for name, value in whole.items()
-    }
-
-
-def _swap_of(student: Student) -> str:
-    if not student.plan.clauses:
-        raise UsageError(
-            "the student holds no swap any more: it was undone", hint="swap the teacher again"
-        )
-    return student.plan.spec
-
-
-def as_loaded(config: C, teacher: Teacher) -> C:
-    """The settings of a model that came loaded: its own name and number format."""
-    known = teacher.info.dtype in (fields()["dtype"].choices or ())
-    dtype = teacher.info.dtype if known else config.dtype
-    return dataclasses.replace(config, model=teacher.info.name, dtype=dtype)
-
-
-def check_shares(student: Student | None, teacher: Teacher, command: str) -> None:
-    """Whether the student is the teacher's own: its embedding is the very same tensor.
-
-    Raises:
-        UsageError: it is not.
-    """
-    if student is None:
-        return
-    ours, theirs = (m.get_input_embeddings().weight for m in (teacher.model, student.model))
-    if ours is not theirs:
-        raise UsageError(
-            "the student was not made from this teacher: they share no weights",
-            hint=f"swap the teacher that you hand to {command}, and hand over both",
-        )
-
-
-def create(config: SwapConfig, overwrite: bool = False, *, kind: str = "trace") -> RunFolder:
-    """The run folder of a command about one swap; `kind` is the command."""
-    return RunFolder.create(
-        config.model,
-        spec.format(config.swap_spec),
-        settings(config),
-        kind=kind,
-        output=config.folder,
-        overwrite=overwrite,
-    )
+def _same(one: Any, other: Any) -> bool:
+    return isinstance(one, (str, Path)) and isinstance(other, (str, Path)) and one == other

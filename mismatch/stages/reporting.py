@@ -6,21 +6,12 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from mismatch import registry
 from mismatch.report import html
 from mismatch.report.figures import ReportFigure, draw_all
 from mismatch.report.words import kind
 from mismatch.runs.files import write_atomic
 from mismatch.runs.folder import Run, load_run
-
-REPORTS = {
-    "trace": "mismatch.stages.trace.report.page",
-    "probe": "mismatch.stages.probe.report",
-    "scan": "mismatch.stages.scan.report",
-    "plan": "mismatch.stages.plan.report",
-    "diagnose": "mismatch.stages.diagnose.report",
-    "repair": "mismatch.stages.repair.report.page",
-}
-"""Kind of run -> the module with its `figures(run)` and `sections(run)`."""
 
 
 def write_html(run_dir: Path | str, output: Path | str | None = None) -> Path:
@@ -58,4 +49,7 @@ def figures(run: Run) -> tuple[ReportFigure, ...]:
 
 
 def _stage(run: Run) -> Any:
-    return import_module(REPORTS.get(kind(run), REPORTS["trace"]))
+    """What has the figures and sections of a run: the report module of its stage, else the stage itself."""
+    name, known = kind(run), registry.stages()
+    module = known.card(name).facts.get("report")
+    return known.get(name)(name) if module is None else import_module(module)

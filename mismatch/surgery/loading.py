@@ -29,16 +29,18 @@ from mismatch.models import load as models
 from mismatch.models.folder import check_weights, read_config_file
 from mismatch.models.layout import Layout
 from mismatch.models.load import ModelInfo
-from mismatch.models.resolve import Source, from_hub, resolve
+from mismatch.models.resolve import Source, from_hub, locate
+from mismatch.models.skeleton import skeleton as of_config_alone
 from mismatch.models.swap_record import MODEL_TYPE, Record, of_config, read
 from mismatch.surgery.filling import fill
 from mismatch.surgery.operate import Replaced, layout_of, operate, placed
+from mismatch.surgery.saving import Swapped
 
 if TYPE_CHECKING:
     from mismatch.models.layout import CausalLM
 
 
-class Opened(NamedTuple):
+class Measurable(NamedTuple):
     """A model that can be run and measured."""
 
     model: CausalLM
@@ -48,7 +50,7 @@ class Opened(NamedTuple):
 
 
 def load(
-    name_or_path: str | Path,
+    name_or_path: str | Path | Source,
     *,
     dtype: str | torch.dtype | None = None,
     device: str | torch.device | None = None,
@@ -56,7 +58,8 @@ def load(
     revision: str | None = None,
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
-) -> Opened:
+    tokenizer: Any = None,
+) -> Measurable:
     """Load a plain model or a checkpoint, and prove its layout by a forward pass.
 
     Args:
@@ -64,34 +67,35 @@ def load(
         dtype: see `mismatch.models.load.load`; None is float32 for a plain model, and the saved dtype for a checkpoint.
         device, device_map, revision, allow_pickle: see `mismatch.models.load.load`.
         trust_remote_code: run code that comes with a model; import a class that a checkpoint names by its path.
+        tokenizer: of the same model, where it was loaded already.
 
     Raises:
         ModelError: no such model, or weights that are not what its config says.
         LayoutError: an unknown family, or a model that does not fit its family's layout.
     """
-    source = resolve(name_or_path)
-    folder = source.folder or from_hub(source.name, revision, code=trust_remote_code)
+    source = locate(name_or_path, revision, code=trust_remote_code)
+    folder = source.folder
     found = read(folder)
     if found is None:
         model, tokenizer, info = models.load(
-            name_or_path,
+            source,
             dtype=dtype or "float32",
             device=device,
             device_map=device_map,
-            revision=revision,
             trust_remote_code=trust_remote_code,
             allow_pickle=allow_pickle,
+            tokenizer=tokenizer,
         )
         layout = Layout.of(model)
         prove(layout)
-        return Opened(model, tokenizer, layout, info)
+        return Measurable(model, tokenizer, layout, info)
     target = models.as_target(device, device_map)
     wanted = models.as_dtype(dtype or "auto")
     _check_names(found, folder, trust_remote_code)
-    if source.folder is None:
-        folder = from_hub(source.name, revision, weights=True)
+    if source.hub:
+        folder = from_hub(source.name, source.revision, weights=True)
     files = check_weights(folder)
-    tokenizer = models.load_tokenizer(folder)
+    tokenizer = tokenizer or models.load_tokenizer(folder)
     config = models.plain_config(read_config_file(folder), found, folder)
     plain = _plain(folder, config, dtype=wanted, device_map=target.get("device_map"))
     if "device" in target:
@@ -103,29 +107,43 @@ def load(
     prove_student(whole, whole, _first(replaced))  # no module carries state between calls
     swapped = Source(source.name, folder, _note(found))
     info = models.check_loaded(model, tokenizer, folder, files, swapped)
-    return Opened(model, tokenizer, whole, info)
+    return Measurable(model, tokenizer, whole, info)
+
+
+def of_loaded(model: CausalLM, tokenizer: Any) -> Measurable:
+    """A model that the caller loaded, in eval mode, its layout proven by a forward pass.
+
+    Raises:
+        LayoutError: an unknown family, or a model that does not fit its family's layout.
+    """
+    info = models.describe(model)
+    model.eval()
+    layout = layout_of(model)
+    if not isinstance(model, Swapped):  # the layout of a swapped model was proven before the swap
+        prove(layout)
+    return Measurable(model, tokenizer, layout, info)
 
 
 def skeleton(
-    name_or_path: str | Path, *, revision: str | None = None, trust_remote_code: bool = False
+    found: tuple[transformers.PretrainedConfig, Source], *, trust_remote_code: bool = False
 ) -> Layout:
     """The model without its weights, on the meta device; of a checkpoint with its swaps.
 
+    Args:
+        found: from `mismatch.models.load.read_config`.
+        trust_remote_code: import a class that a checkpoint names by its module.
+
     Raises:
-        ModelError: as `mismatch.models.load.read_config`; a checkpoint that cannot be rebuilt.
+        ModelError: a checkpoint that cannot be rebuilt.
         LayoutError: an unknown family.
     """
-    config, source = models.read_config(
-        name_or_path, revision=revision, trust_remote_code=trust_remote_code
-    )
-    layout = Layout.of(models.skeleton(config))
-    folder = source.folder
-    assert folder is not None  # `read_config` has read from it
-    found = read(folder)
-    if found is None:
+    config, source = found
+    layout = Layout.of(of_config_alone(config))
+    record = read(source.folder)
+    if record is None:
         return layout
-    _check_names(found, folder, trust_remote_code)
-    return _rebuilt(layout, found, folder).layout
+    _check_names(record, source.folder, trust_remote_code)
+    return _rebuilt(layout, record, source.folder).layout
 
 
 class MismatchConfig(transformers.PretrainedConfig):

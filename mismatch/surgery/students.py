@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypedDict
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
 from mismatch import spec
+from mismatch.errors import SurgeryError
 from mismatch.forward.calibrate import calibrate
 from mismatch.forward.verify import prove_student
 from mismatch.models.layout import Layout
@@ -17,8 +18,7 @@ from mismatch.models.load import ModelInfo
 from mismatch.models.swap_record import Base
 from mismatch.surgery.controls import control_specs
 from mismatch.surgery.operate import Student, calibrators, operate, placed
-from mismatch.texts.documents import read
-from mismatch.texts.windows import windows
+from mismatch.texts.windows import Windows
 
 if TYPE_CHECKING:
     from mismatch.models.layout import CausalLM
@@ -42,77 +42,76 @@ class SwapSettings(Protocol):
     @property
     def controls(self) -> Sequence[str]: ...
     @property
-    def calibration_tokens(self) -> int: ...
-    @property
-    def seq_len(self) -> int: ...
-    @property
     def batch_size(self) -> int: ...
     @property
     def seed(self) -> int: ...
 
 
-class _Options(TypedDict):
-    calibration: Any
-    tokens: int
-    seq_len: int
-    batch_size: int
-    seed: int
-
-
 def students_of(
-    teacher: Teacher, config: SwapSettings, calibration: Any, swap: Student | None = None
+    teacher: Teacher,
+    config: SwapSettings,
+    calibration: Windows | None,
+    swap: Student | None = None,
 ) -> list[Student]:
     """The swap first, then its controls in the same slots.
 
     Args:
         teacher: the untouched model.
-        config: swap, controls, and how much calibration text is read.
-        calibration: text, read only when a mechanism asks for it.
+        config: swap and controls.
+        calibration: windows for mechanisms that set themselves from them; None: there is no such mechanism.
         swap: a student that exists already; None builds the one of the config.
 
     Raises:
         MismatchError: as `calibrated_swap`.
     """
-    options: _Options = {
-        "calibration": calibration,
-        "tokens": config.calibration_tokens,
-        "seq_len": config.seq_len,
-        "batch_size": config.batch_size,
-        "seed": config.seed,
-    }
-    first = swap or calibrated_swap(teacher, config.swap_spec, **options)
+
+    def build(parsed: spec.Spec, name: str = "swap") -> Student:
+        return calibrated_swap(
+            teacher,
+            parsed,
+            calibration,
+            batch_size=config.batch_size,
+            seed=config.seed,
+            name=name,
+        )
+
+    first = swap or build(config.swap_spec)
     controls = control_specs(config.controls, first.plan)
-    return [
-        first,
-        *(calibrated_swap(teacher, s, name=name, **options) for name, s in controls.items()),
-    ]
+    return [first, *(build(parsed, name) for name, parsed in controls.items())]
 
 
 def calibrated_swap(
     teacher: Teacher,
     parsed: spec.Spec,
+    calibration: Windows | None = None,
     *,
-    calibration: Any,
-    tokens: int,
-    seq_len: int,
-    batch_size: int,
-    seed: int,
+    batch_size: int = 1,
+    seed: int = 0,
     name: str = "swap",
 ) -> Student:
-    """Build a student. The calibration text is read only when a mechanism asks for it.
+    """Build a student.
+
+    Args:
+        teacher: the untouched model.
+        parsed: what to replace.
+        calibration: windows for mechanisms that set themselves from them; None: there is no such mechanism.
+        batch_size: windows per forward pass over them.
+        seed: of every new tensor.
+        name: of the student.
 
     Raises:
         SpecError: the swap does not fit the model.
-        SurgeryError: a mechanism cannot be built in its slot.
-        DataError: no usable calibration text.
+        SurgeryError: a mechanism cannot be built in its slot, or needs calibration text and there is none.
     """
     placements = placed(parsed, teacher.layout)
     wanted = calibrators(placements)
     if wanted:
-        text = read(calibration)
-        cut = windows(text, teacher.tokenizer, min(seq_len, tokens), tokens, seed)
+        if calibration is None:
+            raise SurgeryError(f"`{spec.format(parsed)}` sets itself from text, and none was given")
         device = teacher.layout.embedding_device
-        batches = (torch.from_numpy(batch.ids).to(device) for batch in cut.batches(batch_size))
+        batches = (
+            torch.from_numpy(batch.ids).to(device) for batch in calibration.batches(batch_size)
+        )
         calibrate(teacher.layout, wanted, batches)
     student = operate(
         teacher.layout,

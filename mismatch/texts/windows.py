@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -62,6 +62,14 @@ class Windows:
         for array in (self.ids, self.doc):
             whole.update(np.ascontiguousarray(array, dtype="<i8").tobytes())
         return whole.hexdigest()
+
+    def behind(self, first: int) -> Windows:
+        """The windows from `first` on, their documents numbered anew."""
+        docs = self.doc[first:].tolist()
+        order = {doc: at for at, doc in enumerate(dict.fromkeys(docs))}
+        numbers = np.array([order[doc] for doc in docs], np.int64)
+        names = tuple(self.names[doc] for doc in order)
+        return replace(self, ids=self.ids[first:], doc=numbers, names=names)
 
     def batches(self, batch_size: int) -> Iterator[Batch]:
         """All windows in order, `batch_size` at a time; the last batch may be smaller."""

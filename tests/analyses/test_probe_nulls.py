@@ -11,9 +11,10 @@ import pytest
 from wonderland import documents
 
 import mismatch
-from mismatch.config import ProbeConfig
 from mismatch.probes import PROBES
-from mismatch.stages.probe import stage as probing
+from mismatch.stages.opening import Opened
+from mismatch.stages.probe.config import ProbeConfig
+from mismatch.stages.runner import stage_of
 
 SCRIPT = Path(__file__).resolve().parents[2] / "analyses" / "probe_nulls.py"
 
@@ -34,8 +35,9 @@ def setting(toy):
         model="toy", swap=("layer2.attn:identity",), seq_len=96, lengths=("120",), depths=("0.1",),
         samples=4,
     )  # fmt: skip
-    texts = (documents(20), documents(3, seed=1))
-    return probing.questions(config, toy.model.config, toy.tokenizer, *texts).setting
+    texts = {"data": documents(20), "calibration_data": documents(3, seed=1)}
+    opened = Opened(config, teacher=mismatch.load(toy[:2]), given=texts)
+    return stage_of("probe").prepare(opened).asked.setting
 
 
 @pytest.fixture(scope="module")

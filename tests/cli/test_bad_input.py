@@ -146,7 +146,7 @@ def test_slot_that_the_family_lacks(say, tmp_path, tiny):
             "cannot read the config no_run/config.yaml: No such file or directory",
         ),
         (
-            ("--calibration", "no_text", "--controls", "mean"),
+            ("--calibration-data", "no_text", "--controls", "mean"),
             "no text no_text: neither a file or folder nor one of ",
         ),
     ],
@@ -272,7 +272,7 @@ def test_texts_that_are_refused(say, tmp_path):
 def test_text_in_both(say, tmp_path, text):
     other = tmp_path / "other.jsonl"
     other.write_text(text.read_text().splitlines()[0] + "\n")
-    code, err = say("--calibration", other, "--controls", "mean")
+    code, err = say("--calibration-data", other, "--controls", "mean")
     assert code == 2
     assert err.startswith(f"error: calibration ({other}) and evaluation ({text}) share 1 document")
 

@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 
 from mismatch import cli, config
-from mismatch.cli.parser import (
-    read,
-)
+from mismatch.cli.parser import read
 from mismatch.errors import MismatchError, NumericsError, RunError
+from mismatch.stages.base import Finding
+from mismatch.stages.trace.config import TraceConfig
 
 TRACE = ["trace", "--model", "m", "--swap", "layer1:zero"]
 
@@ -44,30 +44,31 @@ def run(*words, **env):
     return done
 
 
+class Runner:
+    """Stands in for the runner: stages are tested elsewhere, the command line here."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self.calls, self.error = [], None
+        self.run_dir = run_dir
+
+    def command(self, name, settings, **rest):
+        self.calls.append((settings, rest))
+        if self.error is not None:
+            raise self.error
+        found = {"run": str(self.run_dir), "findings": [{"severity": "medium"}]}
+        return types.SimpleNamespace(
+            summary=lambda: "SUMMARY",
+            run_dir=self.run_dir,
+            as_dict=lambda: found,
+            findings=[Finding("medium", "title", "text")],
+        )
+
+
 @pytest.fixture
-def api(monkeypatch, tmp_path):
-    """A stand-in for `mismatch.api`: the wiring is tested elsewhere, the command line here."""
-    stub = types.ModuleType("mismatch.api")
-    stub.calls = []
-    finding = types.SimpleNamespace(severity="medium", as_dict=lambda: {"severity": "medium"})
-    result = types.SimpleNamespace(
-        summary=lambda: "SUMMARY", run_dir=tmp_path / "run", findings=[finding]
-    )
-
-    def trace_command(settings, **rest):
-        stub.calls.append((settings, rest))
-        if stub.error is not None:
-            raise stub.error
-        return result
-
-    stub.error = None
-    stub.trace_command = trace_command
-    stub.check = lambda settings: types.SimpleNamespace(
-        text=lambda: "PLAN", as_dict=lambda: {"plan": 1}
-    )
-    monkeypatch.setitem(sys.modules, "mismatch.api", stub)
-    monkeypatch.setattr("mismatch.api", stub, raising=False)
-    return stub
+def runner(monkeypatch, tmp_path):
+    found = Runner(tmp_path / "run")
+    monkeypatch.setattr("mismatch.stages.runner.command", found.command)
+    return found
 
 
 @pytest.mark.parametrize(
@@ -115,15 +116,17 @@ def test_lists_and_texts():
 def test_a_flag_that_is_not_given_is_none():
     args = read(TRACE)
     assert all(
-        getattr(args, name) is None for name in config.fields() if name not in ("model", "swap")
+        getattr(args, name) is None
+        for name in config.fields(TraceConfig)
+        if name not in ("model", "swap")
     )
 
 
-def test_underscores_and_repeats(api, tmp_path):
+def test_underscores_and_repeats(runner, tmp_path):
     words = ["--seq_len=64", "--moment_tokens", "7", "--swap", "layer2:zero", "--allow_pickle"]
     assert cli.main([*TRACE, *words, "--output", str(tmp_path / "a_b")]) == 0
-    settings, rest = api.calls[0]
-    assert settings == config.TraceConfig(
+    settings, rest = runner.calls[0]
+    assert settings == TraceConfig(
         model="m",
         swap=("layer1:zero", "layer2:zero"),
         seq_len=64,
@@ -134,12 +137,12 @@ def test_underscores_and_repeats(api, tmp_path):
     assert rest == {"resume": None, "overwrite": False, "progress": True}
 
 
-def test_result_on_stdout_with_the_run_folder_last(api, capsys, tmp_path):
+def test_result_on_stdout_with_the_run_folder_last(runner, capsys, tmp_path):
     assert cli.main([*TRACE, "-q"]) == 0
     out, err = capsys.readouterr()
     assert out == f"SUMMARY\n{tmp_path}/run\n"
     assert err == ""
-    assert api.calls[0][1]["progress"] is False
+    assert runner.calls[0][1]["progress"] is False
     assert cli.main([*TRACE, "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == {
         "run": f"{tmp_path}/run",
@@ -147,7 +150,9 @@ def test_result_on_stdout_with_the_run_folder_last(api, capsys, tmp_path):
     }
 
 
-def test_check(api, capsys):
+def test_check(monkeypatch, capsys):
+    found = types.SimpleNamespace(text=lambda: "PLAN", as_dict=lambda: {"plan": 1})
+    monkeypatch.setattr("mismatch.stages.trace.check.checked", lambda opened: found)
     assert cli.main(["check", *TRACE[1:]]) == 0
     assert capsys.readouterr().out == "PLAN\n"
     assert cli.main(["check", *TRACE[1:], "--json"]) == 0
@@ -155,7 +160,7 @@ def test_check(api, capsys):
 
 
 @pytest.mark.parametrize(("limit", "code"), [("low", 3), ("medium", 3), ("high", 0)])
-def test_fail_on(api, limit, code):
+def test_fail_on(runner, limit, code):
     assert cli.main([*TRACE, "--fail-on", limit]) == code
 
 
@@ -163,14 +168,14 @@ def test_fail_on(api, limit, code):
     ("error", "code"),
     [(NumericsError("nan", hint="look"), 4), (RunError("nan", hint="look"), 1)],
 )
-def test_errors_of_the_work(api, capsys, error, code):
-    api.error = error
+def test_errors_of_the_work(runner, capsys, error, code):
+    runner.error = error
     assert cli.main(TRACE) == code
     assert capsys.readouterr().err == "error: nan\n\nhint: look\n"
 
 
-def test_unexpected_errors_leave_a_traceback_in_a_file(api, capsys):
-    api.error = ZeroDivisionError("by zero\nand more")
+def test_unexpected_errors_leave_a_traceback_in_a_file(runner, capsys):
+    runner.error = ZeroDivisionError("by zero\nand more")
     assert cli.main(TRACE) == 1
     err = capsys.readouterr().err
     found = re.fullmatch(
@@ -180,28 +185,28 @@ def test_unexpected_errors_leave_a_traceback_in_a_file(api, capsys):
     )
     assert found
     log = Path(found.group(1))
-    assert "in trace_command" in log.read_text()
+    assert "in command" in log.read_text()
     log.unlink()
     assert cli.main([*TRACE, "-v"]) == 1
-    assert "in trace_command" in capsys.readouterr().err
+    assert "in command" in capsys.readouterr().err
 
 
-def test_interrupted(api, capsys):
-    api.error = KeyboardInterrupt()
+def test_interrupted(runner, capsys):
+    runner.error = KeyboardInterrupt()
     assert cli.main(TRACE) == 130
     assert capsys.readouterr().err == "interrupted\n"
-    api.error.run_dir = Path("runs/r")
+    runner.error.run_dir = Path("runs/r")
     assert cli.main(TRACE) == 130
     assert capsys.readouterr().err == (
         "interrupted; runs/r can be resumed\n\nhint: mismatch trace --resume runs/r\n"
     )
 
 
-def test_resume_takes_the_settings_of_the_run(api, capsys, tmp_path):
-    settings = config.TraceConfig(model="m", swap=("layer1:zero",), tokens=77)
+def test_resume_takes_the_settings_of_the_run(runner, capsys, tmp_path):
+    settings = TraceConfig(model="m", swap=("layer1:zero",), tokens=77)
     (tmp_path / "config.yaml").write_text(settings.to_yaml())
     assert cli.main(["trace", "--resume", str(tmp_path)]) == 0
-    assert api.calls[0] == (settings, {"resume": tmp_path, "overwrite": False, "progress": True})
+    assert runner.calls[0] == (settings, {"resume": tmp_path, "overwrite": False, "progress": True})
     capsys.readouterr()
     assert cli.main(["trace", "--resume", str(tmp_path), "--overwrite"]) == 2
     assert capsys.readouterr().err == (
@@ -210,15 +215,15 @@ def test_resume_takes_the_settings_of_the_run(api, capsys, tmp_path):
     )
 
 
-def test_only_the_first_rank_speaks(api, capsys, monkeypatch):
+def test_only_the_first_rank_speaks(runner, capsys, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     assert cli.main(TRACE) == 0
     assert cli.main(["explain", "nothing_of_this_name"]) == 2
     out, err = capsys.readouterr()
     assert (out, err) == ("", "")
-    assert api.calls[0][1]["progress"] is False
+    assert runner.calls[0][1]["progress"] is False
     # A fault that only this rank has must not be lost.
-    api.error = ZeroDivisionError("x")
+    runner.error = ZeroDivisionError("x")
     assert cli.main([*TRACE, "-v"]) == 1
     assert capsys.readouterr().err.startswith("error: unexpected ZeroDivisionError (rank 1): x\n")
 

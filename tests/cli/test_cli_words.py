@@ -7,21 +7,8 @@ import re
 import pytest
 
 from mismatch import cli, config
-from mismatch.cli.parser import (
-    DIAGNOSE_GROUPS,
-    EXAMPLES,
-    GROUPS,
-    PLAN_GROUPS,
-    PROBE_GROUPS,
-    REPAIR_GROUPS,
-    SCAN_GROUPS,
-    read,
-)
-from mismatch.runs.folder import RESUMABLE
-from mismatch.stages.diagnose.config import DiagnoseConfig
-from mismatch.stages.plan.config import PlanConfig
-from mismatch.stages.repair.config import RepairConfig
-from mismatch.stages.scan.config import ScanConfig
+from mismatch.cli.parser import EXAMPLES, read
+from mismatch.registry import stages
 
 COMMANDS = (
     *("trace", "check", "probe", "diagnose", "scan", "plan", "repair", "generate"),
@@ -110,6 +97,11 @@ def test_usage_errors(capsys, words, text):
     assert err.endswith(f"error: {text}\n") if "-v" in words else err == f"error: {text}\n"
 
 
+def examples_of(command):
+    known = stages()
+    return known.card(command).facts["examples"] if command in known else EXAMPLES[command]
+
+
 @pytest.mark.parametrize("command", [None, *COMMANDS])
 def test_help_opens_with_two_examples_that_parse(capsys, command):
     assert cli.main([*([command] if command else []), "--help"]) == 0
@@ -118,29 +110,35 @@ def test_help_opens_with_two_examples_that_parse(capsys, command):
     assert body.startswith("examples:\n  mismatch ")
     assert re.match(r"examples:\n(  mismatch .+\n){2}\n", body)
     if command:
-        for example in EXAMPLES[command]:
+        for example in examples_of(command):
             words = [word.strip('"') for word in re.findall(r'"[^"]*"|\S+', example)]
             assert read(words[1:]).command == command
 
 
-@pytest.mark.parametrize(
-    ("groups", "kind"),
-    [
-        (GROUPS, config.TraceConfig),
-        (PROBE_GROUPS, config.ProbeConfig),
-        (DIAGNOSE_GROUPS, DiagnoseConfig),
-        (SCAN_GROUPS, ScanConfig),
-        (PLAN_GROUPS, PlanConfig),
-        (REPAIR_GROUPS, RepairConfig),
-    ],
-)
-def test_every_setting_is_a_flag_in_one_group(groups, kind):
-    names = [name for group in groups.values() for name in group]
+@pytest.mark.parametrize("name", stages().names())
+def test_every_setting_is_a_flag_in_one_group(name):
+    kind = stages().config(name)
+    names = [name for group in kind.groups.values() for name in group]
     assert sorted(names) == sorted(config.fields(kind))
 
 
-@pytest.mark.parametrize("command", ["trace", "probe", "diagnose", "scan", "plan", "repair"])
-def test_what_can_be_resumed_is_what_has_the_flag(command):
-    """What an unfinished run is said to be finished by must be there."""
-    words = [word.strip('"') for word in re.findall(r'"[^"]*"|\S+', EXAMPLES[command][0])]
-    assert hasattr(read(words[1:]), "resume") == (command in RESUMABLE)
+@pytest.mark.parametrize("name", stages().names())
+def test_what_can_be_resumed_is_what_has_the_flag(name):
+    """The command that is printed for an unfinished run must exist."""
+    words = [word.strip('"') for word in re.findall(r'"[^"]*"|\S+', examples_of(name)[0])]
+    assert hasattr(read(words[1:]), "resume") == stages().get(name).resumable
+
+
+@pytest.mark.parametrize("name", stages().names())
+def test_a_default_is_shown_for_every_setting_that_has_one(capsys, name):
+    """0 and an empty list are defaults too."""
+    cli.main([name, "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "(default: )" not in text
+    for arg in config.fields(stages().config(name)).values():
+        if isinstance(arg.default, int | float | tuple) and not isinstance(arg.default, bool):
+            shown = (
+                ",".join(arg.default) or "none" if isinstance(arg.default, tuple) else arg.default
+            )
+            after = text.split(f"--{arg.name.replace('_', '-')} ")[-1]
+            assert f"(default: {shown})" in after, arg.name

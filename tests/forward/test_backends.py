@@ -9,8 +9,8 @@ from mismatch import spec
 from mismatch.forward import hooks
 from mismatch.forward.sites import taps
 from mismatch.models.layout import Layout
-from mismatch.stages.checking import placed
 from mismatch.surgery import operate as surgery
+from mismatch.surgery.operate import placed
 
 IDS = torch.arange(3, 43).reshape(2, 20)
 SWAPS = [

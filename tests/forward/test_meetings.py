@@ -12,9 +12,9 @@ from mismatch.forward import verify as probe
 from mismatch.forward.meetings import Runner, stream
 from mismatch.forward.sites import massive, taps
 from mismatch.models.layout import Layout
-from mismatch.stages.checking import placed
 from mismatch.stages.trace.batches import runner_of
 from mismatch.surgery import operate as surgery
+from mismatch.surgery.operate import placed
 
 IDS = torch.arange(3, 43).reshape(2, 20)
 

@@ -24,11 +24,13 @@ EVIL = '<script>alert("$x^$")</script>'
 
 
 def make(path, table=None, swap="layer12:infini(segment=256)", findings=None, **manifest):
-    folder = RunFolder.create("smollm2", swap, {"swap": swap}, output=path, command=["mismatch"])
+    folder = RunFolder.create(
+        "smollm2", swap, {"swap": swap}, kind="trace", output=path, command=["mismatch"]
+    )
     folder.write_plan(s.PLAN)
     folder.write_findings(s.FINDINGS if findings is None else findings)
     folder.write_table(s.synthetic(layers=4, swapped=(1,)) if table is None else table)
-    folder.finish("done", **{"fingerprints": {"text": "ab12"}, **manifest})
+    folder.finish("done", **{"fingerprints": {"evaluation": "ab12"}, **manifest})
     return folder.path
 
 
@@ -223,7 +225,7 @@ def test_runs_are_compared_on_one_page(tmp_path, run_dir):
 
 
 def test_runs_on_different_data_are_refused_unless_told(tmp_path, run_dir):
-    other = make(tmp_path / "two", fingerprints={"text": "ffff"})
+    other = make(tmp_path / "two", fingerprints={"evaluation": "ffff"})
     with pytest.raises(UsageError, match="saw different data") as caught:
         compare([run_dir, other], tmp_path / "c.html")
     assert "ab12" in str(caught.value)

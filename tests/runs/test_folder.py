@@ -49,6 +49,8 @@ def folder(tmp_path):
         "smollm2",
         SETTINGS["swap"],
         SETTINGS,
+        kind="trace",
+        resumable=True,
         output=tmp_path / "run",
         command=["mismatch", "trace"],
     )
@@ -113,8 +115,8 @@ def test_a_wrong_position_is_refused():
 
 def test_a_table_of_another_schema_is_refused(monkeypatch):
     data = table.to_parquet(table.as_table(some_rows()))
-    monkeypatch.setattr(table, "SCHEMA_VERSION", 2)
-    with pytest.raises(RunError, match="schema 1, this version reads schema 2"):
+    monkeypatch.setattr(table, "SCHEMA_VERSION", 9)
+    with pytest.raises(RunError, match="schema 2, this version reads schema 9"):
         table.from_parquet(data)
     with pytest.raises(RunError, match="cannot be read"):
         table.from_parquet(data[:100])
@@ -128,7 +130,7 @@ def test_the_dictionary_explains_every_column_and_metric():
 
 def test_the_folder_is_named_by_time_model_swap_and_settings(tmp_path):
     made = RunFolder.create("a/Some Model", "layers8-15.attn:sliding_window(window=256)", SETTINGS,
-                            root=tmp_path, now=NOON)  # fmt: skip
+                            kind="trace", root=tmp_path, now=NOON)  # fmt: skip
     assert made.path.parent == tmp_path
     assert made.path.name.startswith("20261123-120000_some-model_layers8-15.attn-sliding-window_")
     assert len(made.path.name.rsplit("_", 1)[1]) == 6
@@ -145,18 +147,18 @@ def test_the_run_id_is_the_settings_not_the_time():
 def test_an_existing_folder_is_refused_before_anything_is_written(tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(OutputError, match="exists and is not empty") as caught:
-        RunFolder.create("m", "s", SETTINGS, output=tmp_path)
+        RunFolder.create("m", "s", SETTINGS, kind="trace", output=tmp_path)
     assert "--resume" in str(caught.value)
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
 
 
 def test_overwrite_takes_the_place_of_a_run_and_of_nothing_else(tmp_path, folder):
     folder.write("figures/a.png", b"x")
-    again = RunFolder.create("m", "s", SETTINGS, output=folder.path, overwrite=True)
+    again = RunFolder.create("m", "s", SETTINGS, kind="trace", output=folder.path, overwrite=True)
     assert not (again.path / "figures").exists()
     (again.path / "notes.md").write_text("mine")
     with pytest.raises(OutputError, match=r"not overwritten: it holds notes\.md"):
-        RunFolder.create("m", "s", SETTINGS, output=again.path, overwrite=True)
+        RunFolder.create("m", "s", SETTINGS, kind="trace", output=again.path, overwrite=True)
     (again.path / "notes.md").unlink()
     (again.path / "manifest.json").unlink()
     with pytest.raises(OutputError, match=r"it has no manifest\.json"):
@@ -183,7 +185,7 @@ def test_a_run_is_read_as_it_was_written(folder):
     assert run.manifest["status"] == "done"
     assert run.manifest["peak_memory"] == 7
     assert run.manifest["versions"]["torch"].startswith("2.")
-    assert run.dictionary["schema_version"] == 1
+    assert run.dictionary["schema_version"] == table.SCHEMA_VERSION
     assert (folder.path / "log.txt").read_text().endswith(" hello\n")
 
 
@@ -196,6 +198,18 @@ def test_a_folder_without_a_run_or_without_numbers_says_so(tmp_path, folder):
     (folder.path / "manifest.json").write_text("{")
     with pytest.raises(RunError, match="cannot be read"):
         load_run(folder.path)
+
+
+def test_a_run_of_the_first_schema_is_refused_with_the_way_out(folder):
+    folder.update(schema_version=1, versions={"mismatch": "0.1.0"})
+    with pytest.raises(
+        RunError, match=r"made by mismatch 0\.1\.0 \(schema 1\); this version reads"
+    ) as caught:
+        load_run(folder.path)
+    assert (
+        "hint: make it again, or read it with that version; it was made by: mismatch trace"
+        in str(caught.value)
+    )
 
 
 def test_an_unfinished_run_that_cannot_be_resumed_says_what_to_type(tmp_path):

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
 import subprocess
 import sys
 import time
@@ -12,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from processes import finished, start
 from wonderland import command
 
 from mismatch import cli
@@ -19,51 +18,10 @@ from mismatch.runs.folder import load_run
 from mismatch.runs.ranks import Ranks, joined
 
 
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
-def start(words: list[str], before: str = "") -> list[subprocess.Popen]:
-    """Two processes as torchrun starts them, without its own seconds."""
-    code = (
-        "import sys\nfrom mismatch import cli\nfrom mismatch.stages.trace import batches, stage\n"
-        f"stage.write_html = lambda path: None\n{before}\nsys.exit(cli.main(sys.argv[1:]))"
-    )
-    port = str(free_port())
-    return [
-        subprocess.Popen(
-            [sys.executable, "-c", code, *words],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env={
-                **os.environ,
-                "RANK": str(rank),
-                "LOCAL_RANK": str(rank),
-                "WORLD_SIZE": "2",
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": port,
-            },
-        )
-        for rank in range(2)
-    ]
-
-
-def finished(processes: list[subprocess.Popen]) -> list[tuple[int, str, str]]:
-    try:
-        said = [process.communicate(timeout=90) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    return [(p.returncode, out, err) for p, (out, err) in zip(processes, said, strict=True)]
-
-
 def single(folder: Path, words: list[str]) -> Path:
     run = folder / "one"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("mismatch.stages.trace.stage.write_html", lambda path: None)
+        patch.setattr("mismatch.stages.runner.write_html", lambda path: None)
         assert cli.main([*words, "--output", str(run)]) == 0
     return run
 
@@ -106,6 +64,7 @@ def test_a_failure_of_the_second_rank_is_told_and_the_run_goes_on(toy_folder, tm
         "    if os.environ['RANK'] == '1' and len(calls) == 2:\n"
         "        raise NumericsError('NaN in the swap', hint='none')\n"
         "    return stream(*args, **kwargs)\n"
+        "from mismatch.stages.trace import batches\n"
         "batches.stream = fails"
     )
     processes = start([*words, "--output", str(run)], broken)

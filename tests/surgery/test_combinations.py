@@ -9,7 +9,6 @@ from transformers import DynamicCache
 
 import mismatch
 from mismatch import spec
-from mismatch.config import TraceConfig
 from mismatch.errors import SpecError, SurgeryError
 from mismatch.forward.calibrate import calibrate
 from mismatch.models.layout import Layout
@@ -170,7 +169,7 @@ def test_a_pattern_over_the_whole_depth(tiny, pattern, layers):
 @pytest.mark.parametrize("text", WHOLE + SEVERAL)
 def test_check_plans_it_without_weights(tiny, tmp_path, text):
     tiny("llama").config.save_pretrained(tmp_path)
-    plan = mismatch.check(TraceConfig(model=str(tmp_path), swap=(text,), seq_len=64)).plan
+    plan = mismatch.check(str(tmp_path), text, seq_len=64).plan
     done = swapped(tiny("llama"), text).plan
     facts = [
         [(c.path, c.mechanism, c.inherited, c.new_parameters, c.dropped) for c in p.clauses]
@@ -209,6 +208,6 @@ def test_what_cannot_stand_together_is_refused(tiny, tmp_path, text, error, says
     """By `check`: before any weight is loaded."""
     tiny("llama").config.save_pretrained(tmp_path)
     with pytest.raises(error) as caught:
-        mismatch.check(TraceConfig(model=str(tmp_path), swap=(text,), seq_len=64))
+        mismatch.check(str(tmp_path), text, seq_len=64)
     assert says in str(caught.value)
     assert "hint:" in str(caught.value)

@@ -8,8 +8,8 @@ import torch
 from mismatch import spec
 from mismatch.errors import SpecError, SurgeryError
 from mismatch.models.layout import Layout
-from mismatch.stages.checking import placed
 from mismatch.surgery import operate as surgery
+from mismatch.surgery.operate import placed
 
 IDS = torch.arange(3, 43).reshape(2, 20)
 

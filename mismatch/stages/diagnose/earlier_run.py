@@ -14,21 +14,21 @@ WORSE = {"passkey": -1, "induction": +1}
 """Probes that are taken over, and the direction in which their headline gets worse."""
 
 
-def evidence_of(config: DiagnoseConfig) -> Run | None:
+def earlier_run(config: DiagnoseConfig) -> Run | None:
     """The earlier run of the same swap.
 
     Raises:
         RunError: no run there, or one without numbers.
         UsageError: it is of another swap.
     """
-    if config.evidence is None:
+    if config.earlier_run is None:
         return None
-    run = load_run(config.evidence)
+    run = load_run(config.earlier_run)
     theirs, ours = run.config.get("swap") or [], spec.format(config.swap_spec)
     if not theirs or spec.format(spec.parse(theirs)) != ours:
         raise UsageError(
-            f"the run in {config.evidence} is of another swap: {'; '.join(theirs) or 'none'}; this one is {ours}",
-            hint="give a trace or probes of the same swap, or leave --evidence out",
+            f"the run in {config.earlier_run} is of another swap: {'; '.join(theirs) or 'none'}; this one is {ours}",
+            hint="give a trace or probes of the same swap, or leave --earlier-run out",
         )
     return run
 
@@ -37,7 +37,7 @@ def readings_of(run: Run | None, sha256: str) -> tuple[dict[str, Any], ...]:
     """For each probe that was asked, the paired difference to the teacher where it is worst.
 
     Args:
-        run: from `evidence_of`.
+        run: from `earlier_run`.
         sha256: of the teacher's weights.
 
     Returns:
@@ -51,7 +51,7 @@ def readings_of(run: Run | None, sha256: str) -> tuple[dict[str, Any], ...]:
     if run.manifest.get("model_info", {}).get("sha256") != sha256:
         raise UsageError(
             f"the run in {run.path} is of another model",
-            hint="give a trace or probes of this very model, or leave --evidence out",
+            hint="give a trace or probes of this very model, or leave --earlier-run out",
         )
     data, found = headlines(run.table, run.dictionary), []
     if data.empty:

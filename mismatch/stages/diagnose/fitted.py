@@ -91,8 +91,7 @@ class TakenApart:
             if not layers:
                 raise SurgeryError("no attention is swapped")
             text = f"layers[{','.join(map(str, layers))}]:nope"
-            options = {"calibration": None, "tokens": 1, "seq_len": 2, "batch_size": 1, "seed": 0}
-            return calibrated_swap(teacher, spec.parse(text), **options).layout
+            return calibrated_swap(teacher, spec.parse(text)).layout
         except (SpecError, SurgeryError, LayoutError) as reason:
             self.not_applicable.append(f"rope: {reason.message.splitlines()[0]}")
             return None

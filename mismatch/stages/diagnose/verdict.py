@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from mismatch import registry, spec
+from mismatch.stages.base import SEVERITIES, Finding
 from mismatch.stages.diagnose.config import DiagnoseConfig
 from mismatch.stages.diagnose.figure import CAUSES, percent
 from mismatch.stages.diagnose.numbers import Found, Returned, Share
-from mismatch.stages.trace.findings import SEVERITIES, Finding
 
 SPOKEN = 0.1
 """A smaller share is left to the table."""
@@ -235,7 +235,7 @@ class _Next:
 
     def __init__(self, config: DiagnoseConfig, clauses: Sequence[dict[str, Any]]) -> None:
         self.model, self.swap = config.model, spec.format(config.swap_spec)
-        self.clauses, self.evidence = clauses, config.evidence
+        self.clauses, self.evidence = clauses, config.earlier_run
         self.slots = {c["mechanism"]: c["slot"] for c in clauses}
 
     def cure(self, one: Returned) -> str | None:
@@ -276,7 +276,7 @@ class _Next:
         return None if text is None else self._trace(text)
 
     def repair(self, rungs: str | None = None) -> str:
-        more = f" --rungs {rungs}" if rungs else ""
+        more = f" --stages {rungs}" if rungs else ""
         return f'mismatch repair --model {self.model} --swap "{self.swap}"{more}'
 
     def _trace(self, swap: str) -> str:

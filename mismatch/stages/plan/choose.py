@@ -7,12 +7,12 @@
                 sum x max(lost, 0) <= budget_retrieval
 
 solved exactly by `scipy.optimize.milp` (HiGHS). What a layer gains on retrieval pays for no other: one key found better
-does not find another one. That costs add up is an assumption, and the judgement shows how wrong it is.
+does not find another one. That costs add up is an assumption, and the evaluation shows how wrong it is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -62,12 +62,7 @@ def choose(
         UsageError: there is no such choice; says what the least would be.
     """
     scores = sorted(scores, key=lambda s: (s.layer, s.kl, s.mechanism))
-    there = len({s.layer for s in scores})
-    if layers is not None and layers > there:
-        raise UsageError(
-            f"{_count(layers)} asked for, and {there} can hold {_names(scores)}",
-            hint=f"take --layers {there} or fewer, or widen --among" if there else "widen --among",
-        )
+    enough(layers, {s.layer for s in scores}, [s.mechanism for s in scores])
     found = _solve(scores, layers, budget_kl, budget_lost)
     if found is None or not found:
         raise UsageError(
@@ -76,6 +71,20 @@ def choose(
             hint=_least(scores, layers or 1, budget_kl, budget_lost),
         )
     return found
+
+
+def enough(layers: int | None, there: Collection[int | None], mechanisms: Iterable[str]) -> None:
+    """Whether as many layers can hold a mechanism as were asked for.
+
+    Raises:
+        UsageError: they cannot.
+    """
+    if layers is not None and layers > (most := len(there)):
+        names = " or ".join(dict.fromkeys(mechanisms)) or "nothing"
+        raise UsageError(
+            f"{_count(layers)} asked for, and {most} can hold {names}",
+            hint=f"take --layers {most} or fewer, or widen --among" if most else "widen --among",
+        )
 
 
 def _solve(
@@ -127,7 +136,3 @@ def _budgets(budget_kl: float | None, budget_lost: float | None) -> str:
         *([] if budget_lost is None else [f"a loss of the passkey of {number(budget_lost)}"]),
     ]
     return " and ".join(said) or "the layers there are"
-
-
-def _names(scores: Sequence[Score]) -> str:
-    return " or ".join(dict.fromkeys(s.mechanism for s in scores)) or "nothing"

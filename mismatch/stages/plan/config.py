@@ -1,4 +1,4 @@
-"""What `mismatch plan` is told. No torch."""
+"""Settings of `mismatch plan`. No torch."""
 
 from __future__ import annotations
 
@@ -6,15 +6,29 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from mismatch import spec
-from mismatch.config import RunConfig
+from mismatch.config import DANGEROUS, MODEL, OUTPUT, RunConfig, fields
 from mismatch.errors import ConfigError
 from mismatch.stages.scan.config import ScanConfig, SweepConfig
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlanConfig(SweepConfig):
-    """What `mismatch plan` is told."""
+    """Settings of `mismatch plan`."""
 
+    groups = {
+        "model": MODEL,
+        "choice": (
+            *("mechanism", "layers", "among", "budget_kl", "keep_retrieval", "budget_retrieval"),
+            *("method", "scan", "controls"),
+        ),
+        "tasks": ("scored", "samples", "length", "depth"),
+        "text": (
+            *("data", "tokens", "selection_tokens", "calibration_data", "calibration_tokens"),
+            *("seq_len", "batch_size", "seed"),
+        ),
+        "output": OUTPUT,
+        "dangerous": DANGEROUS,
+    }
     examples = {**RunConfig.examples, "mechanism": "--mechanism infini"}
 
     mechanism: str
@@ -23,14 +37,18 @@ class PlanConfig(SweepConfig):
     """How many layers to replace; as many as the budget allows when not given."""
     among: str = "all"
     """Layers that may be replaced: all, or ranges such as 4-last."""
+    tokens: Annotated[int, ">= 1"] = 4096
+    """Evaluation tokens of the chosen set: text that chose nothing."""
+    selection_tokens: Annotated[int, ">= 1"] = 4096
+    """Selection tokens, of the same source: what the layers are chosen on."""
     budget_kl: Annotated[float, "> 0"] | None = None
-    """Most KL that the layers together should cost, nats per token."""
+    """Highest KL of all chosen layers together, in nats per token."""
     keep_retrieval: bool = False
-    """Leave layers alone that carry retrieval: the passkey may lose no more than --budget-retrieval."""
+    """Leave out layers that carry retrieval: the passkey may lose no more than --budget-retrieval."""
     budget_retrieval: Annotated[float, "> 0"] = 0.5
     """What the passkey may lose with --keep-retrieval, nats per key."""
     method: Literal["milp", "greedy"] = "milp"
-    """milp: the best choice if costs add up, from one scan. greedy: a scan after every layer that was taken."""
+    """milp: the best choice if costs add up, from one scan. greedy: a new scan after every chosen layer."""
     scan: str | None = None
     """Run folder of a finished scan to choose from, in place of a new one. Not with greedy."""
 
@@ -40,7 +58,7 @@ class PlanConfig(SweepConfig):
         spec.parse_layers(self.among)
         if self.layers is None and self.budget_kl is None:
             raise ConfigError(
-                "nothing says how many layers to replace",
+                "the number of layers to replace is not given",
                 hint="give --layers 8, or --budget-kl 0.5 for as many as that allows",
             )
         if self.scan is not None and self.method == "greedy":
@@ -48,6 +66,13 @@ class PlanConfig(SweepConfig):
                 "greedy scans anew after every layer; a finished scan cannot stand for that",
                 hint="leave out --scan, or take --method milp",
             )
+        for name in ("tokens", "selection_tokens"):
+            flag, tokens = f"--{name.replace('_', '-')}", getattr(self, name)
+            if tokens < self.seq_len:
+                raise ConfigError(
+                    f"{flag} {tokens} is less than one window of --seq-len {self.seq_len}",
+                    hint=f"take {flag} {self.seq_len} or more, or a shorter --seq-len",
+                )
 
     @property
     def templates(self) -> tuple[spec.Template, ...]:
@@ -59,17 +84,22 @@ class PlanConfig(SweepConfig):
         """The mechanisms in their canonical form."""
         return "; ".join(str(template) for template in self.templates)
 
+    @property
+    def subject(self) -> str:
+        count = "" if self.layers is None else f"{self.layers} layers of "
+        return f"plan {count}{self.mechanism_text}"
+
     def canonical(self) -> dict[str, str]:
         return {"mechanism": self.mechanism_text}
 
     def scan_config(self) -> ScanConfig:
         """The scan that the choice is made from: the mechanisms alone, for controls do not choose."""
-        shared = {
-            name: value
-            for name, value in self.to_dict().items()
-            if name in _SHARED and name not in ("controls", "output", "run_name")
-        }
-        return ScanConfig(**shared, swap=(self.mechanism,), layers=self.among, controls=())
-
-
-_SHARED = set(SweepConfig.__dataclass_fields__)
+        own = ("controls", "tokens", "output", "run_name")
+        shared = {name: getattr(self, name) for name in fields(SweepConfig) if name not in own}
+        return ScanConfig(
+            **shared,
+            swap=(self.mechanism,),
+            among=self.among,
+            tokens=self.selection_tokens,
+            controls=(),
+        )

@@ -13,14 +13,15 @@ from mismatch.metrics.sums.readings import Reading
 from mismatch.models.layout import Layout
 from mismatch.runs.table import SWAP
 from mismatch.spec import Range, Spec, Template
-from mismatch.stages.checking import placed
 from mismatch.stages.plan.config import PlanConfig
 from mismatch.stages.scan.batches import measure, prove, prove_restored
 from mismatch.stages.scan.cells import Cell, control_of, joint
 from mismatch.stages.scan.stage import sweep_of
 from mismatch.stages.scan.sums import Sums
 from mismatch.stages.scan.tasks import Task
+from mismatch.surgery.operate import placed
 from mismatch.surgery.students import Teacher
+from mismatch.texts.windows import Windows
 
 Choice = Mapping[str, Sequence[int]]
 """The layers of each mechanism, by its name."""
@@ -74,7 +75,7 @@ def evaluate(
     config: PlanConfig,
     choice: Choice,
     tasks: Sequence[Task],
-    calibration: Any,
+    calibration: Windows | None,
     progress: Callable[[int], None] = lambda runs: None,
 ) -> Measured:
     """Measure a choice.
@@ -84,7 +85,7 @@ def evaluate(
         config: the settings.
         choice: what goes where.
         tasks: that chose nothing.
-        calibration: text for mechanisms that set themselves from it.
+        calibration: windows for mechanisms that set themselves from them.
         progress: told how many runs of a cell were done.
     """
     cells = cells_of(config, choice, teacher.layout)

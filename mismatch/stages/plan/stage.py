@@ -1,281 +1,306 @@
-"""One plan as a job: scan, choice, judgement, then table, picture and the swap to go on with."""
+"""`mismatch plan`: scan, choose, evaluate the choice on text that chose nothing, and name the swap to go on with."""
 
 from __future__ import annotations
 
 import dataclasses
-import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pandas as pd
-from tqdm import tqdm
-
-from mismatch.errors import DataError, RunError, UsageError
-from mismatch.runs.folder import Run, RunFolder, load_run, run_id
-from mismatch.runs.table import as_table
-from mismatch.stages.plan.choose import Score, choose
+from mismatch.errors import DataError, UsageError
+from mismatch.runs.folder import Run, check_output, load_run
+from mismatch.stages.base import Outcome, Stage
+from mismatch.stages.opening import Opened, Text
+from mismatch.stages.plan.choose import Score, choose, enough
 from mismatch.stages.plan.config import PlanConfig
 from mismatch.stages.plan.greedy import greedy
 from mismatch.stages.plan.measured import Choice, Measured, evaluate, swap_of
 from mismatch.stages.plan.result import Planned
-from mismatch.stages.reporting import write_html
+from mismatch.stages.runner import work
 from mismatch.stages.scan.atlas import atlas_data
-from mismatch.stages.scan.prepared import Prepared
-from mismatch.stages.scan.stage import ScanJob, sweep_of
-from mismatch.stages.scan.start import create
+from mismatch.stages.scan.config import ScanConfig
+from mismatch.stages.scan.prepared import Prepared as ScanPrepared
+from mismatch.stages.scan.prepared import prepare
+from mismatch.stages.scan.stage import Scan, sweep_of
 from mismatch.stages.scan.tasks import Task, tasks
 from mismatch.stages.scan.words import can_do
-from mismatch.stages.trace.stage import peak_memory, settings
-from mismatch.surgery.students import Teacher
 from mismatch.texts.windows import Windows, windows
 
 
-@dataclass
-class PlanJob:
-    """Everything one plan needs. `run()` does it.
+@dataclass(frozen=True)
+class Prepared:
+    """What a plan works with.
 
-    Args:
-        config: the settings.
-        teacher: the untouched model.
-        prepared: the scan that chooses.
-        scan: a finished scan in its place.
-        folder: the run folder; None writes nothing. The scan becomes a run of its own beside it.
-        overwrite: the scan may take the place of an earlier one.
-        progress: bars on stderr.
+    Attributes:
+        scan: a finished scan to choose from; None: one is made.
+        choice: what it chooses, with the facts of plan.json; None where there is no finished scan.
+        scanning: the scan that is made, opened.
+        cells: what it will do.
+        tasks: what the choice is evaluated on: text behind that of the scan, and other keys.
+        left_out: tasks that this model cannot be asked, with the reason.
     """
 
-    config: PlanConfig
-    teacher: Teacher
-    prepared: Prepared
-    scan: Run | None = None
-    folder: RunFolder | None = None
-    overwrite: bool = False
-    progress: bool = False
+    scan: Run | None
+    choice: tuple[Choice, dict[str, Any]] | None
+    scanning: Opened[ScanConfig]
+    cells: ScanPrepared
+    tasks: tuple[Task, ...]
+    left_out: dict[str, str]
 
-    def run(self) -> Planned:
-        """Make the plan.
 
-        Raises:
-            KeyboardInterrupt: stopped; the run folder then says `interrupted`.
-            MismatchError: what can go wrong; the run folder then says `failed`.
-        """
-        try:
-            return self._run(time.monotonic())
-        except KeyboardInterrupt:
-            if self.folder is not None:
-                self.folder.finish("interrupted")
-            raise
-        except Exception as error:
-            if self.folder is not None:
-                # On a full disk this fails too; what went wrong first is what the user must hear.
-                with suppress(RunError):
-                    self.folder.finish("failed", error=str(error))
-            raise
+class Plan(Stage[PlanConfig, Prepared]):
+    help = "Choose the layers that a mechanism replaces at least cost, and measure them together."
+    Config = PlanConfig
+    Result = Planned
+    examples = (
+        "mismatch plan --model smollm2 --mechanism gated_deltanet --layers 8 --keep-retrieval",
+        'mismatch plan --model smollm2 --mechanism "sliding_window(64, 1)" --budget-kl 0.2 --scan runs/SCAN',
+    )
+    report = "mismatch.stages.plan.report"
+    subject = "mechanism"
+    alone = "spread the scan: torchrun -m mismatch scan ..., then mismatch plan --scan RUN"
+    student = False
 
-    def _run(self, started: float) -> Planned:
-        judging, left_out = self._judging()
-        choice, facts = self._greedy() if self.config.method == "greedy" else self._exact()
-        chosen = time.monotonic()
-        count = 2 + len(self.config.controls) + sum(map(len, choice.values()))
-        with self._bar("judging", count, judging) as advance:
-            measured = evaluate(
-                self.teacher, self.config, choice, judging, self.prepared.calibration, advance
+    def check(self, config: PlanConfig, *, overwrite: bool = False) -> None:
+        if config.folder is not None and config.scan is None and config.method != "greedy":
+            check_output(scan_beside(config.folder), overwrite=overwrite)
+
+    def prepare(self, opened: Opened[PlanConfig]) -> Prepared:
+        config = opened.config
+        scan = None if config.scan is None else load_run(config.scan)
+        if scan is not None and scan.manifest["kind"] != "scan":
+            raise UsageError(
+                f"the run in {config.scan} is no scan",
+                hint="give a folder that `mismatch scan` made of this very model",
             )
-        seconds = {"choice": chosen - started, "judgement": time.monotonic() - chosen}
-        return self._finish(choice, measured, facts, left_out, seconds)
+        scanning = opened.child(config.scan_config())
+        cells = prepare(scanning, beside=config.controls)
+        choice = None
+        if scan is not None:
+            choice = _chosen(config, cells, scan)
+        else:
+            enough(config.layers, {cell.layer for cell in cells.cells}, map(str, config.templates))
+            _check_asked(config, cells, {task.name for task in cells.tasks})
+        selection = _selection(scanning, scan)
+        asked, left_out = self._tasks(opened, scanning, selection)
+        return Prepared(scan, choice, scanning, cells, asked, left_out)
 
-    def _judging(self) -> tuple[tuple[Task, ...], dict[str, str]]:
-        """The tasks on which the choice is judged: text behind that of the scan, and other keys.
+    def _tasks(
+        self, opened: Opened[PlanConfig], scanning: Opened[ScanConfig], selection: Windows | None
+    ) -> tuple[tuple[Task, ...], dict[str, str]]:
+        """The tasks on which the choice is evaluated.
 
         Raises:
             DataError: the text ends with that of the scan.
         """
-        config, teacher, prepared = self.config, self.teacher, self.prepared
-        used = self._windows_used()
-        whole = windows(
-            prepared.held_out,
-            teacher.tokenizer,
-            config.seq_len,
-            used * config.seq_len + config.tokens,
-            config.seed,
-        )
+        config, held_out = opened.config, scanning.texts["evaluation"].documents
+        used = 0 if selection is None else len(selection)
+        tokens = used * config.seq_len + config.tokens
+        whole = windows(held_out, opened.tokenizer, config.seq_len, tokens, config.seed)
         if len(whole) <= used:
             raise DataError(
-                f"{prepared.held_out.source} has {len(whole)} windows of --seq-len {config.seq_len}; the "
-                f"choice is made from {used} of them, and none is left to judge it on",
-                hint="take fewer --tokens, a shorter --seq-len, or longer text",
+                f"{held_out.source} has {len(whole)} windows of --seq-len {config.seq_len}; the "
+                f"choice is made from {used} of them, and none is left to evaluate it on",
+                hint="take fewer --selection-tokens, a shorter --seq-len, or longer text",
             )
+        rest = whole.behind(used)
+        opened.texts |= {k: v for k, v in scanning.texts.items() if k == "calibration"}
+        if selection is not None:
+            opened.texts["selection"] = Text(held_out, selection)
+        opened.texts["evaluation"] = Text(held_out, rest)
         other = dataclasses.replace(config, seed=config.seed + 1)
-        rest = behind(whole, used)
-        return tasks(other, None, rest, teacher.tokenizer, teacher.model.config)
+        return tasks(other, None, rest, opened.tokenizer, opened.model_config)
 
-    def _windows_used(self) -> int:
-        """Windows, from the first one on, that the choice is made from."""
-        if self.scan is None:
-            return len(self.prepared.cut)
-        theirs = self.scan.config
-        mine = self.config.to_dict()
-        same = all(theirs.get(name) == mine[name] for name in ("data", "seq_len", "seed"))
-        text = self.scan.manifest.get("text") or {}
-        return int(text.get("windows", 0)) if same else 0
+    def announce(self, opened: Opened[PlanConfig], prepared: Prepared) -> str:
+        config, scan = opened.config, prepared.scan
+        if scan is not None:
+            return f"{super().announce(opened, prepared)}\nscan    {config.scan}, {scan.run_id}"
+        text = prepared.cells.text(prepared.scanning.config)
+        if config.method == "greedy":
+            most = config.layers or len(prepared.cells.layers)
+            text += f"\ngreedy  a scan for every chosen layer: up to {most} times the above"
+        return text
 
-    def _exact(self) -> tuple[Choice, dict[str, Any]]:
-        run = self._scanned() if self.scan is None else self.scan
-        scores = scores_of(run, [str(t) for t in self.config.templates], self.prepared.layers)
-        self._check_retrieval(run.table, run.plan)
-        budget = self.config.budget_retrieval if self.config.keep_retrieval else None
-        found = choose(
-            scores, self.config.layers, budget_kl=self.config.budget_kl, budget_lost=budget
-        )
-        choice: dict[str, list[int]] = {}
-        for score in found:
-            choice.setdefault(score.mechanism, []).append(score.layer)
-        said = {"kl": sum(s.kl for s in found), "lost": sum(s.charged for s in found)}
-        ours = {"scan": run.run_id, "scores": [dataclasses.asdict(s) for s in scores]}
-        return choice, {**ours, "predicted_by_scan": said}
-
-    def _scanned(self) -> Run:
-        """A scan of its own: it is kept whatever becomes of the plan, and can be chosen from again."""
-        config, folder = self.config.scan_config(), None
-        if self.folder is not None:
-            config = dataclasses.replace(config, output=str(scan_beside(self.folder.path)))
-            folder = create(config, self.overwrite)
-        path = None if folder is None else folder.path
-        job = ScanJob(config, self.teacher, self.prepared, folder, path, progress=self.progress)
-        return job.run().run
-
-    def _check_retrieval(self, table: pd.DataFrame, plan: dict[str, Any]) -> None:
-        if not self.config.keep_retrieval:
+    def loaded(self, opened: Opened[PlanConfig], prepared: Prepared) -> None:
+        scan = prepared.scan
+        if scan is None:
             return
-        if not (table["metric"] == "passkey").any():
+        if scan.manifest.get("model_info", {}).get("sha256") != opened.teacher.info.sha256:
             raise UsageError(
-                "--keep-retrieval needs a passkey, and none was asked: "
-                + self.prepared.left_out.get("passkey", "the scan left it out"),
-                hint="take a --length that fits, or leave --keep-retrieval out",
-            )
-        if not can_do(table, "passkey", plan):
-            raise UsageError(
-                "--keep-retrieval, but the model itself does not find the passkey: there is nothing to keep",
-                hint="a shorter --length may be easier; or leave --keep-retrieval out",
+                f"the run in {scan.path} is of another model",
+                hint="give a folder that `mismatch scan` made of this very model",
             )
 
-    def _greedy(self) -> tuple[Choice, dict[str, Any]]:
-        config, prepared = self.config, self.prepared
-        wanted = ("text", "passkey") if config.keep_retrieval else ("text",)
-        asked = tuple(task for task in prepared.tasks if task.name in wanted)
-        if config.keep_retrieval and len(asked) < 2:
-            self._check_retrieval(pd.DataFrame({"metric": []}), {})
-        sweep = sweep_of(self.teacher, config, prepared.cells, prepared.calibration)
-        there, most = len(prepared.cells), len(prepared.layers)
-        taken = range(min(config.layers or most, most))
-        # After each step the cells of one layer are gone.
-        runs = sum(there - round(at * there / most) for at in taken)
-        with self._bar("greedy", runs, asked) as advance:
-            steps = greedy(sweep, prepared.cells, asked, config, advance)
-        choice: dict[str, list[int]] = {}
-        for step in steps:
-            choice.setdefault(step.cell.name, []).append(step.cell.layer)
-        path = [
-            {
-                "layer": step.cell.layer,
-                "mechanism": step.cell.name,
-                "kl": step.kl.value,
-                "lo": step.kl.lo,
-                "hi": step.kl.hi,
-                "lost": step.lost,
-            }
-            for step in steps
-        ]
-        return choice, {"steps": path}
-
-    @contextmanager
-    def _bar(self, what: str, cells: int, asked: Sequence[Task]) -> Iterator[Callable[[int], None]]:
-        size = self.config.batch_size * self.config.seq_len
-        batches = sum(1 for task in asked for _ in task.batches(size))
-        bar = tqdm(
-            total=cells * batches,
-            desc=what,
-            unit="run",
-            file=sys.stderr,
-            disable=None if self.progress else True,
-        )
-        with bar:
-            yield bar.update
-
-    def _finish(
-        self,
-        choice: Choice,
-        measured: Measured,
-        found: dict[str, Any],
-        left_out: dict[str, str],
-        seconds: dict[str, float],
-    ) -> Planned:
-        config, teacher, prepared = self.config, self.teacher, self.prepared
-        swap = swap_of(config, choice)
-        plan = {
-            "model": config.model,
-            "swap": swap,
-            "method": config.method,
-            "choice": {name: sorted(layers) for name, layers in choice.items()},
-            "n_layers": prepared.n_layers,
-            "among": list(prepared.layers),
-            "budgets": {
-                "kl": config.budget_kl,
-                "lost": config.budget_retrieval if config.keep_retrieval else None,
-            },
-            "tasks": {
-                task.name: {
-                    "chance": task.chance, "scored": int(task.asked.sum()), "documents": task.n_docs
-                }
-                for task in measured.sums.tasks
-            },
-            "notes": prepared.notes() + [f"{t} is not judged: {why}" for t, why in left_out.items()],
-            "clauses": [],
-            **found,
-        }  # fmt: skip
-        facts = {
-            "kind": "plan",
-            "model_info": teacher.info.as_dict(),
-            "dtype": str(teacher.model.dtype).removeprefix("torch."),
-            "device": str(teacher.layout.embedding_device),
-            "seed": config.seed,
-            "seconds": {name: round(spent, 1) for name, spent in seconds.items()},
-            "peak_memory_bytes": peak_memory(),
-        }
+    def run(self, opened: Opened[PlanConfig], prepared: Prepared) -> Outcome:
+        config, started = opened.config, time.monotonic()
+        choose_ = _greedy if config.method == "greedy" else _exact
+        choice, facts = choose_(opened, prepared)
+        chosen = time.monotonic()
+        count = 2 + len(config.controls) + sum(map(len, choice.values()))
+        size = config.batch_size * config.seq_len
+        runs = count * sum(1 for task in prepared.tasks for _ in task.batches(size))
+        with opened.bar(runs, "evaluating", "run") as bar:
+            measured = evaluate(
+                opened.teacher,
+                config,
+                choice,
+                prepared.tasks,
+                prepared.cells.calibration,
+                bar.update,
+            )
+        seconds = {"choice": chosen - started, "evaluation": time.monotonic() - chosen}
         rows = [
             *measured.rows(),
             *(row | {"stage": "plan"} for row in measured.sums.teacher_rows()),
         ]
-        if self.folder is None:
-            name = run_id(config.model, swap, settings(config))
-            frame = as_table([row | {"run_id": name} for row in rows])
-            about = {"run_id": name, "status": "done", "model": config.model, **facts}
-            return Planned(Run.in_memory(frame, about, plan, settings(config)))
-        self.folder.write_plan(plan)
-        self.folder.write_table(rows)
-        self.folder.finish("done", **facts)
-        write_html(self.folder.path)
-        self.folder.log("done")
-        return Planned(load_run(self.folder.path))
+        return Outcome(rows, _plan(config, prepared, choice, measured, facts), seconds=seconds)
+
+
+def _plan(
+    config: PlanConfig,
+    prepared: Prepared,
+    choice: Choice,
+    measured: Measured,
+    facts: dict[str, Any],
+) -> dict[str, Any]:
+    notes = [f"{task} is not measured: {why}" for task, why in prepared.left_out.items()]
+    return {
+        "model": config.model,
+        "swap": swap_of(config, choice),
+        "method": config.method,
+        "choice": {name: sorted(layers) for name, layers in choice.items()},
+        "n_layers": prepared.cells.n_layers,
+        "among": list(prepared.cells.layers),
+        "budgets": {
+            "kl": config.budget_kl,
+            "lost": config.budget_retrieval if config.keep_retrieval else None,
+        },
+        "tasks": {
+            task.name: {
+                "chance": task.chance,
+                "scored": int(task.asked.sum()),
+                "documents": task.n_docs,
+            }
+            for task in measured.sums.tasks
+        },
+        "notes": prepared.cells.notes() + notes,
+        "clauses": [],
+        **facts,
+    }
+
+
+def _selection(scanning: Opened[ScanConfig], scan: Run | None) -> Windows | None:
+    """The windows, from the first one on, that the choice is made from; None: a finished scan had other text.
+
+    Raises:
+        UsageError: a finished scan had this text, cut in another way: what chose nothing cannot be told.
+    """
+    if scan is None:
+        return scanning.texts["evaluation"].cut
+    mine, theirs = scanning.config, scan.config
+    held_out = scanning.texts["evaluation"].documents
+    there = scan.manifest["texts"]["evaluation"]
+    seq_len, seed = int(theirs["seq_len"]), int(theirs["seed"])
+    try:
+        cut = windows(held_out, scanning.tokenizer, seq_len, int(there["tokens"]), seed)
+    except DataError:  # too little text for such windows
+        cut = None
+    same = cut is not None and cut.fingerprint == there["fingerprint"]
+    if same and (seq_len, seed) == (mine.seq_len, mine.seed):
+        return cut
+    if same or ("data" not in scanning.given and theirs["data"] == mine.data):
+        raise UsageError(
+            f"the scan in {scan.path} chose on {mine.data} too, cut in another way: the choice would be evaluated on "
+            "text that made it",
+            hint=f"take --seq-len {seq_len} --seed {seed}, or other --data",
+        )
+    return None
+
+
+def _exact(opened: Opened[PlanConfig], prepared: Prepared) -> tuple[Choice, dict[str, Any]]:
+    if prepared.choice is not None:
+        return prepared.choice
+    return _chosen(opened.config, prepared.cells, _scanned(opened, prepared))
+
+
+def _chosen(config: PlanConfig, cells: ScanPrepared, run: Run) -> tuple[Choice, dict[str, Any]]:
+    """What a scan chooses.
+
+    Raises:
+        UsageError: it has not what the choice needs, or no choice stays within the budgets.
+    """
+    scores = scores_of(run, [str(t) for t in config.templates], cells.layers)
+    _check_asked(config, cells, set(run.table["metric"]))
+    if config.keep_retrieval and not can_do(run.table, "passkey", run.plan):
+        raise UsageError(
+            "--keep-retrieval, but the model itself does not find the passkey: there is nothing to keep",
+            hint="a shorter --length may be easier; or leave --keep-retrieval out",
+        )
+    budget = config.budget_retrieval if config.keep_retrieval else None
+    found = choose(scores, config.layers, budget_kl=config.budget_kl, budget_lost=budget)
+    choice: dict[str, list[int]] = {}
+    for score in found:
+        choice.setdefault(score.mechanism, []).append(score.layer)
+    predicted = {"kl": sum(s.kl for s in found), "lost": sum(s.charged for s in found)}
+    ours = {"scan": run.run_id, "scores": [dataclasses.asdict(s) for s in scores]}
+    return choice, {**ours, "predicted_by_scan": predicted}
+
+
+def _scanned(opened: Opened[PlanConfig], prepared: Prepared) -> Run:
+    """A scan of its own: it is kept whatever becomes of the plan, and can be chosen from again."""
+    scanning, folder = prepared.scanning, opened.folder
+    if folder is not None:
+        output = str(scan_beside(folder.path))
+        scanning.config = dataclasses.replace(scanning.config, output=output)
+    scanning.take(opened.teacher)
+    return work(Scan("scan"), scanning, prepared.cells, write=folder is not None).run
+
+
+def _check_asked(config: PlanConfig, cells: ScanPrepared, asked: Collection[str]) -> None:
+    """Whether the choice has the passkey that it needs."""
+    if config.keep_retrieval and "passkey" not in asked:
+        raise UsageError(
+            "--keep-retrieval needs a passkey, and none is measured: "
+            + cells.left_out.get("passkey", "the scan left it out"),
+            hint="take a --length that fits, or leave --keep-retrieval out",
+        )
+
+
+def _greedy(opened: Opened[PlanConfig], prepared: Prepared) -> tuple[Choice, dict[str, Any]]:
+    config, cells = opened.config, prepared.cells
+    wanted = ("text", "passkey") if config.keep_retrieval else ("text",)
+    asked = tuple(task for task in cells.tasks if task.name in wanted)
+    sweep = sweep_of(opened.teacher, config, cells.cells, cells.calibration)
+    there, most = len(cells.cells), len(cells.layers)
+    # After each step the cells of one layer are gone.
+    runs = sum(there - round(at * there / most) for at in range(min(config.layers or most, most)))
+    size = config.batch_size * config.seq_len
+    batches = sum(1 for task in asked for _ in task.batches(size))
+    with opened.bar(runs * batches, "greedy", "run") as bar:
+        steps = greedy(sweep, cells.cells, asked, config, bar.update)
+    choice: dict[str, list[int]] = {}
+    for step in steps:
+        assert step.cell.layer is not None  # candidates are of one layer each
+        choice.setdefault(step.cell.name, []).append(step.cell.layer)
+    path = [
+        {
+            "layer": step.cell.layer,
+            "mechanism": step.cell.name,
+            "kl": step.kl.value,
+            "lo": step.kl.lo,
+            "hi": step.kl.hi,
+            "lost": step.lost,
+        }
+        for step in steps
+    ]
+    return choice, {"steps": path}
 
 
 def scan_beside(path: Path) -> Path:
     """Where the scan of a plan is written."""
     return path.with_name(f"{path.name}-scan")
-
-
-def behind(cut: Windows, first: int) -> Windows:
-    """The windows from `first` on, their documents numbered anew."""
-    docs = cut.doc[first:].tolist()
-    order = {doc: at for at, doc in enumerate(dict.fromkeys(docs))}
-    numbers = np.array([order[doc] for doc in docs], np.int64)
-    names = tuple(cut.names[doc] for doc in order)
-    return dataclasses.replace(cut, ids=cut.ids[first:], doc=numbers, names=names)
 
 
 def scores_of(run: Run, names: Sequence[str], layers: Sequence[int]) -> list[Score]:
@@ -304,20 +329,3 @@ def scores_of(run: Run, names: Sequence[str], layers: Sequence[int]) -> list[Sco
         for (name, layer), kl in text.items()
         if name in names
     ]
-
-
-def same_model(run: Run | None, teacher: Teacher) -> None:
-    """Whether a scan is of this very model.
-
-    Raises:
-        UsageError: it is no scan, or its weights are others.
-    """
-    if run is None:
-        return
-    of = run.manifest.get("model_info", {}).get("sha256")
-    if run.manifest.get("kind") != "scan" or of != teacher.info.sha256:
-        what = "is no scan" if run.manifest.get("kind") != "scan" else "is of another model"
-        raise UsageError(
-            f"the run in {run.path} {what}",
-            hint="give a folder that `mismatch scan` made of this very model",
-        )

@@ -14,17 +14,17 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from mismatch.config import ProbeConfig, SwapConfig, fields
 from mismatch.errors import MismatchError
 from mismatch.runs.table import SWAP
-from mismatch.stages.probe.stage import Questions, answers, questions
+from mismatch.stages.opening import Opened
+from mismatch.stages.probe.questions import Questions, answers, light, needs_text, questions
 from mismatch.stages.repair.config import RepairConfig
+from mismatch.stages.repair.texts import RepairTexts
 from mismatch.stages.trace.batches import measure
 from mismatch.stages.trace.meters import Collector
 from mismatch.surgery.operate import Student
 from mismatch.surgery.students import Teacher
-from mismatch.texts.documents import Documents
-from mismatch.texts.windows import Windows
+from mismatch.texts.windows import Windows, windows
 
 REPAIRED = "repaired"
 USUAL = ("passkey", "induction", "generation")
@@ -35,57 +35,39 @@ METRICS = ("rel_l2", "norm_ratio")
 """The metrics of the heatmaps: how far, and whether too large or too small."""
 
 
-def asked(
-    config: RepairConfig, model_config: Any, tokenizer: Any, judged: Documents
-) -> tuple[Questions | None, list[str]]:
-    """The inputs of the probes, made before a model is there.
-
-    Args:
-        config: the settings.
-        model_config, tokenizer: of the model.
-        judged: the held-out documents that are judged on: nothing else may choose weights and be reported.
+def asked(opened: Opened[RepairConfig], texts: RepairTexts) -> tuple[Questions | None, list[str]]:
+    """The inputs of the probes, made before a model is there, of the evaluated documents alone: nothing that selects
+    checkpoints may be reported.
 
     Returns:
-        The questions; None when none is asked. For each usual probe that cannot be asked a line that says why.
+        The questions; None when none is asked. For each usual probe that cannot be asked a line with the reason.
 
     Raises:
         MismatchError: a probe that was named cannot be asked.
     """
-    if config.probes is not None:
-        named = config.probes
-        return (_made(config, named, model_config, tokenizer, judged) if named else None), []
+    if (named := opened.config.probes) is not None:
+        return (_made(opened, named, texts) if named else None), []
     names: list[str] = []
     notes: list[str] = []
     for name in USUAL:
         try:
-            _made(config, (name,), model_config, tokenizer, judged)
+            _made(opened, (name,), texts)
         except MismatchError as refused:
             notes.append(f"the probe {name} is not asked: {refused.message}")
         else:
             names.append(name)
-    found = _made(config, names, model_config, tokenizer, judged) if names else None
-    return found, notes
+    return (_made(opened, names, texts) if names else None), notes
 
 
-def _made(
-    config: RepairConfig,
-    names: Sequence[str],
-    model_config: Any,
-    tokenizer: Any,
-    judged: Documents,
-) -> Questions:
-    shared = {name: getattr(config, name) for name in fields(SwapConfig)}
-    usual = fields(ProbeConfig)["seq_len"].default
-    shared |= {
-        "output": None,
-        "run_name": None,
-        "controls": (),
-        "batch_size": 4,  # short inputs: what a step of training can hold says nothing of them
-        "seq_len": max(32, min(config.seq_len, usual)),
-    }
-    own = ProbeConfig(**shared, probes=tuple(names), samples=SAMPLES, lengths=(str(LENGTH),))
-    # `swapped`: nothing calibrates any more, the students are there.
-    return questions(own, model_config, tokenizer, judged, None, swapped=True)
+def _made(opened: Opened[RepairConfig], names: Sequence[str], texts: RepairTexts) -> Questions:
+    # batch_size: these inputs are short, and what a training step can hold has no bearing on them.
+    own = light(
+        opened.config, names, controls=(), batch_size=4, samples=SAMPLES, lengths=(str(LENGTH),)
+    )
+    cut = None
+    if needs_text(own):
+        cut = windows(texts.evaluated, opened.tokenizer, own.seq_len, own.tokens, own.seed)
+    return questions(own, opened, cut)
 
 
 def probe_rows(

@@ -54,8 +54,8 @@ def foretell(
             zero = controls["zero"].kl
             numbers["of_zero"] = ladder.swapped.kl.over(zero, config.seed).value
         swap = replace(swap, numbers=numbers)
-    told = forecast.foretell(swap, config.rungs, config.tokens * config.epochs)
-    if told.why_not is not None or not config.to_write:
+    told = forecast.foretell(swap, config.stages, config.train_tokens * config.epochs)
+    if told.why_not is not None or not config.to_generate:
         return told
     return replace(told, note="; ".join(filter(None, (told.note, NONE_WRITTEN))))
 

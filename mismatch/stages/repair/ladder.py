@@ -112,7 +112,7 @@ class Ladder:
         else:
             self._load_weights()
             self.best = self._evaluated()
-        for name in self.config.rungs[len(self.rungs) - 1 :]:
+        for name in self.config.stages[len(self.rungs) - 1 :]:
             if self._exhausted():
                 self.say(f"the climb ends before {name}: the time is spent, or it no longer pays")
                 break
@@ -137,7 +137,7 @@ class Ladder:
         gains = [
             b.gap_closed - a.gap_closed for a, b in zip(self.rungs, self.rungs[1:], strict=False)
         ]
-        tired = [gain < self.config.pays for gain in gains]
+        tired = [gain < self.config.min_gain for gain in gains]
         return len(tired) >= 2 and all(tired[-2:])
 
     def _evaluated(self) -> Evaluated:
@@ -291,9 +291,9 @@ class Ladder:
     def _run_teacher(self) -> None:
         """Everything that the cheap rungs will want, in one pass; end-to-end wants the whole model, and asks itself."""
         places = [] if self._in_turn() else list(self.parts)
-        if "block" in self.config.rungs and not self._in_turn():
+        if "block" in self.config.stages and not self._in_turn():
             places += [block(self.teacher, layer) for layer in self.companions]
-        if "window" in self.config.rungs:
+        if "window" in self.config.stages:
             places += [part for part in self._span() if part.path not in {p.path for p in places}]
         if places:
             tokens = sum(ids.numel() for ids in self.texts.train)
@@ -306,7 +306,7 @@ class Ladder:
 
     def _span(self) -> tuple[Part, Part]:
         """The blocks whose input and output the rung `window` matches."""
-        last = min(self.parts[-1].layer + self.config.width, self.teacher.n_layers - 1)
+        last = min(self.parts[-1].layer + self.config.window_blocks, self.teacher.n_layers - 1)
         return block(self.teacher, self.parts[0].layer), block(self.teacher, last)
 
     def stores(self, own: Sequence[Part], places: Sequence[Part]) -> tuple[Store, Store]:
@@ -321,15 +321,16 @@ class Ladder:
                 places,
                 batches,
                 folder=self.folder,
-                budget=self.config.store_gb * 1e9,
-                dtype=getattr(torch, self.config.store_dtype),
+                budget=self.config.activations_gb * 1e9,
+                dtype=getattr(torch, self.config.activations_dtype),
                 key={**self.texts.key, "text": kind, "inputs": whose},
                 inputs=inputs,
             )
             if store.folder is not None and len(store.stored) < len(places):
                 self.say(
-                    f"the activations of {len(places)} places need {store.needed / 1e9:.3g} GB and --store-gb is "
-                    f"{self.config.store_gb:g}: {len(places) - len(store.stored)} of them are computed anew each time"
+                    f"the activations of {len(places)} modules need {store.needed / 1e9:.3g} GB and "
+                    f"--activations-gb is {self.config.activations_gb:g}: "
+                    f"{len(places) - len(store.stored)} of them are computed anew each time"
                 )
             store.fill()
             found.append(store)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import html
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from mismatch.runs.folder import Run
+from mismatch.stages.base import Result
 from mismatch.stages.repair.report.curve_figure import branch_line, repair_curve, rung_table
 from mismatch.stages.repair.report.forecast_words import score
 from mismatch.stages.repair.report.page import probe_lines
@@ -17,40 +17,44 @@ from mismatch.stages.repair.report.page import probe_lines
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from mismatch.surgery.operate import Student
 
-@dataclass(frozen=True)
-class Repaired:
+
+CHECKPOINT = "checkpoint"
+"""The repaired model, inside the run folder."""
+
+
+@dataclass(frozen=True, repr=False)
+class Repaired(Result):
     """One finished repair. `student` is the repaired model, where it is still in memory."""
 
-    run: Run
-    climbed: dict[str, Any]
-    student: Any = None
+    student: Student | None = None
+
+    @property
+    def climbed(self) -> dict[str, Any]:
+        """Stages of the ladder, students, branches, gates and forecast, as plan.json has them."""
+        return dict(self.plan["climb"])
 
     @property
     def rungs(self) -> pd.DataFrame:
-        """A row per rung: KL and its interval, gap closed, tokens, seconds."""
+        """A row per stage of the ladder: KL and its interval, gap closed, tokens, seconds."""
         return rung_table(self.climbed)
-
-    @property
-    def table(self) -> pd.DataFrame:
-        return self.run.table
-
-    @property
-    def run_dir(self) -> Path | None:
-        """The run folder; None when nothing was written."""
-        return self.run.path
 
     @property
     def checkpoint(self) -> Path | None:
         """The repaired model as a Hugging Face folder."""
-        return None if self.run.path is None else self.run.path / "checkpoint"
+        return None if self.run.path is None else self.run.path / CHECKPOINT
+
+    def as_dict(self) -> dict[str, Any]:
+        rows = json.loads(self.rungs.to_json(orient="records"))
+        checkpoint = None if self.checkpoint is None else str(self.checkpoint)
+        return super().as_dict() | {"stages": rows, "checkpoint": checkpoint}
 
     def curve(self) -> Figure:
         """KL against tokens and against time, one colour a rung."""
         return repair_curve(self.climbed)
 
     def summary(self) -> str:
-        """What `mismatch repair` prints at the end."""
         parts = [self._rung_lines(), self._control_lines()]
         parts.append(probe_lines(self.table, self.climbed, self.run.dictionary))
         whole = self.climbed["students"]["repaired"]["kl"][0]
@@ -90,6 +94,3 @@ class Repaired:
             # NaN, with a single document, compares false: nothing can be said then.
             lines.append(line + ("   no better than it" if less_hi >= 0 else ""))
         return lines
-
-    def _repr_html_(self) -> str:
-        return f"<pre>{html.escape(self.summary())}</pre>"

@@ -85,7 +85,7 @@ class Writer:
         wanted = min(asked, self._affordable(asked, seconds))
         self.say(f"the original writes {wanted * self.seq_len:,} tokens itself, to learn from")
         if wanted < asked:
-            self.say(f"(for all {asked * self.seq_len:,} of --written there is no time)")
+            self.say(f"(for all {asked * self.seq_len:,} of --self-generated there is no time)")
         pieces: list[Tensor] = []
         while len(pieces) < wanted * self.per_window:
             missing = wanted * self.per_window - len(pieces)

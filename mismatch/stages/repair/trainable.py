@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from torch import nn
 
@@ -16,6 +15,7 @@ from mismatch.stages.repair.config import RepairConfig
 from mismatch.stages.repair.rungs.module_pair import Part, own, parts_of
 from mismatch.surgery.operate import Student
 from mismatch.surgery.students import Teacher, calibrated_swap
+from mismatch.texts.windows import Windows
 
 
 @dataclass(frozen=True)
@@ -35,14 +35,16 @@ class Learner:
     neighbours: dict[str, nn.Parameter]
 
 
-def learner(teacher: Teacher, config: RepairConfig, swap: Student, calibration: Any) -> Learner:
+def learner(
+    teacher: Teacher, config: RepairConfig, swap: Student, calibration: Windows | None
+) -> Learner:
     """The same as a swap (or a control), to learn; at the start it gives what the swap gives.
 
     Args:
         teacher: the untouched model.
         config: which rungs are climbed says what trains.
         swap: the student that stays as it is.
-        calibration: text, read only when a mechanism asks for it.
+        calibration: windows for mechanisms that set themselves from them.
 
     Raises:
         MismatchError: as `calibrated_swap`; a place that cannot be repaired.
@@ -50,22 +52,22 @@ def learner(teacher: Teacher, config: RepairConfig, swap: Student, calibration: 
     swapped = {clause.path for clause in swap.plan.clauses}
     last = parts_of(teacher.layout, swap)[-1].layer
     text = [swap.plan.spec]
-    end = min(last + config.neighbours, teacher.layout.n_layers - 1)
+    end = min(last + config.lora_blocks, teacher.layout.n_layers - 1)
     if config.behind and end > last:
-        lora = f"lora(r={config.rank}, alpha={float(config.rank)}, targets=all)"
+        lora = f"lora(r={config.lora_rank}, alpha={float(config.lora_rank)}, targets=all)"
         text += [f"layers{last + 1}-{end}.{slot}:{lora}" for slot in ("attn", "mlp")]
     student = calibrated_swap(
         teacher,
         spec.parse(text),
-        calibration=calibration,
-        tokens=config.calibration_tokens,
-        seq_len=config.seq_len,
+        calibration,
         batch_size=config.batch_size,
         seed=config.seed,
     )
     parts = tuple(part for part in parts_of(teacher.layout, student) if part.path in swapped)
     for part in parts:
         own(part.student, teacher.model)
+        # A student that was handed over may have been trained: the repair starts from its own tensors.
+        part.student.load_state_dict(swap.model.get_submodule(part.path).state_dict())
     companions = _companions(student, parts, teacher.model) if config.around else {}
     return Learner(student, parts, companions, _neighbours(student, swapped))
 

@@ -73,11 +73,11 @@ def learn_from(
         KeyboardInterrupt: stopped; what was begun is written again.
         MismatchError: no memory to write.
     """
-    if not config.to_write:
+    if not config.to_generate:
         return Learnt(read, read.tokens)
     prints = {
         "model": teacher.info.sha256,
-        "written": [config.to_write, config.seq_len, config.seed],
+        "written": [config.to_generate, config.seq_len, config.seed],
         "minutes": config.max_minutes,
     }
     kept = None if state is None else state.load(prints)
@@ -92,7 +92,7 @@ def learn_from(
             say=say,
         )
         limit = float("inf") if config.max_minutes is None else SHARE * 60 * config.max_minutes
-        ids, seconds = writer.write(config.to_write, limit), time.monotonic() - started
+        ids, seconds = writer.write(config.to_generate, limit), time.monotonic() - started
         if state is not None:
             state.save({"ids": ids}, {"seconds": seconds}, prints)
     else:
@@ -104,7 +104,7 @@ def learn_from(
         ids=ids,
         doc=np.zeros(len(ids), np.int64),
         names=("written by the original",),
-        asked=config.to_write,
+        asked=config.to_generate,
     )
     known = np.any([repeats(own, windows) for windows in held_out], axis=0)
     ids = ids[~known]

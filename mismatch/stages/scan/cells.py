@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
-from itertools import chain
-
-import torch
-from torch import nn
+from dataclasses import dataclass
 
 from mismatch import registry, spec
 from mismatch.errors import SurgeryError
 from mismatch.models.layout import Layout
 from mismatch.spec import Call, Placement, Template
-from mismatch.stages.checking import placed
 from mismatch.surgery import operate as surgery
+from mismatch.surgery.operate import placed
 
 
 @dataclass(frozen=True)
@@ -111,17 +106,6 @@ def joint(name: str, parsed: spec.Spec, layout: Layout) -> Cell:
     placements = placed(parsed, layout)
     first = min(p.layer for p in placements if p.layer is not None)
     return Cell(name, None, placements, first)
-
-
-def skeleton_of(layout: Layout) -> Layout:
-    """The same modules over tensors without values, on the meta device."""
-    meta = {
-        id(t): torch.empty_like(t, device="meta", requires_grad=False)
-        for t in chain(layout.model.parameters(), layout.model.buffers())
-    }
-    for parameter in layout.model.parameters():
-        meta[id(parameter)] = nn.Parameter(meta[id(parameter)], requires_grad=False)
-    return replace(layout, model=copy.deepcopy(layout.model, meta))
 
 
 def refused(cells: Sequence[Cell], skeleton: Layout) -> dict[Cell, str]:

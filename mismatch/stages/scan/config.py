@@ -1,4 +1,4 @@
-"""What `mismatch scan` is told. No torch."""
+"""Settings of `mismatch scan`. No torch."""
 
 from __future__ import annotations
 
@@ -6,26 +6,26 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from mismatch import spec
-from mismatch.config import RunConfig
+from mismatch.config import DANGEROUS, MODEL, OUTPUT, CalibratedConfig, RunConfig
 from mismatch.errors import ConfigError
 from mismatch.registry import did_you_mean
 
 TASKS = ("text", "induction", "passkey")
-"""What each cell is asked, in this order: see `mismatch.stages.scan.tasks`."""
+"""The tasks of each cell, in this order: see `mismatch.stages.scan.tasks`."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class SweepConfig(RunConfig):
-    """What is asked of every cell, by a scan and by a plan."""
+class SweepConfig(CalibratedConfig):
+    """What is measured of every cell, by a scan and by a plan."""
 
     controls: tuple[str, ...] = ("zero",)
-    """Controls that stand in the same layers and slots; none for no control."""
+    """Controls in the same layers and slots; none for no control."""
     tokens: Annotated[int, ">= 1"] = 4096
-    """Held-out tokens of the task text."""
+    """Evaluation tokens of the task text."""
     seq_len: Annotated[int, ">= 2"] = 512
     """Tokens per window. A window never mixes documents."""
     scored: Annotated[float, "0.001..1"] = 0.3
-    """Share of the tokens of text whose predictions are compared: the head is costly. A trace compares all."""
+    """Share of the evaluation tokens whose predictions are compared, for the head is costly. A trace compares all."""
     samples: Annotated[int, ">= 2"] = 8
     """Sequences of induction, prompts of passkey. With fewer than 8 the intervals are too narrow."""
     length: Annotated[int, ">= 1"] = 256
@@ -36,16 +36,27 @@ class SweepConfig(RunConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class ScanConfig(SweepConfig):
-    """What `mismatch scan` is told."""
+    """Settings of `mismatch scan`."""
 
+    groups = {
+        "model": MODEL,
+        "cells": ("swap", "among", "controls"),
+        "tasks": ("tasks", "scored", "samples", "length", "depth"),
+        "text": (
+            *("data", "tokens", "calibration_data", "calibration_tokens"),
+            *("seq_len", "batch_size", "seed"),
+        ),
+        "output": OUTPUT,
+        "dangerous": DANGEROUS,
+    }
     examples = {**RunConfig.examples, "swap": '--swap "infini(segment=64); nope; zero"'}
 
     swap: tuple[str, ...]
     """Mechanisms, without a target: each goes into every layer, one layer at a time. May be repeated."""
-    layers: str = "all"
+    among: str = "all"
     """Layers to go through: all, or ranges such as 0-9, 0,4,8, 0-last/2."""
     tasks: tuple[str, ...] | None = None
-    """What is asked: text, induction, passkey. All that this model can be asked when not given."""
+    """Tasks of each cell: text, induction, passkey. All that this model can do when not given."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -54,7 +65,7 @@ class ScanConfig(SweepConfig):
                 "there is no swap", hint=f"give mechanisms, such as {self.examples['swap']}"
             )
         spec.templates(self.swap)
-        spec.parse_layers(self.layers)
+        spec.parse_layers(self.among)
         for index, name in enumerate(self.tasks or ()):
             if name not in TASKS:
                 raise ConfigError(f"unknown task `{name}`", hint=did_you_mean(name, TASKS))
@@ -68,10 +79,9 @@ class ScanConfig(SweepConfig):
         """The parsed mechanisms."""
         return spec.templates(self.swap)
 
-    def canonical(self) -> dict[str, str]:
-        return {"swap": self.swap_text}
-
     @property
-    def swap_text(self) -> str:
-        """The mechanisms in their canonical form: names the run."""
+    def subject(self) -> str:
         return "; ".join(str(template) for template in self.templates)
+
+    def canonical(self) -> dict[str, str]:
+        return {"swap": self.subject}

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from mismatch import spec
-from mismatch.errors import UsageError
+from mismatch.mechanisms.parts.user_module import configured
 from mismatch.models.layout import Layout
+from mismatch.spec import Call
 from mismatch.stages.estimate import BYTES, EFFICIENCY, Estimate, speed
+from mismatch.stages.opening import Opened
 from mismatch.stages.scan.cells import Cell, Column, calibrators, cells, columns, refused
 from mismatch.stages.scan.config import TASKS, ScanConfig
 from mismatch.stages.scan.sweep import HELD
 from mismatch.stages.scan.tasks import Task, tasks
-from mismatch.texts.documents import Documents, calibration_and_evaluation, read
-from mismatch.texts.windows import Windows, windows
+from mismatch.texts.windows import Windows
 
 
 @dataclass(frozen=True)
@@ -28,9 +28,8 @@ class Prepared:
         refused: those that cannot, with the reason.
         tasks: what is asked.
         left_out: tasks that this model cannot be asked, with the reason.
-        held_out: the text; None when it is not asked for.
-        calibration: text for mechanisms that set themselves from it; None: none of them does.
-        cut: windows of the held-out text.
+        calibration: windows of text for mechanisms that set themselves from it; None: none of them does.
+        cut: windows of the evaluation text; None when it is not asked for.
         estimate: of time and memory.
         n_layers: of the model.
     """
@@ -40,8 +39,7 @@ class Prepared:
     refused: dict[Cell, str]
     tasks: tuple[Task, ...]
     left_out: dict[str, str]
-    held_out: Documents | None
-    calibration: Documents | None
+    calibration: Windows | None
     cut: Windows | None
     estimate: Estimate
     n_layers: int
@@ -82,57 +80,46 @@ class Prepared:
         return "\n".join(lines)
 
 
-def prepare(
-    config: ScanConfig, skeleton: Layout, tokenizer: Any, data: Any, calibration: Any
-) -> Prepared:
+def prepare(opened: Opened[ScanConfig], beside: Iterable[str] = ()) -> Prepared:
     """Work out a scan.
 
     Args:
-        config: the settings.
-        skeleton: the model on the meta device.
-        tokenizer: of the model.
-        data, calibration: as `mismatch.texts.documents.read` takes them.
+        opened: its command.
+        beside: further mechanisms that will set themselves from its calibration text: the controls of a plan.
 
     Raises:
         MismatchError: whatever the scan would refuse of mechanisms, layers, tasks and text.
     """
-    layers = spec.layers(config.layers, skeleton.n_layers)
+    config, skeleton = opened.config, opened.skeleton
+    layers = spec.layers(config.among, skeleton.n_layers)
     made = columns(config.templates, config.controls)
     every = cells(made, layers, skeleton)
     not_here = refused(every, skeleton)
     able = tuple(cell for cell in every if cell not in not_here)
-    held_out, learnt, cut = _text(config, skeleton, able, tokenizer, data, calibration)
-    asked, left_out = tasks(config, config.tasks, cut, tokenizer, skeleton.config)
+    wanted = bool(calibrators(able)) or any(map(_calibrates, beside))
+    calibration, cut = _text(opened, wanted)
+    asked, left_out = tasks(config, config.tasks, cut, opened.tokenizer, opened.model_config)
     return Prepared(
-        made, able, not_here, asked, left_out, held_out, learnt, cut,
+        made, able, not_here, asked, left_out, calibration, cut,
         estimate(config, skeleton, able, asked), skeleton.n_layers,
     )  # fmt: skip
 
 
-def _text(
-    config: ScanConfig,
-    skeleton: Layout,
-    able: Sequence[Cell],
-    tokenizer: Any,
-    data: Any,
-    calibration: Any,
-) -> tuple[Documents | None, Documents | None, Windows | None]:
-    wanted = "text" in (config.tasks or TASKS)
-    calibrates = bool(calibrators(able))
-    limit = getattr(skeleton.config, "max_position_embeddings", None)
-    if wanted and limit is not None and config.seq_len > limit:
-        raise UsageError(
-            f"--seq-len {config.seq_len} is longer than the context of {config.model}: {limit} tokens",
-            hint=f"take --seq-len {limit} or less",
-        )
-    if not wanted:
-        return None, read(calibration) if calibrates else None, None
-    if calibrates or calibration == data:
-        learnt, held_out = calibration_and_evaluation(calibration, data)
-    else:
-        learnt, held_out = None, read(data)
-    cut = windows(held_out, tokenizer, config.seq_len, config.tokens, config.seed)
-    return held_out, learnt, cut
+def _calibrates(name: str) -> bool:
+    cls, config = configured(Call(name))
+    return cls.calibrator(config) is not None
+
+
+def _text(opened: Opened[ScanConfig], calibrates: bool) -> tuple[Windows | None, Windows | None]:
+    """Windows of calibration and evaluation text, each where it is wanted."""
+    config, calibration, cut = opened.config, None, None
+    if "text" in (config.tasks or TASKS):
+        opened.check_context()
+        calibration, held_out = opened.apart(calibrates=calibrates)
+        cut = opened.cut("evaluation", held_out, config.tokens)
+    if not calibrates:
+        return None, cut
+    return opened.calibration(calibration), cut
 
 
 def estimate(

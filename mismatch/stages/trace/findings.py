@@ -16,27 +16,13 @@ excludes zero, and never from a value at or below the floor.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-SEVERITIES = ("info", "low", "medium", "high")
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One thing that the run shows. `evidence` holds the numbers, by name; `next` is a command or None."""
-
-    severity: str
-    title: str
-    text: str
-    evidence: dict[str, float | str] = field(default_factory=dict)
-    next: str | None = None
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+from mismatch.stages.base import SEVERITIES, Finding
 
 
 @dataclass(frozen=True)

@@ -15,19 +15,19 @@ import mismatch
 from mismatch import cli
 from mismatch.errors import ConfigError, DataError, NumericsError, SurgeryError, UsageError
 from mismatch.forward.heldout import Evaluated
-from mismatch.metrics.base import PerDocument
+from mismatch.metrics.sums.per_document import PerDocument
 from mismatch.stages.diagnose.corrections import CAUSES, SUBSETS
 from mismatch.stages.diagnose.numbers import Found
 from mismatch.stages.diagnose.shapley import causes_of
 from mismatch.stages.diagnose.verdict import verdicts
 
-SMALL = {"tokens": 1024, "judged": 512, "seq_len": 64, "scored": 1.0, "calibration_tokens": 256}
+SMALL = {"fit_tokens": 1024, "tokens": 512, "seq_len": 64, "scored": 1.0, "calibration_tokens": 256}
 SWAP = "layer2:infini(segment=16)"
 
 
 @pytest.fixture(scope="module")
 def texts():
-    return {"data": documents(8), "calibration": documents(8, seed=1)}
+    return {"data": documents(8), "calibration_data": documents(8, seed=1)}
 
 
 @pytest.fixture(scope="module")
@@ -223,12 +223,23 @@ def words(folder, model, *more):
     calibration = jsonl(folder / "calibration.jsonl", documents(8, seed=1))
     return [
         *("--model", str(model), "--swap", SWAP, "--device", "cpu", "--quiet"),
-        *("--data", str(held_out), "--calibration", str(calibration), "--calibration-tokens", "256"),
+        *("--data", str(held_out), "--calibration-data", str(calibration), "--calibration-tokens", "256"),
         *more,
     ]  # fmt: skip
 
 
-FAST = ["--tokens", "512", "--judged", "256", "--seq-len", "64", "--device", "cpu", "--heads", "1"]
+FAST = [
+    "--fit-tokens",
+    "512",
+    "--tokens",
+    "256",
+    "--seq-len",
+    "64",
+    "--device",
+    "cpu",
+    "--heads",
+    "1",
+]
 
 
 def test_the_command_goes_on_from_a_trace(toy_folder, tmp_path, capsys):
@@ -244,8 +255,8 @@ def test_the_command_goes_on_from_a_trace(toy_folder, tmp_path, capsys):
     made = json.loads(out)
     assert made["run"] == str(run)
     assert made["diagnosis"]["evidence"][0]["probe"] == "induction"
-    assert "fitted on 512 tokens of" in err
-    assert "8 held-out documents" not in err
+    assert f"fit     {tmp_path / 'calibration.jsonl'}, 512 tokens\n" in err
+    assert f"text    {tmp_path / 'held_out.jsonl'}, 256 tokens of 4 documents\n" in err
     manifest = json.loads((run / "manifest.json").read_text())
     assert (manifest["kind"], manifest["status"]) == ("diagnose", "done")
     assert json.loads((run / "plan.json").read_text())["verdict"] == made["verdict"]
@@ -279,26 +290,30 @@ def test_bad_input(toy_teacher, texts):
 
     refuse(SurgeryError, "nothing to diagnose stands inside a block", "final_norm:dyt")
     refuse(DataError, "are of one document, and intervals are over documents", data=documents(1))
-    refuse(DataError, "share 1 document", calibration=texts["data"][:1] + documents(3, seed=9))
+    refuse(DataError, "share 1 document", calibration_data=texts["data"][:1] + documents(3, seed=9))
     refuse(
         ConfigError,
-        "--tokens 128 are 2 windows of --seq-len 64; corrections are fitted on 4 or more",
-        tokens=128,
+        "--fit-tokens 128 are 2 windows of --seq-len 64; corrections are fitted on 4 or more",
+        fit_tokens=128,
     )
-    refuse(DataError, "windows of calibration text", calibration=documents(1, words=60, seed=5))
-    refuse(UsageError, "longer than the context", seq_len=1 << 20, tokens=1 << 23, judged=1 << 22)
+    refuse(
+        DataError, "windows of calibration text", calibration_data=documents(1, words=60, seed=5)
+    )
+    refuse(
+        UsageError, "longer than the context", seq_len=1 << 20, fit_tokens=1 << 23, tokens=1 << 22
+    )
     refuse(ConfigError, "the mechanism `zero` is named twice", controls=("zero", "zero"))
 
 
 def test_few_documents_are_said(toy_teacher, texts):
     made = mismatch.diagnose(
-        toy_teacher, "layer2:mean", **texts, **SMALL | {"judged": 192, "heads": 0}
+        toy_teacher, "layer2:mean", **texts, **SMALL | {"tokens": 192, "heads": 0}
     )
     assert made.run.plan["warnings"] == [
-        "3 held-out documents: intervals over so few are too narrow; take --judged 512 or more, or text of more "
+        "3 evaluation documents: intervals over so few are too narrow; take --tokens 512 or more, or text of more "
         "documents"
     ]
-    assert made.summary().splitlines()[2].startswith("warning: 3 held-out documents")
+    assert made.summary().splitlines()[2].startswith("warning: 3 evaluation documents")
 
 
 def test_what_is_not_a_number_ends_it(toy_teacher, texts, monkeypatch):

@@ -10,14 +10,14 @@ import mismatch
 from mismatch.stages.diagnose.corrections import CAUSES
 
 SMALL = {
-    "tokens": 1024, "judged": 512, "seq_len": 64, "scored": 1.0, "calibration_tokens": 256,
+    "fit_tokens": 1024, "tokens": 512, "seq_len": 64, "scored": 1.0, "calibration_tokens": 256,
     "controls": (),
 }  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def texts():
-    return {"data": documents(8), "calibration": documents(8, seed=1)}
+    return {"data": documents(8), "calibration_data": documents(8, seed=1)}
 
 
 @pytest.fixture

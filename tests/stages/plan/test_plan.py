@@ -1,4 +1,4 @@
-"""A plan: the choice, its judgement on text that chose nothing, greedy, and what is refused."""
+"""A plan: the choice, its evaluation on text that chose nothing, greedy, and what is refused."""
 
 from __future__ import annotations
 
@@ -16,14 +16,20 @@ from mismatch.models.layout import Layout
 from mismatch.stages.plan.config import PlanConfig
 from mismatch.stages.plan.greedy import greedy
 from mismatch.stages.plan.measured import cells_of, evaluate, swap_of
-from mismatch.stages.plan.stage import behind
 from mismatch.stages.scan.cells import cells, columns
 from mismatch.stages.scan.stage import sweep_of
 from mismatch.stages.scan.tasks import text_task
 from mismatch.surgery.operate import blank
 from mismatch.surgery.students import Teacher
 
-SMALL = {"tokens": 256, "seq_len": 64, "samples": 3, "length": 120, "calibration_tokens": 256}
+SMALL = {
+    "tokens": 256,
+    "selection_tokens": 256,
+    "seq_len": 64,
+    "samples": 3,
+    "length": 120,
+    "calibration_tokens": 256,
+}
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +50,7 @@ def output_kl(model, swap, windows):
     return float(rows[(rows["stat"] == "mean") & (rows["student"] == "swap")]["value"].iloc[0])
 
 
-def test_a_judgement_is_the_trace_of_the_choice_and_of_its_parts(teacher):
+def test_an_evaluation_is_the_trace_of_the_choice_and_of_its_parts(teacher):
     model, task = teacher.model, text_task(cut())
     choice = {"random": [2, 0], "mlp:zero": [1]}
     assert swap_of(config(), choice) == "layers[0,2]:random; layer1.mlp:zero"
@@ -141,9 +147,9 @@ def test_greedy_stops_at_the_budget(teacher):
         greedy(sweep_of(teacher, wanted, every, None), every, task, wanted)
 
 
-def test_judged_windows_are_none_of_those_that_chose():
+def test_evaluated_windows_are_none_of_those_that_chose():
     whole = cut(9)
-    rest = behind(whole, 4)
+    rest = whole.behind(4)
     np.testing.assert_array_equal(rest.ids, whole.ids[4:])
     # Documents 1, 2, 0, 1, 2 of the whole are 0, 1, 2, 0, 1 in order of appearance.
     assert rest.doc.tolist() == [0, 1, 2, 0, 1]
@@ -152,7 +158,7 @@ def test_judged_windows_are_none_of_those_that_chose():
 
 @pytest.fixture(scope="module")
 def texts():
-    return {"data": documents(8), "calibration": documents(3, seed=1)}
+    return {"data": documents(8), "calibration_data": documents(3, seed=1)}
 
 
 def test_from_python(toy, texts):
@@ -191,7 +197,7 @@ def test_the_command_keeps_its_scan_and_can_choose_from_it_again(toy_folder, tmp
     run = tmp_path / "plan"
     words = [
         *("plan", "--model", str(toy_folder), "--mechanism", "infini(segment=16)", "--device", "cpu"),
-        *("--data", str(held_out), "--tokens", "256", "--seq-len", "64", "--samples", "2"),
+        *("--data", str(held_out), "--tokens", "256", "--selection-tokens", "256", "--seq-len", "64", "--samples", "2"),
         *("--length", "120"),
     ]  # fmt: skip
     assert cli.main([*words, "--layers", "2", "--output", str(run)]) == 0
@@ -211,7 +217,7 @@ def test_the_command_keeps_its_scan_and_can_choose_from_it_again(toy_folder, tmp
     plan = json.loads((run / "plan.json").read_text())
     assert found["swap"] == plan["swap"]
     assert not (tmp_path / "again-scan").exists()
-    # The judgement is on the same windows and keys: not one that the scan has seen.
+    # The evaluation is on the same windows and keys: not one that the scan has seen.
     first, second = (mismatch.load_run(path).table.drop(columns="run_id") for path in (run, again))
     assert first.equals(second)
     assert cli.main([*words, "--layers", "2", "--output", str(run)]) == 2
@@ -231,11 +237,11 @@ def test_the_command_keeps_its_scan_and_can_choose_from_it_again(toy_folder, tmp
         ),
         (
             ["--keep-retrieval", "--length", "200"],
-            "needs a passkey, and none was asked: a passkey prompt of",
+            "needs a passkey, and none is measured: a passkey prompt of",
         ),
         (
             ["--keep-retrieval", "--length", "200", "--method", "greedy"],
-            "needs a passkey, and none was asked",
+            "needs a passkey, and none is measured",
         ),
     ):
         target = ["--output", str(tmp_path / "refused"), "--overwrite"]
@@ -243,18 +249,19 @@ def test_the_command_keeps_its_scan_and_can_choose_from_it_again(toy_folder, tmp
         assert text in capsys.readouterr().err
 
 
-def test_no_text_is_left_to_judge_on(toy, texts):
-    with pytest.raises(DataError, match="none is left to judge it on"):
+def test_no_text_is_left_to_evaluate_on(toy, texts):
+    with pytest.raises(DataError, match="none is left to evaluate it on"):
         mismatch.plan(
             (toy.model, toy.tokenizer), "zero", layers=1, data=documents(2, words=70),
-            calibration=texts["calibration"], **{**SMALL, "tokens": 4096},
+            calibration_data=texts["calibration_data"], **{**SMALL, "selection_tokens": 4096},
         )  # fmt: skip
 
 
 def test_a_scan_of_another_model(toy, model_folder, texts, tmp_path):
     run = tmp_path / "scan"
+    small = {name: value for name, value in SMALL.items() if name != "selection_tokens"}
     mismatch.scan(
-        (toy.model, toy.tokenizer), "zero", output=str(run), tasks=["text"], **texts, **SMALL
+        (toy.model, toy.tokenizer), "zero", output=str(run), tasks=["text"], **texts, **small
     )
     with pytest.raises(UsageError, match="is of another model"):
         mismatch.plan(str(model_folder(rms_norm_eps=1e-3)), "zero", layers=1, scan=run, device="cpu",
@@ -266,7 +273,7 @@ def test_a_scan_of_another_model(toy, model_folder, texts, tmp_path):
     [
         (
             {"layers": None},
-            "nothing says how many layers to replace\n\n"
+            "the number of layers to replace is not given\n\n"
             "hint: give --layers 8, or --budget-kl 0.5 for as many as that allows",
         ),
         (
@@ -286,14 +293,6 @@ def test_wrong_settings(changes, message):
     with pytest.raises(ConfigError) as caught:
         config(**changes)
     assert str(caught.value) == message
-
-
-def test_torchrun_is_told_to_spread_the_scan(monkeypatch, capsys):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert cli.main(["plan", "--model", "m", "--mechanism", "zero", "--layers", "1"]) == 2
-    assert capsys.readouterr().err.endswith(
-        "hint: spread the scan: torchrun -m mismatch scan ..., then mismatch plan --scan RUN\n"
-    )
 
 
 def test_cells_of_a_choice_share_their_first_block(teacher):

@@ -12,11 +12,10 @@ from scripts import script
 
 import mismatch
 from mismatch import registry
-from mismatch.api import repair_command
 from mismatch.mechanisms.parts.calling import first_of
+from mismatch.stages import runner
 from mismatch.stages.repair import forecast
 from mismatch.stages.repair import forecast_readings as foretold
-from mismatch.stages.repair import stage as job
 from mismatch.stages.repair.config import RepairConfig
 from mismatch.stages.repair.forecast import MISS, NUMBERS, SHARES, Swap
 from mismatch.stages.repair.ladder import Ladder
@@ -191,8 +190,8 @@ def test_the_script_says_whether_forecasts_beat_the_mean(useless, words):
 # ---- in a repair --------------------------------------------------------------------------------
 
 SETTINGS = {
-    "tokens": 1024, "judged": 256, "looked": 128, "seq_len": 64, "batch_size": 4, "epochs": 1,
-    "max_minutes": None, "traced": 0, "probes": (), "rungs": ("closed-form", "local"),
+    "train_tokens": 1024, "tokens": 256, "val_tokens": 128, "seq_len": 64, "batch_size": 4, "epochs": 1,
+    "max_minutes": None, "trace_tokens": 0, "probes": (), "stages": ("closed-form", "local"),
 }  # fmt: skip
 
 
@@ -207,7 +206,7 @@ def of_the_toy(monkeypatch, toy_teacher):
         return found
 
     monkeypatch.setattr(forecast, "shipped", record)
-    monkeypatch.setattr(job, "write_html", lambda _folder: None)
+    monkeypatch.setattr(runner, "write_html", lambda _folder: None)
 
 
 def test_it_is_written_down_before_the_first_rung(of_the_toy, toy_folder, tmp_path, monkeypatch):
@@ -222,7 +221,7 @@ def test_it_is_written_down_before_the_first_rung(of_the_toy, toy_folder, tmp_pa
         **SETTINGS,
     )
     with pytest.raises(KeyboardInterrupt):
-        repair_command(config, progress=False)
+        runner.command("repair", config, progress=False)
     log = (tmp_path / "run" / "log.txt").read_text()
     assert "forecast  local: gap closed" in log
     assert "(90 %), from" in log
@@ -257,14 +256,24 @@ def test_two_places_get_no_forecast_and_the_reason(of_the_toy, toy_teacher, caps
 
 def test_a_diagnosis_forecasts_too(of_the_toy, toy_teacher):
     result = mismatch.diagnose(
-        toy_teacher, swap="layer1:infini(segment=8)", tokens=512, judged=256, seq_len=64, heads=0
+        toy_teacher,
+        swap="layer1:infini(segment=8)",
+        fit_tokens=512,
+        tokens=256,
+        seq_len=64,
+        heads=0,
     )
     told = result.run.plan["forecast"]
     assert set(told["numbers"]) == set(NUMBERS)
     assert "  forecast  local: gap closed" in result.summary()
     assert "the interval was not tried for that" in result.summary()
     none = mismatch.diagnose(
-        toy_teacher, swap="layers1-2:infini(segment=8)", tokens=512, judged=256, seq_len=64, heads=0
+        toy_teacher,
+        swap="layers1-2:infini(segment=8)",
+        fit_tokens=512,
+        tokens=256,
+        seq_len=64,
+        heads=0,
     )
     assert "no forecast: the record holds one swapped place at a time" in none.summary()
 

@@ -10,14 +10,15 @@ import torch
 import mismatch
 from mismatch.cli import main
 from mismatch.errors import ConfigError, DataError, SurgeryError
+from mismatch.stages import runner
 from mismatch.stages.repair.config import RepairConfig
 from mismatch.stages.repair.ladder import Ladder
 
 SMALL = {
-    "tokens": 2048,
-    "written": 0.0,
-    "judged": 512,
-    "looked": 256,
+    "train_tokens": 2048,
+    "self_generated": 0.0,
+    "tokens": 512,
+    "val_tokens": 256,
     "seq_len": 64,
     "batch_size": 4,
     "max_minutes": None,
@@ -28,7 +29,11 @@ SMALL = {
 
 def test_repair_mends_and_the_checkpoint_is_the_student(toy_teacher, tmp_path):
     result = mismatch.repair(
-        toy_teacher, "layer2:infini(segment=16)", output=str(tmp_path / "run"), pays=0.0, **SMALL
+        toy_teacher,
+        "layer2:infini(segment=16)",
+        output=str(tmp_path / "run"),
+        min_gain=0.0,
+        **SMALL,
     )
     frame = result.rungs
     assert list(frame["rung"]) == [
@@ -57,7 +62,7 @@ def test_repair_mends_and_the_checkpoint_is_the_student(toy_teacher, tmp_path):
 
 def test_repair_leaves_the_teacher_as_it_was(toy_teacher):
     before = {n: p.clone() for n, p in toy_teacher.model.named_parameters()}
-    mismatch.repair(toy_teacher, "layer1.norms:dyt; layer2:nope", **{**SMALL, "tokens": 512})
+    mismatch.repair(toy_teacher, "layer1.norms:dyt; layer2:nope", **{**SMALL, "train_tokens": 512})
     after = dict(toy_teacher.model.named_parameters())
     assert all(torch.equal(before[n], after[n]) for n in before)
     assert not any(p.requires_grad for p in after.values())
@@ -69,25 +74,22 @@ def test_several_places(toy_teacher, order):
         toy_teacher,
         "layers[1,2]:sliding_window(window=8)",
         order=order,
-        rungs=("closed-form", "local"),
-        **{**SMALL, "tokens": 512},
+        stages=("closed-form", "local"),
+        **{**SMALL, "train_tokens": 512},
     )
     assert result.rungs["kl"].iloc[-1] < result.rungs["kl"].iloc[0]
 
 
 def test_an_interrupted_repair_resumes_to_the_same_weights(toy_teacher, tmp_path, monkeypatch):
-    settings = {**SMALL, "tokens": 1024, "rungs": ("closed-form", "local")}
+    settings = {**SMALL, "train_tokens": 1024, "stages": ("closed-form", "local")}
     straight = mismatch.repair(toy_teacher, "layer2:infini(segment=16)", **settings)
-    from mismatch.runs.folder import RunFolder
-    from mismatch.stages.repair import start
-
     config = RepairConfig(
-        model="toy",
+        model="glassllm",
+        device="cpu",
         swap=("layer2:infini(segment=16)",),
         output=str(tmp_path / "run"),
         **settings,
     )
-    read = start.read_texts(config, "wiki", "sotu", toy_teacher.tokenizer)
 
     def stop_in_local(self, *args, **options):
         asked = iter([False] * 3 + [True] * 1000)
@@ -97,10 +99,9 @@ def test_an_interrupted_repair_resumes_to_the_same_weights(toy_teacher, tmp_path
     real = Ladder._train
     monkeypatch.setattr(Ladder, "_train", stop_in_local)
     with pytest.raises(KeyboardInterrupt):
-        start.RepairJob(config, toy_teacher, read, start.create(config)).run()
+        runner.command("repair", config, progress=False)
     monkeypatch.setattr(Ladder, "_train", real)
-    folder = RunFolder.resume(tmp_path / "run")
-    resumed = start.RepairJob(config, toy_teacher, read, folder).run()
+    resumed = runner.command("repair", config, resume=tmp_path / "run", progress=False)
     ours = dict(resumed.student.model.named_parameters())
     assert all(torch.equal(p, ours[n]) for n, p in straight.student.model.named_parameters())
 
@@ -111,10 +112,10 @@ def test_an_interrupted_repair_resumes_to_the_same_weights(toy_teacher, tmp_path
 @pytest.mark.parametrize(
     "settings, text",
     [
-        ({"rungs": ("locl",)}, r"unknown rung `locl`"),
-        ({"rungs": ("local", "closed-form")}, "the rungs are out of order: local, closed-form"),
-        ({"rungs": ("local", "local")}, "the rung `local` is named twice"),
-        ({"rungs": ()}, "`rungs` is empty"),
+        ({"stages": ("locl",)}, r"unknown stage `locl`"),
+        ({"stages": ("local", "closed-form")}, "the stages are out of order: local, closed-form"),
+        ({"stages": ("local", "local")}, "the stage `local` is named twice"),
+        ({"stages": ()}, "`stages` is empty"),
         ({"max_minutes": 0.0}, "`max_minutes` must be float > 0 or none, got 0.0"),
     ],
 )
@@ -124,8 +125,8 @@ def test_wrong_settings(settings, text):
 
 
 def test_learning_and_judging_on_one_text_is_refused(toy_teacher):
-    with pytest.raises(DataError, match="`wiki` would be learnt from and judged on"):
-        mismatch.repair(toy_teacher, "layer1:infini(segment=16)", calibration="wiki", **SMALL)
+    with pytest.raises(DataError, match="`wiki` would be trained on and evaluated on"):
+        mismatch.repair(toy_teacher, "layer1:infini(segment=16)", train_data="wiki", **SMALL)
 
 
 def test_a_place_outside_the_blocks_is_refused(toy_teacher):
@@ -135,9 +136,9 @@ def test_a_place_outside_the_blocks_is_refused(toy_teacher):
 
 def test_the_command_refuses_before_it_loads(capsys):
     assert (
-        main(["repair", "--model", "glassllm", "--swap", "layer1:infini", "--rungs", "locl"]) == 2
+        main(["repair", "--model", "glassllm", "--swap", "layer1:infini", "--stages", "locl"]) == 2
     )
-    assert "unknown rung `locl`" in capsys.readouterr().err
+    assert "unknown stage `locl`" in capsys.readouterr().err
     assert (
         main(
             [
@@ -146,7 +147,7 @@ def test_the_command_refuses_before_it_loads(capsys):
                 "glassllm",
                 "--swap",
                 "layer1:infini",
-                "--tokens",
+                "--train-tokens",
                 "1M",
                 "--seq-len",
                 "99999",

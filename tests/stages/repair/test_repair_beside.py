@@ -19,6 +19,7 @@ from mismatch.forward.heldout import Evaluated, HeldOut
 from mismatch.metrics.base import PerDocument
 from mismatch.models.layout import Layout
 from mismatch.runs.table import as_table
+from mismatch.stages.opening import Opened
 from mismatch.stages.repair import before_after as questions
 from mismatch.stages.repair.config import RepairConfig
 from mismatch.stages.repair.knockout import MATTERS, knocked_out, verdict
@@ -28,9 +29,9 @@ from mismatch.stages.repair.report.page import warnings
 from mismatch.stages.repair.rows import branch_rows, rung_rows, student_rows
 from mismatch.stages.repair.rungs.module_pair import parts_of
 from mismatch.stages.repair.rungs.rung import Rung
+from mismatch.stages.repair.texts import read_texts
 from mismatch.surgery.operate import Student
 from mismatch.surgery.students import Teacher
-from mismatch.texts.documents import read
 from mismatch.texts.windows import Windows
 
 INFINI = "layer1:infini(segment=8)"
@@ -247,26 +248,35 @@ def config_of(**settings: Any) -> RepairConfig:
     return RepairConfig(model="glassllm", swap=(SWAP,), **(SETTINGS | settings))
 
 
+def asked(teacher: Teacher, **settings: Any) -> Any:
+    """What a repair would ask, and what it would not, of text that is given."""
+    texts = {"data": documents(12), "train_data": documents(8, seed=1)}
+    opened = Opened(config_of(**settings), teacher=teacher, given=texts)
+    return questions.asked(opened, read_texts(opened))
+
+
 def test_usual_probes_that_the_model_cannot_be_asked_are_left_out_and_named(toy_teacher):
-    held_out = read(documents(12))
-    told = (toy_teacher.model.config, toy_teacher.tokenizer, held_out)
-    found, notes = questions.asked(config_of(probes=None), *told)
+    found, notes = asked(toy_teacher, probes=None)
     assert list(found.probes) == ["induction", "generation"]
     (note,) = notes
     assert note.startswith(
         "the probe passkey is not asked: a passkey prompt of 256 tokens is longer"
     )
     with pytest.raises(UsageError, match="a passkey prompt of 256 tokens is longer"):
-        questions.asked(config_of(probes=("passkey",)), *told)
-    assert questions.asked(config_of(probes=()), *told) == (None, [])
+        asked(toy_teacher, probes=("passkey",))
+    assert asked(toy_teacher, probes=()) == (None, [])
     with pytest.raises(ConfigError, match="unknown probe `passkye`"):
         config_of(probes=("passkye",))
 
 
 def test_a_repair_asks_teacher_swap_and_repaired_model(toy_teacher):
     """The swap that is asked afterwards is the one that was swapped, whatever the learner became."""
-    texts = {"data": documents(12), "calibration": documents(8, seed=1)}
-    given = SETTINGS | {"rungs": ("closed-form", "local"), "traced": 96, "probes": ("induction",)}
+    texts = {"data": documents(12), "train_data": documents(8, seed=1)}
+    given = SETTINGS | {
+        "stages": ("closed-form", "local"),
+        "trace_tokens": 96,
+        "probes": ("induction",),
+    }
     result = mismatch.repair(toy_teacher, SWAP, **given, **texts)
     alone = mismatch.probe(
         toy_teacher,
@@ -276,15 +286,15 @@ def test_a_repair_asks_teacher_swap_and_repaired_model(toy_teacher):
         seq_len=48,
         controls=(),
     )
-    asked = result.table[result.table["metric"] == "induction"]
+    put = result.table[result.table["metric"] == "induction"]
     for student, stage in (("teacher", "surgery"), ("swap", "surgery")):
-        mine = asked[(asked["student"] == student) & (asked["stage"] == stage)]
+        mine = put[(put["student"] == student) & (put["stage"] == stage)]
         ours = alone.table[alone.table["student"] == student]
         value = dict(zip(mine["stat"], mine["value"], strict=True))
         assert dict(zip(ours["stat"], ours["value"], strict=True)).items() <= value.items()
-    after = asked[(asked["student"] == "swap") & (asked["stage"] == "repair")]
+    after = put[(put["student"] == "swap") & (put["stage"] == "repair")]
     assert {"nll_second", "nll_second_minus_teacher"} <= set(after["stat"])
-    swap = asked[(asked["student"] == "swap") & (asked["stage"] == "surgery")]
+    swap = put[(put["student"] == "swap") & (put["stage"] == "surgery")]
     assert "nll_second_minus_repaired" in set(swap["stat"])
     assert result.climbed["rungs"][0]["kl"] == result.climbed["students"]["swap"]["kl"][0]
     assert set(result.table["stage"]) == {"surgery", "repair"}

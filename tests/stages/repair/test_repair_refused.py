@@ -13,23 +13,22 @@ from wonderland import documents, jsonl
 
 import mismatch
 from mismatch import config
-from mismatch.api import repair_command
 from mismatch.errors import DataError, MismatchError, OutputError
-from mismatch.stages.repair import stage as job
+from mismatch.stages import runner
 from mismatch.stages.repair.config import RepairConfig
 from mismatch.stages.repair.rungs.local import LocalLoss
 from mismatch.stages.repair.rungs.training import Trainer
 
-LOCAL = {"rungs": ("local",), "epochs": 1}
+LOCAL = {"stages": ("local",), "epochs": 1}
 
 
 @pytest.fixture(autouse=True)
 def _no_figures(monkeypatch):
-    monkeypatch.setattr(job, "write_html", lambda _folder: None)
+    monkeypatch.setattr(runner, "write_html", lambda _folder: None)
 
 
 def mended(teacher, folder: Path | None = None, **settings):
-    texts = {"data": documents(12), "calibration": documents(8, seed=1)}
+    texts = {"data": documents(12), "train_data": documents(8, seed=1)}
     given = SETTINGS | LOCAL | texts | settings
     output = None if folder is None else str(folder)
     return mismatch.repair(teacher, given.pop("swap", SWAP), output=output, **given)
@@ -39,12 +38,14 @@ def mended(teacher, folder: Path | None = None, **settings):
 
 
 def test_a_disk_budget_that_is_too_small_is_said_and_changes_no_weight(toy_teacher, tmp_path):
-    rungs = ("closed-form", "local")
-    whole = mended(toy_teacher, tmp_path / "whole", rungs=rungs)
-    short = mended(toy_teacher, tmp_path / "short", rungs=rungs, store_gb=0.0)
+    stages = ("closed-form", "local")
+    whole = mended(toy_teacher, tmp_path / "whole", stages=stages)
+    short = mended(toy_teacher, tmp_path / "short", stages=stages, activations_gb=0.0)
     log = (tmp_path / "short" / "log.txt").read_text()
     # 384 tokens, d_model 128, in and out, float32
-    assert "the activations of 1 places need 0.000393 GB and --store-gb is 0: 1 of them are" in log
+    assert (
+        "the activations of 1 modules need 0.000393 GB and --activations-gb is 0: 1 of them" in log
+    )
     assert "computed anew each time" in log
     assert "computed anew" not in (tmp_path / "whole" / "log.txt").read_text()
     weights = dict(whole.student.model.named_parameters())
@@ -69,7 +70,7 @@ def starve(monkeypatch, most: int) -> list[int]:
 @pytest.mark.parametrize("minutes", [None, 1.0])  # with a limit steps are timed first
 def test_out_of_memory_halves_the_batch_and_says_so(toy_teacher, monkeypatch, minutes):
     tried = starve(monkeypatch, 1)
-    result = mended(toy_teacher, batch_size=4, tokens=768, epochs=4, max_minutes=minutes)
+    result = mended(toy_teacher, batch_size=4, train_tokens=768, epochs=4, max_minutes=minutes)
     rung = result.climbed["rungs"][-1]
     assert "out of memory at step 0: 2 windows a batch from here on" in rung["notes"]
     assert "out of memory at step 0: 1 windows a batch from here on" in rung["notes"]
@@ -120,7 +121,7 @@ def stopped(model: str, folder: Path, monkeypatch) -> Path:
 
     texts = {
         "data": str(jsonl(folder / "held_out.jsonl", documents(12))),
-        "calibration": str(jsonl(folder / "learnt.jsonl", documents(8, seed=1))),
+        "train_data": str(jsonl(folder / "learnt.jsonl", documents(8, seed=1))),
     }
     given = SETTINGS | LOCAL | texts | {"output": str(folder / "run")}
     monkeypatch.setattr(Trainer, "_step", step)
@@ -132,9 +133,9 @@ def stopped(model: str, folder: Path, monkeypatch) -> Path:
 
 def test_resuming_with_another_swap_is_refused_and_says_which(toy_folder, tmp_path, monkeypatch):
     run = stopped(str(toy_folder), tmp_path, monkeypatch)
-    told = config.load(run / "config.yaml", {"swap": ("layer1:nope",)}, RepairConfig)
+    told = config.load(RepairConfig, run / "config.yaml", {"swap": ("layer1:nope",)})
     with pytest.raises(OutputError, match="was started with other settings") as error:
-        repair_command(told, resume=run, progress=False)
+        runner.command("repair", told, resume=run, progress=False)
     assert f"swap: ['{SWAP}'] then, ['layer1:nope'] now" in str(error.value)
 
 
@@ -149,9 +150,9 @@ def test_resuming_on_another_model_is_refused_and_says_which(model_folder, tmp_p
     name = next(iter(tensors))
     tensors[name] = tensors[name] * 1.5
     safetensors.torch.save_file(tensors, weights, metadata={"format": "pt"})
-    told = config.load(run / "config.yaml", kind=RepairConfig)
+    told = config.load(RepairConfig, run / "config.yaml")
     with pytest.raises(OutputError, match="was started with other settings") as error:
-        repair_command(told, resume=run, progress=False)
+        runner.command("repair", told, resume=run, progress=False)
     assert "\n  model: '" in str(error.value)
     assert json.loads((run / "manifest.json").read_text())["status"] == "failed"
 
@@ -159,14 +160,14 @@ def test_resuming_on_another_model_is_refused_and_says_which(model_folder, tmp_p
 def test_a_store_is_shared_by_swaps_and_not_by_models(toy_teacher, toy, tmp_path):
     store = str(tmp_path / "store")
     shards = lambda: {path.parent.name for path in Path(store).rglob("*.safetensors")}  # noqa: E731
-    mended(toy_teacher, store=store)
+    mended(toy_teacher, activations_dir=store)
     kept = shards()
-    mended(toy_teacher, store=store, swap="layer2:sliding_window(window=8)")
+    mended(toy_teacher, activations_dir=store, swap="layer2:sliding_window(window=8)")
     assert shards() == kept
     other = copy.deepcopy(toy.model)
     with torch.no_grad():
         next(other.parameters()).mul_(1.5)
-    mended(mismatch.load((other, toy.tokenizer)), store=store)
+    mended(mismatch.load((other, toy.tokenizer)), activations_dir=store)
     assert not shards() <= kept
 
 
@@ -175,8 +176,8 @@ def test_a_store_is_shared_by_swaps_and_not_by_models(toy_teacher, toy, tmp_path
 
 def test_a_document_in_both_texts_is_refused_whatever_its_name(toy_teacher):
     held_out, learnt = documents(12), documents(8, seed=1)
-    with pytest.raises(DataError, match="learnt from and judged on") as error:
-        mended(toy_teacher, data=held_out, calibration=[*learnt, held_out[3]])
+    with pytest.raises(DataError, match="trained on and evaluated on") as error:
+        mended(toy_teacher, data=held_out, train_data=[*learnt, held_out[3]])
     assert "text 8" in str(error.value) and "text 3" in str(error.value)
 
 
@@ -184,9 +185,9 @@ def test_a_document_inside_a_larger_one_is_refused(toy_teacher):
     """Another hash, the same words: nothing but the tokens tells."""
     held_out, learnt = documents(6), documents(8, seed=1)
     longer = f"{learnt[0]} {' '.join(held_out)} {learnt[1]}"
-    given = {"seq_len": 128, "judged": 512, "looked": 256, "tokens": 20480}
-    with pytest.raises(DataError, match=r"64 tokens in a row of the document .* stand in"):
-        mended(toy_teacher, data=held_out, calibration=[longer, *learnt[2:]], **given)
+    given = {"seq_len": 128, "tokens": 512, "val_tokens": 256, "train_tokens": 20480}
+    with pytest.raises(DataError, match=r"64 tokens in a row of the document .* also occur in"):
+        mended(toy_teacher, data=held_out, train_data=[longer, *learnt[2:]], **given)
 
 
 def test_texts_of_the_same_words_that_do_not_overlap_are_taken(toy_teacher):
@@ -196,5 +197,5 @@ def test_texts_of_the_same_words_that_do_not_overlap_are_taken(toy_teacher):
 def test_the_same_documents_under_two_names_are_refused(toy_teacher, tmp_path):
     one = jsonl(tmp_path / "one.jsonl", documents(12))
     two = jsonl(tmp_path / "two.jsonl", documents(12))
-    with pytest.raises(DataError, match="learnt from"):
-        mended(toy_teacher, data=str(one), calibration=str(two))
+    with pytest.raises(DataError, match="trained on"):
+        mended(toy_teacher, data=str(one), train_data=str(two))

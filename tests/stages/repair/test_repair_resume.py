@@ -13,9 +13,8 @@ import pytest
 import torch
 
 from mismatch import config
-from mismatch.api import repair_command
+from mismatch.stages import runner
 from mismatch.stages.repair import ladder
-from mismatch.stages.repair import stage as job
 from mismatch.stages.repair.config import RepairConfig
 from mismatch.stages.repair.result import Repaired
 from mismatch.stages.repair.rungs.training import Trainer
@@ -31,7 +30,7 @@ def _alike(monkeypatch):
     """One thread, for the order of sums depends on their number; no figures, for nobody looks."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
-    monkeypatch.setattr(job, "write_html", lambda _folder: None)
+    monkeypatch.setattr(runner, "write_html", lambda _folder: None)
     yield
     torch.set_num_threads(before)
 
@@ -55,8 +54,8 @@ def killed(folder: Path, *moments: str) -> None:
 
 def resumed(run: Path) -> Repaired:
     assert json.loads((run / "manifest.json").read_text())["status"] == "running"
-    settings = config.load(run / "config.yaml", kind=RepairConfig)
-    return repair_command(settings, resume=run, progress=False)
+    settings = config.load(RepairConfig, run / "config.yaml")
+    return runner.command("repair", settings, resume=run, progress=False)
 
 
 def same(one: Repaired, other: Repaired) -> None:
@@ -92,13 +91,13 @@ def test_a_limit_in_minutes_is_planned_once(tmp_path, monkeypatch):
     monkeypatch.setattr(ladder, "planned", lambda *_: (12, 2))
     monkeypatch.setattr(Trainer, "_step", stop)
     with pytest.raises(KeyboardInterrupt):
-        killed_repair.repaired(tmp_path, "run", rungs=("local",), max_minutes=10)
+        killed_repair.repaired(tmp_path, "run", stages=("local",), max_minutes=10)
     monkeypatch.setattr(Trainer, "_step", step)
 
     def unasked(*_):
         raise AssertionError("the steps were timed again")
 
     monkeypatch.setattr(ladder, "planned", unasked)
-    settings = config.load(run / "config.yaml", kind=RepairConfig)
-    done = repair_command(settings, resume=run, progress=False)
+    settings = config.load(RepairConfig, run / "config.yaml")
+    done = runner.command("repair", settings, resume=run, progress=False)
     assert done.rungs["steps"].iloc[-1] == 12

@@ -193,8 +193,8 @@ def no_room(*_args: Any, **_told: Any) -> None:
 
 
 def test_a_share_of_one_is_refused():
-    with pytest.raises(ConfigError, match="--written must be less than 1, got 1"):
-        RepairConfig(model="m", swap=("layer1:zero",), written=1.0)
+    with pytest.raises(ConfigError, match="--self-generated must be less than 1, got 1"):
+        RepairConfig(model="m", swap=("layer1:zero",), self_generated=1.0)
 
 
 # ---- beside the calibration text ----------------------------------------------------------------
@@ -208,7 +208,7 @@ def windows(ids: np.ndarray, name: str) -> Windows:
 def asked(toy_teacher) -> dict[str, Any]:
     rng = np.random.default_rng(0)
     config = RepairConfig(
-        model="glassllm", swap=("layer1:zero",), tokens=1024, seq_len=64, max_minutes=None
+        model="glassllm", swap=("layer1:zero",), train_tokens=1024, seq_len=64, max_minutes=None
     )
     return {
         "config": config,
@@ -247,7 +247,7 @@ def test_held_out_text_that_the_model_knows_by_heart_is_left_out(asked):
 
 def test_none_is_written_when_none_is_asked_for(asked, monkeypatch):
     monkeypatch.setattr(module, "Writer", None)
-    asked["config"] = dataclasses.replace(asked["config"], written=0.0)
+    asked["config"] = dataclasses.replace(asked["config"], self_generated=0.0)
     found = learn_from(**asked, state=None)
     assert found.windows is asked["read"]
     assert found.lines("sotu") == ["learnt from 512 tokens of sotu"]
@@ -258,17 +258,17 @@ def test_a_repair_learns_from_both(toy_teacher):
         toy_teacher,
         "layer2:infini(segment=16)",
         data=documents(12),
-        calibration=documents(8, seed=1),
-        rungs=("closed-form", "local"),
+        train_data=documents(8, seed=1),
+        stages=("closed-form", "local"),
         **{
-            "tokens": 512,
-            "written": 0.25,
-            "judged": 192,
-            "looked": 96,
+            "train_tokens": 512,
+            "self_generated": 0.25,
+            "tokens": 192,
+            "val_tokens": 96,
             "seq_len": 48,
             "batch_size": 2,
         },
-        **{"max_minutes": None, "epochs": 1, "controls": (), "probes": (), "traced": 0},
+        **{"max_minutes": None, "epochs": 1, "controls": (), "probes": (), "trace_tokens": 0},
     )
     assert result.climbed["rungs"][1]["tokens"] == (8 + 2) * 48
     note = result.climbed["notes"][0]
@@ -284,16 +284,24 @@ def test_the_share_is_given_at_the_terminal(share, tmp_path, capsys):
     from killed_repair import SETTINGS
     from wonderland import jsonl
 
-    sizes = ("tokens", "judged", "looked", "seq_len", "batch_size")
+    sizes = ("train_tokens", "tokens", "val_tokens", "seq_len", "batch_size")
     told = [f"--{name.replace('_', '-')}={SETTINGS[name]}" for name in sizes]
     texts = [
         f"--data={jsonl(tmp_path / 'held_out.jsonl', documents(12))}",
-        f"--calibration={jsonl(tmp_path / 'learnt.jsonl', documents(8, seed=1))}",
+        f"--train-data={jsonl(tmp_path / 'learnt.jsonl', documents(8, seed=1))}",
     ]
-    beside = ["--controls=none", "--probes=none", "--traced=0", "--max-minutes=none", "--epochs=1"]
-    told += [*texts, *beside, f"--output={tmp_path / 'run'}", f"--written={share}"]
+    beside = [
+        "--controls=none",
+        "--probes=none",
+        "--trace-tokens=0",
+        "--max-minutes=none",
+        "--epochs=1",
+    ]
+    told += [*texts, *beside, f"--output={tmp_path / 'run'}", f"--self-generated={share}"]
     given = ["repair", "--model", "glassllm", "--swap", "layer2:infini(segment=16)"]
-    assert main([*given, "--rungs", "closed-form", *told]) == 0
+    assert main([*given, "--stages", "closed-form", *told]) == 0
     caught = capsys.readouterr()
-    wrote = "96 of the model's own" in caught.err and "96 that the original wrote" in caught.out
+    wrote = (
+        "96 sampled from the teacher" in caught.err and "96 that the original wrote" in caught.out
+    )
     assert wrote == (share == "0.25")

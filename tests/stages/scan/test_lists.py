@@ -34,7 +34,7 @@ def test_templates_are_swaps_once_they_have_a_layer():
             "zero; layers[0,3].mlp:zero",
             "`layers[0,3].mlp` is a target: here mechanisms stand without one\n"
             "  zero; layers[0,3].mlp:zero\n        ^\n\n"
-            "hint: leave it out; --layers says which layers",
+            "hint: leave it out; --among names the layers",
         ),
         (
             "final_norm:dyt",
@@ -142,4 +142,4 @@ def test_wrong_settings(changes, message):
 
 def test_wrong_layers_are_refused_before_anything_is_read():
     with pytest.raises(SpecError, match="empty range `3-1`"):
-        ScanConfig(model="m", swap=("zero",), layers="3-1")
+        ScanConfig(model="m", swap=("zero",), among="3-1")

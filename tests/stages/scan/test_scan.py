@@ -13,10 +13,11 @@ from mismatch import registry, spec
 from mismatch.errors import LayoutError, NumericsError, RunError, SurgeryError
 from mismatch.mechanisms.base import Mechanism
 from mismatch.models.layout import Layout
+from mismatch.models.skeleton import skeleton_of
 from mismatch.runs.table import as_table
 from mismatch.stages.scan import sweep as sweeping
 from mismatch.stages.scan.batches import measure, prove, prove_restored
-from mismatch.stages.scan.cells import cells, columns, joint, refused, skeleton_of
+from mismatch.stages.scan.cells import cells, columns, joint, refused
 from mismatch.stages.scan.prepared import Prepared
 from mismatch.stages.scan.sums import Sums
 from mismatch.stages.scan.sweep import Sweep
@@ -282,7 +283,7 @@ def test_a_mechanism_that_some_layers_of_a_family_cannot_hold(tiny):
     every = cells(columns(spec.templates("sliding_window(8, 1)"), ()), (0, 1, 2), layout)
     not_here = refused(every, skeleton_of(layout))
     assert [cell.layer for cell in not_here] == [0, 2]
-    prepared = Prepared((), every, not_here, (), {}, None, None, None, None, 3)
+    prepared = Prepared((), every, not_here, (), {}, None, None, None, 3)
     assert prepared.notes() == [
         "sliding_window(window=8, sinks=1) is not applicable in layers 0, 2: attn: this attention has its own window "
         "of 16 tokens, and its cache drops what lies behind: sinks cannot be kept"

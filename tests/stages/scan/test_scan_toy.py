@@ -18,7 +18,7 @@ SMALL = {"tokens": 256, "seq_len": 64, "samples": 3, "length": 120, "calibration
 
 @pytest.fixture(scope="module")
 def texts():
-    return {"data": documents(4), "calibration": documents(3, seed=1)}
+    return {"data": documents(4), "calibration_data": documents(3, seed=1)}
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +93,7 @@ def test_the_result(scanned):
 def test_what_the_model_cannot_be_asked(toy, texts):
     model = (toy.model, toy.tokenizer)
     given = {**texts, **SMALL, "length": 256}
-    left = mismatch.scan(model, "zero", layers="3", **given)
+    left = mismatch.scan(model, "zero", among="3", **given)
     note = (
         "passkey is left out: a passkey prompt of 256 tokens is longer than the context of a loaded "
         "model: 128 tokens"
@@ -108,7 +108,7 @@ def test_what_the_model_cannot_be_asked(toy, texts):
     with pytest.raises(UsageError, match="--seq-len 200 is longer than the context of"):
         mismatch.scan(model, "zero", **{**given, "seq_len": 200})
     with pytest.raises(SpecError, match="layer 4 does not exist: the model has 4 layers"):
-        mismatch.scan(model, "zero", layers="0-4", **given)
+        mismatch.scan(model, "zero", among="0-4", **given)
 
 
 def test_the_command_writes_a_run_with_its_atlas(toy_folder, tmp_path, capsys):

@@ -7,7 +7,7 @@ import signal
 
 import pytest
 from measured import cut
-from test_ranks import finished, start
+from processes import finished, start
 from wonderland import documents, jsonl
 
 from mismatch import cli, spec
@@ -152,9 +152,9 @@ def command(folder, model, *more):
     calibration = jsonl(folder / "calibration.jsonl", documents(3, seed=1))
     return [
         *("scan", "--model", str(model), "--swap", "infini(segment=16); mean", "--device", "cpu"),
-        *("--data", str(held_out), "--calibration", str(calibration), "--calibration-tokens", "256"),
+        *("--data", str(held_out), "--calibration-data", str(calibration), "--calibration-tokens", "256"),
         *("--tokens", "384", "--seq-len", "64", "--batch-size", "2", "--samples", "2", "--quiet"),
-        *("--layers", "1-3", *more),
+        *("--among", "1-3", *more),
     ]  # fmt: skip
 
 
@@ -162,7 +162,7 @@ def command(folder, model, *more):
 def uninterrupted(tmp_path_factory, toy_folder):
     folder = tmp_path_factory.mktemp("whole")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("mismatch.stages.scan.stage.write_html", lambda path: None)
+        patch.setattr("mismatch.stages.runner.write_html", lambda path: None)
         assert cli.main(command(folder, toy_folder, "--output", str(folder / "run"))) == 0
     return folder, (folder / "run" / "metrics.parquet").read_bytes()
 
@@ -172,7 +172,7 @@ def test_the_command_is_stopped_and_goes_on(
 ):
     folder, all_bytes = uninterrupted
     run = tmp_path / "run"
-    monkeypatch.setattr("mismatch.stages.scan.stage.write_html", lambda path: None)
+    monkeypatch.setattr("mismatch.stages.runner.write_html", lambda path: None)
     real, calls = loop.Sweep.run, []
 
     def stopped(self, *args, **kwargs):
@@ -192,8 +192,8 @@ def test_the_command_is_stopped_and_goes_on(
     assert (manifest["status"], manifest["kind"]) == ("interrupted", "scan")
     assert json.loads((run / "state" / "state.json").read_text())["info"]["next"] == [0, 1, 1]
     # Other settings are refused before anything is loaded, and so is another command.
-    assert cli.main(["scan", "--resume", str(run), "--layers", "0-3"]) == 2
-    assert "  layers: '1-3' then, '0-3' now" in capsys.readouterr().err
+    assert cli.main(["scan", "--resume", str(run), "--among", "0-3"]) == 2
+    assert "  among: '1-3' then, '0-3' now" in capsys.readouterr().err
     assert cli.main(["trace", "--resume", str(run)]) == 2
     assert capsys.readouterr().err == (
         f"error: the run in {run} was made by `mismatch scan`\n\nhint: mismatch scan --resume {run}\n"
@@ -207,8 +207,7 @@ def test_the_command_is_stopped_and_goes_on(
 def test_two_processes_write_the_bytes_of_one(uninterrupted, toy_folder, tmp_path):
     folder, all_bytes = uninterrupted
     run = tmp_path / "two"
-    before = "from mismatch.stages.scan import job as scans\nscans.write_html = lambda path: None"
-    done = finished(start(command(folder, toy_folder, "--output", str(run)), before))
+    done = finished(start(command(folder, toy_folder, "--output", str(run))))
     assert [code for code, _, _ in done] == [0, 0], done
     assert done[0][1].splitlines()[-1] == str(run)
     assert done[1][1] == ""
@@ -228,11 +227,9 @@ def alone_layers(folder):
 def test_more_processes_than_cells(toy_folder, tmp_path, monkeypatch, capsys):
     from contextlib import nullcontext
 
-    monkeypatch.setattr(
-        "mismatch.stages.scan.start.joined", lambda device: nullcontext(Ranks(0, 9))
-    )
+    monkeypatch.setattr("mismatch.stages.runner.joined", lambda device: nullcontext(Ranks(0, 9)))
     assert (
-        cli.main(command(tmp_path, toy_folder, "--layers", "1", "--output", str(tmp_path / "r")))
+        cli.main(command(tmp_path, toy_folder, "--among", "1", "--output", str(tmp_path / "r")))
         == 2
     )
     assert capsys.readouterr().err == (

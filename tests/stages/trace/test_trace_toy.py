@@ -14,6 +14,7 @@ from mismatch import cli, config
 from mismatch.errors import DataError, NumericsError, OutputError, UsageError
 from mismatch.runs.folder import load_run
 from mismatch.runs.table import COLUMNS
+from mismatch.stages.trace.config import TraceConfig
 
 TEXTS = documents(4)
 SMALL = {"tokens": 256, "seq_len": 64, "batch_size": 2}
@@ -37,16 +38,21 @@ def shift(result, student="swap"):
 
 def test_both_texts_may_be_strings_and_must_differ(teacher):
     result = mismatch.trace(
-        teacher, swap="layer2:mean", data=TEXTS[:2], calibration=TEXTS[2:], controls=(), **SMALL
+        teacher,
+        swap="layer2:mean",
+        data=TEXTS[:2],
+        calibration_data=TEXTS[2:],
+        controls=(),
+        **SMALL,
     )
     assert shift(result) > 0.01
-    assert result.run.config["calibration"] == "given texts"
+    assert result.run.config["calibration_data"] == "given texts"
     with pytest.raises(DataError, match="share 1 document"):
         mismatch.trace(
             teacher,
             swap="layer2:mean",
             data=TEXTS[:2],
-            calibration=TEXTS[1:3],
+            calibration_data=TEXTS[1:3],
             controls=(),
             **SMALL,
         )
@@ -94,7 +100,7 @@ def test_a_student_of_another_teacher_is_refused(teacher, tiny, toy):
 
 
 def test_calibration_is_read_only_when_something_calibrates(teacher):
-    given = {"data": TEXTS, "calibration": "no_such_text", **SMALL}
+    given = {"data": TEXTS, "calibration_data": "no_such_text", **SMALL}
     assert shift(mismatch.trace(teacher, swap="layer2:zero", controls=("skip",), **given)) > 0
     for settings in (
         {"swap": "layer2:zero", "controls": ("mean",)},
@@ -175,15 +181,15 @@ def test_command_line(toy_folder, tmp_path, capsys, monkeypatch):
     found = load_run(run)
     assert set(found.table["student"]) == {"swap", "zero", "mean", "floor"}
     assert found.manifest["status"] == "done"
-    assert found.manifest["text"]["tokens"] == 768
+    assert found.manifest["texts"]["evaluation"]["tokens"] == 768
     assert not (run / "state").exists()
     # config.yaml repeats the run, to the byte, in a folder of another name.
     assert "output" not in yaml.safe_load((run / "config.yaml").read_text())
     again = tmp_path / "again"
     monkeypatch.setattr(
-        "mismatch.stages.trace.stage.write_html", lambda path: None
+        "mismatch.stages.runner.write_html", lambda path: None
     )  # its figures take seconds
-    assert config.load(run / "config.yaml").swap == ("layer2:infini(segment=16)",)
+    assert config.load(TraceConfig, run / "config.yaml").swap == ("layer2:infini(segment=16)",)
     assert (
         cli.main(["trace", "--config", str(run / "config.yaml"), "--output", str(again), "-q"]) == 0
     )

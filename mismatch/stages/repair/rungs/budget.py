@@ -54,7 +54,7 @@ class Pace:
 
     def share(self, name: str) -> float:
         """Seconds that a rung may spend: its part of the time that is left, among the rungs from it on."""
-        coming = self.config.rungs[self.config.rungs.index(name) :]
+        coming = self.config.stages[self.config.stages.index(name) :]
         return self.left() * WEIGHTS[name] / sum(WEIGHTS[rung] for rung in coming)
 
 

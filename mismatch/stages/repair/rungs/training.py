@@ -356,5 +356,5 @@ def no_room(when: str) -> MismatchError:
     """Nothing is left to halve."""
     return MismatchError(
         f"out of memory {when}, with one window a batch",
-        hint="take a smaller --seq-len, --dtype bfloat16, or leave out the dearest --rungs",
+        hint="take a smaller --seq-len, --dtype bfloat16, or leave out the dearest --stages",
     )

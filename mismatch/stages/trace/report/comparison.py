@@ -66,7 +66,7 @@ def _same_data(runs: Sequence[Run]) -> bool:
 
 def _text(run: Run) -> str:
     """The fingerprint of the text that a run saw; its own id where it has none."""
-    return str(run.manifest.get("fingerprints", {}).get("text", run.run_id))
+    return str(run.manifest.get("fingerprints", {}).get("evaluation", run.run_id))
 
 
 def letter(index: int) -> str:

@@ -1,0 +1,137 @@
+"""The inputs of the probes, made before a model is there, and the rows of their answers.
+
+What cannot be asked (a prompt longer than the context, a key that does not tokenise, too little text) is refused here.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from mismatch import registry
+from mismatch.config import SwapConfig, fields
+from mismatch.probes import PROBES, load_probe
+from mismatch.probes.base import Probe, Setting, Subject, rows
+from mismatch.probes.inputs import plain_tokens
+from mismatch.stages.opening import Opened
+from mismatch.stages.probe.config import ProbeConfig
+from mismatch.stages.trace.config import TraceConfig
+from mismatch.surgery.operate import Student
+from mismatch.surgery.students import Teacher
+from mismatch.texts.windows import Windows, prefix_ids
+
+LIGHT = 4
+"""Samples of the probes behind a trace: inputs that take seconds, not minutes."""
+
+
+@dataclass(frozen=True)
+class Questions:
+    """What will be asked: what the probes share, and the probes by name, in the order in which they run."""
+
+    setting: Setting
+    probes: dict[str, Probe]
+
+
+def chosen(config: ProbeConfig) -> tuple[str, ...]:
+    """The probes to run, in the order of the table; those of other packages behind them."""
+    names = config.probes or registry.probes().names()
+    order = list(PROBES)
+    return tuple(sorted(names, key=lambda n: order.index(n) if n in order else len(order)))
+
+
+def needs_text(config: ProbeConfig) -> bool:
+    """Whether a probe among those chosen reads evaluation text."""
+    cards = (registry.probes().card(name) for name in chosen(config))
+    return any(card.facts["needs"] == "text" for card in cards)
+
+
+def questions(config: ProbeConfig, opened: Opened[Any], cut: Windows | None) -> Questions:
+    """Make the inputs of every probe.
+
+    Args:
+        config: the settings of the probes.
+        opened: of the command that asks: its tokenizer and the model's config.
+        cut: windows of evaluation text; None when no probe needs any.
+
+    Raises:
+        MismatchError: what cannot be asked.
+    """
+    tokenizer, model_config = opened.tokenizer, opened.model_config
+    setting = Setting(
+        words=plain_tokens(model_config.vocab_size, tokenizer),
+        text=np.zeros((0, config.seq_len), np.int64) if cut is None else cut.ids,
+        docs=np.zeros(0, np.int64) if cut is None else cut.doc,
+        tokenizer=tokenizer,
+        opening=() if tokenizer is None else prefix_ids(tokenizer),
+        bos=getattr(tokenizer, "bos_token_id", None),
+        context=getattr(model_config, "max_position_embeddings", None),
+        model=config.model,
+        samples=config.samples,
+        batch_size=config.batch_size,
+        lengths=config.prompt_lengths,
+        depths=config.prompt_depths,
+        travel=None
+        if config.planned_gate_lr is None
+        else config.planned_gate_lr * config.planned_gate_steps / 2,
+        seed=config.seed,
+    )
+    return Questions(setting, {name: load_probe(name)(setting) for name in chosen(config)})
+
+
+def light(config: Any, probes: Sequence[str], **settings: Any) -> ProbeConfig:
+    """Settings of probes that another command asks beside its own work.
+
+    Args:
+        config: of that command.
+        probes: to ask.
+        settings: of the probes, in place of the usual ones.
+    """
+    shared = {name: getattr(config, name) for name in fields(SwapConfig)}
+    usual = fields(ProbeConfig)["seq_len"].default
+    shared |= {
+        "output": None,
+        "run_name": None,
+        "seq_len": max(min(config.seq_len, usual), 32),
+    }
+    return ProbeConfig(**shared | settings, probes=tuple(probes))
+
+
+def questions_behind(opened: Opened[TraceConfig]) -> Questions | None:
+    """What a trace asks behind its own measurements; None: nothing.
+
+    Raises:
+        MismatchError: what cannot be asked.
+    """
+    if not opened.config.probes:
+        return None
+    own = light(opened.config, opened.config.probes, samples=LIGHT, lengths=("256",))
+    held_out = opened.texts["evaluation"].documents
+    cut = (
+        opened.cut("evaluation of probes", held_out, own.tokens, seq_len=own.seq_len)
+        if needs_text(own)
+        else None
+    )
+    return questions(own, opened, cut)
+
+
+def answers(
+    asked: Questions, teacher: Teacher, students: Sequence[Student], progress: bool = False
+) -> tuple[list[dict[str, Any]], dict[str, float]]:
+    """The rows of every probe, without run id, and the seconds that each took."""
+    subjects = [Subject.teacher(teacher.layout), *map(Subject.of, students)]
+    swapped = {subject.name: subject.swapped for subject in subjects}
+    found: list[dict[str, Any]] = []
+    seconds: dict[str, float] = {}
+    with tqdm(asked.probes.items(), file=sys.stderr, disable=None if progress else True) as bar:
+        for name, probe in bar:
+            bar.set_description(name)
+            begun = time.monotonic()
+            found += rows(name, probe.run(subjects), swapped, asked.setting.seed)
+            seconds[name] = round(time.monotonic() - begun, 1)
+    return found, seconds

@@ -1,0 +1,60 @@
+"""What the stages about one swap share: its plan in plan.json, what to know before believing numbers, its texts."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from typing import Any
+
+from mismatch import registry, spec
+from mismatch.mechanisms.parts.user_module import configured
+from mismatch.stages.opening import Opened
+from mismatch.surgery.operate import Plan
+from mismatch.texts.documents import Documents
+from mismatch.texts.windows import Windows
+
+
+def plan_dict(plan: Plan, warned: Iterable[str] = ()) -> dict[str, Any]:
+    """The content of plan.json."""
+    clauses = [dataclasses.asdict(clause) for clause in plan.clauses]
+    return {"spec": plan.spec, "clauses": clauses, "warnings": list(warned)}
+
+
+def plan_warnings(plan: Plan, seq_len: int) -> tuple[str, ...]:
+    """What the user should know before believing the numbers."""
+    found = []
+    for clause in plan.clauses:
+        arg = registry.mechanisms().card(clause.mechanism).arg("segment")
+        segment = clause.args.get("segment", None if arg is None else arg.default)
+        if segment is not None and segment >= seq_len:
+            found.append(
+                f"layer {clause.layer}: one segment of {segment} tokens holds the whole window of {seq_len}, so the "
+                "memory is never read; take a smaller segment or a longer --seq-len"
+            )
+    return tuple(found)
+
+
+def calibrates(clauses: Iterable[spec.Clause], controls: Iterable[str] = ()) -> bool:
+    """Whether anything in a swap, or a control, sets itself from calibration text."""
+    calls = [call for clause in clauses for call in clause.call.nested()]
+    calls += [spec.Call(control) for control in controls]
+    found = (configured(call) for call in calls)
+    return any(cls.calibrator(config) is not None for cls, config in found)
+
+
+def swap_texts(opened: Opened[Any]) -> tuple[Windows | None, Documents]:
+    """Calibration windows and evaluation documents of a swap and its controls; None: none of them calibrates.
+
+    Raises:
+        DataError: text that is missing, unreadable, empty, too short, or in both.
+    """
+    wanted = swap_calibrates(opened)
+    calibration, held_out = opened.apart(calibrates=wanted)
+    return opened.calibration(calibration) if wanted else None, held_out
+
+
+def swap_calibrates(opened: Opened[Any]) -> bool:
+    """Whether the swap of a command or one of its controls sets itself from calibration text."""
+    # The swap of a student exists already; only the controls may still calibrate.
+    clauses = () if opened.student is not None else spec.check(opened.swap_config.swap_spec).clauses
+    return calibrates(clauses, opened.config.controls)

@@ -1,0 +1,49 @@
+"""Commands in two processes at once."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def start(words: list[str], before: str = "") -> list[subprocess.Popen]:
+    """Two processes as torchrun starts them, without its own seconds; `before` is code that each runs first."""
+    code = (
+        "import sys\nfrom mismatch import cli\nfrom mismatch.stages import runner\n"
+        f"runner.write_html = lambda path: None\n{before}\nsys.exit(cli.main(sys.argv[1:]))"
+    )
+    port = str(free_port())
+    return [
+        subprocess.Popen(
+            [sys.executable, "-c", code, *words],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={
+                **os.environ,
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": "2",
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": port,
+            },
+        )
+        for rank in range(2)
+    ]
+
+
+def finished(processes: list[subprocess.Popen]) -> list[tuple[int, str, str]]:
+    try:
+        said = [process.communicate(timeout=90) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [(p.returncode, out, err) for p, (out, err) in zip(processes, said, strict=True)]
