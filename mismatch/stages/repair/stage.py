@@ -16,6 +16,7 @@ import torch
 
 from mismatch import spec
 from mismatch.forward.heldout import Evaluated, HeldOut
+from mismatch.runs.stopping import polite
 from mismatch.stages.base import Outcome, Stage
 from mismatch.stages.opening import Opened
 from mismatch.stages.probe.questions import Questions
@@ -42,7 +43,6 @@ from mismatch.stages.repair.trainable import learner
 from mismatch.stages.repair.trained_controls import SameSteps
 from mismatch.stages.repair.training_text import learn_from
 from mismatch.stages.swapped import calibrates, plan_dict, plan_warnings
-from mismatch.stages.trace.batches import polite
 from mismatch.surgery.operate import Student
 from mismatch.surgery.students import students_of
 from mismatch.texts.windows import Windows

@@ -20,11 +20,11 @@ from mismatch.forward.hooks import on_device
 from mismatch.forward.verify import TOKENS, prove_student
 from mismatch.runs.ranks import ALONE, Ranks
 from mismatch.runs.state import State
+from mismatch.runs.stopping import polite
 from mismatch.stages.scan.cells import Cell
 from mismatch.stages.scan.sums import Sums
 from mismatch.stages.scan.sweep import Sweep
 from mismatch.stages.scan.tasks import Task
-from mismatch.stages.trace.batches import polite
 from mismatch.surgery.operate import holding
 
 SAVE_EVERY = 20.0

@@ -6,7 +6,6 @@ borders, so a run that was killed goes on from the last border and ends with the
 
 from __future__ import annotations
 
-import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,6 +21,7 @@ from mismatch.models.layout import Layout
 from mismatch.runs.kept_pages import kept_pages
 from mismatch.runs.ranks import ALONE, Ranks
 from mismatch.runs.state import State
+from mismatch.runs.stopping import polite
 from mismatch.runs.table import FLOOR
 from mismatch.stages.trace.meters import Collector
 from mismatch.surgery.operate import Student
@@ -149,25 +149,3 @@ def _naming(index: int, numbers: range) -> Iterator[None]:
     except NumericsError as error:
         where = f"first in batch {index}, windows {numbers[0]}-{numbers[-1]}"
         raise NumericsError(f"{error.message} ({where})", hint=error.hint) from error
-
-
-@contextmanager
-def polite() -> Iterator[Callable[[], bool]]:
-    """Ctrl-C and SIGTERM ask to stop at the next batch border; a second one stops at once."""
-    asked = False
-
-    def ask(_number: int, _frame: Any) -> None:
-        nonlocal asked
-        if asked:
-            raise KeyboardInterrupt
-        asked = True
-
-    try:
-        before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # not the main thread: signals are somebody else's
-        before = {}
-    try:
-        yield lambda: asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
