@@ -52,7 +52,8 @@ def join(parts: Iterable[Any], by: str = "\n") -> Html:
 def reading(value: float | None, lo: float = math.nan, hi: float = math.nan) -> Cell:
     """`0.0612 [0.0551, 0.0670]`, sorted by its value."""
     number = math.nan if value is None else float(value)
-    return Cell(style.interval(number, lo, hi), number)
+    text, _, band = style.interval(number, lo, hi).partition(" ")
+    return Cell(join([text, tag("span", band, class_="band")], " ") if band else text, number)
 
 
 def whole(n: int) -> Cell:

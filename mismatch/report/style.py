@@ -189,22 +189,18 @@ def spread(heights: Sequence[float], gap: float) -> list[float]:
 
 
 def label_ends(ax: Axes, ends: Sequence[tuple[float, float, str, str]]) -> None:
-    """Write names at the right ends of lines. Each end is (x, y, text, colour), in data units."""
+    """Write names right of the axes at the heights where lines end. Each end is (x, y, text, colour), in data units."""
     figure_of(ax).draw_without_rendering()  # the layout must stand before places are measured
-    transform = ax.transData
-    points = [transform.transform((x, y)) for x, y, _, _ in ends]
-    gap = 9 * ax.figure.dpi / 72
-    right = ax.transAxes.transform((1, 0))[0]
-    for (x, y, text, colour), point, height in zip(
-        ends, points, spread([p[1] for p in points], gap), strict=True
+    places = [float(ax.transData.transform((x, y))[1]) for x, y, _, _ in ends]
+    dot = ax.figure.dpi / 72
+    for (_, y, text, colour), place, height in zip(
+        ends, places, spread(places, 9 * dot), strict=True
     ):
         ax.annotate(
             text,
-            (x, y),
-            xytext=(
-                (right - point[0]) * 72 / ax.figure.dpi + 5,
-                (height - point[1]) * 72 / ax.figure.dpi,
-            ),
+            (1, y),
+            xycoords=("axes fraction", "data"),
+            xytext=(5, (height - place) / dot),
             textcoords="offset points",
             color=colour,
             va="center",

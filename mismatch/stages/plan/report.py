@@ -13,7 +13,7 @@ from mismatch.report.page import Html, grid, join, reading, tag
 from mismatch.report.sections import Section, verdict
 from mismatch.runs.folder import Run
 from mismatch.stages.plan.figure import plan_data, plan_figure
-from mismatch.stages.plan.words import next_command, outcomes
+from mismatch.stages.plan.words import Outcome, next_command, outcomes
 from mismatch.stages.scan.words import can_do, teacher_words
 
 FIGURES = (
@@ -60,31 +60,42 @@ def _verdict(table: pd.DataFrame, plan: Mapping[str, Any]) -> str:
 
 
 def costs(table: pd.DataFrame, plan: Mapping[str, Any]) -> Html:
-    """A row for each task: predicted, measured, the difference, the controls; larger is worse."""
+    """A row for each task: predicted, measured, the difference, the controls; larger is worse. Then what follows."""
     found = outcomes(table)
     controls = list(dict.fromkeys(name for one in found for name in one.controls))
     rows = [
         (
-            f"{one.panel.title}, {one.panel.unit}",
-            reading(*one.added),
-            reading(*one.together),
-            reading(*one.rest),
-            *(reading(*one.controls[c]) if c in one.controls else "" for c in controls),
-            one.verdict,
+            f"{_task(one)}, {one.panel.unit}",
+            *(reading(*one.added), reading(*one.together), reading(*one.rest)),
+            *(reading(*one.controls[c]) if c in one.controls else "-" for c in controls),
         )
         for one in found
     ]
-    unable = [
-        tag("p", f"{one.panel.title}{teacher_words(table, one.panel)}: the teacher itself cannot do this, and nothing "
-            "follows from these numbers.", class_="warning")
-        for one in found
-        if not can_do(table, one.panel.task, plan)
-    ]  # fmt: skip
-    heads = (
-        *("task", "predicted: one at a time, added up", "measured: together"),
-        *("measured − predicted", *(f"{name} in the same layers" for name in controls), "so"),
+    words = (
+        "Predicted: each layer alone, added up. Measured: all of them together. Larger is worse."
     )
-    return join([grid(heads, rows, numbers=range(1, len(heads) - 1)), *unable])
+    heads = (
+        "task",
+        "predicted",
+        "measured",
+        "measured − predicted",
+        *(f"{c} there" for c in controls),
+    )
+    follows = [tag("p", _follows(table, plan, one)) for one in found if one.verdict]
+    return join([tag("p", words), grid(heads, rows, numbers=range(1, len(heads))), *follows])
+
+
+def _task(one: Outcome) -> str:
+    return one.panel.title.partition(":")[0]
+
+
+def _follows(table: pd.DataFrame, plan: Mapping[str, Any], one: Outcome) -> str:
+    if can_do(table, one.panel.task, plan):
+        return f"{_task(one)}: {one.verdict}."
+    return (
+        f"{_task(one)}: nothing follows, for the teacher itself cannot do this"
+        f"{teacher_words(table, one.panel)}."
+    )
 
 
 def chosen_by(plan: Mapping[str, Any]) -> Html:
