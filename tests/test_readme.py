@@ -20,8 +20,8 @@ TOY = {
     '"smollm2"': '"glassllm"',
     "layer12:": "layer2:",
     "tokens=8192": "tokens=512, seq_len=128",
-    "max_minutes=10": "max_minutes=0.2, seq_len=128, rungs=('closed-form',), tokens=2048, judged=512, "
-    "looked=256, traced=0, written=0, probes=(), controls=()",
+    "max_minutes=10": "max_minutes=0.2, seq_len=128, stages=('closed-form',), train_tokens=2048, tokens=512, "
+    "val_tokens=256, trace_tokens=0, self_generated=0, probes=(), controls=()",
 }
 """What the README runs on a real model, made small enough for a test."""
 

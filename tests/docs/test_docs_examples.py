@@ -7,13 +7,24 @@ import sys
 import types
 
 import pytest
-from docs_pages import blocks
+from docs_pages import blocks, command_lines
 
 import mismatch
 from mismatch import spec
-from mismatch.registry import mechanisms, metrics
+from mismatch.cli import main, parser
+from mismatch.registry import mechanisms, metrics, stages
 
 SWAP = re.compile(r"^\| `((?:layer|norms|all)[^`]+)` \|", re.M)
+
+
+def test_every_command_is_understood(written):
+    lines = [(page, words) for page, text in written.items() for words in command_lines(text)]
+    assert len(lines) > 12
+    for page, words in lines:
+        try:
+            parser.read(words)
+        except mismatch.errors.MismatchError as error:
+            pytest.fail(f"{page}: mismatch {' '.join(words)}: {error}")
 
 
 def test_every_swap_of_the_table_is_valid(written):
@@ -60,3 +71,18 @@ def test_the_metric_of_the_guide_works(written, monkeypatch, toy_folder):
     found = table.query("student == 'swap' and mode == 'free' and site == 'resid_post'")
     assert found[found.layer < 2].value.eq(0).all()
     assert found[found.layer >= 2].value.gt(0).all()
+
+
+def test_the_stage_of_the_guide_works(written, monkeypatch, toy_folder, tmp_path, capsys):
+    (tmp_path / "guide_stage.py").write_text(
+        blocks(written["docs/guides/adding-a-stage.md"], "python")[0], encoding="utf-8"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    stages().add("perplexity", "guide_stage:Perplexity")
+    made = mismatch.perplexity(toy_folder, "layer2.attn:zero", tokens=256, seq_len=64)
+    flags = ["--tokens", "256", "--seq-len", "64", "--output", str(tmp_path / "run")]
+    swap = ["--model", str(toy_folder), "--swap", "layer2.attn:zero"]
+    assert main(["perplexity", *swap, *flags]) == 0
+    assert made.summary() in capsys.readouterr().out
+    for name in ("manifest.json", "report.html", "figures/perplexity.csv"):
+        assert (tmp_path / "run" / name).is_file()
