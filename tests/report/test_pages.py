@@ -13,6 +13,7 @@ import pytest
 import synthetic as s
 
 from mismatch.errors import RunError, UsageError
+from mismatch.report import quantity as q
 from mismatch.report.page import Html, tag
 from mismatch.report.words import columns, plan_lines
 from mismatch.runs.folder import RunFolder, load_run
@@ -244,3 +245,14 @@ def test_runs_have_letters(tmp_path, run_dir):
     assert set(together(runs[:2])["student"]) == {"A", "B", "floor"}
     other = load_run(make(tmp_path / "two", model="gpt2"))
     assert labels([runs[0], other])[1] == "B gpt2 layer12:infini(segment=256)"
+
+
+@pytest.mark.slow
+def test_a_page_of_a_deep_model_stays_small(tmp_path):
+    """80 layers, all swapped, three controls, 13 metrics along them: not all of them get a view."""
+    table = s.synthetic(80, swapped=tuple(range(80)), controls=("zero", "mean", "random"))
+    along = table[table["metric"] == "rel_l2"]
+    more = ("angle", "cosine", "gaussian_kl", "kurtosis", "massive", "mean_shift", "frechet")
+    copies = [along.assign(metric=m, stat=q.quantity(m).stat) for m in more]
+    path = make(tmp_path / "deep", pd.concat([table, *copies], ignore_index=True))
+    assert write_html(path, tmp_path / "deep.html").stat().st_size < 1_500_000
