@@ -252,7 +252,7 @@ def test_a_page_of_a_deep_model_stays_small(tmp_path):
     """80 layers, all swapped, three controls, 13 metrics along them: not all of them get a view."""
     table = s.synthetic(80, swapped=tuple(range(80)), controls=("zero", "mean", "random"))
     along = table[table["metric"] == "rel_l2"]
-    more = ("angle", "cosine", "gaussian_kl", "kurtosis", "massive", "mean_shift", "frechet")
+    more = ("angle", "cosine", "gaussian_kl", "kurtosis", "massive", "mean_shift", "update_size")
     copies = [along.assign(metric=m, stat=q.quantity(m).stat) for m in more]
     path = make(tmp_path / "deep", pd.concat([table, *copies], ignore_index=True))
     assert write_html(path, tmp_path / "deep.html").stat().st_size < 1_500_000
