@@ -3,17 +3,17 @@
     python analyses/benchmark_repair.py            about 13 minutes of CPU
     python analyses/benchmark_repair.py --quick    fewer tokens: a look, not a claim
 
-CPU time of one process and one thread, ways interleaved, median of the rounds. Per token that is learnt from:
+CPU time of one process and one thread, ways interleaved, median of the rounds. Per token that is trained on:
 
     layer   forward and backward of the swapped layer alone, all of its parameters, on inputs in memory: the unit
-    step    a whole step of the rung `local`: read from disk, layer, loss, backward, clipping, optimiser
-    store   the original's blocks up to the layer, inputs and targets to disk: paid once
-    write   a token that the original writes itself, as many side by side as in a repair with its defaults: paid once
-    field   a step as it is usually done: the whole original runs on the batch, logits included, and the layer learns
-            from its hooked input and output (LoLCATs, MOHAWK, RADLADS)
+    step    a whole step of the stage `local`: read from disk, layer, loss, backward, clipping, optimiser
+    store   the teacher's blocks up to the layer, inputs and targets to disk: paid once
+    write   a token sampled from the teacher, as many side by side as in a repair with its defaults: paid once
+    field   a step as it is usually done: the whole teacher runs on the batch, logits included, and the layer trains
+            on its hooked input and output (LoLCATs, MOHAWK, RADLADS)
 
-A repair that goes through its text E times and wrote a share W of it costs `(store + W write) / E + step` a token, the
-field's way `field`. Writing takes minutes, so only the first rounds write.
+A repair that goes through its text E times and sampled a share W of it costs `(store + W write) / E + step` a token,
+the field's way `field`. Sampling takes minutes, so only the first rounds sample.
 """
 
 from __future__ import annotations
@@ -36,28 +36,28 @@ from matplotlib.figure import Figure
 import mismatch
 from mismatch.runs import environment
 from mismatch.stages.repair.config import RepairConfig
-from mismatch.stages.repair.rungs.activation_store import Example, Store
-from mismatch.stages.repair.rungs.local import LocalLoss, groups
-from mismatch.stages.repair.rungs.loss import relative_error
-from mismatch.stages.repair.rungs.module_pair import own, parts_of, watch
-from mismatch.stages.repair.rungs.training import Trainer
+from mismatch.stages.repair.ladder_stages.activation_store import Example, Store
+from mismatch.stages.repair.ladder_stages.local import LocalLoss, groups
+from mismatch.stages.repair.ladder_stages.loss import relative_error
+from mismatch.stages.repair.ladder_stages.module_pair import own, pairs_of, watch
+from mismatch.stages.repair.ladder_stages.training import Trainer
 from mismatch.stages.repair.self_generated import Writer
 from mismatch.texts.documents import read
 from mismatch.texts.windows import windows
 
 SWAP = "layer12:infini(segment=64)"
 STEPS = 4  # timed together in a round
-WRITING = 2  # rounds that write
+WRITING = 2  # rounds that sample
 MOST = 1.2
 """A step over the layer's own forward and backward."""
 CHEAPER = 10
 """The field's way over the repair."""
 WORDS = {
     "layer": "the layer alone, forward and backward",
-    "step": "a step of the rung local",
-    "store": "the original up to the layer, once",
-    "write": "a token that the original writes, once",
-    "field": "the usual step: the whole original runs",
+    "step": "a step of the stage local",
+    "store": "the teacher up to the layer, once",
+    "write": "a token sampled from the teacher, once",
+    "field": "the usual step: the whole teacher runs",
 }
 HERE = Path(__file__).resolve().parent.parent / "figures" / "benchmark_repair"
 
@@ -87,7 +87,7 @@ def times(config: RepairConfig, rounds: int) -> dict[str, list[float]]:
     cut = windows(read("sotu"), teacher.tokenizer, seq_len, STEPS * seq_len, 0)
     batches = [torch.from_numpy(b.ids) for b in cut.batches(1)]
     student = mismatch.swap(teacher, *config.swap)
-    part = parts_of(layout, student)[0]
+    part = pairs_of(layout, student)[0]
     own(part.student, teacher.model)
     fresh = {clause.path: set(clause.new_parameters) for clause in student.plan.clauses}
     writer = Writer(teacher.model, teacher.tokenizer, seq_len, seed=config.seed)
@@ -118,15 +118,15 @@ def times(config: RepairConfig, rounds: int) -> dict[str, list[float]]:
                 found[way].append(1e3 * spent(run) / tokens)
             found["store"].append(1e3 * spent(filled[number + 2].fill) / tokens)
             if number < WRITING:
-                own_words = spent(lambda: writer.write(config.to_generate))
-                found["write"].append(1e3 * own_words / config.to_generate)
+                sampling = spent(lambda: writer.write(config.to_generate))
+                found["write"].append(1e3 * sampling / config.to_generate)
             said = ", ".join(f"{way} {values[-1]:.3f}" for way, values in found.items())
             print(f"round {number + 1}, CPU-ms a token: {said}", file=sys.stderr)
     return found
 
 
 class _Live:
-    """The field's loss: the whole original runs on the batch."""
+    """The field's loss: the whole teacher runs on the batch."""
 
     def __init__(self, layout: Any, part: Any, batches: list[torch.Tensor]) -> None:
         self.layout, self.part, self.batches = layout, part, batches
@@ -137,7 +137,7 @@ class _Live:
         x, y, call = watch(self.layout, [self.part.path], self.batches[index], last=last)[
             self.part.path
         ]
-        with torch.no_grad():  # the original is called as a model: its logits are made, and left
+        with torch.no_grad():  # the teacher is called as a model: its logits are made, and left
             seen["logits"] = self.layout.head(x)
         return relative_error(call(self.part.student, x), y)
 
@@ -195,7 +195,7 @@ def report(args: argparse.Namespace, found: dict[str, list[float]], config: Repa
         "medians": median,
         "step_over_layer": [float(r) for r in ratios],
         "epochs": epochs,
-        "written": config.self_generated,
+        "self_generated": config.self_generated,
         "field_over_repair": median["field"] / costs[config.self_generated][epochs],
         "field_over_repair_of_given_text": median["field"] / costs[0.0][epochs],
         "threads": 1,
@@ -216,13 +216,13 @@ def report(args: argparse.Namespace, found: dict[str, list[float]], config: Repa
                 else f" ({'holds' if ratio >= CHEAPER else 'does not hold'}: {CHEAPER})"
             )
             print(
-                f"field / repair, {e} times through the text, {share:.0%} written: {ratio:.1f}{word}"
+                f"field / repair, {e} times through the text, {share:.0%} self-generated: {ratio:.1f}{word}"
             )
 
 
-def _whole(median: dict[str, float], epochs: int, written: float) -> float:
+def _whole(median: dict[str, float], epochs: int, generated: float) -> float:
     """Of a repair, a token."""
-    return (median["store"] + written * median["write"]) / epochs + median["step"]
+    return (median["store"] + generated * median["write"]) / epochs + median["step"]
 
 
 def figure(median: dict[str, float], config: RepairConfig) -> Figure:
@@ -232,7 +232,7 @@ def figure(median: dict[str, float], config: RepairConfig) -> Figure:
         *((WORDS[way], median[way]) for way in ("layer", "step", "store", "write")),
         (f"the whole repair, {times_through}", _whole(median, config.epochs, 0.0)),
         (
-            f"the whole repair, {config.self_generated:.0%} of its text written",
+            f"the whole repair, {config.self_generated:.0%} of its text self-generated",
             _whole(median, config.epochs, config.self_generated),
         ),
         (WORDS["field"], median["field"]),

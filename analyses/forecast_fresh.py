@@ -1,10 +1,10 @@
-"""Repairs of swaps that the record of the forecast has not seen: what `mismatch repair` foretold, and what came.
+"""Repairs of swaps that the record of the forecast has not seen: what `mismatch repair` forecast, and what came.
 
     python analyses/forecast_fresh.py               about 6 minutes of CPU, one thread; goes on where it was stopped
 
 Layers between those of the record; mechanisms that it does not hold, and one that it holds, with another argument. As
-many tokens as in the record, on the same texts. A forecast is never made anew: each repair is kept as it was told and
-scored, in figures/forecast_score/fresh/. Writes fresh.csv there.
+many tokens as in the record, on the same texts. A forecast is never made anew: each repair is kept as it was forecast
+and scored, in figures/forecast_score/fresh/. Writes fresh.csv there.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import torch
 
 import mismatch
 from mismatch.runs.files import json_text
+from mismatch.runs.plan import as_json
 
 SWAPS = (
     "layer8:mamba2",
@@ -45,8 +46,8 @@ def main() -> None:
     missing = [swap for swap in SWAPS if not _file(output, swap).exists()]
     teacher = mismatch.load("smollm2") if missing else None
     for swap in missing:
-        climbed = mismatch.repair(teacher, swap, progress=True, **SETTINGS).climbed
-        kept = {"swap": swap, "forecast": climbed["forecast"], "rungs": climbed["rungs"]}
+        plan = as_json(mismatch.repair(teacher, swap, progress=True, **SETTINGS).plan)
+        kept = {"swap": swap, "forecast": plan["forecast"], "stages": plan["stages"]}
         _file(output, swap).write_text(json_text(kept))
     report(output)
 
@@ -72,14 +73,14 @@ def _file(folder: Path, swap: str) -> Path:
 
 
 def table(repairs: list[dict[str, Any]]) -> pd.DataFrame:
-    """swap, rung, forecast, lo, hi, measured, inside; a swap that was refused has no row."""
+    """swap, stage, forecast, lo, hi, measured, inside; a swap that was refused has no row."""
     rows = []
     for one in repairs:
-        for rung, told in one["forecast"]["rungs"].items():
+        for stage, told in one["forecast"]["stages"].items():
             numbers = {"lo": told["lo"], "hi": told["hi"], "measured": told["measured"]}
             rows.append(
-                {"swap": one["swap"], "rung": rung, "forecast": told["value"], **numbers,
-                 "inside": told["inside"]}
+                {"swap": one["swap"], "stage": stage, "forecast": told["value"], **numbers,
+                 "inside": told["lo"] <= told["measured"] <= told["hi"]}
             )  # fmt: skip
     return pd.DataFrame(rows)
 

@@ -1,11 +1,11 @@
-"""What is known of a swap before anything learns, and what each rung of repair then gave back: a row per swap.
+"""What is known of a swap before anything is trained, and what each stage of repair then recovered: a row per swap.
 
     python analyses/forecast_record.py              about 28 minutes of CPU, one thread; goes on where it was stopped
 
 Eight layers of SmolLM2 by five attention mechanisms. First the numbers of `before` and `controls` are read: what the
-swap and its controls cost on held-out text, and what the part does on the teacher's own input. Then the cell climbs the
-rungs closed-form and local, some also block, all on the same text with the same steps. Learnt from `sotu`, judged on
-`wiki`; the numbers of the part are read on other documents of it than those that are judged. Writes
+swap and its controls cost on held-out text, and what the module does on the teacher's own input. Then the cell runs the
+stages closed-form and local, some also block, all on the same text with the same steps. Trained on `sotu`, evaluated on
+`wiki`; the numbers of the module are read on other documents of it than those that are evaluated on. Writes
 figures/forecast_score/rows/; `forecast_score.py` says what they are worth.
 """
 
@@ -31,11 +31,11 @@ from mismatch.stages.opening import Opened
 from mismatch.stages.repair.config import RepairConfig
 from mismatch.stages.repair.forecast_readings import errors
 from mismatch.stages.repair.ladder import Ladder, Texts
-from mismatch.stages.repair.rungs import block_window_kl as stream
-from mismatch.stages.repair.rungs.activation_store import Store
-from mismatch.stages.repair.rungs.module_pair import Part, watch
+from mismatch.stages.repair.ladder_stages import block_window_kl as stream
+from mismatch.stages.repair.ladder_stages.activation_store import Store
+from mismatch.stages.repair.ladder_stages.module_pair import ModulePair, watch
 from mismatch.stages.repair.texts import RepairTexts, read_texts
-from mismatch.stages.repair.trainable import learner
+from mismatch.stages.repair.trainable import trainable
 
 LAYERS = (2, 10, 18, 26, 6, 14, 22, 12)
 """In the order in which they are run: stopped half-way, the record still spans the depth."""
@@ -47,9 +47,9 @@ MECHANISMS = {
     "gated_deltanet": "gated_deltanet",
 }
 CONTROLS = ("zero", "mean", "linear")
-RUNGS = ("closed-form", "local", "block")
+STAGES = ("closed-form", "local", "block")
 BLOCK_LAYERS = (2, 10, 18, 26)
-"""Whose cells climb to the rung block."""
+"""Whose cells run the stage block, too."""
 SIZES = {"train_tokens": 8192, "tokens": 2048, "val_tokens": 1024, "seq_len": 512, "epochs": 3}
 DRAWS = 4
 """Times that labels are drawn from the teacher's prediction, for `guess`."""
@@ -78,10 +78,10 @@ def main() -> None:
     rows = parser.parse_args().rows
     rows.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
-    climb_all(rows)
+    run_all(rows)
 
 
-def climb_all(rows: Path) -> None:
+def run_all(rows: Path) -> None:
     """Every cell that has no row yet."""
     cells = [(layer, name) for layer in LAYERS for name in MECHANISMS]
     missing = [cell for cell in cells if not _row(rows, *cell).exists()]
@@ -102,7 +102,7 @@ def _row(rows: Path, layer: int, name: str) -> Path:
 
 
 def prepared(folder: Path) -> Bench:
-    """One pass of the teacher over the text to learn from, one over what is looked at."""
+    """One pass of the teacher over the training text, one over the validation text."""
     teacher = mismatch.load("smollm2")
     config = _config("layer2:nope", ("closed-form", "local"))
     read = read_texts(Opened(config, teacher=teacher))
@@ -114,31 +114,31 @@ def prepared(folder: Path) -> Bench:
         "validation": cuts[1].fingerprint,
     }
     bench = Bench(teacher, config, read, Texts(*batches, key), folder)
-    places = []
+    modules = []
     for layer in LAYERS:
         path = teacher.layout.slot_path(layer, "attn")
         module = teacher.model.get_submodule(path)
-        places.append(Part(layer, "attn", path, module, module))
+        modules.append(ModulePair(layer, "attn", path, module, module))
         if layer in BLOCK_LAYERS:
-            places.append(stream.block(teacher.layout, layer))
+            modules.append(stream.block(teacher.layout, layer))
     for text, ids in zip(("train", "look"), batches, strict=True):
-        _store(bench, places, ids, text).fill()
+        _store(bench, modules, ids, text).fill()
     bench.slopes = slopes(teacher, bench.texts.look)
     return bench
 
 
-def _config(swap: str, rungs: tuple[str, ...]) -> RepairConfig:
+def _config(swap: str, stages: tuple[str, ...]) -> RepairConfig:
     return RepairConfig(
-        model="smollm2", swap=(swap,), stages=rungs, controls=(), max_minutes=None, min_gain=0.0,
+        model="smollm2", swap=(swap,), stages=stages, controls=(), max_minutes=None, min_gain=0.0,
         trace_tokens=0, probes=(), self_generated=0.0, **SIZES,
     )  # fmt: skip
 
 
-def _store(bench: Bench, places: list[Part], ids: Any, text: str) -> Store:
+def _store(bench: Bench, modules: list[ModulePair], ids: Any, text: str) -> Store:
     """As the ladder makes it, so that it finds what is stored."""
     return Store(
         bench.teacher.layout,
-        places,
+        modules,
         ids,
         folder=bench.folder,
         budget=4e9,
@@ -147,29 +147,31 @@ def _store(bench: Bench, places: list[Part], ids: Any, text: str) -> Store:
 
 
 def one_cell(bench: Bench, layer: int, name: str) -> dict[str, Any]:
-    """Numbers before training, then the climb."""
+    """Numbers before training, then the repair."""
     teacher, swap_text = bench.teacher, f"layer{layer}:{MECHANISMS[name]}"
     if layer not in bench.held_out:
         bench.held_out = {layer: HeldOut(teacher.layout, bench.read.evaluation, layer, 2)}
         bench.controls = {layer: controls(bench, layer)}
     held_out, known = bench.held_out[layer], dict(bench.controls[layer])
-    rungs = RUNGS if layer in BLOCK_LAYERS else RUNGS[:2]
-    config = _config(swap_text, rungs)
+    stages = STAGES if layer in BLOCK_LAYERS else STAGES[:2]
+    config = _config(swap_text, stages)
     swap = _swap(bench, swap_text)
-    mine = learner(teacher, config, swap, bench.read.documents)
+    mine = trainable(teacher, config, swap, bench.read.train)
     known |= before(bench, mine.parts[0])
     ladder = Ladder(
         config, teacher.layout, mine, held_out, bench.texts, folder=bench.folder, state=None,
         fingerprint={}, stopping=lambda: False, say=lambda line: print(line, file=sys.stderr),
     )  # fmt: skip
     ladder.begin()
-    climbed = ladder.climb()
-    found = {"layer": layer, "mechanism": name, "swap": swap_text, "kl": climbed[0].kl, **known}
+    ran = ladder.run()
+    found = {"layer": layer, "mechanism": name, "swap": swap_text, "kl": ran[0].kl, **known}
     closed = 0.0
-    for rung in climbed[1:]:
-        closed = rung.gap_closed if rung.kept else closed  # undone: what was there before it stands
-        found[f"closed {rung.name}"] = closed
-        found[f"seconds {rung.name}"] = rung.seconds
+    for stage in ran[1:]:
+        closed = (
+            stage.gap_closed if stage.kept else closed
+        )  # undone: what was there before it stands
+        found[f"closed {stage.name}"] = closed
+        found[f"seconds {stage.name}"] = stage.seconds
     return found
 
 
@@ -180,7 +182,7 @@ def _swap(bench: Bench, text: str) -> Any:
 
 
 def controls(bench: Bench, layer: int) -> dict[str, float]:
-    """KL of each control in this place, on the judged text."""
+    """KL of each control in this slot, on the evaluation text."""
     found = {}
     for control in CONTROLS:
         student = _swap(bench, f"layer{layer}.attn:{control}")
@@ -189,8 +191,8 @@ def controls(bench: Bench, layer: int) -> dict[str, float]:
 
 
 @torch.no_grad()
-def before(bench: Bench, part: Part) -> dict[str, float]:
-    """What the part does on the teacher's own input: errors, and medians over tokens behind the first."""
+def before(bench: Bench, part: ModulePair) -> dict[str, float]:
+    """What the module does on the teacher's own input: errors, and medians over tokens behind the first."""
     texts, layout = bench.texts, bench.teacher.layout
     found = errors(
         part, _store(bench, [part], texts.train, "train"), _store(bench, [part], texts.look, "look")

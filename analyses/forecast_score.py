@@ -1,9 +1,9 @@
-"""Which number that is known before training says what a swap will cost, and how much of it repair will give back?
+"""Which number that is known before training says what a swap will cost, and how much of it repair will recover?
 
     python analyses/forecast_record.py              the rows: half an hour of CPU
     python analyses/forecast_score.py               seconds
 
-Spearman's r of each number with the damage and with the gap that each rung closes, 95 % by resampling cells (cells of
+Spearman's r of each number with the damage and with the gap that each stage closes, 95 % by resampling cells (cells of
 one layer or one mechanism are alike, so these intervals are rather too narrow). Then
 `mismatch.stages.repair.forecast` is put to the test: every cell is forecast from a record that holds no cell of its
 layer, and again from one that holds none of its
@@ -34,11 +34,11 @@ from mismatch.stages.repair.forecast import MISS, NUMBERS, Swap, forecast
 ROOT = Path(__file__).resolve().parent.parent
 HERE = ROOT / "figures" / "forecast_score"
 RECORD = ROOT / "mismatch" / "stages" / "repair" / "forecast.csv"
-RUNGS = ("closed-form", "local", "block")
-OUTCOMES = {"kl": "damage", **{f"closed {rung}": f"closed by {rung}" for rung in RUNGS}}
+STAGES = ("closed-form", "local", "block")
+OUTCOMES = {"kl": "damage", **{f"closed {stage}": f"closed by {stage}" for stage in STAGES}}
 MODEL = {"model": "SmolLM2-135M", "n_layers": 30, "d_model": 576}
 SLOTS = {"nope": "rope"}
-"""Of mechanisms that stand in another place than attention."""
+"""Of mechanisms that stand in another slot than attention."""
 BEFORE = {
     "kl": "KL of the swap",
     "kl_zero": "KL of zero there",
@@ -109,7 +109,7 @@ def as_record(cells: pd.DataFrame) -> pd.DataFrame:
     """What the forecast reads: mechanisms as they stand in a swap, the numbers that a repair has, gaps."""
     sizes = {"tokens": 8192, "epochs": 3, "seq_len": 512}
     calls = cells["swap"].str.partition(":")[2]
-    kept = ["layer", *NUMBERS, *(f"closed {rung}" for rung in RUNGS)]
+    kept = ["layer", *NUMBERS, *(f"closed {stage}" for stage in STAGES)]
     slots = cells["mechanism"].map(lambda name: SLOTS.get(name, "attn"))
     found = cells[kept].assign(mechanism=calls, slot=slots, **MODEL, **sizes)
     return found[[*MODEL, "slot", *sizes, "layer", "mechanism", *kept[1:]]]
@@ -152,23 +152,23 @@ def spearman(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def scores(record: pd.DataFrame, by: str) -> pd.DataFrame:
-    """Every cell and rung, forecast from the record without its layer, or without its mechanism."""
+    """Every cell and stage, forecast from the record without its layer, or without its mechanism."""
     rows = []
     for left_out, held in record.groupby(by, sort=False):
         rest = record[record[by] != left_out]
         for cell in held.to_dict("records"):
             numbers = {name: cell[name] for name in NUMBERS}
-            place = (cell["slot"], 1, cell["n_layers"], cell["d_model"])
-            swap = Swap(cell["mechanism"], *place, numbers)
-            for rung in RUNGS:
-                measured = cell[f"closed {rung}"]
-                told = None if np.isnan(measured) else forecast(swap, rung, rest)
+            where = (cell["slot"], 1, cell["n_layers"], cell["d_model"])
+            swap = Swap(cell["mechanism"], *where, numbers)
+            for stage in STAGES:
+                measured = cell[f"closed {stage}"]
+                told = None if np.isnan(measured) else forecast(swap, stage, rest)
                 if told is None:
                     continue
-                gaps = rest[f"closed {rung}"]
+                gaps = rest[f"closed {stage}"]
                 rows.append(
                     {
-                        "left_out": by, "rung": rung, "layer": cell["layer"],
+                        "left_out": by, "stage": stage, "layer": cell["layer"],
                         "mechanism": cell["mechanism"].partition("(")[0], "forecast": told.value,
                         "lo": told.lo, "hi": told.hi, "measured": measured,
                         "inside": told.has(measured), "used": " + ".join(told.used) or "mean",
@@ -180,10 +180,10 @@ def scores(record: pd.DataFrame, by: str) -> pd.DataFrame:
 
 
 def summary(scored: pd.DataFrame) -> pd.DataFrame:
-    """left_out, rung, cells, error: mean absolute, of the forecast, of the mean and of the mechanism's own mean; what
+    """left_out, stage, cells, error: mean absolute, of the forecast, of the mean and of the mechanism's own mean; what
     the forecast saves against the mean, 95 % by resampling cells; coverage, mean width, the numbers used most."""
     rows = []
-    for (by, rung), mine in scored.groupby(["left_out", "rung"], sort=False):
+    for (by, stage), mine in scored.groupby(["left_out", "stage"], sort=False):
         errors, mean, own = (
             (mine[name] - mine["measured"]).abs().to_numpy()
             for name in ("forecast", "mean", "own_mean")
@@ -192,7 +192,7 @@ def summary(scored: pd.DataFrame) -> pd.DataFrame:
         saves_lo, saves_hi = np.quantile((mean - errors)[draws].mean(1), [0.025, 0.975])
         rows.append(
             {
-                "left_out": by, "rung": rung, "cells": len(mine), "error": errors.mean(),
+                "left_out": by, "stage": stage, "cells": len(mine), "error": errors.mean(),
                 "error_mean": mean.mean(), "error_own_mean": own.mean(),
                 "saves_lo": saves_lo, "saves_hi": saves_hi, "coverage": mine["inside"].mean(),
                 "width": (mine["hi"] - mine["lo"]).mean(), "used": mine["used"].mode()[0],
@@ -222,7 +222,7 @@ def verdict(known: pd.DataFrame, told: pd.DataFrame) -> str:
             else "no better than the mean beyond its interval"
         )  # fmt: skip
         lines.append(
-            f"A {row.left_out} left out, {row.rung}: error {100 * row.error:.0f} points against "
+            f"A {row.left_out} left out, {row.stage}: error {100 * row.error:.0f} points against "
             f"{100 * row.error_mean:.0f} of the mean ({word}), {100 * row.coverage:.0f} % of {row.cells} inside the "
             f"{100 * (1 - MISS):.0f} % interval."
         )
@@ -234,20 +234,20 @@ def verdict(known: pd.DataFrame, told: pd.DataFrame) -> str:
 
 @style.styled
 def draw(scored: pd.DataFrame, known: pd.DataFrame, told: pd.DataFrame) -> Figure:
-    """Forecast against measured for each rung, twice; beside it the rank correlations."""
+    """Forecast against measured for each stage, twice; beside it the rank correlations."""
     figure = style.new_figure(style.WIDTH, 4.1)
     left, right = figure.subfigures(1, 2, width_ratios=[1.72, 1])
     axes = left.subplots(2, 3, sharex=True, sharey=True)
     for line, by in zip(axes, ("layer", "mechanism"), strict=True):
-        for ax, rung in zip(line, RUNGS, strict=True):
-            _forecasts(ax, scored[(scored["left_out"] == by) & (scored["rung"] == rung)])
-            for one in told[(told["left_out"] == by) & (told["rung"] == rung)].itertuples():
+        for ax, stage in zip(line, STAGES, strict=True):
+            _forecasts(ax, scored[(scored["left_out"] == by) & (scored["stage"] == stage)])
+            for one in told[(told["left_out"] == by) & (told["stage"] == stage)].itertuples():
                 words = f"error {100 * one.error:.0f}, mean's {100 * one.error_mean:.0f}\n"
                 words += f"{100 * one.coverage:.0f} % of {one.cells} inside"
                 ax.text(-3, 108, words, fontsize=5.5, color=style.FAINT).set_in_layout(False)
         line[0].set_ylabel(f"measured gap closed, %\n({by} left out)", fontsize=7)
-    for ax, rung in zip(axes[0], RUNGS, strict=True):
-        ax.set_title(rung, fontweight="bold", pad=18)
+    for ax, stage in zip(axes[0], STAGES, strict=True):
+        ax.set_title(stage, fontweight="bold", pad=18)
     for ax in axes[1]:
         ax.set_xlabel("forecast, %", fontsize=7)
     _ranks(right.subplots(), known)
@@ -261,7 +261,7 @@ def draw(scored: pd.DataFrame, known: pd.DataFrame, told: pd.DataFrame) -> Figur
     )  # fmt: skip
     style.frame(
         figure,
-        "How much of the damage will repair give back? Forecast before, scored after",
+        "How much of the damage will repair recover? Forecast before, scored after",
         "SmolLM2-135M, attention of one layer replaced. Left: each mark is one swap, forecast from a record without "
         "its layer (above) or without its mechanism (below); bars: 90 % interval (CV+); dotted: forecast = measured. "
         "Above the panels: mean absolute error in points, that of the record's mean, share of swaps inside the "

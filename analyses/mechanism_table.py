@@ -152,10 +152,10 @@ def measured(args: argparse.Namespace) -> tuple[pd.DataFrame, dict]:
     made = columns(config.templates, ("zero",))
     whole = [joint(text, spec.check(spec.parse(text)), layout) for text in WHOLE]
     every = tuple(sorted([*cells(made, [args.layer], layout), *whole], key=lambda cell: cell.first))
-    learnt, held_out = calibration_and_evaluation(config.calibration_data, config.data)
+    set_from, held_out = calibration_and_evaluation(config.calibration_data, config.data)
     cut = windows(held_out, teacher.tokenizer, args.seq_len, args.tokens, config.seed)
     length, tokens = min(args.seq_len, args.calibration_tokens), args.calibration_tokens
-    calibration = windows(learnt, teacher.tokenizer, length, tokens, config.seed)
+    calibration = windows(set_from, teacher.tokenizer, length, tokens, config.seed)
     sweep = sweep_of(teacher, config, every, calibration)
     task = text_task(cut, config.scored, config.seed)
     with tqdm(total=len(every) * math.ceil(len(cut) / BATCH), unit="run") as bar:
@@ -167,7 +167,7 @@ def measured(args: argparse.Namespace) -> tuple[pd.DataFrame, dict]:
         )  # fmt: skip
     prove_restored(sweep)
     about = {
-        "model": teacher.info.name, "layer": args.layer, "text": held_out.source, "calibration": learnt.source,
+        "model": teacher.info.name, "layer": args.layer, "text": held_out.source, "calibration": set_from.source,
         "tokens": cut.tokens, "scored": sums.part(every[0], task, "kl").n, "seq_len": args.seq_len,
         "documents": cut.n_docs, "calibration_tokens": args.calibration_tokens, "seed": config.seed,
         "versions": environment.versions(),
@@ -209,7 +209,7 @@ def rows(
 
 
 def share(part: TokenSums, zero: TokenSums) -> tuple[float, float, float]:
-    """KL over the KL of deleting the part, with an interval: both from the same resampled documents."""
+    """KL over the KL of deleting the module, with an interval: both from the same resampled documents."""
     return part.per_document("kl").over(zero.per_document("kl"))[:3]
 
 

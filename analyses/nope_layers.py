@@ -7,7 +7,7 @@ beside the teacher's best previous-token head of that layer. What still carries 
 16 and 19, do they still know order (their prefix permuted), and can the position of a token still be read off their
 updates and off the stream (what can be read need not be used)? (2) RoPE removed from the k layers that cost copying
 most, or from all others: if a few layers carry position, the rest can do without. The layers are ranked on the scan's
-random tokens, and judged on others. 95 % intervals: documents, sequences, prompts.
+random tokens, and evaluated on others. 95 % intervals: documents, sequences, prompts.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ COUNTS = (1, 4, 16)
 """Of the layers that cost copying most."""
 SIZES = {"batch_size": 8, "controls": ()}
 SEED = 1
-"""Of the judging inputs; the scan's is 0."""
+"""Of the evaluation inputs; the scan's is 0."""
 TASKS = {"text": "nats per token", "induction": "nats per token", "passkey": "nats per key"}
 LOOKS = {"text": ("#222222", "o"), "induction": ("#d55e00", "s"), "passkey": ("#0072b2", "^")}
 FIGURES = Path(__file__).resolve().parent.parent / "figures"
@@ -253,8 +253,8 @@ def draw(where: pd.DataFrame, local: pd.DataFrame, together: pd.DataFrame) -> Fi
         figure,
         "RoPE taken from layers of smollm2: where it is missed, and what is left",
         "Top: one layer at a time. Left: order = relative change of the last token's update, prefix permuted; "
-        "position = R2 of a ridge regression. Right: the k layers that copying misses most in the top panel, judged on "
-        "other sequences. 95 % intervals.",
+        "position = R2 of a ridge regression. Right: the k layers that copying misses most in the top panel, evaluated "
+        "on other sequences. 95 % intervals.",
     )
     return figure
 

@@ -1,4 +1,4 @@
-"""Replacing a norm is easy, replacing an attention is hard. Is it, when both are judged against their controls?
+"""Replacing a norm is easy, replacing an attention is hard. Is it, when both are held against their controls?
 
     python analyses/norms_or_attention.py         about 8 minutes of CPU, one thread, behind scan_atlas.py and
                                                   update_size.py, whose cells on the same text it reads

@@ -1,17 +1,17 @@
-"""One layer replaced, several, all: does the damage add up, and does mending them one after the other scale?
+"""One layer replaced, several, all: does the damage add up, and does repairing them one after the other scale?
 
     python analyses/one_or_all.py                about 16 minutes of CPU, one thread; goes on where it was stopped
     python analyses/one_or_all.py --only infini  one mechanism's damage; --only repair  the repairs
     python analyses/one_or_all.py --draw         only the picture, from what is there
 
 Damage: Infini-attention, linear attention with and without a window, and no attention at all, in each of SmolLM2's 30
-layers alone and in 2, 4, 8, 16 evenly spaced layers (two sets of each size) and in all 30, one pass of the original for
+layers alone and in 2, 4, 8, 16 evenly spaced layers (two sets of each size) and in all 30, one pass of the teacher for
 all, the text and the predictions of `scan_atlas.py`. The number is KL together / sum of the KLs alone, both of the same
 documents, resampled together: 1 is additive. It is what errors that do not know of each other would give, because KL
 grows with the square of a small error; errors that point the same way give more, and where the prediction is lost
 already there is little left to lose.
-Repair: four layers with Infini-attention, each mended alone, then all of them in depth order (each on the stream of the
-student as mended so far), closed form and local, the same small text for each.
+Repair: four layers with Infini-attention, each repaired alone, then all of them in depth order (each on the stream of
+the student as repaired so far), closed form and local, the same small text for each.
 Writes figures/one_or_all/: KL per document of each mechanism, ratios.csv, repairs.csv, one_or_all.{json,png}.
 """
 
@@ -91,14 +91,14 @@ def main() -> None:
     found = pd.concat(
         [ratios(pd.read_csv(file)).assign(name=n) for n, file in files.items() if file.exists()]
     )
-    mended = pd.read_csv(repairs, dtype={"layers": str}) if repairs.exists() else pd.DataFrame()
+    repairs = pd.read_csv(repairs, dtype={"layers": str}) if repairs.exists() else pd.DataFrame()
     made = {
         "model": "smollm2", **SIZES, "sets": {k: sets(k) for k in NUMBERS}, "repair": REPAIR,
-        "verdict": [*verdict(found), *([] if mended.empty else [repair_verdict(mended)])],
+        "verdict": [*verdict(found), *([] if repairs.empty else [repair_verdict(repairs)])],
         "versions": environment.versions(),
     }  # fmt: skip
     found.to_csv(args.output / "ratios.csv", index=False)
-    (args.output / "one_or_all.png").write_bytes(style.to_bytes(draw(found, mended), "png"))
+    (args.output / "one_or_all.png").write_bytes(style.to_bytes(draw(found, repairs), "png"))
     (args.output / "one_or_all.json").write_text(json.dumps(made, indent=2) + "\n")
     print(found[found["layers"] == "pooled"].round(4).to_string(index=False))
     print("\n".join(made["verdict"]))
@@ -127,10 +127,10 @@ def documents(teacher: mismatch.api.Teacher, mechanism: str) -> pd.DataFrame:
         for text, layers in texts.items()
     }
     every = tuple(sorted(made, key=lambda cell: cell.first))
-    learnt, held_out = calibration_and_evaluation(config.calibration_data, config.data)
+    set_from, held_out = calibration_and_evaluation(config.calibration_data, config.data)
     cut = windows(held_out, teacher.tokenizer, config.seq_len, config.tokens, config.seed)
     length, tokens = min(config.seq_len, config.calibration_tokens), config.calibration_tokens
-    calibration = windows(learnt, teacher.tokenizer, length, tokens, config.seed)
+    calibration = windows(set_from, teacher.tokenizer, length, tokens, config.seed)
     task = text_task(cut, config.scored, config.seed)
     sweep = sweep_of(teacher, config, every, calibration)
     with tqdm(total=len(every), unit="run", desc=mechanism) as bar:
@@ -220,23 +220,23 @@ def repair(teacher: mismatch.api.Teacher, file: Path) -> None:
 
 def _repair(teacher: mismatch.api.Teacher, layers: tuple[int, ...], store: str) -> dict[str, Any]:
     started = time.process_time()
-    climbed = mismatch.repair(
+    plan = mismatch.repair(
         teacher, swap_of(layers, MECHANISMS["infini"][0]), stages=("closed-form", "local"), max_minutes=None,
         min_gain=0.0, trace_tokens=0, probes=(), controls=("zero",), activations_dir=store, progress=True, **REPAIR,
-    ).climbed  # fmt: skip
-    students = climbed["students"]
+    ).plan  # fmt: skip
+    students = plan.students
     row: dict[str, Any] = {}
     for name, student in (("before", "swap"), ("after", "repaired"), ("zero", "zero")):
-        row[name], row[f"{name}_lo"], row[f"{name}_hi"] = students[student]["kl"]
-    row["gap_closed"], row["gap_lo"], row["gap_hi"] = students["repaired"]["gap_closed"]
-    row["after_closed_form"] = climbed["rungs"][1]["kl"]
+        row[name], row[f"{name}_lo"], row[f"{name}_hi"] = students[student].kl
+    row["gap_closed"], row["gap_lo"], row["gap_hi"] = students["repaired"].gap_closed
+    row["after_closed_form"] = plan.stages[1].kl
     row["cpu_seconds"] = time.process_time() - started
     return row
 
 
-def alone(mended: pd.DataFrame) -> pd.Series:
+def alone(repairs: pd.DataFrame) -> pd.Series:
     """The single repairs added up. The ends of the gap are those of all layers at once: too wide, not too narrow."""
-    one = mended[mended["k"] == 1]
+    one = repairs[repairs["k"] == 1]
     total = one[["before", "after", "zero"]].sum()
     total["gap_closed"] = 1 - total["after"] / total["before"]
     for end in ("gap_lo", "gap_hi"):
@@ -244,12 +244,12 @@ def alone(mended: pd.DataFrame) -> pd.Series:
     return total
 
 
-def repair_verdict(mended: pd.DataFrame) -> str:
-    """Does mending several in turn close as much of the gap as mending each alone?"""
-    several = mended[mended["k"] > 1]
+def repair_verdict(repairs: pd.DataFrame) -> str:
+    """Does repairing several in turn close as much of the gap as repairing each alone?"""
+    several = repairs[repairs["k"] > 1]
     if several.empty:
         return "Sequential repair scales: not measured yet."
-    one, parts, words = alone(mended), [], set()
+    one, parts, words = alone(repairs), [], set()
     for row in several.itertuples():
         word = (
             "as much" if row.gap_lo <= one["gap_hi"] and row.gap_hi >= one["gap_lo"]
@@ -269,7 +269,7 @@ def repair_verdict(mended: pd.DataFrame) -> str:
     )
     return (
         f"Sequential repair scales to {several['k'].max()} layers: {answer}. Alone, summed over "
-        f"{(mended['k'] == 1).sum()}: "
+        f"{(repairs['k'] == 1).sum()}: "
         f"{one['before']:.3f} -> {one['after']:.3f} nats, {one['gap_closed']:.0%} "
         f"[{one['gap_lo']:.0%}, {one['gap_hi']:.0%}]; {'; '.join(parts)}."
     )
@@ -279,7 +279,7 @@ def repair_verdict(mended: pd.DataFrame) -> str:
 
 
 @style.styled
-def draw(found: pd.DataFrame, mended: pd.DataFrame) -> Figure:
+def draw(found: pd.DataFrame, repairs: pd.DataFrame) -> Figure:
     """KL together and summed, their ratio, and the repairs."""
     figure = style.new_figure(style.WIDTH, 3.1)
     left, middle, right = figure.subplots(1, 3)
@@ -322,27 +322,27 @@ def draw(found: pd.DataFrame, mended: pd.DataFrame) -> Figure:
     left.set_title("together (full), summed (dotted)", fontweight="bold")
     middle.set_title("together / sum of alone", fontweight="bold")
     middle.legend(frameon=False, fontsize=6.5, loc="upper left", handles=left.get_lines()[::2])
-    _repairs(right, mended)
+    _repairs(right, repairs)
     style.frame(
         figure,
         "One layer replaced, several, all: does damage add up, does repair? (smollm2)",
         "Left and middle: evenly spaced layers, two sets of each size (rings in the middle) pooled (marks); bars: 95 % "
         "over 8 documents, together and alone resampled alike (few: too narrow). Right: Infini-attention in layers "
-        f"{', '.join(map(str, REPAIRED))}, mended alone and in depth order; below: what is closed of the gap. "
+        f"{', '.join(map(str, REPAIRED))}, repaired alone and in depth order; below: what is closed of the gap. "
         "The sum has no interval of its own.",
     )
     return figure
 
 
-def _repairs(ax: Axes, mended: pd.DataFrame) -> None:
+def _repairs(ax: Axes, repairs: pd.DataFrame) -> None:
     """Before and after of each layer alone, of their sum, and of sets together."""
     ax.set_title("Infini-attention, repaired", fontweight="bold")
-    if mended.empty:
+    if repairs.empty:
         ax.set_axis_off()
         return
-    rows = [(f"{row.layers}", row._asdict()) for row in mended[mended["k"] == 1].itertuples()]
-    rows.append(("sum", alone(mended).to_dict()))
-    rows += [(f"all {row.k}", row._asdict()) for row in mended[mended["k"] > 1].itertuples()]
+    rows = [(f"{row.layers}", row._asdict()) for row in repairs[repairs["k"] == 1].itertuples()]
+    rows.append(("sum", alone(repairs).to_dict()))
+    rows += [(f"all {row.k}", row._asdict()) for row in repairs[repairs["k"] > 1].itertuples()]
     looks = (
         ("zero", "#777777", "v", "attention deleted", -0.2),
         ("before", "#d55e00", "o", "as it starts", 0.0),
@@ -355,7 +355,7 @@ def _repairs(ax: Axes, mended: pd.DataFrame) -> None:
             ax.plot([x + shift] * 2, ends, color=colour, lw=1)
             label = None if x else words
             ax.plot(x + shift, row[name], mark, ms=4, color=colour, mfc=face, label=label)
-    ax.axvline((mended["k"] == 1).sum() - 0.5, color=style.FAINT, lw=0.4)
+    ax.axvline((repairs["k"] == 1).sum() - 0.5, color=style.FAINT, lw=0.4)
     for x, (_, row) in enumerate(rows):
         ax.annotate(
             f"{100 * row['gap_closed']:.0f} %", (x, 0.02), xycoords=("data", "axes fraction"), ha="center",

@@ -20,6 +20,7 @@ import torch
 
 import mismatch
 from mismatch.runs import environment
+from mismatch.runs.plan import as_json
 from mismatch.stages.plan.result import Planned
 
 MECHANISM = "infini(segment=64)"
@@ -59,7 +60,7 @@ def main() -> None:
         readings(planned).assign(plan=name).to_csv(args.output / f"{name}.csv", index=False)
         made = {
             "swap": planned.swap,
-            "predicted_by_scan": planned.plan["predicted_by_scan"],
+            "predicted_by_scan": as_json(planned.plan)["predicted_by_scan"],
             **sizes,
             "versions": environment.versions(),
         }

@@ -1,12 +1,12 @@
-"""How much of what Infini-attention breaks at layer 12 does each rung of the repair give back, at what cost?
+"""How much of what Infini-attention breaks at layer 12 does each stage of the repair recover, at what cost?
 
     python analyses/repair_layer12.py             about 15 minutes each; one that is written down already
-                                                  is not climbed again
+                                                  is not run again
 
-SmolLM2, `infini(segment=64)` with and without a sink in attention of layer 12, learnt from `sotu` and what the model
-writes itself, judged on `wiki`: `mismatch repair` with its defaults. Its ten minutes are of the clock, writing and the
-teacher's pass included, judging and probes not; so a faster machine gets further. The CPU time of the whole is written
-beside it. Both gaps are also given against the KL of the unrepaired swap WITHOUT a sink, so that they compare.
+SmolLM2, `infini(segment=64)` with and without a sink in attention of layer 12, trained on `sotu` and self-generated
+text, evaluated on `wiki`: `mismatch repair` with its defaults. Its ten minutes are of the clock, sampling and the
+teacher's pass included, evaluation and probes not; so a faster machine gets further. The CPU time of the whole is
+written beside it. Both gaps are also given against the KL of the unrepaired swap WITHOUT a sink, so that they compare.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ import torch
 import mismatch
 from mismatch.report import style
 from mismatch.runs import environment
+from mismatch.runs.plan import as_json, from_json
+from mismatch.stages.repair.plan import RepairPlan
 from mismatch.stages.repair.report.curve_figure import repair_curve
 
 SWAPS = {"plain": "layer12:infini(segment=64)", "sink": "layer12:infini(segment=64,sinks=1)"}
@@ -41,14 +43,20 @@ def main() -> None:
     for name in [args.only] if args.only else SWAPS:
         kept = args.output / f"{name}.json"
         if not kept.exists():
-            climb(name, args)
-        picture = repair_curve(json.loads(kept.read_text())["climb"])
+            repair(name, args)
+        picture = repair_curve(plan_of(kept))
         (args.output / f"{name}.png").write_bytes(style.to_bytes(picture, "png"))
     if all((args.output / f"{name}.json").exists() for name in SWAPS):
         print(table(args.output).to_string(index=False))
 
 
-def climb(name: str, args: argparse.Namespace) -> None:
+def plan_of(file: Path) -> RepairPlan:
+    """The plan of a kept repair. Older files do not say which modules were replaced, which no curve shows."""
+    made = json.loads(file.read_text())
+    return from_json(RepairPlan, {"spec": made["swap"], "clauses": [], **made["plan"]}, file)
+
+
+def repair(name: str, args: argparse.Namespace) -> None:
     started = time.process_time()
     result = mismatch.repair("smollm2", SWAPS[name], max_minutes=args.minutes, progress=True)
     print(result.summary(), file=sys.stderr)
@@ -57,16 +65,16 @@ def climb(name: str, args: argparse.Namespace) -> None:
         "minutes": args.minutes,
         "cpu_seconds": time.process_time() - started,
         "threads": torch.get_num_threads(),
-        "climb": result.climbed,
+        "plan": as_json(result.plan),
         "versions": environment.versions(),
     }
     (args.output / f"{name}.json").write_text(json.dumps(made, indent=2) + "\n")
 
 
 def table(folder: Path) -> pd.DataFrame:
-    """Every rung that was climbed, of both, with the gap against the plain swap; written as csv."""
+    """Every stage that was run, of both, with the gap against the plain swap; written as csv."""
     found = {name: json.loads((folder / f"{name}.json").read_text()) for name in SWAPS}
-    whole = found["plain"]["climb"]["rungs"][0]["kl"]
+    whole = found["plain"]["plan"]["stages"][0]["kl"]
     columns = (
         "name",
         "kl",
@@ -80,13 +88,17 @@ def table(folder: Path) -> pd.DataFrame:
         "kept",
     )
     rows = [
-        {"swap": made["swap"], **{c: rung[c] for c in columns}, "of_plain": 1 - rung["kl"] / whole}
+        {
+            "swap": made["swap"],
+            **{c: stage[c] for c in columns},
+            "of_plain": 1 - stage["kl"] / whole,
+        }
         for made in found.values()
-        for rung in made["climb"]["rungs"]
-        if rung["name"] == "inherit" or rung["tokens"]  # one that had no time is no row
+        for stage in made["plan"]["stages"]
+        if stage["name"] == "inherit" or stage["tokens"]  # one that had no time is no row
     ]
     frame = pd.DataFrame(rows)
-    frame.to_csv(folder / "rungs.csv", index=False)
+    frame.to_csv(folder / "stages.csv", index=False)
     return frame
 
 

@@ -1,11 +1,11 @@
-"""Many layers replaced at once: does it matter in which order they are mended?
+"""Many layers replaced at once: does it matter in which order they are repaired?
 
     python analyses/repair_many.py            about 14 minutes of CPU; goes on where it was stopped
 
-Layers 4, 8, ..., 28 of SmolLM2 become `gated_deltanet`. `sequential` mends them in depth order, each on the stream of
-the student as mended so far, towards the original's values; `joint` mends each on the original's stream, as if it stood
-alone. Same text, same rungs, same steps; judged on held-out text of another source. The paired difference is over
-documents. Writes figures/repair_many/{orders.csv,json,png}.
+Layers 4, 8, ..., 28 of SmolLM2 become `gated_deltanet`. `sequential` repairs them in depth order, each on the stream
+of the student as repaired so far, towards the teacher's values; `joint` repairs each on the teacher's stream, as if it
+stood alone. Same text, same stages, same steps; evaluated on held-out text of another source. The paired difference is
+over documents. Writes figures/repair_many/{orders.csv,json,png}.
 """
 
 from __future__ import annotations
@@ -22,10 +22,11 @@ from matplotlib.ticker import NullFormatter
 
 import mismatch
 from mismatch.runs import environment
+from mismatch.runs.plan import as_json
 
 SWAP = "layers[4-28/4]:gated_deltanet"
 ORDERS = ("sequential", "joint")
-RUNGS = ("closed-form", "local")
+STAGES = ("closed-form", "local")
 SEQ_LEN = 512
 COLOURS = {"sequential": "#0072b2", "joint": "#d55e00"}
 HERE = Path(__file__).resolve().parent.parent / "figures" / "repair_many"
@@ -36,8 +37,8 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", default="smollm2", help="what to repair")
-    parser.add_argument("--swap", default=SWAP, help="several places")
-    parser.add_argument("--epochs", type=int, default=5, help="times through the text, each rung")
+    parser.add_argument("--swap", default=SWAP, help="several modules")
+    parser.add_argument("--epochs", type=int, default=5, help="times through the text, each stage")
     parser.add_argument("--train-tokens", type=int, default=12288, help="to train on")
     parser.add_argument("--tokens", type=int, default=2048, help="to evaluate on")
     parser.add_argument("--output", type=Path, default=HERE, help="folder of the results")
@@ -46,7 +47,7 @@ def main() -> None:
     for order in ORDERS:
         file = args.output / f"{order}.json"
         if not file.exists():
-            file.write_text(json.dumps(climb(order, args), indent=2) + "\n")
+            file.write_text(json.dumps(repair(order, args), indent=2) + "\n")
     frame = table(args.output)
     frame.to_csv(args.output / "orders.csv", index=False)
     figure(frame, args.swap).savefig(args.output / "orders.png", dpi=200)
@@ -54,13 +55,13 @@ def main() -> None:
     print(verdict(frame))
 
 
-def climb(order: str, args: argparse.Namespace) -> dict:
+def repair(order: str, args: argparse.Namespace) -> dict:
     """One order: what `mismatch.repair` gives."""
     result = mismatch.repair(
         args.model,
         args.swap,
         order=order,
-        stages=RUNGS,
+        stages=STAGES,
         min_gain=0.0,
         max_minutes=None,
         epochs=args.epochs,
@@ -80,17 +81,17 @@ def climb(order: str, args: argparse.Namespace) -> dict:
         "train_tokens": args.train_tokens,
         "tokens": args.tokens,
         "threads": torch.get_num_threads(),
-        "climb": result.climbed,
+        "plan": as_json(result.plan),
         "versions": environment.versions(),
     }
 
 
 def table(folder: Path) -> pd.DataFrame:
-    """A row per order and rung, and the controls."""
+    """A row per order and stage, and the controls."""
     rows = []
     for order in ORDERS:
-        climbed = json.loads((folder / f"{order}.json").read_text())["climb"]
-        for rung in climbed["rungs"]:
+        plan = json.loads((folder / f"{order}.json").read_text())["plan"]
+        for stage in plan["stages"]:
             names = (
                 "kl",
                 "lo",
@@ -102,16 +103,16 @@ def table(folder: Path) -> pd.DataFrame:
                 "seconds",
                 "kept",
             )
-            rows.append({"order": order, "rung": rung["name"], **{n: rung[n] for n in names}})
-        for name, found in climbed["students"].items():
+            rows.append({"order": order, "stage": stage["name"], **{n: stage[n] for n in names}})
+        for name, found in plan["students"].items():
             if name not in ("swap", "repaired") and order == ORDERS[0]:
                 kl, lo, hi = found["kl"]
-                rows.append({"order": "control", "rung": name, "kl": kl, "lo": lo, "hi": hi})
+                rows.append({"order": "control", "stage": name, "kl": kl, "lo": lo, "hi": hi})
     return pd.DataFrame(rows)
 
 
 def last(frame: pd.DataFrame, order: str) -> pd.Series:
-    """The last rung of an order that was kept."""
+    """The last stage of an order that was kept."""
     mine = frame[frame["order"] == order]
     return mine[mine["kept"].astype(bool)].iloc[-1]
 
@@ -130,13 +131,13 @@ def verdict(frame: pd.DataFrame) -> str:
 
 
 def figure(frame: pd.DataFrame, swap: str) -> Figure:
-    """KL after each rung, both orders, controls dashed."""
+    """KL after each stage, both orders, controls dashed."""
     picture = Figure(figsize=(6.0, 3.2), layout="constrained")
     ax = picture.subplots()
-    rungs = list(dict.fromkeys(frame.loc[frame["order"] != "control", "rung"]))
+    stages = list(dict.fromkeys(frame.loc[frame["order"] != "control", "stage"]))
     for shift, order in zip((-0.06, 0.06), ORDERS, strict=True):
         mine = frame[frame["order"] == order]
-        x = [rungs.index(rung) + shift for rung in mine["rung"]]
+        x = [stages.index(stage) + shift for stage in mine["stage"]]
         bars = [(mine["kl"] - mine["lo"]).clip(lower=0), (mine["hi"] - mine["kl"]).clip(lower=0)]
         ax.errorbar(
             x,
@@ -152,16 +153,16 @@ def figure(frame: pd.DataFrame, swap: str) -> Figure:
     for row in frame[frame["order"] == "control"].itertuples():
         ax.axhline(row.kl, color="#777777", lw=0.8, ls="--")
         ax.annotate(
-            row.rung, (1.0, row.kl), xycoords=("axes fraction", "data"), xytext=(4, 0), va="center",
+            row.stage, (1.0, row.kl), xycoords=("axes fraction", "data"), xytext=(4, 0), va="center",
             textcoords="offset points", fontsize=8, color="#777777",
         )  # fmt: skip
-    ax.set_xticks(range(len(rungs)), rungs)
+    ax.set_xticks(range(len(stages)), stages)
     ax.set_yscale("log")
     ax.set_yticks([0.3, 0.5, 1.0], ["0.3", "0.5", "1"])
     ax.yaxis.set_minor_formatter(NullFormatter())
     ax.spines[["top", "right"]].set_visible(False)
-    ax.set_ylabel("KL to the original, nats per token")
-    ax.set_title(f"{swap}, mended in two orders", loc="left", fontsize=9)
+    ax.set_ylabel("KL to the teacher, nats per token")
+    ax.set_title(f"{swap}, repaired in two orders", loc="left", fontsize=9)
     ax.legend(frameon=False, fontsize=8)
     return picture
 

@@ -1,10 +1,10 @@
-"""How much of the damage of each mechanism at one layer does repair give back, and what is left?
+"""How much of the damage of each mechanism at one layer does repair recover, and what is left?
 
     python analyses/repair_table.py                 about 25 minutes of CPU; goes on where it was stopped
     python analyses/repair_table.py --only nope     one row
 
-Layer 12 of SmolLM2, learnt from `sotu`, judged on 8 documents of `wiki` in windows of 512, rungs up to `block`, the
-same steps for each; the controls `zero` and `linear` stand in the same place on the same tokens. A mechanism that does
+Layer 12 of SmolLM2, trained on `sotu`, evaluated on 8 documents of `wiki` in windows of 512, stages up to `block`, the
+same steps for each; the controls `zero` and `linear` stand in the same slot on the same tokens. A mechanism that does
 not repair is said to be one, with the reason that the numbers give. Writes figures/repair_table/.
 """
 
@@ -24,6 +24,7 @@ from matplotlib.figure import Figure
 
 import mismatch
 from mismatch.runs import environment
+from mismatch.runs.plan import as_json
 
 LAYER = 12
 SWAPS = {
@@ -34,12 +35,12 @@ SWAPS = {
     "nope": "layer12:nope",
     "norms:dyt": "layer12.norms:dyt",
 }
-RUNGS = ("closed-form", "local", "block")
+STAGES = ("closed-form", "local", "block")
 SEQ_LEN = 512
 REPAIRED = 0.5
 """A smaller share of the gap that is closed is no repair."""
 HARMLESS = 0.05
-"""A swap that costs a smaller share of what deleting the part costs has little to repair."""
+"""A swap that costs a smaller share of what deleting the module costs has little to repair."""
 HERE = Path(__file__).resolve().parent.parent / "figures" / "repair_table"
 
 
@@ -49,7 +50,7 @@ def main() -> None:
     )
     parser.add_argument("--only", choices=SWAPS, help="one row")
     parser.add_argument("--model", default="smollm2", help="what to repair")
-    parser.add_argument("--epochs", type=int, default=4, help="times through the text, each rung")
+    parser.add_argument("--epochs", type=int, default=4, help="times through the text, each stage")
     parser.add_argument("--train-tokens", type=int, default=32768, help="to train on")
     parser.add_argument("--tokens", type=int, default=4096, help="to evaluate on")
     parser.add_argument("--output", type=Path, default=HERE, help="folder of the results")
@@ -58,20 +59,20 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="mismatch-") as store:
         for name in [args.only] if args.only else SWAPS:
             if not _file(args.output, name).exists():
-                climb(name, args, store)
+                repair(name, args, store)
     frame = table(args.output)
     frame.to_csv(args.output / "table.csv", index=False)
     figure(frame).savefig(args.output / "table.png", dpi=200)
     print(frame.to_string(index=False, float_format=lambda x: f"{x:.4f}"))
 
 
-def climb(name: str, args: argparse.Namespace, store: str) -> None:
+def repair(name: str, args: argparse.Namespace, store: str) -> None:
     """One row, saved."""
     started = time.process_time()
     result = mismatch.repair(
         args.model,
         SWAPS[name],
-        stages=RUNGS,
+        stages=STAGES,
         max_minutes=None,
         epochs=args.epochs,
         seq_len=SEQ_LEN,
@@ -90,7 +91,7 @@ def climb(name: str, args: argparse.Namespace, store: str) -> None:
         "train_tokens": args.train_tokens,
         "tokens": args.tokens,
         "threads": torch.get_num_threads(),
-        "climb": result.climbed,
+        "plan": as_json(result.plan),
         "versions": environment.versions(),
     }
     _file(args.output, name).write_text(json.dumps(made, indent=2) + "\n")
@@ -101,23 +102,23 @@ def _file(folder: Path, name: str) -> Path:
 
 
 def table(folder: Path) -> pd.DataFrame:
-    """A row per mechanism: before, after each rung, what is left, the gap closed, controls, and the verdict."""
+    """A row per mechanism: before, after each stage, what is left, the gap closed, controls, and the verdict."""
     rows = []
     for name, swap in SWAPS.items():
         if not _file(folder, name).exists():
             continue
-        climbed = json.loads(_file(folder, name).read_text())["climb"]
-        students = climbed["students"]
+        plan = json.loads(_file(folder, name).read_text())["plan"]
+        students = plan["students"]
         row: dict[str, Any] = {"mechanism": name, "spec": swap}
         for student in ("swap", "repaired", "zero", "linear"):
             for part, value in zip(("", "_lo", "_hi"), students[student]["kl"], strict=True):
                 row[f"{student}{part}"] = value
         closed = students["repaired"]["gap_closed"]
         row |= {"gap_closed": closed[0], "gap_lo": closed[1], "gap_hi": closed[2]}
-        for rung in climbed["rungs"][1:]:
-            row[f"after {rung['name']}"] = rung["kl"] if rung["kept"] else float("nan")
-        row["seconds"] = sum(rung["seconds"] for rung in climbed["rungs"])
-        bypassed = any(at["verdict"] == "bypassed" for at in climbed.get("branches", ()))
+        for stage in plan["stages"][1:]:
+            row[f"after {stage['name']}"] = stage["kl"] if stage["kept"] else float("nan")
+        row["seconds"] = sum(stage["seconds"] for stage in plan["stages"])
+        bypassed = any(at["verdict"] == "bypassed" for at in plan.get("branches", ()))
         row["verdict"] = verdict(row, bypassed)
         rows.append(row)
     return pd.DataFrame(rows)
@@ -172,7 +173,7 @@ def figure(frame: pd.DataFrame) -> Figure:
     ax.set_xscale("log")
     ax.spines[["top", "right"]].set_visible(False)
     ax.grid(axis="x", which="major", lw=0.4, color="#dddddd")
-    ax.set_xlabel("KL to the original on held-out text, nats per token (95 % over documents)")
+    ax.set_xlabel("KL to the teacher on held-out text, nats per token (95 % over documents)")
     ax.set_title(
         f"Layer {LAYER} of SmolLM2 replaced, then repaired; right: gap closed",
         loc="left",

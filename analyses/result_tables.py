@@ -6,6 +6,7 @@ metrics, probes, flags) are made by `docs/generate.py` when the site is built.
 
 from __future__ import annotations
 
+import argparse
 import csv
 import re
 from collections.abc import Iterable, Mapping
@@ -166,7 +167,7 @@ def repair_cost() -> str:
 
 def stages() -> str:
     """What `python analyses/repair_layer12.py` measured."""
-    found = {(row["swap"], row["name"]): row for row in _read("repair_layer12/rungs.csv")}
+    found = {(row["swap"], row["name"]): row for row in _read("repair_layer12/stages.csv")}
     swaps = list(dict.fromkeys(swap for swap, _ in found))
     rows = []
     for stage in dict.fromkeys(name for _, name in found):
@@ -204,7 +205,7 @@ def fresh() -> str:
         )
         inside = "yes" if row["inside"] == "True" else "no"
         said = f"{forecast:.0f} % [{lo:.0f}, {hi:.0f}]"
-        rows.append((f"`{row['swap']}`", f"`{row['rung']}`", said, f"{measured:.0f} %", inside))
+        rows.append((f"`{row['swap']}`", f"`{row['stage']}`", said, f"{measured:.0f} %", inside))
     return _table(("swap", "after", "forecast", "measured", "inside the interval"), rows)
 
 
@@ -264,6 +265,13 @@ def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in cells)
 
 
-if __name__ == "__main__":
+def main() -> None:
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
     for page in sorted(RESULTS.glob("*.md")):
         page.write_text(filled(page.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -23,6 +23,7 @@ import torch
 
 import mismatch
 from mismatch.runs import environment
+from mismatch.runs.plan import as_json
 from mismatch.stages.scan.result import Scanned
 from mismatch.stages.scan.words import can_do, carrier, scan_verdict
 
@@ -62,8 +63,8 @@ def write(scanned: Scanned, folder: Path) -> None:
         for name in ("model", "swap", "seed", "texts", "seconds", "work", "versions")
     }
     made |= {
-        "tasks": scanned.run.plan["tasks"],
-        "verdict": scan_verdict(scanned.table, scanned.run.plan),
+        "tasks": as_json(scanned.plan)["tasks"],
+        "verdict": scan_verdict(scanned.table, scanned.plan),
         "drawn_with": environment.versions(),
     }
     (folder / "atlas.json").write_text(json.dumps(made, indent=2) + "\n")
@@ -82,7 +83,7 @@ def carriers(scanned: Scanned) -> pd.DataFrame:
         worst, second = mine.nlargest(2, "value").itertuples()
         on_text = text[name].rank(ascending=False)[worst.layer]
         # A distance adds up over many layers; what is lost of an answer can hang on one.
-        alone = task != "text" and can_do(scanned.table, task, scanned.run.plan)
+        alone = task != "text" and can_do(scanned.table, task, scanned.plan)
         rows.append(
             {
                 "task": task,

@@ -40,6 +40,7 @@ def trace(
     allow_pickle: bool = False,
     data: Any = 'wiki',
     calibration_tokens: int = 2048,
+    seq_len: int = 1024,
     batch_size: int = 4,
     controls: Sequence[str] = ('zero', 'mean'),
     seed: int = 0,
@@ -47,7 +48,6 @@ def trace(
     run_name: str | None = None,
     calibration_data: Any = 'sotu',
     tokens: int = 8192,
-    seq_len: int = 1024,
     metrics: Sequence[str] | None = None,
     moment_tokens: int = 2048,
     probes: Sequence[str] = (),
@@ -55,7 +55,7 @@ def trace(
     fail_on: Literal['low', 'medium', 'high'] | None = None,
     progress: bool = False,
 ) -> Traced:
-    """Run teacher and swapped model side by side and measure where they part.
+    """Run teacher and swapped model side by side and measure where they differ.
 
     Args:
         model: the teacher, or what `mismatch.load` takes.
@@ -68,6 +68,7 @@ def trace(
         allow_pickle: Load pickled weights, which can run code.
         data: Evaluation text, behind every reported number: a fetched name, a .txt or .jsonl file, or a folder. Or a list of strings.
         calibration_tokens: Tokens that mechanisms and controls set themselves from, where they do.
+        seq_len: Tokens per window. A window never mixes documents.
         batch_size: Windows per forward pass.
         controls: Controls that are measured on the same tokens; none for no control.
         seed: Random seed.
@@ -75,7 +76,6 @@ def trace(
         run_name: Name of the run folder under runs/, in place of one made from time, model and swap.
         calibration_data: Calibration text, which mechanisms and controls set themselves from. Never overlaps with the evaluation text. Or a list of strings.
         tokens: Evaluation tokens.
-        seq_len: Tokens per window. A window never mixes documents.
         metrics: Metrics to compute; all but js when not given. Named metrics of covariances are taken behind every block.
         moment_tokens: Tokens that feed the metrics of second moments (cka, frechet, ...).
         probes: Probes to run behind the trace, with short inputs, into the same table (see `mismatch probe`).
@@ -103,6 +103,7 @@ def probe(
     allow_pickle: bool = False,
     data: Any = 'wiki',
     calibration_tokens: int = 2048,
+    seq_len: int = 160,
     batch_size: int = 4,
     controls: Sequence[str] = ('zero',),
     seed: int = 0,
@@ -111,7 +112,6 @@ def probe(
     calibration_data: Any = 'sotu',
     probes: Sequence[str] | None = None,
     samples: int = 8,
-    seq_len: int = 160,
     lengths: Sequence[str] = ('256', '512', '1024'),
     depths: Sequence[str] = ('0.1', '0.5', '0.9'),
     planned_gate_lr: float | None = None,
@@ -131,6 +131,7 @@ def probe(
         allow_pickle: Load pickled weights, which can run code.
         data: Evaluation text, behind every reported number: a fetched name, a .txt or .jsonl file, or a folder. Or a list of strings.
         calibration_tokens: Tokens that mechanisms and controls set themselves from, where they do.
+        seq_len: Tokens per window of evaluation text.
         batch_size: Windows per forward pass.
         controls: Controls that get the same inputs; none for no control.
         seed: Random seed.
@@ -139,7 +140,6 @@ def probe(
         calibration_data: Calibration text, which mechanisms and controls set themselves from. Never overlaps with the evaluation text. Or a list of strings.
         probes: Probes to run; all of them when not given.
         samples: Prompts of each kind, and windows of text. With fewer than 8 the intervals are too narrow.
-        seq_len: Tokens per window of evaluation text.
         lengths: Tokens of the passkey prompts.
         depths: Where the passkey stands: 0 is the start of the prompt, 1 its end.
         planned_gate_lr: Peak learning rate planned for gates (cosine schedule): decides how far they can move.
@@ -166,6 +166,7 @@ def diagnose(
     allow_pickle: bool = False,
     data: Any = 'wiki',
     calibration_tokens: int = 2048,
+    seq_len: int = 384,
     batch_size: int = 2,
     controls: Sequence[str] = ('zero',),
     seed: int = 0,
@@ -174,7 +175,6 @@ def diagnose(
     calibration_data: Any = 'sotu',
     tokens: int = 3072,
     fit_tokens: int = 8192,
-    seq_len: int = 384,
     scored: float = 0.2,
     heads: int = 3,
     earlier_run: str | None = None,
@@ -193,6 +193,7 @@ def diagnose(
         allow_pickle: Load pickled weights, which can run code.
         data: Evaluation text, behind every reported number: a fetched name, a .txt or .jsonl file, or a folder. Or a list of strings.
         calibration_tokens: Tokens that mechanisms and controls set themselves from, where they do.
+        seq_len: Tokens per window. A window never mixes documents.
         batch_size: Windows per forward pass.
         controls: Controls in the same layers and slots, which the damage is compared with; none for no control.
         seed: Random seed.
@@ -201,7 +202,6 @@ def diagnose(
         calibration_data: Calibration text, which mechanisms and controls set themselves from. Never overlaps with the evaluation text. Or a list of strings.
         tokens: Evaluation tokens: every correction is measured on them.
         fit_tokens: Tokens of the calibration text that corrections are fitted on.
-        seq_len: Tokens per window. A window never mixes documents.
         scored: Share of the evaluation tokens whose predictions are compared, the same for all: the head is costly.
         heads: Heads that are corrected one by one: those whose correction recovers most of the update.
         earlier_run: Run folder of a trace or of probes of the same swap, whose retrieval and copying are shown beside.
@@ -227,6 +227,7 @@ def scan(
     allow_pickle: bool = False,
     data: Any = 'wiki',
     calibration_tokens: int = 2048,
+    seq_len: int = 512,
     batch_size: int = 4,
     controls: Sequence[str] = ('zero',),
     seed: int = 0,
@@ -234,7 +235,6 @@ def scan(
     run_name: str | None = None,
     calibration_data: Any = 'sotu',
     tokens: int = 4096,
-    seq_len: int = 512,
     scored: float = 0.3,
     samples: int = 8,
     length: int = 256,
@@ -256,6 +256,7 @@ def scan(
         allow_pickle: Load pickled weights, which can run code.
         data: Evaluation text, behind every reported number: a fetched name, a .txt or .jsonl file, or a folder. Or a list of strings.
         calibration_tokens: Tokens that mechanisms and controls set themselves from, where they do.
+        seq_len: Tokens per window. A window never mixes documents.
         batch_size: Windows per forward pass.
         controls: Controls in the same layers and slots; none for no control.
         seed: Random seed.
@@ -263,7 +264,6 @@ def scan(
         run_name: Name of the run folder under runs/, in place of one made from time, model and swap.
         calibration_data: Calibration text, which mechanisms and controls set themselves from. Never overlaps with the evaluation text. Or a list of strings.
         tokens: Evaluation tokens of the task text.
-        seq_len: Tokens per window. A window never mixes documents.
         scored: Share of the evaluation tokens whose predictions are compared, for the head is costly. A trace compares all.
         samples: Sequences of induction, prompts of passkey. With fewer than 8 the intervals are too narrow.
         length: Tokens of a passkey prompt.
@@ -292,6 +292,7 @@ def plan(
     allow_pickle: bool = False,
     data: Any = 'wiki',
     calibration_tokens: int = 2048,
+    seq_len: int = 512,
     batch_size: int = 4,
     controls: Sequence[str] = ('zero',),
     seed: int = 0,
@@ -299,7 +300,6 @@ def plan(
     run_name: str | None = None,
     calibration_data: Any = 'sotu',
     tokens: int = 4096,
-    seq_len: int = 512,
     scored: float = 0.3,
     samples: int = 8,
     length: int = 256,
@@ -327,6 +327,7 @@ def plan(
         allow_pickle: Load pickled weights, which can run code.
         data: Evaluation text, behind every reported number: a fetched name, a .txt or .jsonl file, or a folder. Or a list of strings.
         calibration_tokens: Tokens that mechanisms and controls set themselves from, where they do.
+        seq_len: Tokens per window. A window never mixes documents.
         batch_size: Windows per forward pass.
         controls: Controls in the same layers and slots; none for no control.
         seed: Random seed.
@@ -334,7 +335,6 @@ def plan(
         run_name: Name of the run folder under runs/, in place of one made from time, model and swap.
         calibration_data: Calibration text, which mechanisms and controls set themselves from. Never overlaps with the evaluation text. Or a list of strings.
         tokens: Evaluation tokens of the chosen set: text that chose nothing.
-        seq_len: Tokens per window. A window never mixes documents.
         scored: Share of the evaluation tokens whose predictions are compared, for the head is costly. A trace compares all.
         samples: Sequences of induction, prompts of passkey. With fewer than 8 the intervals are too narrow.
         length: Tokens of a passkey prompt.
@@ -369,6 +369,7 @@ def repair(
     allow_pickle: bool = False,
     data: Any = 'wiki',
     calibration_tokens: int = 2048,
+    seq_len: int = 1024,
     batch_size: int = 1,
     controls: Sequence[str] = ('zero', 'linear'),
     seed: int = 0,
@@ -383,7 +384,6 @@ def repair(
     val_tokens: int = 2048,
     trace_tokens: int = 2048,
     probes: Sequence[str] | None = None,
-    seq_len: int = 1024,
     epochs: int = 10,
     max_minutes: float | None = 10.0,
     lr: float = 0.002,
@@ -411,6 +411,7 @@ def repair(
         allow_pickle: Load pickled weights, which can run code.
         data: Evaluation text, behind every reported number: a fetched name, a .txt or .jsonl file, or a folder. Or a list of strings.
         calibration_tokens: Tokens that mechanisms and controls set themselves from, where they do.
+        seq_len: Tokens per window. A window never mixes documents.
         batch_size: Windows per training step. Small steps learn more from the same tokens; a GPU wants more windows at once.
         controls: Controls that are measured beside the repair: zero deletes the module, linear is its best linear map; none for no control.
         seed: Random seed.
@@ -425,7 +426,6 @@ def repair(
         val_tokens: Validation tokens, of other documents of the evaluation source: they select checkpoints and end a stage early.
         trace_tokens: Evaluation tokens behind the heatmaps before and after the repair; 0 = no heatmaps.
         probes: Probes of teacher, swap and repaired model. By default passkey, induction and generation where the model can answer them; none = no probe.
-        seq_len: Tokens per window. A window never mixes documents.
         epochs: Passes over the training text per stage; no progress on validation text ends a stage earlier.
         max_minutes: Wall-clock minutes for all stages together, evaluation not counted; a stage plans its steps for its share. none = by tokens alone.
         lr: Peak learning rate of weights.

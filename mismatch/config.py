@@ -65,6 +65,8 @@ class RunConfig:
     """Evaluation text, behind every reported number: a fetched name, a .txt or .jsonl file, or a folder."""
     calibration_tokens: Annotated[int, ">= 1"] = 2048
     """Tokens that mechanisms and controls set themselves from, where they do."""
+    seq_len: Annotated[int, ">= 2"] = 1024
+    """Tokens per window. A window never mixes documents."""
     batch_size: Annotated[int, ">= 1"] = 4
     """Windows per forward pass."""
 
@@ -169,10 +171,14 @@ class SwapConfig(RunConfig):
         return {"swap": self.subject}
 
 
-@functools.cache
 def fields(kind: type[RunConfig]) -> dict[str, Arg]:
     """Name, type, bounds, default and text of each field of a command's config."""
-    return {arg.name: arg for arg in card.fields(f"{kind.__module__}:{kind.__name__}")}
+    return _fields(f"{kind.__module__}:{kind.__name__}")
+
+
+@functools.cache
+def _fields(target: str) -> dict[str, Arg]:
+    return {arg.name: arg for arg in card.fields(target)}
 
 
 def load(

@@ -117,7 +117,7 @@ def swapped_toy(toy: models.Loaded) -> Any:
 @pytest.fixture(scope="session")
 def saved_toy(swapped_toy: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of its checkpoint. Shared: `saved_copy` may be changed."""
-    extra = {"rungs": ["closed-form"], "kl": float("nan")}
+    extra = {"stages": ["closed-form"], "kl": float("nan")}
     return swapped_toy.save(tmp_path_factory.mktemp("checkpoints") / "saved", extra=extra)
 
 

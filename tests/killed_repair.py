@@ -1,6 +1,6 @@
 """Repairs of the toy that die by SIGKILL, each at a planted moment: `python killed_repair.py FOLDER MOMENT...`.
 
-A moment is RUNG:N, the N-th step of a rung (in closed-form: batch), or `saving:N`, inside the N-th save of a state,
+A moment is STAGE:N, the N-th step of a stage (in closed-form: batch), or `saving:N`, inside the N-th save of a state,
 between its arrays and the file that makes them count. Each dies in a process of its own, in FOLDER/MOMENT; all of them
 share one import of torch.
 """
@@ -21,8 +21,8 @@ import mismatch
 from mismatch.runs import state
 from mismatch.stages import runner
 from mismatch.stages.repair import ladder
-from mismatch.stages.repair.rungs import closed_form, training
-from mismatch.stages.repair.rungs.activation_store import Store
+from mismatch.stages.repair.ladder_stages import closed_form, training
+from mismatch.stages.repair.ladder_stages.activation_store import Store
 
 SWAP = "layer2:infini(segment=16)"
 SETTINGS: dict[str, Any] = {
@@ -45,7 +45,7 @@ def repaired(folder: Path, name: str, **settings: Any) -> Any:
     runner.write_html = lambda _folder: None
     texts = {
         "data": str(jsonl(folder / "held_out.jsonl", documents(12))),
-        "train_data": str(jsonl(folder / "learnt.jsonl", documents(8, seed=1))),
+        "train_data": str(jsonl(folder / "train.jsonl", documents(8, seed=1))),
     }
     output = str(folder / name)
     return mismatch.repair("glassllm", SWAP, output=output, **(SETTINGS | texts | settings))
@@ -72,7 +72,7 @@ def counted(function: Callable[..., Any], last: int, on: Callable[[], bool]) -> 
 def plant(moment: str) -> None:
     """Make the process die at a moment."""
     where, _, number = moment.partition(":")
-    # Every step is saved, so that resuming starts inside the rung and not at its beginning.
+    # Every step is saved, so that resuming starts inside the stage and not at its beginning.
     training.Trainer.__init__.__kwdefaults__["save_every"] = 0.0
     if where == "saving":
         write = state._write
@@ -82,11 +82,11 @@ def plant(moment: str) -> None:
         )
     elif where == "closed-form":
         inside = []
-        climb = closed_form.closed_form
+        real = closed_form.closed_form
 
         def fitted(*args: Any) -> Any:
             inside.append(True)
-            yield from climb(*args)
+            yield from real(*args)
 
         ladder.closed_form = fitted
         Store.batch = counted(Store.batch, int(number), lambda: bool(inside))
@@ -94,8 +94,8 @@ def plant(moment: str) -> None:
         step = training.Trainer._step
 
         def stepped(self: training.Trainer, done: training.Trained) -> bool:
-            here = self.fingerprint["rung"].rpartition("-")[0] or self.fingerprint["rung"]
-            if where in (here, self.fingerprint["rung"]) and done.steps == int(number):
+            key = self.fingerprint["stage"]
+            if where in (key.rpartition("-")[0], key) and done.steps == int(number):
                 die()
             return step(self, done)
 

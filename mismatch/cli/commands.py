@@ -23,7 +23,7 @@ from mismatch.registry.card import Card
 def stage(args: Namespace) -> int:
     """Every stage: its settings from flags, a file or an earlier run, then the runner."""
     name, card = args.command, stages().card(args.command)
-    kind = stages().config(name)
+    kind: type[config.RunConfig] = stages().config(name)
     resume = _resume(args, card)
     flags = _flags(args, kind)
     if getattr(args, "run", None) is not None:
@@ -48,7 +48,8 @@ def stage(args: Namespace) -> int:
 
 
 def check(args: Namespace) -> int:
-    kind = stages().config("trace")
+    from mismatch.stages.trace.config import TraceConfig as kind
+
     settings = config.load(kind, args.config, _flags(args, kind))
     from mismatch.stages.opening import Opened
     from mismatch.stages.trace.check import checked
@@ -85,7 +86,8 @@ def _of_run(args: Namespace, card: Card) -> dict[str, Any]:
             f"the run in {args.run} was made by `mismatch {made}`, not by a {' or a '.join(known)}",
             hint=f"{args.command} starts from one, or from --model and --swap",
         )
-    found = config.load(stages().config(made), Path(args.run) / "config.yaml")
+    kind: type[config.RunConfig] = stages().config(made)
+    found = config.load(kind, Path(args.run) / "config.yaml")
     taken = {name: getattr(found, name) for name in card.facts["takes"]}
     earlier = card.facts.get("run_setting")
     return taken if earlier is None else {**taken, earlier: args.run}

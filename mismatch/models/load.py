@@ -31,7 +31,7 @@ from mismatch.models.folder import (
     read_config_file,
     refuse_remote_code,
 )
-from mismatch.models.resolve import Source, from_hub, locate
+from mismatch.models.resolve import Located, from_hub, locate
 
 if TYPE_CHECKING:
     from mismatch.models.layout import CausalLM
@@ -71,11 +71,11 @@ class Loaded(NamedTuple):
 
 
 def read_config(
-    name_or_path: str | Path | Source,
+    name_or_path: str | Path | Located,
     *,
     revision: str | None = None,
     trust_remote_code: bool = False,
-) -> tuple[transformers.PretrainedConfig, Source]:
+) -> tuple[transformers.PretrainedConfig, Located]:
     """The config alone, for `mismatch check`: no weights are read, none need be there.
 
     Of a checkpoint of a swapped model it is that of the plain model.
@@ -88,7 +88,7 @@ def read_config(
 
 
 def load(
-    name_or_path: str | Path | Source,
+    name_or_path: str | Path | Located,
     *,
     dtype: str | torch.dtype = "auto",
     device: str | torch.device | None = None,
@@ -137,7 +137,7 @@ def load(
 
 
 def check_loaded(
-    model: CausalLM, tokenizer: Any, folder: Path, files: list[Path], source: Source
+    model: CausalLM, tokenizer: Any, folder: Path, files: list[Path], source: Located
 ) -> ModelInfo:
     """Check for what a load can lose silently; return the info of the model.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from mismatch.errors import ModelError
@@ -22,13 +22,27 @@ class Source:
     name: str
     folder: Path | None
     note: str = ""
+
+
+@dataclass(frozen=True)
+class Located:
+    """A model whose small files are at hand.
+
+    Attributes:
+        name, note: as of `Source`.
+        folder: with the small files.
+        hub: it is a hub id: the weights come when they are asked for.
+        revision: branch, tag or commit of a hub id.
+    """
+
+    name: str
+    folder: Path
+    note: str = ""
     hub: bool = False
-    """The folder holds the small files of a hub id; its weights come when they are asked for."""
     revision: str | None = None
-    """Branch, tag or commit of a hub id."""
 
 
-def locate(name_or_path: str | Path | Source, revision: str | None, *, code: bool) -> Source:
+def locate(name_or_path: str | Path | Located, revision: str | None, *, code: bool) -> Located:
     """Where a name leads, with its small files at hand; what was located already is taken as it is.
 
     Args:
@@ -39,13 +53,13 @@ def locate(name_or_path: str | Path | Source, revision: str | None, *, code: boo
     Raises:
         ModelError: as `resolve` and `from_hub`.
     """
-    if isinstance(name_or_path, Source):
+    if isinstance(name_or_path, Located):
         return name_or_path
     source = resolve(name_or_path)
     if source.folder is not None:
-        return source
+        return Located(source.name, source.folder, source.note)
     folder = from_hub(source.name, revision, code=code)
-    return replace(source, folder=folder, hub=True, revision=revision)
+    return Located(source.name, folder, source.note, True, revision)
 
 
 def resolve(name_or_path: str | Path) -> Source:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from dataclasses import replace
 from itertools import chain
+from typing import TYPE_CHECKING
 
 import torch
 import transformers
@@ -12,8 +13,11 @@ from torch import nn
 
 from mismatch.models.layout import Layout
 
+if TYPE_CHECKING:
+    from mismatch.models.layout import CausalLM
 
-def skeleton(config: transformers.PretrainedConfig) -> nn.Module:
+
+def skeleton(config: transformers.PretrainedConfig) -> CausalLM:
     """The model of a config without its weights, on the meta device: for plans and shapes."""
     with torch.device("meta"):
         return transformers.AutoModelForCausalLM.from_config(config).eval()

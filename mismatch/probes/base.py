@@ -37,8 +37,9 @@ import numpy as np
 from mismatch.errors import UsageError
 from mismatch.metrics.sums.per_document import Total, bootstrap
 from mismatch.models.layout import Layout
+from mismatch.runs.plan import Replaced
 from mismatch.runs.table import SWAP, conditions, under
-from mismatch.surgery.operate import Replaced, Student
+from mismatch.surgery.operate import Student
 
 TEACHER = "teacher"
 

@@ -53,7 +53,7 @@ class Registry:
     @functools.cached_property
     def _known(self) -> dict[str, str | type]:
         table: Mapping[str, str]
-        table = _load(self._table) if isinstance(self._table, str) else self._table
+        table = load(self._table) if isinstance(self._table, str) else self._table
         known: dict[str, str | type] = {}
         for name, target in table.items():
             self._check(name, target, known)
@@ -118,7 +118,7 @@ class Registry:
         if not isinstance(target, str):
             return target
         try:
-            return _load(target)
+            return load(target)
         except (AttributeError, ModuleNotFoundError) as cause:
             raise error(f"the {self.kind} `{name}` cannot be loaded: {cause}") from cause
         except Exception as cause:
@@ -152,10 +152,10 @@ class Registry:
         where = self.card(name, error).config
         if where is None:
             raise error(f"the {self.kind} `{name}` has no Config")
-        return _load(where) if isinstance(where, str) else where
+        return load(where) if isinstance(where, str) else where
 
 
-def _load(target: str) -> Any:
+def load(target: str) -> Any:
     module, _, attribute = target.partition(":")
     return getattr(importlib.import_module(module), attribute)
 

@@ -9,6 +9,7 @@ from mismatch.report.figures import ReportFigure
 from mismatch.report.page import Cell, Html, grid, join, pairs, tag, whole
 from mismatch.report.words import count, kind, total
 from mismatch.runs.folder import Run
+from mismatch.runs.plan import Replaced, SwapPlan
 
 
 @dataclass(frozen=True)
@@ -49,27 +50,24 @@ def replaced(run: Run) -> Section:
 
 
 def _plan(run: Run) -> Html:
-    clauses = run.plan.get("clauses", [])
-    if not clauses:
-        return tag("p", "The plan was not written.")
+    plan: SwapPlan = run.plan
+    clauses = plan.clauses
     rows = [
         (
-            c["path"],
-            f"{c['old']} → {c['new']}",
-            f"{c['mechanism']}({', '.join(f'{k}={v}' for k, v in c.get('args', {}).items())})",
-            *(_count(total(c.get(k))) for k in ("inherited", "new_parameters", "dropped")),
+            c.path,
+            f"{c.old} → {c.new}",
+            f"{c.mechanism}({', '.join(f'{k}={v}' for k, v in c.args.items())})",
+            *(_count(total(sizes)) for sizes in (c.inherited, c.new_parameters, c.dropped)),
         )
         for c in clauses
     ]
     heads = ("where", "module", "mechanism", "inherited", "new parameters", "dropped")
-    notes = dict.fromkeys(note for c in clauses for note in c.get("notes", []))
-    limits = dict.fromkeys(
-        f"{c['mechanism']}: {c['identity']}" for c in clauses if c.get("identity")
-    )
+    notes = dict.fromkeys(note for c in clauses for note in c.notes)
+    limits = dict.fromkeys(f"{c.mechanism}: {c.identity}" for c in clauses if c.identity)
     return join(
         [
             grid(heads, rows, numbers=(3, 4, 5)),
-            *(tag("p", text, class_="warning") for text in run.plan.get("warnings", [])),
+            *(tag("p", text, class_="warning") for text in plan.warnings),
             *(tag("p", note) for note in notes),
             *(tag("p", f"Equal to the teacher at: {limit}", class_="faint") for limit in limits),
             tag("details", tag("summary", "tensors by name"), *(_tensors(c) for c in clauses)),
@@ -81,15 +79,15 @@ def _count(n: int) -> Cell:
     return Cell(count(n), n)
 
 
-def _tensors(clause: dict[str, Any]) -> Html:
-    kinds = ("inherited", "new_parameters", "dropped")
-    rows = [
-        (kind.replace("_parameters", ""), name, whole(int(size)))
-        for kind in kinds
-        for name, size in (clause.get(kind) or {}).items()
-    ]
+def _tensors(clause: Replaced) -> Html:
+    kinds = (
+        ("inherited", clause.inherited),
+        ("new", clause.new_parameters),
+        ("dropped", clause.dropped),
+    )
+    rows = [(kind, name, whole(size)) for kind, sizes in kinds for name, size in sizes.items()]
     return join(
-        [tag("h3", clause["path"]), grid(("kind", "tensor", "parameters"), rows, numbers=(2,))]
+        [tag("h3", clause.path), grid(("kind", "tensor", "parameters"), rows, numbers=(2,))]
     )
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
 from mismatch.runs.folder import Run
+from mismatch.runs.plan import SwapPlan
 
 
 def kind(run: Run) -> str:
@@ -13,29 +13,27 @@ def kind(run: Run) -> str:
     return str(run.manifest.get("kind", "trace"))
 
 
-def plan_lines(plan: Mapping[str, Any]) -> list[str]:
+def plan_lines(plan: SwapPlan) -> list[str]:
     """One line a clause: what became what, and how many numbers were inherited, new, dropped."""
     lines = []
-    for clause in plan.get("clauses", []):
-        args = ", ".join(f"{k}={v}" for k, v in clause.get("args", {}).items())
-        where = "final" if clause.get("layer") is None else f"layer {clause['layer']}"
+    for clause in plan.clauses:
+        args = ", ".join(f"{k}={v}" for k, v in clause.args.items())
+        where = "final" if clause.layer is None else f"layer {clause.layer}"
         counts = ", ".join(
-            f"{name} {count(total(clause.get(key)))}"
-            for name, key in (
-                ("inherited", "inherited"),
-                ("new", "new_parameters"),
-                ("dropped", "dropped"),
+            f"{name} {count(total(sizes))}"
+            for name, sizes in (
+                ("inherited", clause.inherited),
+                ("new", clause.new_parameters),
+                ("dropped", clause.dropped),
             )
         )
-        lines.append(
-            f"{where} {clause['slot']}: {clause['old']} -> {clause['mechanism']}({args})  {counts}"
-        )
+        lines.append(f"{where} {clause.slot}: {clause.old} -> {clause.mechanism}({args})  {counts}")
     return lines
 
 
-def total(sizes: Any) -> int:
+def total(sizes: Mapping[str, int]) -> int:
     """Numbers in the tensors of a plan's `inherited`, `new_parameters` or `dropped`."""
-    return sum(int(v) for v in (sizes or {}).values())
+    return sum(sizes.values())
 
 
 def count(n: int) -> str:

@@ -18,10 +18,8 @@ gives the same `metrics.parquet` to the byte; the time is in the name of the fol
 
 from __future__ import annotations
 
-import hashlib
 import json
 import platform
-import re
 import shlex
 import shutil
 import sys
@@ -35,10 +33,13 @@ from typing import Any
 import pandas as pd
 import yaml
 
+from mismatch import registry
 from mismatch.errors import OutputError, RunError
 from mismatch.runs import environment
 from mismatch.runs import table as tables
 from mismatch.runs.files import guarded, json_text, read_bytes, write_atomic
+from mismatch.runs.plan import as_json, from_json
+from mismatch.runs.run_id import run_id
 from mismatch.runs.state import State
 
 MANIFEST = "manifest.json"
@@ -57,18 +58,6 @@ CONTENTS = (
     "state",
 )
 """All that a run folder may hold; `overwrite` removes these and nothing else."""
-
-
-def run_id(model: str, swap: str, settings: Mapping[str, Any]) -> str:
-    """`smollm2_layer12-infini_a1b2c3`: model, swap without its arguments, hash of all settings."""
-    text = json.dumps(settings, sort_keys=True, default=str)
-    digest = hashlib.sha256(text.encode()).hexdigest()[:6]
-    bare = re.sub(r"\([^()]*\)", "", re.sub(r"\([^()]*\([^()]*\)[^()]*\)", "", swap))
-    return f"{_slug(Path(model).name or model, 32)}_{_slug(bare, 48)}_{digest}"
-
-
-def _slug(text: str, limit: int) -> str:
-    return re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-.")[:limit].strip("-.") or "x"
 
 
 class RunFolder:
@@ -187,8 +176,9 @@ class RunFolder:
         self.write("metrics.json", json_text(tables.dictionary(table["metric"])))
         return table
 
-    def write_plan(self, plan: Mapping[str, Any]) -> None:
-        self.write("plan.json", json_text(plan))
+    def write_plan(self, plan: Any) -> None:
+        """Write plan.json: a dataclass, or a mapping."""
+        self.write("plan.json", json_text(as_json(plan)))
 
     def write_findings(self, findings: Sequence[Mapping[str, Any]]) -> None:
         self.write("findings.json", json_text(list(findings)))
@@ -223,7 +213,7 @@ class Run:
 
     path: Path | None
     manifest: dict[str, Any]
-    plan: dict[str, Any] = field(default_factory=dict)
+    raw_plan: dict[str, Any] = field(default_factory=dict)
     findings: list[dict[str, Any]] = field(default_factory=list)
     config: dict[str, Any] = field(default_factory=dict)
     dictionary: dict[str, Any] = field(default_factory=dict)
@@ -244,14 +234,28 @@ class Run:
         cls,
         table: pd.DataFrame,
         manifest: dict[str, Any],
-        plan: dict[str, Any],
+        plan: Any,
         config: dict[str, Any],
         findings: list[dict[str, Any]],
     ) -> Run:
         """A finished run that was not written."""
-        run = cls(None, manifest, plan, findings, config, tables.dictionary(table["metric"]))
+        known = tables.dictionary(table["metric"])
+        run = cls(None, manifest, as_json(plan), findings, config, known)
         run.__dict__["table"] = table  # what the cached property would have read
         return run
+
+    @cached_property
+    def plan(self) -> Any:
+        """What was replaced or chosen: the plan class of its stage; a dict where the stage has none.
+
+        Raises:
+            RunError: plan.json does not fit.
+        """
+        target = registry.stages().card(self.manifest["kind"]).facts.get("plan")
+        if target is None:
+            return self.raw_plan
+        path = None if self.path is None else self.path / "plan.json"
+        return from_json(registry.load(target), self.raw_plan, path)
 
     @property
     def run_id(self) -> str:
@@ -274,7 +278,7 @@ def load_run(path: Path | str) -> Run:
     return Run(
         path=path,
         manifest=manifest,
-        plan=_load(path / "plan.json", {}),
+        raw_plan=_load(path / "plan.json", {}),
         findings=_load(path / "findings.json", []),
         config=_load(path / "config.yaml", {}),
         dictionary=_load(path / "metrics.json", {}),

@@ -55,14 +55,14 @@ class Outcome:
 
     Attributes:
         rows: of the long table, without run id.
-        plan: what was changed or chosen: becomes plan.json.
+        plan: what was changed or chosen, a dataclass or a mapping: becomes plan.json.
         facts: further entries of the manifest.
         seconds: what the parts of the work took, by name.
         memory: what only lives in this process: further fields of the stage's Result.
     """
 
     rows: Sequence[Mapping[str, Any]]
-    plan: Mapping[str, Any]
+    plan: Any
     facts: Mapping[str, Any] = field(default_factory=dict)
     seconds: Mapping[str, float] = field(default_factory=dict)
     memory: Mapping[str, Any] = field(default_factory=dict)
@@ -80,8 +80,8 @@ class Result:
         return self.run.table
 
     @property
-    def plan(self) -> dict[str, Any]:
-        """What was replaced or chosen (plan.json)."""
+    def plan(self) -> Any:
+        """What was replaced or chosen (plan.json), as the plan class of the stage."""
         return self.run.plan
 
     @property
@@ -117,6 +117,7 @@ class Stage(Generic[C, P]):
         help: what the command does, in one sentence.
         examples: command lines for the help.
         report: "module" with `figures(run)` and `sections(run)`; read without importing the stage.
+        plan: "module:Class" of its plan, a dataclass in a file without torch; None: a dict.
         subject: the setting that the function takes as its second argument.
         student: whether a student will do for it.
         resumable: whether a stopped run goes on from its state.
@@ -128,10 +129,11 @@ class Stage(Generic[C, P]):
     """
 
     Config: type[C]
-    Result: type[Result]
+    Result: type[Any]
     help: ClassVar[str]
     examples: ClassVar[tuple[str, ...]] = ()
     report: ClassVar[str | None] = None
+    plan: ClassVar[str | None] = None
     subject: ClassVar[str] = "swap"
     student: ClassVar[bool] = True
     resumable: ClassVar[bool] = False
@@ -190,7 +192,7 @@ class Stage(Generic[C, P]):
         """What the numbers show, in words, worst first."""
         return ()
 
-    def exit_code(self, config: C, result: Result) -> int:
+    def exit_code(self, config: C, result: Any) -> int:
         """Of the command, when the run is done: see `mismatch.errors`."""
         return 0
 

@@ -255,14 +255,16 @@ class Opened(Generic[C]):
             return calibration_and_evaluation(calibration, evaluation)
         return None, read(evaluation)
 
-    def cut(self, role: str, documents: Documents, tokens: int, **options: int) -> Windows:
+    def cut(
+        self, role: str, documents: Documents, tokens: int, *, seq_len: int | None = None
+    ) -> Windows:
         """Windows of a text in its role, remembered for the manifest.
 
         Args:
             role: evaluation, calibration, training, validation or selection.
             documents: to cut.
             tokens: how many.
-            options: `seq_len` and `seed`, where they are not those of the config.
+            seq_len: tokens per window; None: as the config says.
 
         Raises:
             DataError: too little text.
@@ -270,9 +272,9 @@ class Opened(Generic[C]):
         made = windows(
             documents,
             self.tokenizer,
-            options.get("seq_len", self.config.seq_len),
+            seq_len or self.config.seq_len,
             tokens,
-            options.get("seed", self.config.seed),
+            self.config.seed,
         )
         self.texts[role] = Text(documents, made)
         return made

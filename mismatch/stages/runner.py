@@ -22,8 +22,9 @@ from mismatch.config import load as load_config
 from mismatch.errors import MismatchError, OutputError, RunError, UsageError
 from mismatch.runs import table as tables
 from mismatch.runs.environment import peak_memory
-from mismatch.runs.folder import Run, RunFolder, check_output, check_resume, load_run, run_id
+from mismatch.runs.folder import Run, RunFolder, check_output, check_resume, load_run
 from mismatch.runs.ranks import joined
+from mismatch.runs.run_id import run_id
 from mismatch.stages.base import Outcome, P, Result, Stage
 from mismatch.stages.opening import Opened
 from mismatch.stages.reporting import write_html
@@ -120,7 +121,7 @@ def work(
             seconds = {"load": spent, "work": time.monotonic() - started, **outcome.seconds}
             result = _finished(stage, opened, outcome, seconds)
         if ranks.from_first(opened.path) is not None and result is None:
-            result = stage.Result(load_run(opened.path))  # type: ignore[arg-type]
+            result = stage.Result(load_run(opened.path))
     except KeyboardInterrupt as stop:
         if opened.folder is not None:
             opened.folder.finish("interrupted")
@@ -177,7 +178,7 @@ def _finished(
             "swap": config.subject,
             **facts,
         }
-        run = Run.in_memory(table, about, dict(outcome.plan), config.settings(), findings)
+        run = Run.in_memory(table, about, outcome.plan, config.settings(), findings)
         return stage.Result(run, **outcome.memory)
     folder.write_plan(outcome.plan)
     folder.write_table(table)

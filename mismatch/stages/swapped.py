@@ -8,20 +8,14 @@ from typing import Any
 
 from mismatch import registry, spec
 from mismatch.mechanisms.parts.user_module import configured
+from mismatch.runs.plan import SwapPlan
 from mismatch.stages.opening import Opened
-from mismatch.surgery.operate import Plan
 from mismatch.texts.documents import Documents
 from mismatch.texts.windows import Windows
 
 
-def plan_dict(plan: Plan, warned: Iterable[str] = ()) -> dict[str, Any]:
-    """The content of plan.json."""
-    clauses = [dataclasses.asdict(clause) for clause in plan.clauses]
-    return {"spec": plan.spec, "clauses": clauses, "warnings": list(warned)}
-
-
-def plan_warnings(plan: Plan, seq_len: int) -> tuple[str, ...]:
-    """What the user should know before believing the numbers."""
+def warned(plan: SwapPlan, seq_len: int) -> SwapPlan:
+    """The plan with what the user should know before believing the numbers."""
     found = []
     for clause in plan.clauses:
         arg = registry.mechanisms().card(clause.mechanism).arg("segment")
@@ -31,7 +25,7 @@ def plan_warnings(plan: Plan, seq_len: int) -> tuple[str, ...]:
                 f"layer {clause.layer}: one segment of {segment} tokens holds the whole window of {seq_len}, so the "
                 "memory is never read; take a smaller segment or a longer --seq-len"
             )
-    return tuple(found)
+    return dataclasses.replace(plan, warnings=(*plan.warnings, *found))
 
 
 def calibrates(clauses: Iterable[spec.Clause], controls: Iterable[str] = ()) -> bool:

@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from mismatch import registry, spec
-from mismatch.surgery.operate import Plan
+from mismatch.runs.plan import SwapPlan
 
 
-def control_specs(controls: Sequence[str], plan: Plan) -> dict[str, spec.Spec]:
+def control_specs(controls: Sequence[str], plan: SwapPlan) -> dict[str, spec.Spec]:
     """The swap text of each control, in the slots of the swap.
 
     Args:

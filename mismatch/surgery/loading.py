@@ -29,11 +29,12 @@ from mismatch.models import load as models
 from mismatch.models.folder import check_weights, read_config_file
 from mismatch.models.layout import Layout
 from mismatch.models.load import ModelInfo
-from mismatch.models.resolve import Source, from_hub, locate
+from mismatch.models.resolve import Located, from_hub, locate
 from mismatch.models.skeleton import skeleton as of_config_alone
 from mismatch.models.swap_record import MODEL_TYPE, Record, of_config, read
+from mismatch.runs.plan import Replaced
 from mismatch.surgery.filling import fill
-from mismatch.surgery.operate import Replaced, layout_of, operate, placed
+from mismatch.surgery.operate import layout_of, operate, placed
 from mismatch.surgery.saving import Swapped
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ class Measurable(NamedTuple):
 
 
 def load(
-    name_or_path: str | Path | Source,
+    name_or_path: str | Path | Located,
     *,
     dtype: str | torch.dtype | None = None,
     device: str | torch.device | None = None,
@@ -105,7 +106,7 @@ def load(
     whole, replaced = _restored(layout, found, folder, files, exact=wanted == "auto")
     model = whole.model.requires_grad_(False)
     prove_student(whole, whole, _first(replaced))  # no module carries state between calls
-    swapped = Source(source.name, folder, _note(found))
+    swapped = Located(source.name, folder, _note(found))
     info = models.check_loaded(model, tokenizer, folder, files, swapped)
     return Measurable(model, tokenizer, whole, info)
 
@@ -125,7 +126,7 @@ def of_loaded(model: CausalLM, tokenizer: Any) -> Measurable:
 
 
 def skeleton(
-    found: tuple[transformers.PretrainedConfig, Source], *, trust_remote_code: bool = False
+    found: tuple[transformers.PretrainedConfig, Located], *, trust_remote_code: bool = False
 ) -> Layout:
     """The model without its weights, on the meta device; of a checkpoint with its swaps.
 

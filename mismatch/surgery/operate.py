@@ -25,6 +25,7 @@ from mismatch.mechanisms.base import Calibrator, Context, Host, Mechanism, Wrapp
 from mismatch.mechanisms.parts.user_module import configured
 from mismatch.models.layout import Layout, family_of
 from mismatch.models.swap_record import Base, Swap
+from mismatch.runs.plan import Replaced, SwapPlan
 from mismatch.spec import Call, Clause, Placement, Spec, parse, resolve
 from mismatch.surgery import saving
 
@@ -38,53 +39,13 @@ SEED_STEP = 1000
 Calibrations = Mapping[tuple[int | None, str, Call], Calibrator]
 
 
-@dataclass(frozen=True)
-class Replaced:
-    """One module that was replaced. Parameter dicts map a name to its number of values.
-
-    `old` and `new` are the names of the two classes, `notes` sentences about this mechanism in this slot.
-    """
-
-    layer: int | None
-    slot: str
-    path: str
-    mechanism: str
-    args: dict[str, Any]
-    old: str
-    new: str
-    inherited: dict[str, int]
-    new_parameters: dict[str, int]
-    dropped: dict[str, int]
-    identity: str
-    state: str
-    notes: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What surgery did (or, on the meta device, would do)."""
-
-    spec: str
-    clauses: tuple[Replaced, ...]
-
-    @property
-    def layers(self) -> tuple[int, ...]:
-        """Layers with a replaced module, ascending."""
-        return tuple(sorted({c.layer for c in self.clauses if c.layer is not None}))
-
-    @property
-    def first(self) -> int | None:
-        """The first replaced layer; None when only the final norm is replaced."""
-        return min(self.layers, default=None)
-
-
 @dataclass
 class Student:
     """A model with replaced modules. `model` is an ordinary transformers model over the teacher's tensors."""
 
     model: CausalLM
     layout: Layout
-    plan: Plan
+    plan: SwapPlan
     tokenizer: Any = None
     name: str = "swap"
     host: Host = field(default_factory=Host, repr=False)
@@ -102,7 +63,7 @@ class Student:
             setattr(parent, name, original)
         if self.plan.spec and isinstance(self.model, saving.Swapped):
             saving.unmark(self.model)  # its record would name a swap that is gone
-        self.plan = Plan("", self.plan.clauses[:down_to])
+        self.plan = SwapPlan(spec="", clauses=self.plan.clauses[:down_to])
 
     def save(
         self, path: str | Path, *, extra: Mapping[str, Any] | None = None, overwrite: bool = False
@@ -171,7 +132,7 @@ def operate(
     clauses = replace(
         student, placements, seed=seed, calibrations=calibrations, restoring=restoring
     )
-    student.plan = Plan(spec, clauses)
+    student.plan = SwapPlan(spec=spec, clauses=clauses)
     saving.mark(student.model, Swap(spec, seed), base)
     return student
 
@@ -180,7 +141,7 @@ def blank(layout: Layout, *, name: str = "swap", tokenizer: Any = None) -> Stude
     """A student in which nothing is replaced yet."""
     model = graft(layout.model)
     own = Layout(model, layout.family, layout.whole_blocks)
-    student = Student(model, own, Plan("", ()), tokenizer, name)
+    student = Student(model, own, SwapPlan(spec="", clauses=()), tokenizer, name)
     student.layout.decoder.register_forward_pre_hook(_carry_mask(student.host), with_kwargs=True)
     return student
 
@@ -200,7 +161,7 @@ def holding(
     before, plan = len(student._undo), student.plan
     try:
         added = replace(student, placements, seed=seed, calibrations=calibrations)
-        student.plan = Plan("", (*plan.clauses, *added))
+        student.plan = SwapPlan(spec="", clauses=(*plan.clauses, *added))
         yield added
     finally:
         student.undo(before)

@@ -11,7 +11,7 @@ from scripts import ANALYSES, script
 
 import mismatch
 
-SCRIPTS = sorted(path for path in ANALYSES.glob("*.py") if path.stem != "readme_tables")
+SCRIPTS = sorted(ANALYSES.glob("*.py"))
 NAMES = [path.stem for path in SCRIPTS]
 INSTALLED = {  # by `make`: imports of the dependencies in pyproject.toml
     *("matplotlib", "mismatch", "nnsight", "numpy", "pandas", "scipy", "torch", "tqdm"),

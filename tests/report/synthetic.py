@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
+from mismatch.runs.plan import Replaced, SwapPlan
 from mismatch.runs.table import SITES, as_table, dictionary
 
 DICTIONARY = dictionary(["rel_l2", "cka_minibatch", "norm_ratio", "frechet", "lens_kl", "kl"])
@@ -12,26 +13,26 @@ DICTIONARY = dictionary(["rel_l2", "cka_minibatch", "norm_ratio", "frechet", "le
 BINS = ["0", "1-3", "4-15", "16-63", "64-127", "128-255", "256-511", "512-1023"]
 SIZE = {"swap": 1.0, "zero": 0.85, "mean": 0.7, "random": 9.0, "floor": 3e-6}
 KL = {"swap": 0.0612, "zero": 0.0537, "mean": 0.0475, "random": 3.58, "floor": 2.1e-7}
-PLAN = {
-    "spec": "layer12:infini(segment=256)",
-    "clauses": [
-        {
-            "layer": 12,
-            "slot": "attn",
-            "path": "model.layers.12.self_attn",
-            "mechanism": "infini",
-            "args": {"segment": 256, "update": "linear"},
-            "old": "LlamaAttention",
-            "new": "Infini",
-            "inherited": {"q_proj.weight": 331776, "k_proj.weight": 110592},
-            "new_parameters": {"gate": 9},
-            "dropped": {},
-            "identity": "gate -> -inf and segment >= seq_len",
-            "notes": ["first_segment=blend halves the first segment"],
-        }
-    ],
-    "warnings": [],
-}
+PLAN = SwapPlan(
+    spec="layer12:infini(segment=256)",
+    clauses=(
+        Replaced(
+            layer=12,
+            slot="attn",
+            path="model.layers.12.self_attn",
+            mechanism="infini",
+            args={"segment": 256, "update": "linear"},
+            old="LlamaAttention",
+            new="Infini",
+            inherited={"q_proj.weight": 331776, "k_proj.weight": 110592},
+            new_parameters={"gate": 9},
+            dropped={},
+            identity="gate -> -inf and segment >= seq_len",
+            state="memory",
+            notes=("first_segment=blend halves the first segment",),
+        ),
+    ),
+)
 FINDINGS = [
     {
         "severity": "high",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import hashlib
 import json
 import re
@@ -212,8 +213,9 @@ def test_columns_are_aligned():
 
 
 def test_the_plan_of_a_final_norm_has_no_layer():
-    clause = {**s.PLAN["clauses"][0], "layer": None, "slot": "final_norm", "args": {}}
-    assert plan_lines({"clauses": [clause]})[0].startswith("final final_norm: LlamaAttention ->")
+    clause = dataclasses.replace(s.PLAN.clauses[0], layer=None, slot="final_norm", args={})
+    plan = dataclasses.replace(s.PLAN, clauses=(clause,))
+    assert plan_lines(plan)[0].startswith("final final_norm: LlamaAttention ->")
 
 
 def test_runs_are_compared_on_one_page(tmp_path, run_dir):

@@ -18,7 +18,9 @@ import pytest
 
 from mismatch.errors import OutputError, RunError
 from mismatch.runs import files, state, table
-from mismatch.runs.folder import RunFolder, check_output, load_run, made_by, run_id
+from mismatch.runs.folder import RunFolder, check_output, load_run, made_by
+from mismatch.runs.plan import SwapPlan
+from mismatch.runs.run_id import run_id
 
 SETTINGS = {"model": "smollm2", "swap": "layer12:infini(segment=64)", "tokens": 8192}
 NOON = datetime(2026, 11, 23, 12, 0, 0)
@@ -172,7 +174,8 @@ def test_a_file_in_the_way_is_refused(tmp_path):
 
 
 def test_a_run_is_read_as_it_was_written(folder):
-    folder.write_plan({"spec": "layer12:infini", "clauses": []})
+    plan = SwapPlan(spec="layer12:infini", clauses=(), warnings=("short text",))
+    folder.write_plan(plan)
     folder.write_findings([{"severity": "high", "title": "t", "value": float("nan")}])
     written = folder.write_table(some_rows()[:-1])
     folder.log("hello")
@@ -181,7 +184,8 @@ def test_a_run_is_read_as_it_was_written(folder):
     pd.testing.assert_frame_equal(run.table, written)
     assert run.config == SETTINGS
     assert run.findings[0]["value"] is None
-    assert run.plan["spec"] == "layer12:infini"
+    assert run.plan == plan
+    assert run.raw_plan == {"spec": "layer12:infini", "clauses": [], "warnings": ["short text"]}
     assert run.manifest["status"] == "done"
     assert run.manifest["peak_memory"] == 7
     assert run.manifest["versions"]["torch"].startswith("2.")

@@ -48,7 +48,7 @@ def test_the_folder(saved_toy, toy_teacher):
     assert (entry["format"], entry["model_type"]) == (1, "llama")
     assert entry["base"] == {"name": "a loaded model", "sha256": toy_teacher.info.sha256}
     assert entry["shared"]["lm_head.weight"] == "model.embed_tokens.weight"
-    assert record.extra(saved_toy) == {"rungs": ["closed-form"], "kl": None}
+    assert record.extra(saved_toy) == {"stages": ["closed-form"], "kl": None}
 
 
 def test_the_swap_is_written_with_every_argument(saved_toy):

@@ -52,7 +52,7 @@ class LogitPair:
         """Parts of so many tokens each."""
         columns = (self.teacher, self.student, self.targets, self.docs, self.positions)
         parts = zip(*(column.split(size) for column in columns), strict=True)
-        return [LogitPair(t, s, *facts, joint=self.joint) for t, s, *facts in parts]
+        return [LogitPair(t, s, to, doc, at, self.joint) for t, s, to, doc, at in parts]
 
     def kept(self, mask: str) -> Kept:
         """The tokens of a mask ("valid": all, "has_target"), listed once per chunk."""

@@ -11,6 +11,8 @@ from matplotlib.figure import Figure
 
 from mismatch.errors import UsageError
 from mismatch.report import readout, style
+from mismatch.stages.diagnose.numbers import Kl, Share
+from mismatch.stages.diagnose.plan import DiagnosisPlan
 
 CAUSES = {
     "distribution": "distribution mismatch",
@@ -37,43 +39,40 @@ COLUMNS = ("panel", "colour", "name", "says", "share", "lo", "hi", "kl", "leadin
 
 
 def diagnosis_data(
-    _table: Any = None, *, plan: Mapping[str, Any], dictionary: Any = None
+    _table: Any = None, *, plan: DiagnosisPlan, dictionary: Any = None
 ) -> pd.DataFrame:
     """A row for each cause and each correction.
 
     Raises:
         UsageError: nothing was taken apart, because nothing was damaged.
     """
-    found = plan["diagnosis"]
-    if not found["returned"]:
+    found = plan.diagnosis
+    if not found.returned or found.unexplained is None:
         raise UsageError("there is nothing to explain: the output does not move")
-    rest = {"unexplained": found["unexplained"]}
+    rest = {"unexplained": found.unexplained}
     rows = [
         _row("cause", name, name, CAUSES.get(name, name), share, float("nan"))
-        for name, share in {**found["causes"], **rest}.items()
+        for name, share in {**found.causes, **rest}.items()
     ]
-    for one in found["returned"]:
-        group = one["group"]
-        row = _row(group, group, one["name"], one["says"], one["share"], one["kl"]["value"])
+    for one in found.returned:
+        row = _row(one.group, one.group, one.name, one.says, one.share, one.kl.value)
         row |= {
-            "leading": one["name"] == found["leading"],
-            "does_nothing": one["does_nothing"],
+            "leading": one.name == found.leading,
+            "does_nothing": one.does_nothing,
         }
         rows.append(row)
     return pd.DataFrame(rows, columns=list(COLUMNS))
 
 
-def _row(
-    panel: str, colour: str, name: str, says: str, share: Mapping[str, float], kl: float
-) -> dict[str, Any]:
+def _row(panel: str, colour: str, name: str, says: str, share: Share, kl: float) -> dict[str, Any]:
     return {
         "panel": panel,
         "colour": colour,
         "name": name,
         "says": says,
-        "share": share["value"],
-        "lo": share["lo"],
-        "hi": share["hi"],
+        "share": share.value,
+        "lo": share.lo,
+        "hi": share.hi,
         "kl": kl,
         "leading": False,
         "does_nothing": False,
@@ -84,7 +83,7 @@ def _row(
 def diagnosis_figure(
     table: pd.DataFrame,
     *,
-    plan: Mapping[str, Any],
+    plan: DiagnosisPlan,
     dictionary: Any = None,
     width: float = style.WIDTH,
 ) -> Figure:
@@ -100,18 +99,18 @@ def diagnosis_figure(
     axes = figure.subplots(
         len(panels), 1, sharex=True, squeeze=False, height_ratios=[n + 0.4 for n in counts]
     )[:, 0]
-    kls = {"swap": plan["diagnosis"]["damage"], **plan["diagnosis"]["controls"]}
+    kls = {"swap": plan.diagnosis.damage, **plan.diagnosis.controls}
     beside = {f"KL of {name}": style.interval(*_ends(kl)) for name, kl in kls.items()}
     left = max(LEFT, min(-0.05, float(data[["share", "lo"]].min().min()) - 0.05))
     for ax, name in zip(axes, panels, strict=True):
         _bars(ax, data[data["panel"] == name], left, beside)
         ax.set_title(PANELS[name], fontweight="bold", pad=3)
     axes[-1].set_xlabel("share of the output KL that is recovered, %")
-    found = plan["diagnosis"]
-    skipped = found["not_applicable"]
+    found = plan.diagnosis
+    skipped = found.not_applicable
     style.frame(
         figure,
-        f"{found['swap']}: how much of its damage, {style.number(found['damage']['value'])} nats per token, each "
+        f"{found.swap}: how much of its damage, {style.number(found.damage.value)} nats per token, each "
         "correction recovers",
         "Each bar: one thing corrected in what the swapped module adds, fitted on other text. Whiskers: 95 % over "
         "documents. Bold: the leading one. Corrections overlap, so rows do not add up; the shares of the causes and "
@@ -171,8 +170,8 @@ def _bars(ax: Axes, data: pd.DataFrame, left: float, beside: Mapping[str, str]) 
     ax.tick_params(axis="y", length=0)
 
 
-def _ends(number: Mapping[str, float]) -> tuple[float, float, float]:
-    return number["value"], number["lo"], number["hi"]
+def _ends(number: Kl) -> tuple[float, float, float]:
+    return number.value, number.lo, number.hi
 
 
 def percent(share: float) -> str:

@@ -142,8 +142,8 @@ def affine(sample: Sample) -> Apply:
 
 def linear(sample: Sample) -> tuple[Apply, float]:
     """The map, and the ridge that the held-out windows chose."""
-    learnt, held = sample.parts()
-    family = _ridges(learnt)
+    fitting, held = sample.parts()
+    family = _ridges(fitting)
     best = min(RIDGES, key=lambda ridge: held.error(family(ridge)))
     return _ridges(sample)(best), best
 
@@ -182,9 +182,9 @@ def delay(sample: Sample) -> tuple[Apply, tuple[float, float, float]]:
     """The filter over a token and its two neighbours, and its weights; (0, 1, 0) where neighbours do not help."""
     nothing = (same, (0.0, 1.0, 0.0))
     _, middle = mean_of(sample)
-    learnt, held = sample.parts()
-    weights = _taps(learnt, middle)
-    alone = _taps(learnt, middle, neighbours=False)
+    fitting, held = sample.parts()
+    weights = _taps(fitting, middle)
+    alone = _taps(fitting, middle, neighbours=False)
     whole = _explained(held, middle, weights) - _explained(held, middle, alone)
     if not whole > GAIN:
         return nothing
@@ -193,14 +193,18 @@ def delay(sample: Sample) -> tuple[Apply, tuple[float, float, float]]:
     before, after = (v.norm(dim=-1)[sample.bulk] for v in (centred, _filtered(centred, weights)))
     used = (before > 0) & (after > 0)
     gain = float((before[used] / after[used]).log().mean().exp()) if bool(used.any()) else 1.0
-    taps = tuple(float(gain * v) for v in weights)
+    before_, own, behind = (float(gain * v) for v in weights)
+    taps = (before_, own, behind)
     return (lambda x: middle.to(x) + _filtered(x - middle.to(x), taps)), taps
 
 
 def mean_of(sample: Sample) -> tuple[Tensor, Tensor]:
     """Weighed means of teacher and student, `d`."""
     w = sample.weight[..., None]
-    return tuple((w * v.double()).sum((0, 1)) / w.sum() for v in (sample.teacher, sample.student))
+    teacher, student = (
+        (w * v.double()).sum((0, 1)) / w.sum() for v in (sample.teacher, sample.student)
+    )
+    return teacher, student
 
 
 def _shifted(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -211,15 +215,16 @@ def _shifted(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _filtered(x: Tensor, taps: tuple[float, float, float]) -> Tensor:
-    return sum(tap * part for tap, part in zip(taps, _shifted(x), strict=True) if tap != 0.0)
+    parts = (tap * part for tap, part in zip(taps, _shifted(x), strict=True) if tap != 0.0)
+    return sum(parts, torch.zeros((), dtype=x.dtype, device=x.device))
 
 
 def _taps(sample: Sample, middle: Tensor, neighbours: bool = True) -> tuple[float, float, float]:
     """Least squares for the three weights (or the middle one alone), both sides centred."""
     own, _ = mean_of(sample)
     y = sample.teacher.double() - own
-    parts = _shifted(sample.student.double() - middle)
-    parts = parts if neighbours else parts[1:2]
+    shifted = _shifted(sample.student.double() - middle)
+    parts = shifted if neighbours else shifted[1:2]
     w = sample.weight[..., None]
     gram = torch.stack([torch.stack([(w * p * q).sum() for q in parts]) for p in parts])
     side = torch.stack([(w * p * y).sum() for p in parts])

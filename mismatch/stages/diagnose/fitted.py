@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -72,8 +73,10 @@ class TakenApart:
         cut: Windows,
     ) -> None:
         self.teacher, self.student, self.places = teacher.layout, student.layout, tuple(places)
-        self.config, self.not_applicable = config, []
-        self.fitted: dict[Place, Fitted] | None = None
+        self.config = config
+        self.not_applicable: list[str] = []
+        self.fitted: dict[Place, Fitted] = {}
+        """By place; empty before `fit`."""
         self.asked: list[Asked] = []
         self._made: dict[tuple, str] = {}
         self._same: dict[str, str] = {}
@@ -124,9 +127,10 @@ class TakenApart:
         left = self._left.setdefault(place, [0.0] * (count + 1))
         left[count] += sample.error(same)
         for head in range(count):
+            assert side.heads is not None  # it is there where heads are counted
             with head_given(self.student, place, head, count, side.heads):
                 ours = forced(self.student, place, ids, side)
-            left[head] += sample.error(lambda _s, v=ours: v)
+            left[head] += sample.error(partial(_given, ours))
 
     def head_errors(self, place: Place) -> list[float]:
         """Share of the squared error at a place that each head recovers, on calibration text."""
@@ -173,7 +177,7 @@ class TakenApart:
                         changed(
                             self.student,
                             place,
-                            lambda s, change=change, known=known: change(s, known),
+                            partial(_applied, change, known),
                         )
                     )
                 yield
@@ -207,6 +211,7 @@ class TakenApart:
                 batch: Batch, place: Place = place, head: int = head
             ) -> AbstractContextManager[None]:
                 heads = self._sides[batch.number][place].heads
+                assert heads is not None
                 return head_given(self.student, place, head, self._counts[place], heads)
 
             found.append(Trial(name, self.student, during))
@@ -282,6 +287,15 @@ class TakenApart:
             }
 
 
+def _given(value: Tensor, _student: Tensor) -> Tensor:
+    return value
+
+
+def _applied(change: Any, known: Known, student: Tensor) -> Tensor:
+    changed: Tensor = change(student, known)
+    return changed
+
+
 def joint_name(causes: tuple[str, ...]) -> str:
     """The trial in which these causes are corrected together."""
     return f"causes={'+'.join(causes)}"
@@ -292,7 +306,7 @@ def joined(samples: Sequence[Sample]) -> Sample:
     known = [sample.known for sample in samples]
     bare = None
     if known[0].bare is not None:
-        bare = torch.cat([k.bare.float().cpu() for k in known])
+        bare = torch.cat([k.bare.float().cpu() for k in known if k.bare is not None])
     update = torch.cat([k.update.float().cpu() for k in known])
     massive = torch.cat([k.massive.cpu() for k in known])
     student = torch.cat([sample.student.float().cpu() for sample in samples])

@@ -104,11 +104,12 @@ def teacher_sides(
 @torch.no_grad()
 def forced(student: Layout, place: Place, ids: Tensor, side: Side) -> Tensor:
     """What a student adds at a place, on the teacher's input: `batch pos d`."""
-    layer, seen = place.layer, {}
+    layer = place.layer
+    seen: dict[str, Tensor] = {}
     with ExitStack() as stack:
-        if side.attention is not None:
+        if (attention := side.attention) is not None:
             stack.enter_context(
-                changed(student, Place(layer, "attn_out", (), ()), lambda _s: side.attention)
+                changed(student, Place(layer, "attn_out", (), ()), lambda _s: attention)
             )
         hooks.run(
             student,
@@ -149,6 +150,7 @@ def head_given(
 ) -> Iterator[None]:
     """The teacher's slice of one head goes into the student's output projection."""
     module = _projection(student, place)
+    assert module is not None  # heads are counted where there is one
     width = heads.shape[-1] // count
     part = slice(head * width, (head + 1) * width)
 

@@ -1,8 +1,8 @@
-"""What a diagnosis found: plain numbers, that go into plan.json as they are. No torch."""
+"""What a diagnosis found: plain numbers, as plan.json holds them. No torch."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 SAYS = {
@@ -17,7 +17,7 @@ SAYS = {
     "first": "the update of the first token",
     "massive": "the updates of massive tokens",
 }
-"""What each correction gives back."""
+"""What each correction corrects."""
 
 
 @dataclass(frozen=True)
@@ -44,9 +44,9 @@ class Returned:
     """One correction.
 
     Attributes:
-        name: of `SAYS`; `head 3`, `without memory`, `with first_token`; `layer 12 attn_out`, given back whole.
+        name: of `SAYS`; `head 3`, `without memory`, `with first_token`; `layer 12 attn_out`, corrected whole.
         group: a cause, or `part`.
-        share: of the KL that it returns.
+        share: of the KL that it recovers.
         kl: what is left.
         layer, head: where it acts alone; None: at all places.
         does_nothing: it does not move the update, and was not run.
@@ -67,12 +67,12 @@ class Returned:
 
 
 def _says(name: str) -> str:
-    """A correction in words: `head 3 given back`, `memory left out`."""
+    """A correction in words: `head 3 corrected`, `memory left out`."""
     if name in SAYS:
         return SAYS[name]
     word, _, rest = name.partition(" ")
-    return {"without": f"{rest} left out", "with": f"{rest} given back"}.get(
-        word, f"{name} given back"
+    return {"without": f"{rest} left out", "with": f"{rest} corrected"}.get(
+        word, f"{name} corrected"
     )
 
 
@@ -87,14 +87,14 @@ class Found:
         controls: KL of each control in the same places.
         returned: every correction.
         causes: Shapley shares of the three causes.
-        joint: KL returned by each set of causes, by their names joined with `+`.
-        unexplained: what all three together do not return.
-        leading: name of the simplest correction that returns (nearly) as much as any; None: none returns much.
+        joint: KL recovered by each set of causes, by their names joined with `+`.
+        unexplained: what all three together do not recover.
+        leading: name of the simplest correction that recovers (nearly) as much as any; None: none recovers much.
         places: for each place `layer`, `site`, `mechanisms`, and numbers: `forced_error`, squared, of the update on the
             teacher's own input, 1 = as far as an update of zero; `linear_error` likewise behind the best linear map, on
             text it was not fitted on; `corrected_error` of each correction; `update_to_stream` and
             `update_to_stream_student`; what was fitted (`scale`, `rope`, ...); `head_errors`, the share of the error
-            that each head returns.
+            that each head recovers.
         behind: `layers`, and how far the stream leaving each is off, `||s - t|| / ||t||`; `growth` from the first to
             the last.
         not_applicable: what could not be asked, and why.
@@ -115,35 +115,10 @@ class Found:
     not_applicable: tuple[str, ...] = ()
     evidence: tuple[dict[str, Any], ...] = ()
 
-    def as_dict(self) -> dict[str, Any]:
-        """JSON-able."""
-        return asdict(self)
-
-    @classmethod
-    def of(cls, data: dict[str, Any]) -> Found:
-        """What `as_dict` gave, read back."""
-        shares = {
-            name: {k: Share(**v) for k, v in data[name].items()} for name in ("causes", "joint")
-        }
-        returned = tuple(
-            Returned(**{**r, "share": Share(**r["share"]), "kl": Kl(**r["kl"])})
-            for r in data["returned"]
-        )
-        rest = data["unexplained"]
-        return cls(
-            **{
-                **data,
-                **shares,
-                "damage": Kl(**data["damage"]),
-                "nll": Share(**data["nll"]),
-                "controls": {k: Kl(**v) for k, v in data["controls"].items()},
-                "returned": returned,
-                "unexplained": None if rest is None else Share(**rest),
-                "places": tuple(data["places"]),
-                "not_applicable": tuple(data["not_applicable"]),
-                "evidence": tuple(data["evidence"]),
-            }
-        )
+    @property
+    def lead(self) -> Returned | None:
+        """The leading correction."""
+        return None if self.leading is None else self.get(self.leading)
 
     def get(self, name: str) -> Returned | None:
         """A correction by name."""

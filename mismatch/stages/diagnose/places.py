@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mismatch.errors import SurgeryError
-from mismatch.surgery.operate import Plan
+from mismatch.runs.plan import SwapPlan
 
 OF_MLP = ("mlp", "norm2", "norm2_post", "gate_proj", "up_proj", "down_proj")
 SITES = ("attn_out", "mlp_out", "resid_post")
@@ -38,7 +38,7 @@ class Place:
         return f"{self.layer}.{self.site}"
 
 
-def places_of(plan: Plan) -> tuple[Place, ...]:
+def places_of(plan: SwapPlan) -> tuple[Place, ...]:
     """The places of a swap in depth order.
 
     Raises:

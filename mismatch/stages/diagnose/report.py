@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import pandas as pd
 
 from mismatch.report import style
@@ -18,6 +15,8 @@ from mismatch.stages.diagnose.figure import (
     diagnosis_figure,
     percent,
 )
+from mismatch.stages.diagnose.numbers import Found
+from mismatch.stages.diagnose.plan import DiagnosisPlan
 from mismatch.stages.repair.report.forecast_words import forecast_lines
 
 FIGURES = (
@@ -41,34 +40,35 @@ def figures(run: Run) -> tuple[ReportFigure, ...]:
 
 def sections(run: Run) -> list[Section]:
     """The verdict, the damage, the figure, findings, every correction, the forecast, what was replaced."""
-    found = run.plan["diagnosis"]
+    plan: DiagnosisPlan = run.plan
+    found = plan.diagnosis
     forecast = (
-        tuple(tag("p", line) for line in forecast_lines(run.plan["forecast"]))
-        if "forecast" in run.plan
-        else ()
+        ()
+        if plan.forecast is None
+        else tuple(tag("p", line) for line in forecast_lines(plan.forecast))
     )
     return [
-        verdict(run.plan.get("verdict", "")),
+        verdict(plan.verdict),
         Section("", (damage(found), *FIGURES)),
         findings(run),
-        *([Section("Every correction", (corrections(run.plan),))] if found["returned"] else []),
+        *([Section("Every correction", (corrections(plan),))] if found.returned else []),
         *([Section("A repair, as forecast", forecast)] if forecast else []),
         replaced(run),
     ]
 
 
-def damage(found: Mapping[str, Any]) -> Html:
+def damage(found: Found) -> Html:
     """The output KL of the swap and of the controls in the same slots."""
     rows = [
-        (name, reading(kl["value"], kl["lo"], kl["hi"]))
-        for name, kl in {"swap": found["damage"], **found["controls"]}.items()
+        (name, reading(kl.value, kl.lo, kl.hi))
+        for name, kl in {"swap": found.damage, **found.controls}.items()
     ]
     return grid(
         ("student", "output KL, nats per token, 95 % interval"), rows, numbers=(1,), marked=(0,)
     )
 
 
-def corrections(plan: Mapping[str, Any]) -> Html:
+def corrections(plan: DiagnosisPlan) -> Html:
     """A row for each correction: its cause, the share of the KL that it recovers, the KL left."""
     data = diagnosis_data(plan=plan)
     data = data[data["panel"] != "cause"]
@@ -88,7 +88,7 @@ def corrections(plan: Mapping[str, Any]) -> Html:
     )
     skipped = [
         tag("p", f"Not applicable: {text}", class_="faint")
-        for text in plan["diagnosis"]["not_applicable"]
+        for text in plan.diagnosis.not_applicable
     ]
     heads = (
         "correction",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
@@ -21,7 +21,11 @@ if TYPE_CHECKING:
 class Diagnosed(Result):
     """One finished diagnosis."""
 
-    found: Found
+    @property
+    def found(self) -> Found:
+        """All numbers."""
+        found: Found = self.plan.diagnosis
+        return found
 
     @property
     def verdict(self) -> str:
@@ -44,7 +48,7 @@ class Diagnosed(Result):
     def as_dict(self) -> dict[str, Any]:
         return super().as_dict() | {
             "verdict": self.verdict,
-            "diagnosis": self.found.as_dict(),
+            "diagnosis": asdict(self.found),
             "findings": self.run.findings,
         }
 

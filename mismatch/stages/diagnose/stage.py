@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pandas as pd
@@ -25,6 +25,7 @@ from mismatch.stages.diagnose.fitted import TakenApart, joint_name
 from mismatch.stages.diagnose.heldout import CorrectedHeldOut
 from mismatch.stages.diagnose.numbers import Found, Kl, Returned, Share
 from mismatch.stages.diagnose.places import places_of
+from mismatch.stages.diagnose.plan import DiagnosisPlan
 from mismatch.stages.diagnose.result import Diagnosed
 from mismatch.stages.diagnose.rows import rows_of
 from mismatch.stages.diagnose.shapley import causes_of, kl_of, leading, share_of
@@ -32,7 +33,7 @@ from mismatch.stages.diagnose.verdict import headline, verdicts
 from mismatch.stages.opening import Opened
 from mismatch.stages.repair.config import STAGES
 from mismatch.stages.repair.forecast import Foretold, Swap, foretell
-from mismatch.stages.swapped import plan_dict, plan_warnings, swap_calibrates
+from mismatch.stages.swapped import swap_calibrates, warned
 from mismatch.surgery.operate import Student
 from mismatch.texts.windows import Windows
 
@@ -66,6 +67,7 @@ class Diagnose(Stage[DiagnoseConfig, Prepared]):
         "mismatch diagnose runs/TRACE",
     )
     report = "mismatch.stages.diagnose.report"
+    plan = "mismatch.stages.diagnose.plan:DiagnosisPlan"
     starts_from = ("trace", "probe")
     takes = ("model", "revision", "dtype", "swap", "data", "calibration_data", "seed")
     run_setting = "earlier_run"
@@ -94,7 +96,7 @@ class Diagnose(Stage[DiagnoseConfig, Prepared]):
         return Prepared(cut, fit, windows, earlier)
 
     def announce(self, opened: Opened[DiagnoseConfig], prepared: Prepared) -> str:
-        config, plan = opened.config, plan_dict(opened.planned()[0].plan)
+        config, plan = opened.config, opened.planned()[0].plan
         lines = [f"swap    {line}" for line in plan_lines(plan)]
         lines += [
             f"fit     {config.calibration_data}, {prepared.fit.tokens} tokens",
@@ -143,22 +145,28 @@ class Diagnose(Stage[DiagnoseConfig, Prepared]):
                 evaluated |= held_out.evaluate_all(trials)
         readings = readings_of(prepared.earlier, teacher.info.sha256)
         found = _found(config, readings, swap, evaluated, apart, held_out)
-        warned = list(plan_warnings(swap.plan, cut.seq_len))
+        base = warned(swap.plan, cut.seq_len)
+        few = []
         if cut.n_docs < FEW:
-            warned.append(
+            few.append(
                 f"{cut.n_docs} evaluation documents: intervals over so few are too narrow; take --tokens "
                 f"{FEW * cut.seq_len} or more, or text of more documents"
             )
-        plan = plan_dict(swap.plan, warned)
-        plan |= {"diagnosis": found.as_dict(), "verdict": headline(found)}
-        if found.places:
-            plan["forecast"] = asdict(_foretold(opened, found, swap))
-        return Outcome(rows_of(found), plan, memory={"found": found})
+        plan = DiagnosisPlan(
+            spec=base.spec,
+            clauses=base.clauses,
+            warnings=(*base.warnings, *few),
+            diagnosis=found,
+            verdict=headline(found),
+            forecast=_foretold(opened, found, swap) if found.places else None,
+        )
+        return Outcome(rows_of(found), plan)
 
     def findings(
         self, opened: Opened[DiagnoseConfig], outcome: Outcome, table: pd.DataFrame
     ) -> Sequence[Finding]:
-        return verdicts(outcome.memory["found"], opened.config, outcome.plan["clauses"])
+        plan: DiagnosisPlan = outcome.plan
+        return verdicts(plan.diagnosis, opened.config, plan.clauses)
 
 
 def _found(
@@ -186,7 +194,7 @@ def _found(
         "behind": behind,
         "evidence": readings,
     }
-    if apart.fitted is None:
+    if not apart.fitted:
         return Found(**shared)
     none = (Share(0.0, 0.0, 0.0), Kl(**vars(shared["damage"])))
     returned = []
@@ -238,4 +246,4 @@ def _foretold(opened: Opened[DiagnoseConfig], found: Found, swap: Student) -> Fo
         STAGES,
         None,
     )
-    return replace(told, note=READ_HERE) if told.rungs else told
+    return replace(told, note=READ_HERE) if told.stages else told

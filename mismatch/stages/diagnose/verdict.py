@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from mismatch import registry, spec
+from mismatch.runs.plan import Replaced
 from mismatch.stages.base import SEVERITIES, Finding
 from mismatch.stages.diagnose.config import DiagnoseConfig
 from mismatch.stages.diagnose.figure import CAUSES, percent
@@ -25,15 +26,13 @@ SMALL_STEP = 0.3
 """||update|| / ||stream||: a larger one is no small correction to the stream."""
 
 
-def verdicts(
-    found: Found, config: DiagnoseConfig, clauses: Sequence[dict[str, Any]]
-) -> list[Finding]:
+def verdicts(found: Found, config: DiagnoseConfig, clauses: Sequence[Replaced]) -> list[Finding]:
     """Everything that the numbers say, worst first.
 
     Args:
         found: the numbers.
         config: for the next commands.
-        clauses: of plan.json.
+        clauses: what was replaced.
     """
     ask = _Next(config, clauses)
     said = [
@@ -56,19 +55,21 @@ def headline(found: Found) -> str:
         for name, share in sorted(found.causes.items(), key=lambda item: -item[1].value)
         if share.value >= SPOKEN / 2
     ]
-    parts.append(f"{_percent(found.unexplained)} unexplained")
+    if found.unexplained is not None:
+        parts.append(f"{_percent(found.unexplained)} unexplained")
     text = f"KL {damage.value:.3g} nats per token{_band(damage)}: {', '.join(parts)}."
-    if found.leading is None:
-        return f"{text} No simple correction returns much of it."
-    lead = found.get(found.leading)
-    return f"{text} Leading: {lead.says} returns {_percent(lead.share)}{_band(lead.share, 100)}."
+    lead = found.lead
+    if lead is None:
+        return f"{text} No simple correction recovers much of it."
+    return f"{text} Leading: {lead.says} recovers {_percent(lead.share)}{_band(lead.share, 100)}."
 
 
 # ---- rules --------------------------------------------------------------------------------------
 
 
 def _damage(found: Found, _ask: _Next) -> Iterator[Finding]:
-    kl, numbers = found.damage, {"kl": found.damage.value}
+    kl = found.damage
+    numbers: dict[str, float | str] = {"kl": kl.value}
     if not found.returned:
         yield Finding(
             "info",
@@ -81,31 +82,31 @@ def _damage(found: Found, _ask: _Next) -> Iterator[Finding]:
     zero = found.controls.get("zero")
     if zero is not None and zero.value > 0:
         numbers |= {"kl_zero": zero.value, "share_of_zero": kl.value / zero.value}
-        text += f", {_percent(kl.value / zero.value)} of what deleting the part costs ({zero.value:.3g})"
+        text += f", {_percent(kl.value / zero.value)} of what deleting the module costs ({zero.value:.3g})"
     yield Finding("info", "the damage", f"{text}.", numbers)
 
 
 def _leading(found: Found, ask: _Next) -> Iterator[Finding]:
     if not found.returned:
         return
-    if found.leading is None:
+    lead = found.lead
+    if lead is None:
         best = max(found.returned, key=lambda r: r.share.value)
         yield Finding(
             "medium",
-            "no simple correction returns much",
+            "no simple correction recovers much",
             f"The best of {len(found.returned)} is {best.says}: {_percent(best.share)}{_band(best.share, 100)}. What "
-            "is missing is content of its own, which has to be learnt.",
+            "is missing is content of its own, which has to be trained.",
             {"best": best.name, "share": best.share.value},
             ask.repair(),
         )
         return
-    lead = found.get(found.leading)
     yield Finding(
         "medium",
         f"{_percent(lead.share)} of the damage: {lead.says}",
         f"With that alone changed the KL falls from {found.damage.value:.3g} to {lead.kl.value:.3g} nats"
-        f"{_band(lead.kl)}. Nothing simpler returns as much, and nothing richer much more."
-        + (" A closed form can mend that much, without gradients." if _closed(lead) else ""),
+        f"{_band(lead.kl)}. Nothing simpler recovers as much, and nothing richer much more."
+        + (" A closed form can repair that much, without gradients." if _closed(lead) else ""),
         _numbers(lead.name, lead.share),
         ask.cure(lead),
     )
@@ -136,7 +137,7 @@ def _causes(found: Found, ask: _Next) -> Iterator[Finding]:
             f"unexplained: {_percent(rest)}",
             f"All corrections of the three causes together leave {_percent(rest)}{_band(rest, 100)} of the KL. It is "
             "neither a shift of the vectors, nor the tokens' places, nor their sizes: what the part knew is gone, and "
-            "has to be learnt again.",
+            "has to be trained again.",
             _numbers("unexplained", rest),
             ask.repair(),
         )
@@ -233,10 +234,10 @@ def _elsewhere(found: Found, ask: _Next) -> Iterator[Finding]:
 class _Next:
     """Commands that go on from here."""
 
-    def __init__(self, config: DiagnoseConfig, clauses: Sequence[dict[str, Any]]) -> None:
+    def __init__(self, config: DiagnoseConfig, clauses: Sequence[Replaced]) -> None:
         self.model, self.swap = config.model, spec.format(config.swap_spec)
         self.clauses, self.evidence = clauses, config.earlier_run
-        self.slots = {c["mechanism"]: c["slot"] for c in clauses}
+        self.slots = {c.mechanism: c.slot for c in clauses}
 
     def cure(self, one: Returned) -> str | None:
         if one.name in CLOSED_FORM:
@@ -275,8 +276,8 @@ class _Next:
         text = self._changed(lambda call, _name: f"parallel({call}, alpha=0.1)", slot=True)
         return None if text is None else self._trace(text)
 
-    def repair(self, rungs: str | None = None) -> str:
-        more = f" --stages {rungs}" if rungs else ""
+    def repair(self, stages: str | None = None) -> str:
+        more = f" --stages {stages}" if stages else ""
         return f'mismatch repair --model {self.model} --swap "{self.swap}"{more}'
 
     def _trace(self, swap: str) -> str:

@@ -10,19 +10,20 @@ import pandas as pd
 from mismatch.report import style
 from mismatch.report.words import columns
 from mismatch.stages.diagnose.figure import PANELS, diagnosis_data, percent
+from mismatch.stages.diagnose.plan import DiagnosisPlan
 from mismatch.stages.repair.report.forecast_words import forecast_lines
 
 
-def diagnosis_summary(plan: Mapping[str, Any], findings: Sequence[Mapping[str, Any]]) -> str:
+def diagnosis_summary(plan: DiagnosisPlan, findings: Sequence[Mapping[str, Any]]) -> str:
     """The end of `mismatch diagnose` in a terminal, below the verdict; readable without colour.
 
     Args:
-        plan: the run's plan.json.
+        plan: what the run found.
         findings: as in findings.json.
     """
-    found = plan["diagnosis"]
-    parts = [f"warning: {text}" for text in plan.get("warnings", ())]
-    if found["returned"]:
+    found = plan.diagnosis
+    parts = [f"warning: {text}" for text in plan.warnings]
+    if found.returned:
         data = diagnosis_data(plan=plan)
         for panel, title in PANELS.items():
             rows = data[data["panel"] == panel]
@@ -30,11 +31,11 @@ def diagnosis_summary(plan: Mapping[str, Any], findings: Sequence[Mapping[str, A
                 continue
             lines = [[_name(row), *_cells(row)] for row in rows.itertuples()]
             parts += [f"{title}, % of the KL", columns(lines), ""]
-        parts += [f"not applicable  {text}" for text in found["not_applicable"]]
-    if "forecast" in plan:
+        parts += [f"not applicable  {text}" for text in found.not_applicable]
+    if plan.forecast is not None:
         parts += [
             "a repair, as forecast",
-            *(f"  {line}" for line in forecast_lines(plan["forecast"])),
+            *(f"  {line}" for line in forecast_lines(plan.forecast)),
             "",
         ]
     for finding in findings:

@@ -13,6 +13,7 @@ from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from mismatch.errors import UsageError
 from mismatch.report import readout, style
+from mismatch.stages.plan.plan import ChoicePlan
 from mismatch.stages.scan.damage import PANELS, Panel
 
 KINDS = ("part", "sum", "together", "control")
@@ -23,7 +24,7 @@ _MARKS = {"part": "o", "sum": "D", "together": "s", "control": "^"}
 def plan_data(
     table: pd.DataFrame,
     *,
-    plan: Mapping[str, Any] | None = None,
+    plan: ChoicePlan | None = None,
     dictionary: Mapping[str, Any] | None = None,
 ) -> pd.DataFrame:
     """What each part, their sum, the whole and its controls cost on each task; larger is worse.
@@ -67,7 +68,7 @@ def plan_data(
 def plan_figure(
     table: pd.DataFrame,
     *,
-    plan: Mapping[str, Any] | None = None,
+    plan: ChoicePlan | None = None,
     dictionary: Mapping[str, Any] | None = None,
     width: float = style.WIDTH,
 ) -> Figure:
@@ -75,7 +76,7 @@ def plan_figure(
 
     Args:
         table: the long table of a plan.
-        plan: the run's plan.json.
+        plan: of the run.
         dictionary: not needed; as the other figures take it.
         width: of the figure, in inches.
 
@@ -89,7 +90,7 @@ def plan_figure(
     axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     for axis, panel in zip(axes, panels, strict=True):
         _dots(axis, data[data["task"] == panel.task], panel)
-    swap, model = ((plan or {}).get(name) for name in ("swap", "model"))
+    swap, model = (None, None) if plan is None else (plan.swap, plan.model)
     style.frame(
         figure,
         f"{swap or 'the choice'}: together, and one layer at a time"

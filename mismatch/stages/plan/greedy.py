@@ -11,12 +11,13 @@ from dataclasses import dataclass
 
 from mismatch.errors import UsageError
 from mismatch.metrics.sums.readings import Reading
+from mismatch.runs.plan import SwapPlan
 from mismatch.stages.plan.config import PlanConfig
 from mismatch.stages.scan.batches import measure
 from mismatch.stages.scan.cells import Cell
 from mismatch.stages.scan.sweep import Sweep
 from mismatch.stages.scan.tasks import Task
-from mismatch.surgery.operate import Plan, replace
+from mismatch.surgery.operate import replace
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ def greedy(
         added = replace(
             sweep.base, best.cell.placements, seed=sweep.seed, calibrations=sweep.calibrations
         )
-        sweep.base.plan = Plan("", (*plan.clauses, *added))
+        sweep.base.plan = SwapPlan(spec="", clauses=(*plan.clauses, *added))
         left = [cell for cell in left if cell.layer != best.cell.layer]
     if not steps or (config.layers is not None and len(steps) < config.layers):
         raise UsageError(

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import pandas as pd
 
 from mismatch.report import style
@@ -13,6 +10,7 @@ from mismatch.report.page import Html, grid, join, reading, tag
 from mismatch.report.sections import Section, verdict
 from mismatch.runs.folder import Run
 from mismatch.stages.plan.figure import plan_data, plan_figure
+from mismatch.stages.plan.plan import ChoicePlan
 from mismatch.stages.plan.words import Outcome, next_command, outcomes
 from mismatch.stages.scan.words import can_do, teacher_words
 
@@ -36,7 +34,7 @@ def figures(run: Run) -> tuple[ReportFigure, ...]:
 
 def sections(run: Run) -> list[Section]:
     """The verdict, what the choice costs, the figure, what it was chosen by, the next command."""
-    notes = tuple(tag("p", note, class_="warning") for note in run.plan.get("notes", ()))
+    notes = tuple(tag("p", note, class_="warning") for note in run.plan.notes)
     model = str(run.manifest.get("model", "MODEL"))
     return [
         verdict(_verdict(run.table, run.plan)),
@@ -46,11 +44,10 @@ def sections(run: Run) -> list[Section]:
     ]
 
 
-def _verdict(table: pd.DataFrame, plan: Mapping[str, Any]) -> str:
+def _verdict(table: pd.DataFrame, plan: ChoicePlan) -> str:
     first = outcomes(table)[0]
-    chosen = sum(len(layers) for layers in plan.get("choice", {}).values())
     text = (
-        f"{plan['swap']}: {chosen} of {plan['n_layers']} layers together cost "
+        f"{plan.swap}: {plan.chosen} of {plan.n_layers} layers together cost "
         f"{style.interval(*first.together)} {first.panel.unit}"
     )
     beside = [
@@ -59,7 +56,7 @@ def _verdict(table: pd.DataFrame, plan: Mapping[str, Any]) -> str:
     return "; ".join([text, *([first.verdict] if first.verdict else []), *beside]) + "."
 
 
-def costs(table: pd.DataFrame, plan: Mapping[str, Any]) -> Html:
+def costs(table: pd.DataFrame, plan: ChoicePlan) -> Html:
     """A row for each task: predicted, measured, the difference, the controls; larger is worse. Then what follows."""
     found = outcomes(table)
     controls = list(dict.fromkeys(name for one in found for name in one.controls))
@@ -89,7 +86,7 @@ def _task(one: Outcome) -> str:
     return one.panel.title.partition(":")[0]
 
 
-def _follows(table: pd.DataFrame, plan: Mapping[str, Any], one: Outcome) -> str:
+def _follows(table: pd.DataFrame, plan: ChoicePlan, one: Outcome) -> str:
     if can_do(table, one.panel.task, plan):
         return f"{_task(one)}: {one.verdict}."
     return (
@@ -98,26 +95,24 @@ def _follows(table: pd.DataFrame, plan: Mapping[str, Any], one: Outcome) -> str:
     )
 
 
-def chosen_by(plan: Mapping[str, Any]) -> Html:
+def chosen_by(plan: ChoicePlan) -> Html:
     """The steps of a greedy choice, or the scores that the best choice was computed from."""
-    method = f"Method: {plan['method']}. Cost on the selection text, which is not the text of the numbers above."
-    if plan.get("steps"):
+    method = f"Method: {plan.method}. Cost on the selection text, which is not the text of the numbers above."
+    if plan.steps:
         steps = [
-            (at, step["layer"], step["mechanism"], reading(step["kl"], step["lo"], step["hi"]))
-            for at, step in enumerate(plan["steps"], 1)
+            (at, step.layer, step.mechanism, reading(step.kl, step.lo, step.hi))
+            for at, step in enumerate(plan.steps, 1)
         ]
         titles = ("step", "layer", "mechanism", "KL of all so far, nats per token")
         return join([tag("p", method), grid(titles, steps, numbers=(0, 1, 3))])
-    choice = plan.get("choice", {})
     rows, marked = [], []
-    for at, score in enumerate(plan.get("scores", ())):
-        mine = score["layer"] in choice.get(score["mechanism"], ())
+    for at, score in enumerate(plan.scores):
+        mine = score.layer in plan.choice.get(score.mechanism, ())
         marked += [at] if mine else []
-        lost = score.get("lost")
         rows.append(
             (
-                *(score["layer"], score["mechanism"], reading(score["kl"])),
-                "not measured" if lost is None else reading(lost),
+                *(score.layer, score.mechanism, reading(score.kl)),
+                reading(score.lost),
                 "chosen" if mine else "",
             )
         )

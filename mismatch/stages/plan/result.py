@@ -23,7 +23,7 @@ class Planned(Result):
     @property
     def swap(self) -> str:
         """The choice as a swap text."""
-        return str(self.plan["swap"])
+        return str(self.plan.swap)
 
     @property
     def costs(self) -> pd.DataFrame:
@@ -39,5 +39,4 @@ class Planned(Result):
 
     def figure(self, **options: Any) -> Figure:
         """Each layer alone, their sum, all together, and the controls."""
-        plan = {"model": self.run.manifest.get("model")} | self.plan
-        return plan_figure(self.run.table, plan=plan, **options)
+        return plan_figure(self.run.table, plan=self.plan, **options)

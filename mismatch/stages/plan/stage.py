@@ -17,13 +17,14 @@ from mismatch.stages.plan.choose import Score, choose, enough
 from mismatch.stages.plan.config import PlanConfig
 from mismatch.stages.plan.greedy import greedy
 from mismatch.stages.plan.measured import Choice, Measured, evaluate, swap_of
+from mismatch.stages.plan.plan import Budgets, ChoicePlan, Predicted, StepPlan
 from mismatch.stages.plan.result import Planned
 from mismatch.stages.runner import work
 from mismatch.stages.scan.atlas import atlas_data
 from mismatch.stages.scan.config import ScanConfig
 from mismatch.stages.scan.prepared import Prepared as ScanPrepared
 from mismatch.stages.scan.prepared import prepare
-from mismatch.stages.scan.stage import Scan, sweep_of
+from mismatch.stages.scan.stage import Scan, sweep_of, task_plan
 from mismatch.stages.scan.tasks import Task, tasks
 from mismatch.stages.scan.words import can_do
 from mismatch.texts.windows import Windows, windows
@@ -59,6 +60,7 @@ class Plan(Stage[PlanConfig, Prepared]):
         'mismatch plan --model smollm2 --mechanism "sliding_window(64, 1)" --budget-kl 0.2 --scan runs/SCAN',
     )
     report = "mismatch.stages.plan.report"
+    plan = "mismatch.stages.plan.plan:ChoicePlan"
     subject = "mechanism"
     alone = "spread the scan: torchrun -m mismatch scan ..., then mismatch plan --scan RUN"
     student = False
@@ -164,31 +166,22 @@ def _plan(
     choice: Choice,
     measured: Measured,
     facts: dict[str, Any],
-) -> dict[str, Any]:
-    notes = [f"{task} is not measured: {why}" for task, why in prepared.left_out.items()]
-    return {
-        "model": config.model,
-        "swap": swap_of(config, choice),
-        "method": config.method,
-        "choice": {name: sorted(layers) for name, layers in choice.items()},
-        "n_layers": prepared.cells.n_layers,
-        "among": list(prepared.cells.layers),
-        "budgets": {
-            "kl": config.budget_kl,
-            "lost": config.budget_retrieval if config.keep_retrieval else None,
-        },
-        "tasks": {
-            task.name: {
-                "chance": task.chance,
-                "scored": int(task.asked.sum()),
-                "documents": task.n_docs,
-            }
-            for task in measured.sums.tasks
-        },
-        "notes": prepared.cells.notes() + notes,
-        "clauses": [],
+) -> ChoicePlan:
+    notes = (f"{task} is not measured: {why}" for task, why in prepared.left_out.items())
+    return ChoicePlan(
+        model=config.model,
+        swap=swap_of(config, choice),
+        method=config.method,
+        choice={name: tuple(sorted(layers)) for name, layers in choice.items()},
+        n_layers=prepared.cells.n_layers,
+        among=prepared.cells.layers,
+        budgets=Budgets(
+            config.budget_kl, config.budget_retrieval if config.keep_retrieval else None
+        ),
+        tasks={task.name: task_plan(task) for task in measured.sums.tasks},
+        notes=(*prepared.cells.notes(), *notes),
         **facts,
-    }
+    )
 
 
 def _selection(scanning: Opened[ScanConfig], scan: Run | None) -> Windows | None:
@@ -243,9 +236,9 @@ def _chosen(config: PlanConfig, cells: ScanPrepared, run: Run) -> tuple[Choice, 
     choice: dict[str, list[int]] = {}
     for score in found:
         choice.setdefault(score.mechanism, []).append(score.layer)
-    predicted = {"kl": sum(s.kl for s in found), "lost": sum(s.charged for s in found)}
-    ours = {"scan": run.run_id, "scores": [dataclasses.asdict(s) for s in scores]}
-    return choice, {**ours, "predicted_by_scan": predicted}
+    predicted = Predicted(sum(s.kl for s in found), sum(s.charged for s in found))
+    facts = {"scan": run.run_id, "scores": tuple(scores), "predicted_by_scan": predicted}
+    return choice, facts
 
 
 def _scanned(opened: Opened[PlanConfig], prepared: Prepared) -> Run:
@@ -284,18 +277,12 @@ def _greedy(opened: Opened[PlanConfig], prepared: Prepared) -> tuple[Choice, dic
     for step in steps:
         assert step.cell.layer is not None  # candidates are of one layer each
         choice.setdefault(step.cell.name, []).append(step.cell.layer)
-    path = [
-        {
-            "layer": step.cell.layer,
-            "mechanism": step.cell.name,
-            "kl": step.kl.value,
-            "lo": step.kl.lo,
-            "hi": step.kl.hi,
-            "lost": step.lost,
-        }
+    path = (
+        StepPlan(step.cell.layer, step.cell.name, step.kl.value, step.kl.lo, step.kl.hi, step.lost)
         for step in steps
-    ]
-    return choice, {"steps": path}
+        if step.cell.layer is not None
+    )
+    return choice, {"steps": tuple(path)}
 
 
 def scan_beside(path: Path) -> Path:

@@ -10,6 +10,7 @@ import pandas as pd
 
 from mismatch.report import style
 from mismatch.stages.plan.figure import plan_data
+from mismatch.stages.plan.plan import ChoicePlan
 from mismatch.stages.scan.damage import PANELS, Panel
 from mismatch.stages.scan.words import can_do, teacher_words
 
@@ -66,26 +67,25 @@ def _band(row: Any) -> Band:
     return (float(row.value), float(row.lo), float(row.hi))
 
 
-def headline(plan: Mapping[str, Any]) -> str:
+def headline(plan: ChoicePlan) -> str:
     """`layers[0,3]:infini   (2 of 4 layers, greedy)`."""
-    chosen = sum(len(layers) for layers in plan.get("choice", {}).values())
-    return f"{plan['swap']}   ({chosen} of {plan['n_layers']} layers, {plan['method']})"
+    return f"{plan.swap}   ({plan.chosen} of {plan.n_layers} layers, {plan.method})"
 
 
-def next_command(plan: Mapping[str, Any], model: str) -> str:
+def next_command(plan: ChoicePlan, model: str) -> str:
     """What to run with the choice."""
-    return f'mismatch trace --model {model} --swap "{plan["swap"]}"'
+    return f'mismatch trace --model {model} --swap "{plan.swap}"'
 
 
-def plan_summary(table: pd.DataFrame, plan: Mapping[str, Any], model: str = "MODEL") -> str:
+def plan_summary(table: pd.DataFrame, plan: ChoicePlan, model: str = "MODEL") -> str:
     """The end of `mismatch plan` in a terminal; readable without colour.
 
     Args:
         table: the long table of a plan.
-        plan: the run's plan.json.
+        plan: of the run.
         model: for the next command.
     """
-    parts = [f"warning: {note}" for note in plan.get("notes", ())]
+    parts = [f"warning: {note}" for note in plan.notes]
     parts += [headline(plan), *_steps(plan)]
     for one in outcomes(table):
         parts += ["", f"{one.panel.title}, {one.panel.unit}{teacher_words(table, one.panel)}"]
@@ -104,14 +104,14 @@ def plan_summary(table: pd.DataFrame, plan: Mapping[str, Any], model: str = "MOD
     return "\n".join(parts)
 
 
-def _steps(plan: Mapping[str, Any]) -> list[str]:
+def _steps(plan: ChoicePlan) -> list[str]:
     lines = []
-    for at, step in enumerate(plan.get("steps", ()), 1):
+    for at, step in enumerate(plan.steps, 1):
         lines.append(
-            f"  step {at}: layer {step['layer']} {step['mechanism']}; all so far "
-            f"{style.interval(step['kl'], step['lo'], step['hi'])}"
+            f"  step {at}: layer {step.layer} {step.mechanism}; all so far "
+            f"{style.interval(step.kl, step.lo, step.hi)}"
         )
-    told = plan.get("predicted_by_scan")
-    if told:
-        lines.append(f"  the scan that chose them predicted {style.number(told['kl'])} in sum")
+    predicted = plan.predicted_by_scan
+    if predicted is not None:
+        lines.append(f"  the scan that chose them predicted {style.number(predicted.kl)} in sum")
     return lines

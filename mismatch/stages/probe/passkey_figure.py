@@ -16,6 +16,7 @@ from matplotlib.patches import Rectangle
 from mismatch.errors import UsageError
 from mismatch.report import quantity as q
 from mismatch.report import readout, style
+from mismatch.runs.plan import SwapPlan
 from mismatch.runs.table import conditions
 
 
@@ -23,7 +24,7 @@ def passkey_data(
     table: pd.DataFrame,
     stat: str = "exact",
     *,
-    plan: Mapping[str, Any] | None = None,
+    plan: SwapPlan | None = None,
     dictionary: Mapping[str, Any] | None = None,
 ) -> pd.DataFrame:
     """Every cell of the passkey probe.
@@ -69,7 +70,7 @@ def passkey(
     table: pd.DataFrame,
     stat: str = "exact",
     *,
-    plan: Mapping[str, Any] | None = None,
+    plan: SwapPlan | None = None,
     dictionary: Mapping[str, Any] | None = None,
     width: float = style.WIDTH,
 ) -> Figure:
@@ -165,8 +166,7 @@ def _cells(
     ax.tick_params(length=0)
 
 
-def _segments(plan: Mapping[str, Any] | None) -> str:
-    found = {
-        c["args"]["segment"] for c in (plan or {}).get("clauses", []) if "segment" in c["args"]
-    }
+def _segments(plan: SwapPlan | None) -> str:
+    clauses = () if plan is None else plan.clauses
+    found = {c.args["segment"] for c in clauses if "segment" in c.args}
     return "" if not found else f"Segments of {', '.join(map(str, sorted(found)))} tokens. "

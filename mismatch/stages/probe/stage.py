@@ -4,7 +4,7 @@ not resumed.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mismatch.report.words import plan_lines
 from mismatch.stages.base import Outcome, Stage
@@ -12,7 +12,7 @@ from mismatch.stages.opening import Opened
 from mismatch.stages.probe.config import ProbeConfig
 from mismatch.stages.probe.questions import Questions, answers, needs_text, questions
 from mismatch.stages.probe.result import Probed
-from mismatch.stages.swapped import plan_dict, plan_warnings, swap_calibrates, swap_texts
+from mismatch.stages.swapped import swap_calibrates, swap_texts, warned
 from mismatch.texts.windows import Windows
 
 
@@ -33,6 +33,7 @@ class Probe(Stage[ProbeConfig, Prepared]):
         'mismatch probe --model smollm2 --swap "layer18:infini(segment=64)" --probes passkey,memory',
     )
     report = "mismatch.stages.probe.report"
+    plan = "mismatch.runs.plan:SwapPlan"
 
     def prepare(self, opened: Opened[ProbeConfig]) -> Prepared:
         config = opened.config
@@ -45,16 +46,17 @@ class Probe(Stage[ProbeConfig, Prepared]):
         return Prepared(questions(config, opened, cut), calibration)
 
     def announce(self, opened: Opened[ProbeConfig], prepared: Prepared) -> str:
-        plan = plan_dict(opened.planned()[0].plan)
+        plan = opened.planned()[0].plan
         lines = [f"swap    {line}" for line in plan_lines(plan)]
         return "\n".join([*lines, f"probes  {', '.join(prepared.asked.probes)}"])
 
     def run(self, opened: Opened[ProbeConfig], prepared: Prepared) -> Outcome:
         asked, config = prepared.asked, opened.config
         students = opened.students(prepared.calibration)
-        plan = plan_dict(students[0].plan, plan_warnings(students[0].plan, config.seq_len))
+        plan = warned(students[0].plan, config.seq_len)
         if opened.folder is not None:
             opened.folder.log(f"{', '.join(asked.probes)}; {len(students)} students")
         found, seconds = answers(asked, opened.teacher, students, opened.progress)
-        plan["warnings"] += [text for probe in asked.probes.values() for text in probe.warnings()]
+        texts = [text for probe in asked.probes.values() for text in probe.warnings()]
+        plan = replace(plan, warnings=(*plan.warnings, *texts))
         return Outcome(found, plan, {"samples": config.samples}, seconds)

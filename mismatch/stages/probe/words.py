@@ -12,6 +12,7 @@ from mismatch import registry
 from mismatch.report import quantity as q
 from mismatch.report import style
 from mismatch.report.words import columns, plan_lines
+from mismatch.runs.plan import SwapPlan
 from mismatch.runs.table import conditions
 
 ROWS = 16
@@ -83,12 +84,12 @@ def probes_of(table: pd.DataFrame) -> list[str]:
 
 def probe_summary(
     table: pd.DataFrame,
-    plan: Mapping[str, Any],
+    plan: SwapPlan,
     dictionary: Mapping[str, Any] | None = None,
 ) -> str:
     """The end of `mismatch probe` in a terminal; readable without colour."""
     parts = ["swap", *(f"  {line}" for line in plan_lines(plan))]
-    parts += [f"  warning: {text}" for text in plan.get("warnings", [])]
+    parts += [f"  warning: {text}" for text in plan.warnings]
     return "\n".join([*parts, *answer_lines(table, dictionary)])
 
 

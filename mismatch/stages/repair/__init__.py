@@ -1,1 +1,1 @@
-"""Train the swapped layer to give what the original gave, cheaply, and prove that it worked."""
+"""Train the swapped module to match the teacher's, cheaply, and measure what was recovered."""

@@ -58,8 +58,6 @@ class RepairConfig(SwapConfig):
     probes: tuple[str, ...] | None = None
     """Probes of teacher, swap and repaired model. By default passkey, induction and generation where the model can
     answer them; none = no probe."""
-    seq_len: Annotated[int, ">= 2"] = 1024
-    """Tokens per window. A window never mixes documents."""
     batch_size: Annotated[int, ">= 1"] = 1
     """Windows per training step. Small steps learn more from the same tokens; a GPU wants more windows at once."""
     epochs: Annotated[int, ">= 1"] = 10

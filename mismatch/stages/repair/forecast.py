@@ -1,14 +1,14 @@
-"""How much of the gap each rung will close, said before anything learns, from a record of repairs that were scored.
+"""How much of the gap each stage will close, before anything is trained, from a record of repairs that were scored.
 
 The record (`forecast.csv`, of analyses/forecast_score.py) holds a row per swap: numbers known before training, and the
-share of the gap that was closed after each rung. A forecast is the mean of the record (of the same mechanism, where it
+share of the gap that was closed after each stage. A forecast is the mean of the record (of the same mechanism, where it
 is known), or a line in one or two of the numbers, whichever errs least on cells that it was not fitted on: a number
 that helps no more than the mean is not used.
 
 The interval is CV+ (Barber, Candes, Ramdas, Tibshirani 2021, Predictive inference with the jackknife+, section 3): for
 each fold k a line chosen and fitted without it, its errors R_i on the cells of that fold, and quantiles of line_k(x) -
 R_i and of line_k(x) + R_i over all cells. A fold is one layer where the record knows the mechanism, and one mechanism
-where it does not: the forecast for a mechanism that nobody tried is judged by mechanisms that were left out. Coverage
+where it does not: the forecast for a mechanism that nobody tried is tested on mechanisms that were left out. Coverage
 is promised for a swap that is drawn like those of the record (at least 1 - 2 `MISS`, usually about 1 - `MISS`). Nothing
 is promised for another, so what lies outside of the record is refused in words. No torch.
 """
@@ -18,7 +18,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from itertools import combinations
 from typing import Any
@@ -26,13 +26,15 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from mismatch.stages.repair.ladder_stages.stage_result import StageResult
+
 NUMBERS = {
     "removed": "the share of its error that a linear map of its own output removes",
     "mapped_error": "the error that this map leaves",
-    "local_error": "the error of the part on the teacher's input",
-    "of_zero": "its KL over that of deleting the part",
+    "local_error": "the error of the module on the teacher's input",
+    "of_zero": "its KL over that of deleting the module",
 }
-"""What a repair knows before it learns, at little cost, in words. Errors as in `mismatch.stages.repair.rungs.loss`."""
+"""What a repair knows before it trains, at little cost. Errors as in `mismatch.stages.repair.ladder_stages.loss`."""
 SHARES = ("removed",)
 """Numbers that a line takes as they are; of the others, which are above 0, it takes the logarithm."""
 OWN = "mechanism"
@@ -44,12 +46,12 @@ USED = 2
 BUDGET = 2.0
 """Factor between tokens seen here and in the record, beyond which the forecast says so."""
 BEYOND = 0.1
-"""Part of the record's range by which a number may leave it."""
+"""Share of the record's range by which a number may leave it."""
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """The share of the gap expected to be closed after a rung, 1 = all of it.
+    """The share of the gap expected to be closed after a stage, 1 = all of it.
 
     Attributes:
         value, lo, hi: expected, and the interval.
@@ -62,6 +64,8 @@ class Forecast:
     hi: float
     used: tuple[str, ...] = ()
     cells: int = 0
+    measured: float | None = None
+    """The share that the repair closed; None: not run, or not yet."""
 
     def has(self, measured: float) -> bool:
         """Whether a measured share lies in the interval."""
@@ -74,15 +78,15 @@ class Swap:
 
     Attributes:
         mechanism: in canonical form with its arguments, as in the swap; with others it is another mechanism.
-        slot: of the place.
-        places: how many were swapped.
+        slot: of the module.
+        modules: how many were swapped.
         n_layers, d_model: of the model.
         numbers: by name, of `NUMBERS`; those that were not measured are absent.
     """
 
     mechanism: str
     slot: str
-    places: int
+    modules: int
     n_layers: int
     d_model: int
     numbers: Mapping[str, float]
@@ -93,36 +97,32 @@ class Foretold:
     """The forecasts of one repair.
 
     Attributes:
-        rungs: by name, those that the record holds.
+        stages: of the ladder by name, those that the record holds.
         numbers: what they were made from.
         record: where they come from, in words.
         why_not: why there is none; None where there is.
         note: what should be known when it is read; empty for nothing.
     """
 
-    rungs: dict[str, Forecast]
+    stages: dict[str, Forecast]
     numbers: dict[str, float]
     record: str
     why_not: str | None = None
     note: str = ""
 
-    def scored(self, climbed: Sequence[Any]) -> dict[str, Any]:
-        """JSON-able; beside each forecast what was measured, and whether it lies in the interval.
+    def scored(self, ran: Sequence[StageResult]) -> Foretold:
+        """The same with what was measured beside each forecast.
 
         Args:
-            climbed: `mismatch.stages.repair.rungs.rung.Rung`s. One that was undone closed what was closed
-            before it; one that was
-                left out is not scored.
+            ran: the stages of the ladder. One that was undone closed what was closed before it; one that was left out
+                is not scored.
         """
-        told, closed = asdict(self), 0.0
-        for rung in climbed:
-            closed = rung.gap_closed if rung.kept else closed
-            if rung.name in self.rungs and rung.tokens:
-                told["rungs"][rung.name] |= {
-                    "measured": closed,
-                    "inside": self.rungs[rung.name].has(closed),
-                }
-        return told
+        stages, closed = dict(self.stages), 0.0
+        for one in ran:
+            closed = one.gap_closed if one.kept else closed
+            if one.name in stages and one.tokens:
+                stages[one.name] = replace(stages[one.name], measured=closed)
+        return replace(self, stages=stages)
 
 
 @functools.cache
@@ -131,37 +131,37 @@ def shipped() -> pd.DataFrame:
 
     Returns:
         A row per repair: model, n_layers, d_model, slot, tokens, epochs, seq_len, layer, mechanism, the numbers of
-        `NUMBERS`, and `closed R` for each rung R, NaN where it was not climbed.
+        `NUMBERS`, and `closed R` for each stage R, NaN where it was not run.
     """
     with (resources.files(__package__) / "forecast.csv").open() as file:
         return pd.read_csv(file)
 
 
-def foretell(swap: Swap, rungs: Sequence[str], seen: int | None) -> Foretold:
-    """The forecast of each rung, from the record that is shipped.
+def foretell(swap: Swap, stages: Sequence[str], seen: int | None) -> Foretold:
+    """The forecast of each stage, from the record that is shipped.
 
     Args:
         swap: what is repaired.
-        rungs: that are asked for.
-        seen: tokens that a rung learns from, each as often as it is seen; None where no repair is planned yet.
+        stages: that are asked for.
+        seen: tokens that a stage learns from, each as often as it is seen; None where no repair is planned yet.
     """
     record = shipped()
     first, cells = record.iloc[0], len(record)
     said = (
         f"{cells} repairs of {first['model']}, {first['tokens']:,} tokens in windows of {first['seq_len']} seen "
-        f"{first['epochs']} times by each rung"
+        f"{first['epochs']} times by each stage"
     )
     numbers = dict(swap.numbers)
     why = outside(swap, record)
     if why is not None:
         return Foretold({}, numbers, said, why)
-    found = {rung: forecast(swap, rung, record) for rung in rungs}
+    found = {stage: forecast(swap, stage, record) for stage in stages}
     note = ""
     ratio = 1.0 if seen is None else seen / float(first["tokens"] * first["epochs"])
     if not 1 / BUDGET <= ratio <= BUDGET:
         note = (
             f"this repair may see {ratio:.2g} times as many tokens as those of the record: expect "
-            f"{'more' if ratio > 1 else 'less'} than is forecast for rungs that train"
+            f"{'more' if ratio > 1 else 'less'} than is forecast for stages that train"
         )
     return Foretold({r: f for r, f in found.items() if f is not None}, numbers, said, None, note)
 
@@ -174,8 +174,8 @@ def outside(swap: Swap, record: pd.DataFrame) -> str | None:
             f"the record is of {known['model']} ({known['n_layers']} layers of width {known['d_model']}), this model "
             f"has {swap.n_layers} of {swap.d_model}"
         )
-    if swap.places > 1:
-        return f"the record holds one swapped place at a time, here are {swap.places}"
+    if swap.modules > 1:
+        return f"the record holds one swapped module at a time, here are {swap.modules}"
     slots = sorted(set(record["slot"]))
     if swap.slot not in slots:
         return f"the record holds swaps of {', '.join(slots)}, not of {swap.slot}"
@@ -189,15 +189,15 @@ def outside(swap: Swap, record: pd.DataFrame) -> str | None:
     return None
 
 
-def forecast(swap: Swap, rung: str, record: pd.DataFrame) -> Forecast | None:
-    """The forecast of one rung; None where the record holds no climb to it.
+def forecast(swap: Swap, stage: str, record: pd.DataFrame) -> Forecast | None:
+    """The forecast of one stage; None where the record holds no run of it.
 
     Args:
         swap: not `outside` of the record.
-        rung: of the ladder.
+        stage: of the ladder.
         record: as `shipped`.
     """
-    column = f"closed {rung}"
+    column = f"closed {stage}"
     rows = record[record[column].notna()] if column in record else record.iloc[:0]
     by = "layer" if swap.mechanism in set(rows["mechanism"]) else "mechanism"
     if rows[by].nunique() < 2:  # nothing to leave out

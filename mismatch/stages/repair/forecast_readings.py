@@ -1,4 +1,4 @@
-"""The forecast of one repair: read off before the first rung, with what repair has at that point.
+"""The forecast of one repair: read off before the first stage, with what repair has at that point.
 
 The KL of swap and controls is measured in any case. The part's error, and what a linear map of its own output would
 remove of it, cost one pass of the part alone over a few thousand activations that are stored already.
@@ -19,16 +19,14 @@ from mismatch.stages.repair import forecast
 from mismatch.stages.repair.config import RepairConfig
 from mismatch.stages.repair.forecast import Foretold, Swap
 from mismatch.stages.repair.ladder import Ladder
-from mismatch.stages.repair.rungs.activation_store import Example, Store
-from mismatch.stages.repair.rungs.closed_form import Sums
-from mismatch.stages.repair.rungs.module_pair import Part
+from mismatch.stages.repair.ladder_stages.activation_store import Example, Store
+from mismatch.stages.repair.ladder_stages.closed_form import Sums
+from mismatch.stages.repair.ladder_stages.module_pair import ModulePair
 from mismatch.surgery.students import Teacher
 
 FITTED = 8192
 """Tokens that fit the linear map: as many as in the record."""
-NONE_WRITTEN = (
-    "the repairs of the record learnt from calibration text alone, none written by the model"
-)
+NONE_GENERATED = "the repairs of the record trained on given text alone, none of it self-generated"
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 """Towards the map that leaves the output as it is, in means of the diagonal; held-out text chooses."""
 
@@ -36,12 +34,12 @@ RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 def foretell(
     config: RepairConfig, teacher: Teacher, ladder: Ladder, controls: Mapping[str, Evaluated]
 ) -> Foretold:
-    """The forecast for each rung that is asked for.
+    """The forecast for each stage that is asked for.
 
     Args:
         config: the settings.
         teacher: the untouched model.
-        ladder: that has begun, and has not climbed.
+        ladder: that has begun, and has not run a stage.
         controls: on the same held-out text, in the same slot; what is missing is not used.
     """
     layout, part = teacher.layout, ladder.parts[0]
@@ -57,11 +55,11 @@ def foretell(
     told = forecast.foretell(swap, config.stages, config.train_tokens * config.epochs)
     if told.why_not is not None or not config.to_generate:
         return told
-    return replace(told, note="; ".join(filter(None, (told.note, NONE_WRITTEN))))
+    return replace(told, note="; ".join(filter(None, (told.note, NONE_GENERATED))))
 
 
 @torch.no_grad()
-def errors(part: Part, store: Store, held: Store) -> dict[str, float]:
+def errors(part: ModulePair, store: Store, held: Store) -> dict[str, float]:
     """`local_error`, `mapped_error`, `removed` of a part, on held-out inputs of the teacher; errors as in `weighing`.
 
     Args:
@@ -88,7 +86,7 @@ def errors(part: Part, store: Store, held: Store) -> dict[str, float]:
     return {"local_error": local, "mapped_error": mapped, "removed": removed}
 
 
-def _pair(part: Part, example: Example) -> tuple[Tensor, Tensor]:
+def _pair(part: ModulePair, example: Example) -> tuple[Tensor, Tensor]:
     """The part's output with a one behind it, for the bias, and the teacher's."""
     dtype = next(p.dtype for p in part.teacher.parameters())
     s = example.call(part.student, example.x.to(dtype)).to(example.y.dtype)

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from mismatch.mechanisms.base import Mechanism
-from mismatch.stages.repair.rungs.local import GATES
-from mismatch.stages.repair.rungs.module_pair import Part
-from mismatch.stages.repair.rungs.training import DRAWN
+from mismatch.stages.repair.ladder_stages.local import GATES
+from mismatch.stages.repair.ladder_stages.module_pair import ModulePair
+from mismatch.stages.repair.ladder_stages.training import DRAWN
 
 
-def standing(parts: Sequence[Part]) -> dict[str, list[float]]:
+def standing(parts: Sequence[ModulePair]) -> dict[str, list[float]]:
     """The gates of every part as they are now, by the name that training gives them; at most `DRAWN` numbers each."""
     return {
         f"{part.where}.{name}": parameter.detach().float().flatten().tolist()
@@ -21,7 +21,7 @@ def standing(parts: Sequence[Part]) -> dict[str, list[float]]:
     }
 
 
-def weighing(parts: Sequence[Part]) -> dict[str, str]:
+def weighing(parts: Sequence[ModulePair]) -> dict[str, str]:
     """Of the gates that weigh a branch by their sigmoid, the name of the branch."""
     found: dict[str, str] = {}
     for part in parts:

@@ -15,55 +15,32 @@ student trained without it would do.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
 from mismatch.forward.heldout import Evaluated, HeldOut
 from mismatch.mechanisms.base import Mechanism
-from mismatch.stages.repair.rungs.module_pair import Part
+from mismatch.stages.repair.ladder_stages.module_pair import ModulePair
+from mismatch.stages.repair.plan import Branch
 from mismatch.surgery.operate import Student
 
 MATTERS = 0.1
 """A branch without which the KL grows by less than this share does not matter."""
 
 
-@dataclass(frozen=True)
-class Knocked:
-    """One branch taken out, or a part without branches (`branch` None).
-
-    Attributes:
-        layer, where, branch: which.
-        kl, lo, hi: of the repaired model without it, nats per token.
-        more, more_lo, more_hi: that minus the KL with it, paired over documents.
-        verdict: used, bypassed, open, or not applicable.
-    """
-
-    layer: int
-    where: str
-    branch: str | None
-    kl: float = float("nan")
-    lo: float = float("nan")
-    hi: float = float("nan")
-    more: float = float("nan")
-    more_lo: float = float("nan")
-    more_hi: float = float("nan")
-    verdict: str = "not applicable"
-
-
 def knocked_out(
     held_out: HeldOut,
     student: Student,
-    parts: Sequence[Part],
+    parts: Sequence[ModulePair],
     repaired: Evaluated,
     seed: int = 0,
-) -> list[Knocked]:
+) -> list[Branch]:
     """Every branch of every part taken out in turn; a part without branches is there as not applicable.
 
     Args:
         held_out: text, with the teacher's side.
         student: the repaired model.
-        parts: its swapped places.
+        parts: its swapped modules.
         repaired: the same model as it is, on that text.
         seed: of the bootstrap.
     """
@@ -76,9 +53,9 @@ def knocked_out(
             kl = without.kl.mean(seed)[:3]
             more = (without.kl - repaired.kl).mean(seed)[:3]
             said = verdict(more, MATTERS * repaired.kl.mean(seed).value)
-            found.append(Knocked(part.layer, part.where, name, *kl, *more, said))
+            found.append(Branch(part.layer, part.where, name, *kl, *more, said))
         if not branches:
-            found.append(Knocked(part.layer, part.where, None))
+            found.append(Branch(part.layer, part.where, None))
     return found
 
 
@@ -90,7 +67,7 @@ def verdict(more: tuple[float, float, float], border: float) -> str:
     return "bypassed" if hi < border else "open"
 
 
-def _branches(part: Part) -> Iterator[tuple[str, Mechanism]]:
+def _branches(part: ModulePair) -> Iterator[tuple[str, Mechanism]]:
     """The branches of the outermost mechanism that has some: a wrapper stands around the one that it holds."""
     for module in part.student.modules():
         if isinstance(module, Mechanism) and module.branch_names:

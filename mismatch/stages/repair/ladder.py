@@ -1,10 +1,10 @@
-"""The ladder: each rung repairs what it can, is evaluated, and is kept only if it helped.
+"""The ladder: each stage repairs what it can, is evaluated, and is kept only if it helped.
 
     inherit -> closed-form -> local -> block -> window -> end-to-end
 
-A rung's weights are those that did best on validation windows; the evaluation windows are others, and are only run
-between rungs. When the KL on them got worse, the weights from before the rung come back. After each rung the
-weights are saved, so a run that was killed goes on at the last rung, and inside it at the last saved step.
+A stage's weights are those that did best on validation windows; the evaluation windows are others, and are only run
+between stages. When the KL on them got worse, the weights from before the stage come back. After each stage the
+weights are saved, so a run that was killed goes on at the last stage, and inside it at the last saved step.
 """
 
 from __future__ import annotations
@@ -22,26 +22,31 @@ from mismatch.forward.heldout import Evaluated, HeldOut
 from mismatch.models.layout import Layout
 from mismatch.runs.state import State
 from mismatch.stages.repair.config import RepairConfig
-from mismatch.stages.repair.rungs.activation_store import Store
-from mismatch.stages.repair.rungs.block_window_kl import EndToEndLoss, WindowLoss, block, final
-from mismatch.stages.repair.rungs.budget import LOOKS, Pace, planned
-from mismatch.stages.repair.rungs.closed_form import closed_form
-from mismatch.stages.repair.rungs.local import LocalLoss, groups
-from mismatch.stages.repair.rungs.module_pair import Part
-from mismatch.stages.repair.rungs.rung import Rung
-from mismatch.stages.repair.rungs.snapshot import bits, fingerprint, tensor
-from mismatch.stages.repair.rungs.training import Group, Trained, Trainer
-from mismatch.stages.repair.trainable import Learner
+from mismatch.stages.repair.ladder_stages.activation_store import Store
+from mismatch.stages.repair.ladder_stages.block_window_kl import (
+    EndToEndLoss,
+    WindowLoss,
+    block,
+    final,
+)
+from mismatch.stages.repair.ladder_stages.budget import LOOKS, Pace, planned
+from mismatch.stages.repair.ladder_stages.closed_form import closed_form
+from mismatch.stages.repair.ladder_stages.local import LocalLoss, groups
+from mismatch.stages.repair.ladder_stages.module_pair import ModulePair
+from mismatch.stages.repair.ladder_stages.snapshot import bits, fingerprint, tensor
+from mismatch.stages.repair.ladder_stages.stage_result import StageResult
+from mismatch.stages.repair.ladder_stages.training import Group, Trained, Trainer
+from mismatch.stages.repair.trainable import Trainable
 
-LEAST_STEPS = 10  # a rung with time for fewer is left out
-LATER_RATE = 0.25  # of all rates, in the rung `block`, where the parts have learnt alone
-LAST_RATE = 0.05  # in the rungs behind it
+LEAST_STEPS = 10  # a stage with time for fewer is left out
+LATER_RATE = 0.25  # of all rates, in the stage `block`, where the modules were trained alone
+LAST_RATE = 0.05  # in the stages behind it
 NEIGHBOUR_RATE = 0.25  # of the rate of weights, for LoRA in the blocks behind, which starts anew
 
 
 @dataclass
 class Texts:
-    """Batches of ids: to learn from, and to look at."""
+    """Batches of ids: of the training text, and of the validation text."""
 
     train: Sequence[Tensor]
     look: Sequence[Tensor]
@@ -49,16 +54,16 @@ class Texts:
 
 
 class Ladder:
-    """Climbs.
+    """Runs the stages.
 
     Args:
         config: the settings.
         teacher: layout of the untouched model.
         learner: the student, its parts and what else of it trains.
         held_out: evaluation text, behind every reported number.
-        texts: to learn from and to look at.
+        texts: to train on, and to validate on.
         folder: for activations.
-        state: where rungs are saved; None never.
+        state: where stages are saved; None never.
         fingerprint: of the run.
         stopping: True asks to save and stop.
         say: a line for the user.
@@ -69,7 +74,7 @@ class Ladder:
         self,
         config: RepairConfig,
         teacher: Layout,
-        learner: Learner,
+        learner: Trainable,
         held_out: HeldOut,
         texts: Texts,
         *,
@@ -86,56 +91,60 @@ class Ladder:
         self.held_out, self.texts = held_out, texts
         self.folder, self.state, self.fingerprint = folder, state, fingerprint
         self.stopping, self.say = stopping, say
-        self.rungs: list[Rung] = []
-        self.swapped: Evaluated | None = None
-        self.best: Evaluated | None = None
+        self.stages: list[StageResult] = []
+        self.swapped: Evaluated
+        """On the evaluation text, before the first stage; known behind `begin`."""
+        self.best: Evaluated
+        """After the stages that were kept."""
         self.pace = Pace(config, spent)
 
-    # ---- the climb ------------------------------------------------------------------------------
+    # ---- the run --------------------------------------------------------------------------------
 
     def begin(self) -> Evaluated:
-        """What comes before the first rung: the teacher's activations, and the damage. Weights are those of the swap
-        even where a climb is resumed."""
+        """What comes before the first stage: the teacher's activations, and the damage. Weights are those of the swap
+        even where a run is resumed."""
         self._resume()
         self._run_teacher()
         self.swapped = self.best = self._evaluated()
         return self.swapped
 
-    def climb(self) -> list[Rung]:
-        """Every rung that was asked for, until it no longer pays; behind `begin`.
+    def run(self) -> list[StageResult]:
+        """Every stage that was asked for, until they gain too little; behind `begin`.
 
         Raises:
             KeyboardInterrupt: stopped; everything is saved.
         """
-        if not self.rungs:
-            self._report(Rung("inherit"), self.swapped)
+        if not self.stages:
+            self._report(StageResult("inherit"), self.swapped)
         else:
             self._load_weights()
             self.best = self._evaluated()
-        for name in self.config.stages[len(self.rungs) - 1 :]:
+        for name in self.config.stages[len(self.stages) - 1 :]:
             if self._exhausted():
-                self.say(f"the climb ends before {name}: the time is spent, or it no longer pays")
+                self.say(
+                    f"the ladder ends before {name}: no time is left, or two stages gained too little"
+                )
                 break
             if self.stopping():
                 raise KeyboardInterrupt
             before = self._weights()
-            rung = getattr(self, "_" + name.replace("-", "_"))(name)
+            stage = getattr(self, "_" + name.replace("-", "_"))(name)
             now = self._evaluated()
             if now.kl.total > self.best.kl.total:
                 self._set(before)
-                rung.kept = False
-                rung.notes.append("the held-out KL got worse: undone")
+                stage.kept = False
+                stage.notes.append("the held-out KL got worse: undone")
             else:
                 self.best = now
-            self._report(rung, now)
+            self._report(stage, now)
             self._save()
-        return self.rungs
+        return self.stages
 
     def _exhausted(self) -> bool:
         if self.pace.left() <= 0:
             return True
         gains = [
-            b.gap_closed - a.gap_closed for a, b in zip(self.rungs, self.rungs[1:], strict=False)
+            b.gap_closed - a.gap_closed for a, b in zip(self.stages, self.stages[1:], strict=False)
         ]
         tired = [gain < self.config.min_gain for gain in gains]
         return len(tired) >= 2 and all(tired[-2:])
@@ -144,64 +153,64 @@ class Ladder:
         with self.pace.uncounted():
             return self.held_out.evaluate(self.student.layout)
 
-    def _report(self, rung: Rung, found: Evaluated) -> None:
+    def _report(self, stage: StageResult, found: Evaluated) -> None:
         seed = self.config.seed
-        rung.kl, rung.lo, rung.hi, _ = found.kl.mean(seed)
-        rung.nll = found.nll.mean(seed).value
+        stage.kl, stage.lo, stage.hi, _ = found.kl.mean(seed)
+        stage.nll = found.nll.mean(seed).value
         closed = found.kl.gap_closed(self.swapped.kl, seed)
-        rung.gap_closed, rung.gap_lo, rung.gap_hi, _ = closed
-        self.rungs.append(rung)
+        stage.gap_closed, stage.gap_lo, stage.gap_hi, _ = closed
+        self.stages.append(stage)
         self.say(
-            f"{rung.name:12} KL {rung.kl:.4f} [{rung.lo:.4f}, {rung.hi:.4f}]  gap closed "
-            f"{100 * rung.gap_closed:.1f} %  {rung.tokens} tokens  {rung.seconds:.0f} s"
-            + ("" if rung.kept else "  (undone)")
+            f"{stage.name:12} KL {stage.kl:.4f} [{stage.lo:.4f}, {stage.hi:.4f}]  gap closed "
+            f"{100 * stage.gap_closed:.1f} %  {stage.tokens} tokens  {stage.seconds:.0f} s"
+            + ("" if stage.kept else "  (undone)")
         )
 
-    # ---- the rungs ------------------------------------------------------------------------------
+    # ---- the stages ------------------------------------------------------------------------------
 
-    def _closed_form(self, name: str) -> Rung:
-        rung, started = Rung(name), time.monotonic()
+    def _closed_form(self, name: str) -> StageResult:
+        stage, started = StageResult(name), time.monotonic()
         for part in self.parts:
             store, held = self.stores([part], [part])
             for fit in closed_form(part, store, held):
                 done = "taken" if fit.taken else "not taken"
-                rung.notes.append(
+                stage.notes.append(
                     f"{part.where} {fit.what}: error {fit.before:.3f} -> {fit.after:.3f}, {done}"
                 )
-        if not rung.notes:
-            rung.notes.append("nothing in these parts has a closed form")
-        rung.tokens = sum(ids.numel() for ids in self.texts.train) * len(self.parts)
-        rung.seconds = time.monotonic() - started
-        return rung
+        if not stage.notes:
+            stage.notes.append("nothing in these parts has a closed form")
+        stage.tokens = sum(ids.numel() for ids in self.texts.train) * len(self.parts)
+        stage.seconds = time.monotonic() - started
+        return stage
 
-    def _local(self, name: str) -> Rung:
-        rung = Rung(name)
+    def _local(self, name: str) -> StageResult:
+        stage = StageResult(name)
         fresh = self._fresh()
         seconds = self.pace.share(name) / len(self.parts)
         for index, part in enumerate(self.parts):
             store, held = self.stores([part], [part])
             learning = groups(part, fresh[part.path], self.config.lr, self.config.gate_lr)
             loss = LocalLoss(part, store, held)
-            self._train(rung, f"{name}-{index}", learning, loss, seconds)
-        return rung
+            self._train(stage, f"{name}-{index}", learning, loss, seconds)
+        return stage
 
-    def _block(self, name: str) -> Rung:
+    def _block(self, name: str) -> StageResult:
         """Each swapped block as a whole: what is left of the part's error, the rest of its block takes up."""
-        rung = Rung(name)
+        stage = StageResult(name)
         seconds = self.pace.share(name) / max(1, len(self.companions))
         for layer in self.companions:
             mine = [part for part in self.parts if part.layer == layer]
-            place = block(self.teacher, layer)
-            store, held = self.stores(mine, [place])
-            loss = WindowLoss(self.student.layout, store, held, place, place)
+            whole = block(self.teacher, layer)
+            store, held = self.stores(mine, [whole])
+            loss = WindowLoss(self.student.layout, store, held, whole, whole)
             learning = self._later(mine, self.companions[layer], LATER_RATE)
-            self._train(rung, f"{name}-{layer}", learning, loss, seconds)
-        return rung
+            self._train(stage, f"{name}-{layer}", learning, loss, seconds)
+        return stage
 
     def _later(
-        self, parts: Sequence[Part], companions: dict[str, nn.Parameter], share: float
+        self, parts: Sequence[ModulePair], companions: dict[str, nn.Parameter], share: float
     ) -> list[Group]:
-        """Parts that have learnt alone, and what stands around them, all at once."""
+        """Modules that were trained alone, and what stands around them, all at once."""
         learning, fresh = [], self._fresh()
         rates = (share * self.config.lr, share * self.config.gate_lr)
         for part in parts:
@@ -210,13 +219,13 @@ class Ladder:
             group.joins = 0.0
         return [*learning, Group("block", companions, rates[0])]
 
-    def _window(self, name: str) -> Rung:
+    def _window(self, name: str) -> StageResult:
         entering, leaving = self._span()
         store, held = self.stores([], [entering, leaving])
         loss = WindowLoss(self.student.layout, store, held, entering, leaving)
         return self._through_blocks(name, loss)
 
-    def _end_to_end(self, name: str) -> Rung:
+    def _end_to_end(self, name: str) -> StageResult:
         entering, leaving = (
             block(self.teacher, self.parts[0].layer),
             final(self.teacher),
@@ -225,23 +234,23 @@ class Ladder:
         loss = EndToEndLoss(self.teacher, self.student.layout, store, held, entering, leaving)
         return self._through_blocks(name, loss)
 
-    def _through_blocks(self, name: str, loss: Any) -> Rung:
-        rung = Rung(name)
+    def _through_blocks(self, name: str, loss: Any) -> StageResult:
+        stage = StageResult(name)
         around = {n: p for found in self.companions.values() for n, p in found.items()}
         learning = self._later(self.parts, around, LAST_RATE)
         learning.append(Group("neighbours", self.neighbours, NEIGHBOUR_RATE * self.config.lr))
-        self._train(rung, name, learning, loss, self.pace.share(name))
-        return rung
+        self._train(stage, name, learning, loss, self.pace.share(name))
+        return stage
 
     def _train(
-        self, rung: Rung, key: str, learning: list[Group], loss: Any, seconds: float
+        self, stage: StageResult, key: str, learning: list[Group], loss: Any, seconds: float
     ) -> None:
         for group in learning:
             for parameter in group.parameters.values():
                 parameter.requires_grad_(True)
         steps, looks = self._planned(key, loss, learning, seconds)
         if steps < LEAST_STEPS and seconds != float("inf"):
-            rung.notes.append(f"left out: the time that is left allows {steps} steps")
+            stage.notes.append(f"left out: the time that is left allows {steps} steps")
             return
         deadline = time.monotonic() + seconds
         trainer = Trainer(
@@ -253,7 +262,7 @@ class Ladder:
             every=max(1, steps // looks),
             seed=self.config.seed,
             state=None if self.state is None else State(self.state.folder / key),
-            fingerprint={**self.fingerprint, "rung": key, "steps": steps},
+            fingerprint={**self.fingerprint, "stage": key, "steps": steps},
             stopping=self.stopping,
             out_of_time=lambda: time.monotonic() > deadline + 0.2 * seconds,
             say=self.say,
@@ -261,12 +270,12 @@ class Ladder:
         done: Trained = trainer.run()
         for parameter in trainer.named.values():
             parameter.requires_grad_(False)
-        rung.tokens += done.tokens
-        rung.seconds += done.seconds
-        rung.steps += done.steps
-        rung.looks += [asdict(look) for look in done.looks]
-        rung.gates |= done.gates
-        rung.notes += done.notes
+        stage.tokens += done.tokens
+        stage.seconds += done.seconds
+        stage.steps += done.steps
+        stage.looks += [asdict(look) for look in done.looks]
+        stage.gates |= done.gates
+        stage.notes += done.notes
 
     def _planned(
         self, key: str, loss: Any, learning: list[Group], seconds: float
@@ -289,27 +298,30 @@ class Ladder:
     # ---- activations ----------------------------------------------------------------------------
 
     def _run_teacher(self) -> None:
-        """Everything that the cheap rungs will want, in one pass; end-to-end wants the whole model, and asks itself."""
-        places = [] if self._in_turn() else list(self.parts)
+        """Everything that the cheap stages need, in one pass; end-to-end needs the whole model and runs it itself."""
+        modules = [] if self._in_turn() else list(self.parts)
         if "block" in self.config.stages and not self._in_turn():
-            places += [block(self.teacher, layer) for layer in self.companions]
+            modules += [block(self.teacher, layer) for layer in self.companions]
         if "window" in self.config.stages:
-            places += [part for part in self._span() if part.path not in {p.path for p in places}]
-        if places:
+            known = {part.path for part in modules}
+            modules += [part for part in self._span() if part.path not in known]
+        if modules:
             tokens = sum(ids.numel() for ids in self.texts.train)
-            self.say(f"the teacher runs over {tokens:,} tokens to learn from, once")
-            self.stores([], places)
+            self.say(f"the teacher runs over {tokens:,} training tokens, once")
+            self.stores([], modules)
 
     def _in_turn(self) -> bool:
         """Whether the parts after the first one read the student's stream, which is not there yet."""
         return self.config.order == "sequential" and len(self.parts) > 1
 
-    def _span(self) -> tuple[Part, Part]:
-        """The blocks whose input and output the rung `window` matches."""
+    def _span(self) -> tuple[ModulePair, ModulePair]:
+        """The blocks whose input and output the stage `window` matches."""
         last = min(self.parts[-1].layer + self.config.window_blocks, self.teacher.n_layers - 1)
         return block(self.teacher, self.parts[0].layer), block(self.teacher, last)
 
-    def stores(self, own: Sequence[Part], places: Sequence[Part]) -> tuple[Store, Store]:
+    def stores(
+        self, own: Sequence[ModulePair], modules: Sequence[ModulePair]
+    ) -> tuple[Store, Store]:
         """Training and held-out activations; `own` are parts that read the student's stream when they come in order."""
         behind = self.parts.index(own[0]) > 0 if own else False
         inputs = self.student.layout if behind and self.config.order == "sequential" else None
@@ -318,7 +330,7 @@ class Ladder:
         for batches, kind in ((self.texts.train, "train"), (self.texts.look, "look")):
             store = Store(
                 self.teacher,
-                places,
+                modules,
                 batches,
                 folder=self.folder,
                 budget=self.config.activations_gb * 1e9,
@@ -326,11 +338,11 @@ class Ladder:
                 key={**self.texts.key, "text": kind, "inputs": whose},
                 inputs=inputs,
             )
-            if store.folder is not None and len(store.stored) < len(places):
+            if store.folder is not None and len(store.stored) < len(modules):
                 self.say(
-                    f"the activations of {len(places)} modules need {store.needed / 1e9:.3g} GB and "
+                    f"the activations of {len(modules)} modules need {store.needed / 1e9:.3g} GB and "
                     f"--activations-gb is {self.config.activations_gb:g}: "
-                    f"{len(places) - len(store.stored)} of them are computed anew each time"
+                    f"{len(modules) - len(store.stored)} of them are computed anew each time"
                 )
             store.fill()
             found.append(store)
@@ -364,7 +376,7 @@ class Ladder:
         if self.state is None:
             return
         arrays = {name: bits(own) for name, own in self._weights().items()}
-        info = {"rungs": [asdict(rung) for rung in self.rungs], "seconds": self.pace.spent()}
+        info = {"stages": [asdict(stage) for stage in self.stages], "seconds": self.pace.spent()}
         self.state.save(arrays, info, self.fingerprint)
 
     def _resume(self) -> None:
@@ -372,7 +384,7 @@ class Ladder:
         if found is None:
             return
         self._arrays, info = found
-        self.rungs = [Rung(**rung) for rung in info["rungs"]]
+        self.stages = [StageResult(**stage) for stage in info["stages"]]
         self.pace.earlier = info["seconds"]
 
     def _load_weights(self) -> None:

@@ -1,4 +1,4 @@
-"""What a repair gives back: the rungs, the students beside it, the checkpoint. No torch."""
+"""What a repair returns: the stages, the students beside it, the checkpoint. No torch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from mismatch.stages.base import Result
-from mismatch.stages.repair.report.curve_figure import branch_line, repair_curve, rung_table
+from mismatch.stages.repair.plan import RepairPlan
+from mismatch.stages.repair.report.curve_figure import branch_line, repair_curve, stage_table
 from mismatch.stages.repair.report.forecast_words import score
 from mismatch.stages.repair.report.page import probe_lines
 
@@ -31,14 +32,9 @@ class Repaired(Result):
     student: Student | None = None
 
     @property
-    def climbed(self) -> dict[str, Any]:
-        """Stages of the ladder, students, branches, gates and forecast, as plan.json has them."""
-        return dict(self.plan["climb"])
-
-    @property
-    def rungs(self) -> pd.DataFrame:
+    def stages(self) -> pd.DataFrame:
         """A row per stage of the ladder: KL and its interval, gap closed, tokens, seconds."""
-        return rung_table(self.climbed)
+        return stage_table(self.plan)
 
     @property
     def checkpoint(self) -> Path | None:
@@ -46,36 +42,37 @@ class Repaired(Result):
         return None if self.run.path is None else self.run.path / CHECKPOINT
 
     def as_dict(self) -> dict[str, Any]:
-        rows = json.loads(self.rungs.to_json(orient="records"))
+        rows = json.loads(self.stages.to_json(orient="records"))
         checkpoint = None if self.checkpoint is None else str(self.checkpoint)
         return super().as_dict() | {"stages": rows, "checkpoint": checkpoint}
 
     def curve(self) -> Figure:
-        """KL against tokens and against time, one colour a rung."""
-        return repair_curve(self.climbed)
+        """KL against tokens and against time, one colour a stage."""
+        return repair_curve(self.plan)
 
     def summary(self) -> str:
-        parts = [self._rung_lines(), self._control_lines()]
-        parts.append(probe_lines(self.table, self.climbed, self.run.dictionary))
-        whole = self.climbed["students"]["repaired"]["kl"][0]
-        notes = [note for rung in self.climbed["rungs"] for note in rung["notes"]]
-        notes += [branch_line(at, whole) for at in self.climbed["branches"]]
-        parts.append([f"- {note}" for note in dict.fromkeys([*notes, *self.climbed["notes"]])])
+        plan: RepairPlan = self.plan
+        parts = [self._stage_lines(), self._control_lines()]
+        parts.append(probe_lines(self.table, plan, self.run.dictionary))
+        whole = plan.students["repaired"].kl[0]
+        notes = [note for stage in plan.stages for note in stage.notes]
+        notes += [branch_line(at, whole) for at in plan.branches]
+        parts.append([f"- {note}" for note in dict.fromkeys([*notes, *plan.notes])])
         if self.checkpoint is not None:
             parts.append([f'next: mismatch generate {self.checkpoint} "Once upon a time"'])
         return "\n\n".join("\n".join(lines) for lines in parts if lines)
 
-    def _rung_lines(self) -> list[str]:
+    def _stage_lines(self) -> list[str]:
         lines = []
-        for row in self.rungs.itertuples():
-            line = f"{row.rung:12}  KL {row.kl:.4f} [{row.lo:.4f}, {row.hi:.4f}] nats"
+        for row in self.stages.itertuples():
+            line = f"{row.stage:12}  KL {row.kl:.4f} [{row.lo:.4f}, {row.hi:.4f}] nats"
             if row.Index:
                 line += (
                     f"   gap closed {100 * row.gap_closed:5.1f} % "
                     f"[{100 * row.gap_lo:.1f}, {100 * row.gap_hi:.1f}]"
                     f"   {row.tokens:,} tokens   {row.seconds:.0f} s"
                 )
-                said = score(self.climbed.get("forecast"), row.rung)
+                said = score(self.plan.forecast, row.stage)
                 line += f"   {said}" if said else ""
             lines.append(line + ("" if row.kept else "   undone: it got worse"))
         return lines
@@ -83,10 +80,10 @@ class Repaired(Result):
     def _control_lines(self) -> list[str]:
         """Each control, and the repaired model minus it, paired."""
         lines = []
-        for name, found in self.climbed["students"].items():
+        for name, found in self.plan.students.items():
             if name in ("swap", "repaired"):
                 continue
-            (kl, lo, hi), (less, less_lo, less_hi) = found["kl"], found["repaired_minus"]
+            (kl, lo, hi), (less, less_lo, less_hi) = found.kl, found.repaired_minus
             line = (
                 f"{name:12}  KL {kl:.4f} [{lo:.4f}, {hi:.4f}] nats   control; repaired minus it "
                 f"{less:+.4f} [{less_lo:+.4f}, {less_hi:+.4f}]"

@@ -1,7 +1,7 @@
-"""What a repair puts into the long table: the KL after each rung, of every student, and without each branch.
+"""What a repair puts into the long table: the KL after each stage, of every student, and without each branch.
 
     stage    student    stat
-    repair   swap       mean[rung=R], gap_closed[rung=R]     after a rung; step counts the rungs
+    repair   swap       mean[after=S], gap_closed[after=S]     after a stage of the ladder; step counts the stages
     surgery  swap       mean                                 as it was swapped; of controls under their own name
     repair   swap       mean, mean_minus_C                   as repaired; its paired difference to control C
     repair   swap       mean[without=W.B]                    as repaired, branch B at W taken out
@@ -17,21 +17,23 @@ from typing import Any
 
 from mismatch.forward.heldout import Evaluated
 from mismatch.runs.table import under
-from mismatch.stages.repair.knockout import Knocked
-from mismatch.stages.repair.rungs.rung import Rung
+from mismatch.stages.repair.ladder_stages.stage_result import StageResult
+from mismatch.stages.repair.plan import Branch
 
 AS_SWAPPED, AS_REPAIRED = "swap", "repaired"
 
 
-def rung_rows(rungs: Sequence[Rung], tokens: int) -> list[dict[str, Any]]:
-    """KL and gap closed after each rung, on so many held-out tokens."""
+def stage_rows(stages: Sequence[StageResult], tokens: int) -> list[dict[str, Any]]:
+    """KL and gap closed after each stage, on so many held-out tokens."""
     rows = []
-    for number, rung in enumerate(rungs):
+    for number, stage in enumerate(stages):
         for stat, value, lo, hi in (
-            ("mean", rung.kl, rung.lo, rung.hi),
-            ("gap_closed", rung.gap_closed, rung.gap_lo, rung.gap_hi),
+            ("mean", stage.kl, stage.lo, stage.hi),
+            ("gap_closed", stage.gap_closed, stage.gap_lo, stage.gap_hi),
         ):
-            rows.append(_row("kl", under(stat, rung=rung.name), value, lo, hi, tokens, step=number))
+            rows.append(
+                _row("kl", under(stat, after=stage.name), value, lo, hi, tokens, step=number)
+            )
     return rows
 
 
@@ -53,7 +55,7 @@ def student_rows(evaluated: Mapping[str, Evaluated], seed: int) -> list[dict[str
     return rows
 
 
-def branch_rows(knocked: Sequence[Knocked], tokens: int) -> list[dict[str, Any]]:
+def branch_rows(knocked: Sequence[Branch], tokens: int) -> list[dict[str, Any]]:
     """KL without each branch. A part without branches is a row without a value: not applicable."""
     rows = []
     for at in knocked:

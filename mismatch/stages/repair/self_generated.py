@@ -1,10 +1,10 @@
-"""Text that the original model writes itself, to learn from beside the calibration text.
+"""Text sampled from the teacher, to train on beside the training text.
 
-A calibration text is of one kind, and a layer that was mended on speeches is less right elsewhere. What a model draws
+A training text is of one kind, and a layer that was repaired on speeches is less right elsewhere. What a model draws
 from its own distribution is as wide as what it was trained on, and asks for no data (LLM-QAT, arXiv 2305.17888, section
 3.1). Each piece begins with a token at random and goes on at temperature 1 over all tokens but the special ones, so
-that nothing is chosen to suit a layer or a text that is judged. Pieces are short, for every token looks back at all
-before it; several make a window, and the teacher reads windows as they are.
+that nothing is chosen to suit a layer or the evaluation text. Pieces are short, for every token attends to all before
+it; several make a window, and the teacher reads windows as they are.
 """
 
 from __future__ import annotations
@@ -12,21 +12,24 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, LogitsProcessor, StoppingCriteria
 from transformers.cache_utils import DynamicLayer
 
 from mismatch.models.generate import settings_aside
 from mismatch.runs.kept_pages import kept_pages
-from mismatch.stages.repair.rungs.training import no_room
+from mismatch.stages.repair.ladder_stages.training import no_room
 from mismatch.texts.windows import prefix_ids
 
+if TYPE_CHECKING:
+    from mismatch.models.layout import CausalLM
+
 PIECE = 256  # tokens of a piece, at most
-ROOM = 4e9  # bytes that pieces written side by side may take
+ROOM = 4e9  # bytes that pieces sampled side by side may take
 SCORES = 16  # bytes per word of the vocabulary and piece: scores, and what is made of them to draw
 TRIAL = 16  # tokens of each piece that are timed to know what all of them cost
 DEARER = 1.5  # a token of a whole piece against one of the trial: it looks back further
@@ -45,7 +48,7 @@ class Writer:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: CausalLM,
         tokenizer: Any,
         seq_len: int,
         *,
@@ -58,7 +61,7 @@ class Writer:
         self.per_window = math.ceil(seq_len / PIECE)
         self.piece = math.ceil(seq_len / self.per_window)
         self.prefix = prefix_ids(tokenizer)
-        self.device = model.get_input_embeddings().weight.device
+        self.device: Any = model.get_input_embeddings().weight.device
         special = {*tokenizer.all_special_ids}
         self.words = torch.tensor([i for i in range(len(tokenizer)) if i not in special])
         self.rows = self._side_by_side()
@@ -67,7 +70,7 @@ class Writer:
         """Windows, as many as were asked for or as there is time for.
 
         Args:
-            tokens: to write, at most.
+            tokens: to sample, at most.
             seconds: that it may take.
 
         Returns:
@@ -83,7 +86,7 @@ class Writer:
     def _written(self, tokens: int, seconds: float) -> np.ndarray:
         asked = tokens // self.seq_len
         wanted = min(asked, self._affordable(asked, seconds))
-        self.say(f"the original writes {wanted * self.seq_len:,} tokens itself, to learn from")
+        self.say(f"{wanted * self.seq_len:,} tokens are sampled from the teacher, to train on")
         if wanted < asked:
             self.say(f"(for all {asked * self.seq_len:,} of --self-generated there is no time)")
         pieces: list[Tensor] = []
@@ -102,12 +105,13 @@ class Writer:
         try:
             logits = self.model(self.words[:1, None].to(self.device), past_key_values=cache).logits
         except torch.OutOfMemoryError as error:
-            raise no_room("while the original writes") from error
+            raise no_room("while the teacher is sampled") from error
         kept = sum(
             held.nbytes
             for layer in cache.layers
             if isinstance(layer, DynamicLayer)
             for held in (layer.keys, layer.values)
+            if held is not None
         )
         return max(1, int(ROOM / (kept * self.piece + SCORES * logits.shape[-1])))
 
@@ -128,7 +132,7 @@ class Writer:
                 return list(self._drawn(min(rows, self.rows), length, number))
             except torch.OutOfMemoryError as error:
                 if self.rows == 1:
-                    raise no_room("while the original writes") from error
+                    raise no_room("while the teacher is sampled") from error
                 self.rows = max(1, min(rows, self.rows) // 2)
                 self.say(f"out of memory: {self.rows} pieces side by side from here on")
 
@@ -143,7 +147,8 @@ class Writer:
             return begun.cpu()
         told = GenerationConfig(max_new_tokens=length - begun.shape[1], pad_token_id=0)
         with settings_aside(self.model):
-            out = self.model.generate(
+            model: Any = self.model  # its stub knows no plain list of processors
+            out: Tensor = model.generate(
                 begun,
                 attention_mask=torch.ones_like(begun),
                 past_key_values=_roomy(self.model.config, length),
@@ -166,7 +171,7 @@ def _roomy(config: Any, length: int) -> DynamicCache:
 
 
 class _Roomy(DynamicLayer):
-    """Keys and values in one place from the start: transformers' own layer copies all of them at every token, which
+    """Keys and values in one tensor from the start: transformers' own layer copies all of them at every token, which
     takes longer than the model."""
 
     def __init__(self, length: int) -> None:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import tempfile
 import time
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 
 from mismatch import spec
 from mismatch.forward.heldout import Evaluated, HeldOut
+from mismatch.runs.plan import as_json
 from mismatch.runs.stopping import polite
 from mismatch.stages.base import Outcome, Stage
 from mismatch.stages.opening import Opened
@@ -24,8 +26,10 @@ from mismatch.stages.repair import before_after
 from mismatch.stages.repair.config import RepairConfig
 from mismatch.stages.repair.forecast_readings import foretell
 from mismatch.stages.repair.gates import standing, weighing
-from mismatch.stages.repair.knockout import Knocked, knocked_out
+from mismatch.stages.repair.knockout import knocked_out
 from mismatch.stages.repair.ladder import Ladder, Texts
+from mismatch.stages.repair.ladder_stages.module_pair import pairs_of
+from mismatch.stages.repair.plan import Gates, RepairPlan, StudentReading
 from mismatch.stages.repair.report.curve_figure import branch_line
 from mismatch.stages.repair.report.forecast_words import forecast_lines
 from mismatch.stages.repair.result import CHECKPOINT, Repaired
@@ -33,16 +37,14 @@ from mismatch.stages.repair.rows import (
     AS_REPAIRED,
     AS_SWAPPED,
     branch_rows,
-    rung_rows,
+    stage_rows,
     student_rows,
 )
-from mismatch.stages.repair.rungs.module_pair import parts_of
-from mismatch.stages.repair.rungs.rung import Rung
 from mismatch.stages.repair.texts import RepairTexts, read_texts
-from mismatch.stages.repair.trainable import learner
-from mismatch.stages.repair.trained_controls import SameSteps
-from mismatch.stages.repair.training_text import learn_from
-from mismatch.stages.swapped import calibrates, plan_dict, plan_warnings
+from mismatch.stages.repair.trainable import trainable
+from mismatch.stages.repair.trained_controls import TrainedControl
+from mismatch.stages.repair.training_text import training_text
+from mismatch.stages.swapped import calibrates, warned
 from mismatch.surgery.operate import Student
 from mismatch.surgery.students import students_of
 from mismatch.texts.windows import Windows
@@ -59,20 +61,6 @@ class Prepared:
     unasked: tuple[str, ...]
 
 
-@dataclass
-class Found:
-    """What a repair found: stages, each student on evaluation text, branches, the forecast with its score, gates,
-    further rows, notes."""
-
-    rungs: list[Rung]
-    evaluated: dict[str, Evaluated]
-    branches: list[Knocked]
-    forecast: dict[str, Any]
-    gates: dict[str, Any] = field(default_factory=dict)
-    rows: list[dict[str, Any]] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-
-
 class Repair(Stage[RepairConfig, Prepared]):
     help = "Train the swapped module to match the teacher's, layer by layer, and evaluate what was recovered."
     Config = RepairConfig
@@ -82,13 +70,14 @@ class Repair(Stage[RepairConfig, Prepared]):
         "mismatch repair runs/TRACE --stages closed-form,local --train-tokens 1M --max-minutes 10",
     )
     report = "mismatch.stages.repair.report.page"
+    plan = "mismatch.stages.repair.plan:RepairPlan"
     resumable = True
     starts_from = ("trace",)
     takes = ("model", "revision", "dtype", "swap", "data", "seed", "seq_len")
 
     def prepare(self, opened: Opened[RepairConfig]) -> Prepared:
         swap, *_ = opened.planned()  # refuses what model, swap and controls do not allow
-        parts_of(opened.skeleton, swap)
+        pairs_of(opened.skeleton, swap)
         if opened.config.trained_controls:
             opened.child(_with_trained_controls(opened.config)).planned()
         texts = read_texts(opened)
@@ -121,10 +110,10 @@ def _run(
     config, teacher, texts = opened.config, opened.teacher, prepared.texts
     calibration = prepared.calibration
     swap, *controls = opened.students(calibration)
-    mine = learner(teacher, config, swap, calibration)
+    mine = trainable(teacher, config, swap, calibration)
     student, parts = mine.student, mine.parts
-    gates = {"weighs": weighing(parts), "start": standing(parts)}
-    learnt = learn_from(
+    start = standing(parts)
+    trained_on = training_text(
         config,
         teacher,
         texts.train,
@@ -136,46 +125,83 @@ def _run(
     device = teacher.layout.embedding_device
     opened.say(f"the teacher runs over {texts.evaluation.tokens:,} evaluation tokens, once")
     held_out = HeldOut(teacher.layout, texts.evaluation, parts[0].layer, config.batch_size)
-    key = {"model": teacher.info.sha256, "train": learnt.windows.fingerprint}
+    key = {"model": teacher.info.sha256, "train": trained_on.windows.fingerprint}
     batches = Texts(
-        _batches(learnt.windows, config.batch_size, device),
+        _batches(trained_on.windows, config.batch_size, device),
         _batches(texts.validation, config.batch_size, device),
         {**key, "validation": texts.validation.fingerprint},
     )
-    prints = {**opened.fingerprints(), "training": learnt.windows.fingerprint}
+    prints = {**opened.fingerprints(), "training": trained_on.windows.fingerprint}
     shared: dict[str, Any] = {
         "folder": _activations(opened, temporary),
         "fingerprint": prints,
         "stopping": stopping,
         "say": opened.say,
-        "spent": learnt.seconds,
+        "spent": trained_on.seconds,
     }
     beside = {control.name: held_out.evaluate(control.layout) for control in controls}
     ladder = Ladder(config, teacher.layout, mine, held_out, batches, state=opened.state(), **shared)
     ladder.begin()
     foretold = foretell(config, teacher, ladder, beside)
-    for line in forecast_lines(asdict(foretold)):
+    for line in forecast_lines(foretold):
         opened.say(line)
-    rungs = ladder.climb()
+    stages = ladder.run()
     opened.say("branches are evaluated")
     for control in _trained_controls(opened, swap, calibration):
         opened.say(f"the control {control.name} is trained for the same steps")
-        other = learner(teacher, config, control, calibration)
-        like = SameSteps(config, teacher.layout, other, held_out, batches, state=None, **shared)
-        beside[f"{control.name}-same-steps"] = like.climb_like(rungs)
+        other = trainable(teacher, config, control, calibration)
+        like = TrainedControl(
+            config, teacher.layout, other, held_out, batches, state=None, **shared
+        )
+        beside[f"{control.name}-trained"] = like.run_like(stages)
     evaluated = {AS_SWAPPED: ladder.swapped, AS_REPAIRED: ladder.best, **beside}
-    knocked = knocked_out(held_out, student, parts, ladder.best, config.seed)
-    for at in knocked:
-        opened.say(branch_line(vars(at), ladder.best.kl.mean().value))
+    branches = knocked_out(held_out, student, parts, ladder.best, config.seed)
+    for at in branches:
+        opened.say(branch_line(at, ladder.best.kl.mean().value))
     began = time.monotonic()
     rows = _before_and_after(opened, prepared, swap, student)
-    gates["end"] = standing(parts)
-    notes = [*learnt.lines(config.train_data), *prepared.unasked]
-    found = Found(rungs, evaluated, knocked, foretold.scored(rungs), gates, rows, notes)
+    base = warned(student.plan, texts.evaluation.seq_len)
+    plan = RepairPlan(
+        spec=base.spec,
+        clauses=base.clauses,
+        warnings=base.warnings,
+        stages=tuple(stages),
+        students=_readings(evaluated, config.seed),
+        branches=tuple(branches),
+        gates=Gates(weighing(parts), start, standing(parts)),
+        forecast=foretold.scored(stages),
+        notes=(*trained_on.lines(config.train_data), *prepared.unasked),
+        teacher=teacher.info.as_dict(),
+    )
     if opened.folder is not None:
-        climbed = _climbed(opened, found)
-        student.save(opened.folder.path / CHECKPOINT, extra={"repair": climbed}, overwrite=True)
-    return _outcome(opened, texts, student, found, prints, time.monotonic() - began)
+        extra = {"repair": as_json(plan)}
+        student.save(opened.folder.path / CHECKPOINT, extra=extra, overwrite=True)
+    tokens = texts.evaluation.tokens
+    return Outcome(
+        [
+            *stage_rows(stages, tokens),
+            *student_rows(evaluated, config.seed),
+            *branch_rows(branches, tokens),
+            *rows,
+        ],
+        plan,
+        {"fingerprints": prints},  # with the self-generated text among the training text
+        seconds={"before and after": time.monotonic() - began},
+        memory={"student": student},
+    )
+
+
+def _readings(evaluated: Mapping[str, Evaluated], seed: int) -> dict[str, StudentReading]:
+    swapped, repaired = evaluated[AS_SWAPPED].kl, evaluated[AS_REPAIRED].kl
+    return {
+        name: StudentReading(
+            one.kl.mean(seed)[:3],
+            one.nll.mean(seed)[:3],
+            one.kl.gap_closed(swapped, seed)[:3],
+            (repaired - one.kl).mean(seed)[:3],
+        )
+        for name, one in evaluated.items()
+    }
 
 
 def _batches(cut: Windows, size: int, device: torch.device) -> list[torch.Tensor]:
@@ -218,50 +244,3 @@ def _activations(opened: Opened[RepairConfig], temporary: Path) -> Path:
     if opened.config.activations_dir is not None:
         return Path(opened.config.activations_dir)
     return temporary if opened.path is None else opened.path / "state" / "activations"
-
-
-def _climbed(opened: Opened[RepairConfig], found: Found) -> dict[str, Any]:
-    """What plan.json and the checkpoint hold of the repair."""
-    seed, evaluated = opened.config.seed, found.evaluated
-    return {
-        "rungs": [asdict(rung) for rung in found.rungs],
-        "forecast": found.forecast,
-        "branches": [asdict(at) for at in found.branches],
-        "gates": found.gates,
-        "notes": found.notes,
-        "students": {
-            name: {
-                "kl": one.kl.mean(seed)[:3],
-                "nll": one.nll.mean(seed)[:3],
-                "gap_closed": one.kl.gap_closed(evaluated[AS_SWAPPED].kl, seed)[:3],
-                "repaired_minus": (evaluated[AS_REPAIRED].kl - one.kl).mean(seed)[:3],
-            }
-            for name, one in evaluated.items()
-        },
-        "teacher": opened.teacher.info.as_dict(),
-    }
-
-
-def _outcome(
-    opened: Opened[RepairConfig],
-    texts: RepairTexts,
-    student: Student,
-    found: Found,
-    prints: dict[str, str],
-    seconds: float,
-) -> Outcome:
-    cut, climbed = texts.evaluation, _climbed(opened, found)
-    plan = plan_dict(student.plan, plan_warnings(student.plan, cut.seq_len))
-    rows = [
-        *rung_rows(found.rungs, cut.tokens),
-        *student_rows(found.evaluated, opened.config.seed),
-        *branch_rows(found.branches, cut.tokens),
-        *found.rows,
-    ]
-    return Outcome(
-        rows,
-        {**plan, "climb": climbed},
-        {"fingerprints": prints},  # with the self-generated text among the training text
-        seconds={"before and after": seconds},
-        memory={"student": student},
-    )

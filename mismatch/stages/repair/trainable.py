@@ -12,45 +12,45 @@ from torch import nn
 
 from mismatch import spec
 from mismatch.stages.repair.config import RepairConfig
-from mismatch.stages.repair.rungs.module_pair import Part, own, parts_of
+from mismatch.stages.repair.ladder_stages.module_pair import ModulePair, own, pairs_of
 from mismatch.surgery.operate import Student
 from mismatch.surgery.students import Teacher, calibrated_swap
 from mismatch.texts.windows import Windows
 
 
 @dataclass(frozen=True)
-class Learner:
-    """What a ladder climbs with.
+class Trainable:
+    """What a ladder trains.
 
     Attributes:
         student: the model.
-        parts: the swapped places in depth order; they own their tensors.
+        parts: the swapped modules in depth order; they own their tensors.
         companions: by layer and name, the matrices of each swapped block outside of its parts.
         neighbours: what LoRA added in the blocks behind, by name.
     """
 
     student: Student
-    parts: tuple[Part, ...]
+    parts: tuple[ModulePair, ...]
     companions: dict[int, dict[str, nn.Parameter]]
     neighbours: dict[str, nn.Parameter]
 
 
-def learner(
+def trainable(
     teacher: Teacher, config: RepairConfig, swap: Student, calibration: Windows | None
-) -> Learner:
+) -> Trainable:
     """The same as a swap (or a control), to learn; at the start it gives what the swap gives.
 
     Args:
         teacher: the untouched model.
-        config: which rungs are climbed says what trains.
+        config: which stages run says what trains.
         swap: the student that stays as it is.
         calibration: windows for mechanisms that set themselves from them.
 
     Raises:
-        MismatchError: as `calibrated_swap`; a place that cannot be repaired.
+        MismatchError: as `calibrated_swap`; a module that cannot be repaired.
     """
     swapped = {clause.path for clause in swap.plan.clauses}
-    last = parts_of(teacher.layout, swap)[-1].layer
+    last = pairs_of(teacher.layout, swap)[-1].layer
     text = [swap.plan.spec]
     end = min(last + config.lora_blocks, teacher.layout.n_layers - 1)
     if config.behind and end > last:
@@ -63,17 +63,17 @@ def learner(
         batch_size=config.batch_size,
         seed=config.seed,
     )
-    parts = tuple(part for part in parts_of(teacher.layout, student) if part.path in swapped)
+    parts = tuple(part for part in pairs_of(teacher.layout, student) if part.path in swapped)
     for part in parts:
         own(part.student, teacher.model)
         # A student that was handed over may have been trained: the repair starts from its own tensors.
         part.student.load_state_dict(swap.model.get_submodule(part.path).state_dict())
     companions = _companions(student, parts, teacher.model) if config.around else {}
-    return Learner(student, parts, companions, _neighbours(student, swapped))
+    return Trainable(student, parts, companions, _neighbours(student, swapped))
 
 
 def _companions(
-    student: Student, parts: Sequence[Part], teacher: nn.Module
+    student: Student, parts: Sequence[ModulePair], teacher: nn.Module
 ) -> dict[int, dict[str, nn.Parameter]]:
     """The matrices of each swapped block outside of its parts, as its own copies, by layer and name."""
     found: dict[int, dict[str, nn.Parameter]] = {}

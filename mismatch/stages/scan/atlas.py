@@ -19,6 +19,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocat
 
 from mismatch.report import readout, style
 from mismatch.stages.scan.damage import PANELS, Panel, atlas_data, paired, students
+from mismatch.stages.scan.plan import ScanPlan
 
 NAMED, LEAST = 4, 0.001
 """So many of a panel's largest numbers are written into their cells, if they are not below the second."""
@@ -46,7 +47,7 @@ MARGIN, ROOM = 0.6, 0.24
 def atlas(
     table: pd.DataFrame,
     *,
-    plan: Mapping[str, Any] | None = None,
+    plan: ScanPlan | None = None,
     dictionary: Mapping[str, Any] | None = None,
     width: float = style.WIDTH,
 ) -> Figure:
@@ -54,7 +55,7 @@ def atlas(
 
     Args:
         table: the long table of a scan.
-        plan: the run's plan.json: the model, order of the mechanisms, and which are controls.
+        plan: of the run: the model, order of the mechanisms, and which are controls.
         dictionary: not needed; as the other figures take it.
         width: of the figure, in inches.
 
@@ -81,7 +82,7 @@ def atlas(
         title = textwrap.wrap(panel.title, max(int(wide * 15), 12))
         axis.set_title("\n".join(title), pad=5, fontweight="bold", va="bottom")
     _layer_axis(axes[0], layers, high, named)
-    model = (plan or {}).get("model")
+    model = None if plan is None else plan.model
     style.frame(
         figure,
         "One layer replaced at a time: what it costs" + (f" ({model})" if model else ""),

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from mismatch.errors import LayoutError
 from mismatch.forward import hooks
 from mismatch.forward.hooks import on_device
 from mismatch.forward.verify import TOKENS, prove_student
+from mismatch.metrics.sums.logits import LogitPair
 from mismatch.runs.ranks import ALONE, Ranks
 from mismatch.runs.state import State
 from mismatch.runs.stopping import polite
@@ -92,8 +94,8 @@ def measure(
 
                 sweep.run(
                     mine[begin:], ids, asked, docs,
-                    lambda cell, pair, task=task: sums.update(cell, task, pair),
-                    broken=lambda cell, task=task: sums.broken.add((cell.key, task.name)),
+                    partial(_update, sums, task),
+                    broken=partial(_broken, sums, task),
                     ran=lambda: progress(1),
                     due=due,
                     done=finished,
@@ -155,3 +157,11 @@ def _done(where: Sequence[int], here: tuple[int, int], cells: int) -> int:
     if tuple(where[:2]) > here:
         return cells
     return where[2] if tuple(where[:2]) == here else 0
+
+
+def _update(sums: Sums, task: Task, cell: Cell, pair: LogitPair) -> None:
+    sums.update(cell, task, pair)
+
+
+def _broken(sums: Sums, task: Task, cell: Cell) -> None:
+    sums.broken.add((cell.key, task.name))

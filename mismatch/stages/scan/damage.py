@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 
 from mismatch.errors import UsageError
+from mismatch.stages.scan.plan import ScanPlan
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ PANELS = (
 def atlas_data(
     table: pd.DataFrame,
     *,
-    plan: Mapping[str, Any] | None = None,
+    plan: ScanPlan | None = None,
     dictionary: Mapping[str, Any] | None = None,
 ) -> pd.DataFrame:
     """Every layer of every mechanism on every task, also where nothing could be measured.
@@ -104,12 +105,12 @@ def _rows(table: pd.DataFrame, metric: str, stat: str) -> pd.DataFrame:
     ]
 
 
-def students(table: pd.DataFrame, plan: Mapping[str, Any] | None = None) -> dict[str, bool]:
+def students(table: pd.DataFrame, plan: ScanPlan | None = None) -> dict[str, bool]:
     """The mechanisms in the order in which they were asked for, each with whether it is a control; controls last."""
     here = list(
         dict.fromkeys(table.loc[(table["stage"] == "scan") & table["layer"].notna(), "student"])
     )
-    said = {column["name"]: column["control"] for column in (plan or {}).get("columns", ())}
+    said = {} if plan is None else {column.name: column.control for column in plan.columns}
     if not said:
         said = {name: table["stat"].eq(f"mean_minus_{name}").any() for name in here}
     order = sorted(said, key=lambda name: said[name])

@@ -47,7 +47,8 @@ class Prepared:
     @property
     def layers(self) -> tuple[int, ...]:
         """The layers that are gone through."""
-        return tuple(sorted({cell.layer for cell in (*self.cells, *self.refused)}))
+        cells = (*self.cells, *self.refused)
+        return tuple(sorted({cell.layer for cell in cells if cell.layer is not None}))
 
     @property
     def controls(self) -> dict[str, tuple[str, ...]]:
@@ -57,7 +58,7 @@ class Prepared:
     def notes(self) -> list[str]:
         """What is not measured, and why."""
         found = [f"{task} is left out: {reason}" for task, reason in self.left_out.items()]
-        reasons: dict[tuple[str, str], list[int]] = {}
+        reasons: dict[tuple[str, str], list[int | None]] = {}
         for cell, reason in self.refused.items():
             plain = reason.replace(f"layer{cell.layer}.", "").replace(f"layer {cell.layer} ", "")
             reasons.setdefault((cell.name, plain), []).append(cell.layer)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import pandas as pd
@@ -13,6 +12,7 @@ from mismatch.report.sections import Section, verdict
 from mismatch.runs.folder import Run
 from mismatch.stages.scan.atlas import atlas
 from mismatch.stages.scan.damage import PANELS, Panel, against, atlas_data, students
+from mismatch.stages.scan.plan import ScanPlan
 from mismatch.stages.scan.words import can_do, carrier, scan_verdict, teacher_words
 
 FIGURES = (
@@ -38,7 +38,7 @@ def figures(run: Run) -> tuple[ReportFigure, ...]:
 
 def sections(run: Run) -> list[Section]:
     """The verdict, the atlas, every layer, the controls."""
-    notes = tuple(tag("p", note, class_="warning") for note in run.plan.get("notes", ()))
+    notes = tuple(tag("p", note, class_="warning") for note in run.plan.notes)
     return [
         verdict(scan_verdict(run.table, run.plan) or NOTHING),
         Section("", (*notes, *FIGURES)),
@@ -51,7 +51,7 @@ def _panels(data: pd.DataFrame) -> list[Panel]:
     return [panel for panel in PANELS if panel.task in set(data["task"])]
 
 
-def every_layer(table: pd.DataFrame, plan: Mapping[str, Any]) -> Html:
+def every_layer(table: pd.DataFrame, plan: ScanPlan) -> Html:
     """A row for each mechanism and layer, with what it costs on each task; larger is worse."""
     data = atlas_data(table)
     panels = _panels(data)
@@ -90,7 +90,7 @@ def every_layer(table: pd.DataFrame, plan: Mapping[str, Any]) -> Html:
     return join([tag("p", words), *told, grid(heads, rows, numbers=numbers, marked=marked)])
 
 
-def _unable(table: pd.DataFrame, panel: Panel, plan: Mapping[str, Any]) -> str:
+def _unable(table: pd.DataFrame, panel: Panel, plan: ScanPlan) -> str:
     if can_do(table, panel.task, plan):
         return ""
     return ": the teacher itself cannot do this, and nothing follows from these numbers"
@@ -102,7 +102,7 @@ def _cost(row: Any) -> Cell | str:
     return reading(row.value, row.lo, row.hi)
 
 
-def controls(table: pd.DataFrame, plan: Mapping[str, Any]) -> Html:
+def controls(table: pd.DataFrame, plan: ScanPlan) -> Html:
     """In how many layers each mechanism beats each control, by the paired intervals."""
     rows = [
         (

@@ -43,5 +43,4 @@ class Scanned(Result):
 
     def atlas(self, **options: Any) -> Figure:
         """Layers x mechanisms, one panel a task, side by side."""
-        plan = {"model": self.run.manifest.get("model")} | self.run.plan
-        return atlas(self.run.table, plan=plan, **options)
+        return atlas(self.run.table, plan=self.plan, **options)

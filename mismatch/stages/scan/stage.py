@@ -14,6 +14,7 @@ from mismatch.stages.opening import Opened
 from mismatch.stages.scan.batches import measure, prove, prove_restored
 from mismatch.stages.scan.cells import Cell, calibrators
 from mismatch.stages.scan.config import ScanConfig, SweepConfig
+from mismatch.stages.scan.plan import ColumnPlan, ScanPlan, TaskPlan
 from mismatch.stages.scan.prepared import Prepared, prepare
 from mismatch.stages.scan.result import Scanned
 from mismatch.stages.scan.sums import Sums
@@ -33,6 +34,7 @@ class Scan(Stage[ScanConfig, Prepared]):
         'mismatch scan --model smollm2 --swap "mlp:zero" --among 0-9 --tasks text --tokens 2048',
     )
     report = "mismatch.stages.scan.report"
+    plan = "mismatch.stages.scan.plan:ScanPlan"
     student = False
     resumable = True
     distributed = True
@@ -88,16 +90,15 @@ class Scan(Stage[ScanConfig, Prepared]):
         return 0 if result.finite else NumericsError.exit_code
 
 
-def _plan(config: ScanConfig, prepared: Prepared, sums: Sums) -> dict[str, Any]:
-    return {
-        "model": config.model,
-        "columns": [_column(column) for column in prepared.columns],
-        "layers": list(prepared.layers),
-        "n_layers": prepared.n_layers,
-        "tasks": {task.name: _task(task) for task in prepared.tasks},
-        "notes": prepared.notes() + _broken(sums, prepared),
-        "clauses": [],
-    }
+def _plan(config: ScanConfig, prepared: Prepared, sums: Sums) -> ScanPlan:
+    return ScanPlan(
+        model=config.model,
+        columns=tuple(ColumnPlan(c.name, c.control, c.controls) for c in prepared.columns),
+        layers=prepared.layers,
+        n_layers=prepared.n_layers,
+        tasks={task.name: task_plan(task) for task in prepared.tasks},
+        notes=(*prepared.notes(), *_broken(sums, prepared)),
+    )
 
 
 def _work(parts: Sequence[Mapping[str, int]], prepared: Prepared) -> dict[str, Any]:
@@ -129,14 +130,6 @@ def sweep_of(
     return Sweep(teacher.layout, base, config.seed, wanted)
 
 
-def _column(column: Any) -> dict[str, Any]:
-    return {
-        "name": column.name,
-        "control": column.control,
-        "controls": list(column.controls),
-    }
-
-
 def _broken(sums: Sums, prepared: Prepared) -> list[str]:
     keys = {cell.key: cell for cell in prepared.cells}
     return [
@@ -145,12 +138,13 @@ def _broken(sums: Sums, prepared: Prepared) -> list[str]:
     ]
 
 
-def _task(task: Task) -> dict[str, Any]:
-    return {
-        "rows": len(task.ids),
-        "length": task.ids.shape[1],
-        "scored": int(task.asked.sum()),
-        "documents": task.n_docs,
-        "reading": task.reading or "kl",
-        "chance": task.chance,
-    }
+def task_plan(task: Task) -> TaskPlan:
+    """What plan.json holds of a task."""
+    return TaskPlan(
+        scored=int(task.asked.sum()),
+        documents=task.n_docs,
+        chance=task.chance,
+        rows=len(task.ids),
+        length=task.ids.shape[1],
+        reading=task.reading or "kl",
+    )

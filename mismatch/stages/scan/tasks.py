@@ -41,7 +41,7 @@ class Task:
         docs: int64 `rows`: what is resampled.
         reading: how the table calls the log-loss of the right tokens; "" for text.
         summed: it is summed over the predictions of a row (nats per key), not averaged (nats per token).
-        chance: the log-loss of a model that knows nothing: all tokens alike.
+        chance: the log-loss of a model that knows nothing: all tokens alike; None: text, of which that is not asked.
     """
 
     name: str
@@ -50,7 +50,7 @@ class Task:
     docs: np.ndarray
     reading: str = ""
     summed: bool = False
-    chance: float = math.inf
+    chance: float | None = None
 
     @property
     def n_docs(self) -> int:
@@ -119,6 +119,7 @@ def tasks(
 
 def _task(name: str, config: SweepConfig, cut: Windows | None, setting: Setting) -> Task:
     if name == "text":
+        assert cut is not None  # text is cut where it is asked for
         return text_task(cut, config.scored, config.seed)
     if name == "induction":
         ids, start, half = repeated(setting, config.samples)

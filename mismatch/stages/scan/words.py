@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import pandas as pd
 
 from mismatch.report.style import interval, number
 from mismatch.stages.scan.damage import PANELS, Panel, against, atlas_data, students
+from mismatch.stages.scan.plan import HasTasks, ScanPlan
 
 SHOWN = 3
 """Layers named at either end."""
@@ -20,16 +18,16 @@ ABLE = 0.5
 """The teacher can do a task when it loses at most so much of what knowing nothing loses."""
 
 
-def scan_summary(table: pd.DataFrame, plan: Mapping[str, Any] | None = None) -> str:
+def scan_summary(table: pd.DataFrame, plan: ScanPlan | None = None) -> str:
     """The end of a scan in a terminal; readable without colour.
 
     Args:
         table: the long table of a scan.
-        plan: the run's plan.json.
+        plan: of the run.
     """
     data = atlas_data(table)
     rows = students(table, plan)
-    parts = [f"warning: {note}" for note in (plan or {}).get("notes", ())]
+    parts = [f"warning: {note}" for note in (() if plan is None else plan.notes)]
     for panel in PANELS:
         here = data[(data["task"] == panel.task) & (data["kind"] != "missing")]
         if here.empty:
@@ -47,12 +45,12 @@ def scan_summary(table: pd.DataFrame, plan: Mapping[str, Any] | None = None) -> 
     return "\n".join(parts).strip("\n")
 
 
-def scan_verdict(table: pd.DataFrame, plan: Mapping[str, Any] | None = None) -> str:
+def scan_verdict(table: pd.DataFrame, plan: ScanPlan | None = None) -> str:
     """What hangs on one layer, and of which mechanism that is true; "" where nothing was asked that could.
 
     Args:
         table: the long table of a scan.
-        plan: the run's plan.json.
+        plan: of the run.
     """
     data = atlas_data(table)
     sentences = []
@@ -76,10 +74,11 @@ def scan_verdict(table: pd.DataFrame, plan: Mapping[str, Any] | None = None) -> 
     return " ".join(sentences)
 
 
-def can_do(table: pd.DataFrame, task: str, plan: Mapping[str, Any] | None = None) -> bool:
+def can_do(table: pd.DataFrame, task: str, plan: HasTasks | None = None) -> bool:
     """Whether the teacher does a task well enough for its loss to mean anything; text always."""
     panel = next(panel for panel in PANELS if panel.task == task)
-    chance = (plan or {}).get("tasks", {}).get(panel.task, {}).get("chance")
+    known = None if plan is None else plan.tasks.get(panel.task)
+    chance = None if known is None else known.chance
     reads = _reads(table, panel)
     return chance is None or reads is None or abs(reads) <= ABLE * chance
 

@@ -62,10 +62,10 @@ class Batch:
         if meeting.site == "final":
             finals = self.finals.setdefault(scope, {TEACHER: meeting.teacher})
             finals[meeting.student] = meeting.value
-        elif meeting.site == "resid_post" and meeting.mode == "free" and scope == MAIN:
-            kept = self.lens.setdefault(meeting.layer, {TEACHER: self._lens_rows(meeting.teacher)})
-            kept[meeting.student] = self._lens_rows(meeting.value)
         layer = NO_LAYER if meeting.layer is None else meeting.layer
+        if meeting.site == "resid_post" and meeting.mode == "free" and scope == MAIN:
+            kept = self.lens.setdefault(layer, {TEACHER: self._lens_rows(meeting.teacher)})
+            kept[meeting.student] = self._lens_rows(meeting.value)
         address = Address(scope, meeting.student, meeting.mode, layer, meeting.site)
         self.collector.meter(address, meeting.value.shape[-1]).update(self._pair(meeting, address))
 

@@ -122,7 +122,7 @@ def _format_floor(
     docs: torch.Tensor,
     run: Callable[..., torch.Tensor],
 ) -> None:
-    """What the number format alone brings: the float32 model as the teacher, the run's teacher as the student."""
+    """What the dtype alone brings: the float32 model as the teacher, the run's teacher as the student."""
     with collector.batch(ids, docs, range(len(ids)), teacher=reference) as met:
         stream(reference, [Runner(FLOOR, teacher, 0)], ids, met, run=run)
 

@@ -8,21 +8,20 @@ from dataclasses import dataclass
 from typing import Any
 
 from mismatch.report.words import plan_lines
+from mismatch.runs.plan import SwapPlan
 from mismatch.stages.estimate import Estimate, estimate
 from mismatch.stages.opening import Opened
-from mismatch.stages.swapped import plan_dict, plan_warnings
+from mismatch.stages.swapped import warned
 from mismatch.stages.trace.config import TraceConfig
-from mismatch.surgery.operate import Plan
 
 
 @dataclass(frozen=True)
 class Check:
-    """Plan, warnings and cost of a trace."""
+    """SwapPlan, warnings and cost of a trace."""
 
-    plan: Plan
+    plan: SwapPlan
     estimate: Estimate
     config: TraceConfig
-    warnings: tuple[str, ...]
 
     def text(self) -> str:
         """For a person."""
@@ -30,17 +29,17 @@ class Check:
         controls = f"; controls {', '.join(c.controls)}" if c.controls else ""
         lines = [
             f"model   {c.model} ({c.dtype})",
-            *(f"swap    {line}" for line in plan_lines(plan_dict(self.plan))),
+            *(f"swap    {line}" for line in plan_lines(self.plan)),
             f"text    {c.data}, {c.tokens} tokens in windows of {c.seq_len}{controls}",
             *self.estimate.lines(),
-            *(f"warning: {text}" for text in self.warnings),
+            *(f"warning: {text}" for text in self.plan.warnings),
         ]
         return "\n".join(lines)
 
     def as_dict(self) -> dict[str, Any]:
         """For a machine."""
         return {
-            "plan": plan_dict(self.plan, self.warnings),
+            "plan": dataclasses.asdict(self.plan),
             "estimate": dataclasses.asdict(self.estimate),
             "config": self.config.to_dict(),
         }
@@ -57,4 +56,4 @@ def checked(opened: Opened[TraceConfig]) -> Check:
     """
     config, students = opened.config, opened.planned()
     needs = estimate(opened.skeleton, [student.plan.first for student in students], config)
-    return Check(students[0].plan, needs, config, plan_warnings(students[0].plan, config.seq_len))
+    return Check(warned(students[0].plan, config.seq_len), needs, config)

@@ -27,8 +27,6 @@ class TraceConfig(CalibratedConfig, SwapConfig):
 
     tokens: Annotated[int, ">= 1"] = 8192
     """Evaluation tokens."""
-    seq_len: Annotated[int, ">= 2"] = 1024
-    """Tokens per window. A window never mixes documents."""
     metrics: tuple[str, ...] | None = None
     """Metrics to compute; all but js when not given. Named metrics of covariances are taken behind every block."""
     moment_tokens: Annotated[int, ">= 1"] = 2048

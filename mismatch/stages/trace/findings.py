@@ -5,8 +5,8 @@ excludes zero, and never from a value at or below the floor.
 
 | rule | question |
 |---|---|
-| `worth_it` | is the swap better than deleting the part (`zero`, `mean`)? paired bootstrap over documents |
-| `local_error` | how much of the part's update does the replacement get right, on the teacher's own input? |
+| `worth_it` | is the swap better than deleting the module (`zero`, `mean`)? paired bootstrap over documents |
+| `local_error` | how much of the module's update does the replacement get right, on the teacher's own input? |
 | `scale` | is the update of another size? |
 | `depth` | does the shift grow or heal behind the swap? |
 | `late_tokens` | does it hurt more the later the token? then context or position is what was lost |
@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from mismatch.runs.plan import Replaced
 from mismatch.stages.base import SEVERITIES, Finding
 
 
@@ -33,7 +34,7 @@ class Evidence:
     swapped: tuple[int, ...]
     n_layers: int
     model: str
-    clauses: tuple[dict[str, Any], ...]
+    clauses: tuple[Replaced, ...]
 
     def row(self, **where: Any) -> pd.Series | None:
         """The single row with these values, or None. `layer=None` asks for rows without a layer."""
@@ -47,7 +48,7 @@ class Evidence:
         return self.row(student=student, metric="kl", site="logits", **where)
 
     def slots(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(c["slot"] for c in self.clauses))
+        return tuple(dict.fromkeys(c.slot for c in self.clauses))
 
     def update_sites(self) -> tuple[str, ...]:
         """The updates that the swapped slots feed."""
@@ -91,7 +92,7 @@ def worth_it(e: Evidence) -> Finding | None:
         return Finding(
             "medium",
             "the output shifts",
-            f"{said}; no deletion control was run to judge it by.",
+            f"{said}; no deletion control was measured to compare it with.",
             numbers,
         )
     share = swap.value / zero.value
@@ -110,24 +111,24 @@ def worth_it(e: Evidence) -> Finding | None:
     if difference.lo > 0:
         return Finding(
             "high",
-            "worse than deleting the part",
-            f"{said}; deleting the part costs {zero.value:.3g} ({paired}). What was put in does harm.",
+            "worse than deleting the module",
+            f"{said}; deleting the module costs {zero.value:.3g} ({paired}). What was put in does harm.",
             numbers,
             _parallel(e),
         )
     if difference.hi >= 0:
         return Finding(
             "high",
-            "no better than deleting the part",
-            f"{said}; deleting the part costs {zero.value:.3g} ({paired}: the interval contains 0).",
+            "no better than deleting the module",
+            f"{said}; deleting the module costs {zero.value:.3g} ({paired}: the interval contains 0).",
             numbers,
             _parallel(e),
         )
     severity = "high" if share > 0.5 else "medium" if share > 0.1 else "low"
     return Finding(
         severity,
-        f"{share:.0%} of the damage of deleting the part",
-        f"{said}; deleting the part costs {zero.value:.3g} ({paired}).",
+        f"{share:.0%} of the damage of deleting the module",
+        f"{said}; deleting the module costs {zero.value:.3g} ({paired}).",
         numbers,
         _parallel(e) if severity == "high" else None,
     )
@@ -176,7 +177,7 @@ def scale(e: Evidence) -> Finding | None:
         "medium" if abs(worst.value) > 1 else "low",
         f"layer {layer}: the update is {factor:.2f} times its size",
         f"{site} of layer {layer} has {factor:.2f} times the norm of the original (geometric mean over tokens). "
-        "Scale and mean are what a closed-form correction mends first.",
+        "Scale and mean are what a closed-form correction repairs first.",
         {"layer": layer, "site": site, "norm_factor": factor},
     )
 
@@ -268,12 +269,12 @@ RULES: tuple[Callable[[Evidence], Finding | None], ...] = (
 def _parallel(e: Evidence) -> str | None:
     """The safe alternative: keep the original and add the mechanism beside it."""
     clause = e.clauses[0]
-    if clause["mechanism"] == "parallel" or clause["slot"] in ("final_norm", "rope"):
+    if clause.mechanism == "parallel" or clause.slot in ("final_norm", "rope"):
         return None
     where = (
-        f"layer{clause['layer']}"
+        f"layer{clause.layer}"
         if len(e.swapped) == 1
         else f"layers[{','.join(map(str, e.swapped))}]"
     )
-    swap = f"{where}.{clause['slot']}:parallel({clause['mechanism']}, alpha=0.1)"
+    swap = f"{where}.{clause.slot}:parallel({clause.mechanism}, alpha=0.1)"
     return f'mismatch trace --model {e.model} --swap "{swap}"'

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from torch import Tensor, nn
@@ -24,6 +24,8 @@ from mismatch.models.layout import Layout
 from mismatch.runs.table import BLOCK_SITES, FLOOR, MAIN, SWAP
 from mismatch.stages.trace.address import NO_LAYER, TEACHER, Address
 from mismatch.stages.trace.batch import Batch
+
+M = TypeVar("M", StudentMeter, TeacherMeter)
 
 COMPARED = ("kl", "nll", "lens_kl", "rel_l2", "norm_ratio", "update_size")
 """The metrics that controls get too."""
@@ -129,12 +131,8 @@ class Collector:
 
     def merge(self, other: Collector) -> Collector:
         """Add another part of the same run."""
-        for mine, theirs in ((self.meters, other.meters), (self.teachers, other.teachers)):
-            for address, meter in theirs.items():
-                if address in mine:
-                    mine[address].merge(meter)
-                else:
-                    mine[address] = meter
+        _merge(self.meters, other.meters)
+        _merge(self.teachers, other.teachers)
         return self
 
     def state(self) -> dict[str, np.ndarray]:
@@ -149,8 +147,8 @@ class Collector:
     def load(self, state: Mapping[str, np.ndarray]) -> Collector:
         groups: dict[str, dict[str, np.ndarray]] = {}
         for key, array in state.items():
-            address, _, name = key.partition("//")
-            groups.setdefault(address, {})[name] = array
+            place, _, name = key.partition("//")
+            groups.setdefault(place, {})[name] = array
         for text, arrays in groups.items():
             address = Address.parse(text)
             d = self.teacher.d_model
@@ -244,3 +242,11 @@ def _same_module(a: nn.Module, b: nn.Module) -> bool:
     """Whether two module trees hold one and the same module: of one class over the same tensors."""
     pairs = zip(a.parameters(), b.parameters(), strict=True)
     return type(a) is type(b) and all(x is y for x, y in pairs)
+
+
+def _merge(mine: dict[Address, M], theirs: Mapping[Address, M]) -> None:
+    for address, meter in theirs.items():
+        if address in mine:
+            mine[address].merge(meter)
+        else:
+            mine[address] = meter

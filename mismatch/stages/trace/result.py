@@ -30,7 +30,7 @@ class Traced(Result):
     def summary(self) -> str:
         text = summary(self.table, self.plan, self.run.findings, dictionary=self.run.dictionary)
         lines = [text, *answer_lines(self.table, self.run.dictionary)]
-        if self.run_dir is not None and any(c["layer"] is not None for c in self.plan["clauses"]):
+        if self.run_dir is not None and self.plan.layers:
             lines += [
                 "",
                 f"next: mismatch diagnose {self.run_dir}   # why, and what would repair it",

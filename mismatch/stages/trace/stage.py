@@ -1,4 +1,4 @@
-"""`mismatch trace`: teacher and swapped model side by side, every site of every layer, and where they part."""
+"""`mismatch trace`: teacher and swapped model side by side, every site of every layer, and where they differ."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mismatch.models.layout import Layout
 from mismatch.stages.base import SEVERITIES, Finding, Outcome, Stage
 from mismatch.stages.opening import Opened
 from mismatch.stages.probe.questions import Questions, answers, questions_behind
-from mismatch.stages.swapped import plan_dict, plan_warnings, swap_texts
+from mismatch.stages.swapped import swap_texts, warned
 from mismatch.stages.trace.batches import measure
 from mismatch.stages.trace.check import Check, checked
 from mismatch.stages.trace.config import TraceConfig
@@ -40,7 +40,7 @@ class Prepared:
 
 
 class Trace(Stage[TraceConfig, Prepared]):
-    help = "Run teacher and swapped model side by side and measure where they part."
+    help = "Run teacher and swapped model side by side and measure where they differ."
     Config = TraceConfig
     Result = Traced
     examples = (
@@ -48,6 +48,7 @@ class Trace(Stage[TraceConfig, Prepared]):
         'mismatch trace --model ./my-model --swap "layers[8-15].attn:sliding_window(window=256)" --tokens 65536',
     )
     report = "mismatch.stages.trace.report.page"
+    plan = "mismatch.runs.plan:SwapPlan"
     resumable = True
     distributed = True
 
@@ -76,7 +77,7 @@ class Trace(Stage[TraceConfig, Prepared]):
             seed=config.seed,
             everywhere=config.metrics is not None,
         )
-        plan = plan_dict(swap.plan, plan_warnings(swap.plan, cut.seq_len))
+        plan = warned(swap.plan, cut.seq_len)
         if opened.folder is not None:
             opened.folder.write_plan(plan)
             opened.folder.log(
@@ -112,12 +113,11 @@ class Trace(Stage[TraceConfig, Prepared]):
     ) -> Sequence[Finding]:
         swap: Student = outcome.memory["swap"]
         n_layers = opened.teacher.layout.n_layers
-        clauses = tuple(outcome.plan["clauses"])
         return findings_of(
-            Evidence(table, swap.plan.layers, n_layers, opened.config.model, clauses)
+            Evidence(table, swap.plan.layers, n_layers, opened.config.model, swap.plan.clauses)
         )
 
-    def exit_code(self, config: TraceConfig, result: Traced) -> int:  # type: ignore[override]
+    def exit_code(self, config: TraceConfig, result: Traced) -> int:
         if config.fail_on is None:
             return 0
         limit = SEVERITIES.index(config.fail_on)

@@ -9,6 +9,7 @@ import faults
 import numpy as np
 import pytest
 import torch
+from plans import read_back, replaced
 from wonderland import documents, jsonl
 
 import mismatch
@@ -153,7 +154,8 @@ def test_shapley_shares_add_up_and_split_what_two_can_mend():
 def test_the_result(diagnosed):
     found = diagnosed.found
     assert diagnosed.run_dir is None
-    assert Found.of(json.loads(json.dumps(found.as_dict()))) == found
+    assert read_back(found) == found
+    assert read_back(diagnosed.plan) == diagnosed.plan
     assert set(found.causes) == set(CAUSES)
     total = sum(share.value for share in found.causes.values()) + found.unexplained.value
     assert total == pytest.approx(1.0)
@@ -200,7 +202,7 @@ def test_every_verdict_names_a_next_command(diagnosed, toy_teacher):
         "lo": -9.5,
         "hi": -8.1,
     }
-    clauses = [{"mechanism": "infini", "slot": "attn"}, {"mechanism": "nope", "slot": "rope"}]
+    clauses = [replaced("infini", "attn"), replaced("nope", "rope")]
     found = Found(**{**vars(diagnosed.found), "evidence": (reading,)})
     said = verdicts(found, config, clauses)
     first = said[0]  # the worst
@@ -309,10 +311,10 @@ def test_few_documents_are_said(toy_teacher, texts):
     made = mismatch.diagnose(
         toy_teacher, "layer2:mean", **texts, **SMALL | {"tokens": 192, "heads": 0}
     )
-    assert made.run.plan["warnings"] == [
+    assert made.plan.warnings == (
         "3 evaluation documents: intervals over so few are too narrow; take --tokens 512 or more, or text of more "
-        "documents"
-    ]
+        "documents",
+    )
     assert made.summary().splitlines()[2].startswith("warning: 3 evaluation documents")
 
 

@@ -39,7 +39,7 @@ def diagnose(toy_teacher, texts):
     ],
 )
 def test_each_fault_is_named(diagnose, kind, correction, cause, least):
-    # At layer 0 the shift costs 15 times what deleting the part does, so that muting the part returns 94 % of it.
+    # At layer 0 the shift costs 15 times what deleting the module does, so that muting the part returns 94 % of it.
     layer = 0 if kind in ("shifted", "head") else 2
     found = diagnose(f"layer{layer}:fault(kind={kind})", heads=2 if kind == "head" else 0).found
     assert found.leading == correction

@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pytest
 from measured import cut, measured
+from plans import read_back
 from wonderland import documents, jsonl
 
 import mismatch
@@ -167,13 +168,14 @@ def test_from_python(toy, texts):
         **texts, **SMALL,
     )  # fmt: skip
     assert made.run_dir is None
-    scores = {(s["mechanism"], s["layer"]): s["kl"] for s in made.plan["scores"]}
+    scores = {(s.mechanism, s.layer): s.kl for s in made.plan.scores}
     best = {at: min(("infini(segment=16)", "sliding_window(window=16, sinks=1)"), key=lambda m: scores[m, at])
             for at in range(4)}  # fmt: skip
     cheapest = sorted(range(4), key=lambda at: scores[best[at], at])[:3]
-    chosen = {at: name for name, layers in made.plan["choice"].items() for at in layers}
+    assert read_back(made.plan) == made.plan
+    chosen = {at: name for name, layers in made.plan.choice.items() for at in layers}
     assert chosen == {at: best[at] for at in cheapest}
-    assert made.plan["predicted_by_scan"]["kl"] == pytest.approx(
+    assert made.plan.predicted_by_scan.kl == pytest.approx(
         sum(scores[best[at], at] for at in cheapest)
     )
     text = made.summary()

@@ -19,10 +19,10 @@ from mismatch.stages.repair import forecast_readings as foretold
 from mismatch.stages.repair.config import RepairConfig
 from mismatch.stages.repair.forecast import MISS, NUMBERS, SHARES, Swap
 from mismatch.stages.repair.ladder import Ladder
+from mismatch.stages.repair.ladder_stages.activation_store import Store
+from mismatch.stages.repair.ladder_stages.module_pair import pairs_of
+from mismatch.stages.repair.ladder_stages.stage_result import StageResult
 from mismatch.stages.repair.report import page as repair_page
-from mismatch.stages.repair.rungs.activation_store import Store
-from mismatch.stages.repair.rungs.module_pair import parts_of
-from mismatch.stages.repair.rungs.rung import Rung
 
 KNOWN, NEW = "planted0", "planted(never=tried)"
 TRUTH = 0.35
@@ -47,7 +47,7 @@ def planted(seed: int = 0, noise: float = 0.05, useless: bool = False) -> pd.Dat
 
 
 def swap(mechanism: str = KNOWN, **changes) -> Swap:
-    facts = {"slot": "attn", "places": 1, "n_layers": 4, "d_model": 32}
+    facts = {"slot": "attn", "modules": 1, "n_layers": 4, "d_model": 32}
     numbers = changes.pop("numbers", dict.fromkeys(NUMBERS, 0.5))
     return Swap(mechanism, **{**facts, **changes}, numbers=numbers)
 
@@ -110,11 +110,11 @@ def test_a_share_stays_between_nothing_and_all():
     ("change", "words"),
     [
         ({"n_layers": 12}, "the record is of toy (4 layers of width 32), this model has 12 of 32"),
-        ({"places": 2}, "the record holds one swapped place at a time, here are 2"),
+        ({"modules": 2}, "the record holds one swapped module at a time, here are 2"),
         ({"slot": "mlp"}, "the record holds swaps of attn, not of mlp"),
         (
             {"numbers": {"of_zero": 9.0}},
-            "its KL over that of deleting the part is 9, in the record",
+            "its KL over that of deleting the module is 9, in the record",
         ),
         ({"numbers": {"of_zero": 0.0}}, "is 0, in the record"),
         ({"numbers": {"removed": float("nan")}}, "is nan, in the record"),
@@ -124,13 +124,13 @@ def test_what_lies_outside_is_refused_in_words(change, words, monkeypatch):
     monkeypatch.setattr(forecast, "shipped", planted)
     told = forecast.foretell(swap(**change), ("local",), 24576)
     assert words in told.why_not
-    assert told.rungs == {}
+    assert told.stages == {}
 
 
-def test_another_budget_is_said_and_an_unknown_rung_is_left_out(monkeypatch):
+def test_another_budget_is_said_and_an_unknown_stage_is_left_out(monkeypatch):
     monkeypatch.setattr(forecast, "shipped", planted)
     told = forecast.foretell(swap(), ("local", "window"), 24576)
-    assert list(told.rungs) == ["local"]
+    assert list(told.stages) == ["local"]
     assert told.note == ""
     more = forecast.foretell(swap(), ("local",), 245760)
     assert "10 times as many tokens" in more.note
@@ -143,8 +143,8 @@ def test_the_record_that_is_shipped_is_whole():
     assert record["removed"].between(0, 1).all()
     for call, slot in set(zip(record["mechanism"], record["slot"], strict=True)):
         assert slot == registry.mechanisms().card(call.partition("(")[0]).facts["slots"][0]
-    for rung in ("closed-form", "local", "block"):
-        closed = record[f"closed {rung}"].dropna()
+    for stage in ("closed-form", "local", "block"):
+        closed = record[f"closed {stage}"].dropna()
         assert len(closed) >= 20
         assert closed.between(0, 1).all()
 
@@ -152,21 +152,21 @@ def test_the_record_that_is_shipped_is_whole():
 # ---- scores -------------------------------------------------------------------------------------
 
 
-def test_an_undone_rung_counts_as_what_was_there_and_one_left_out_does_not_count():
+def test_an_undone_stage_counts_as_what_was_there_and_one_left_out_does_not_count():
     one = forecast.Forecast(0.5, 0.3, 0.6)
     told = forecast.Foretold({"closed-form": one, "local": one, "block": one}, {}, "a record")
     said = told.scored(
         [
-            Rung("inherit", gap_closed=0.0),
-            Rung("closed-form", gap_closed=0.4, tokens=10),
-            Rung("local", gap_closed=-0.2, tokens=10, kept=False),
-            Rung("block", gap_closed=0.4, tokens=0),
+            StageResult("inherit", gap_closed=0.0),
+            StageResult("closed-form", gap_closed=0.4, tokens=10),
+            StageResult("local", gap_closed=-0.2, tokens=10, kept=False),
+            StageResult("block", gap_closed=0.4, tokens=0),
         ]
-    )["rungs"]
-    assert said["closed-form"]["measured"] == 0.4
-    assert said["local"]["measured"] == 0.4
-    assert said["local"]["inside"]
-    assert "inside" not in said["block"]
+    ).stages
+    assert said["closed-form"].measured == 0.4
+    assert said["local"].measured == 0.4
+    assert said["local"].has(0.4)
+    assert said["block"].measured is None
 
 
 @pytest.mark.parametrize(
@@ -175,8 +175,8 @@ def test_an_undone_rung_counts_as_what_was_there_and_one_left_out_does_not_count
 def test_the_script_says_whether_forecasts_beat_the_mean(useless, words):
     module = script("forecast_score")
     record = planted(noise=0.02, useless=useless).query("layer < 4")
-    for rung in module.RUNGS:
-        record[f"closed {rung}"] = record["closed local"]
+    for stage in module.STAGES:
+        record[f"closed {stage}"] = record["closed local"]
     told = module.summary(module.scores(record, "layer"))
     cells = record.assign(**{n: record["of_zero"] ** 2 for n in module.BEFORE if n not in record})
     known = module.correlations(cells)
@@ -209,7 +209,7 @@ def of_the_toy(monkeypatch, toy_teacher):
     monkeypatch.setattr(runner, "write_html", lambda _folder: None)
 
 
-def test_it_is_written_down_before_the_first_rung(of_the_toy, toy_folder, tmp_path, monkeypatch):
+def test_it_is_written_down_before_the_first_stage(of_the_toy, toy_folder, tmp_path, monkeypatch):
     def stopped(_self, _name):
         raise KeyboardInterrupt
 
@@ -225,31 +225,32 @@ def test_it_is_written_down_before_the_first_rung(of_the_toy, toy_folder, tmp_pa
     log = (tmp_path / "run" / "log.txt").read_text()
     assert "forecast  local: gap closed" in log
     assert "(90 %), from" in log
-    assert "learnt from calibration text alone, none written by the model" in log
+    assert "trained on given text alone, none of it self-generated" in log
 
 
 def test_it_is_scored_after(of_the_toy, toy_teacher):
     result = mismatch.repair(toy_teacher, "layer1:infini(segment=8)", **SETTINGS)
-    told = result.climbed["forecast"]
-    local = told["rungs"]["local"]
-    assert set(told["numbers"]) == set(NUMBERS)
-    assert local["measured"] == pytest.approx(
-        max(0.0, *result.rungs["gap_closed"][result.rungs["kept"]])
+    told = result.plan.forecast
+    local = told.stages["local"]
+    assert set(told.numbers) == set(NUMBERS)
+    assert local.measured == pytest.approx(
+        max(0.0, *result.stages["gap_closed"][result.stages["kept"]])
     )
-    assert local["inside"] == (local["lo"] <= local["measured"] <= local["hi"])
+    within = local.lo <= local.measured <= local.hi
+    assert local.has(local.measured) == within
     line = next(line for line in result.summary().splitlines() if line.startswith("local"))
-    word = "inside" if local["inside"] else "outside"
+    word = "inside" if within else "outside"
     assert f"]: {word}" in line
-    page = str(repair_page.rungs(result.climbed))
+    page = str(repair_page.stages(result.plan))
     assert "forecast of the gap closed, 90 % interval" in page
     assert f"<td>{word}</td>" in page
 
 
-def test_two_places_get_no_forecast_and_the_reason(of_the_toy, toy_teacher, capsys):
+def test_two_modules_get_no_forecast_and_the_reason(of_the_toy, toy_teacher, capsys):
     result = mismatch.repair(toy_teacher, "layers1-2:infini(segment=8)", progress=True, **SETTINGS)
-    assert result.climbed["forecast"]["rungs"] == {}
+    assert result.plan.forecast.stages == {}
     assert (
-        "no forecast: the record holds one swapped place at a time, here are 2"
+        "no forecast: the record holds one swapped module at a time, here are 2"
         in capsys.readouterr().err
     )
 
@@ -263,8 +264,7 @@ def test_a_diagnosis_forecasts_too(of_the_toy, toy_teacher):
         seq_len=64,
         heads=0,
     )
-    told = result.run.plan["forecast"]
-    assert set(told["numbers"]) == set(NUMBERS)
+    assert set(result.plan.forecast.numbers) == set(NUMBERS)
     assert "  forecast  local: gap closed" in result.summary()
     assert "the interval was not tried for that" in result.summary()
     none = mismatch.diagnose(
@@ -275,13 +275,13 @@ def test_a_diagnosis_forecasts_too(of_the_toy, toy_teacher):
         seq_len=64,
         heads=0,
     )
-    assert "no forecast: the record holds one swapped place at a time" in none.summary()
+    assert "no forecast: the record holds one swapped module at a time" in none.summary()
 
 
 def test_a_map_removes_what_is_linear(toy_teacher):
     """A part that gives the teacher's output turned and shifted is right up to a linear map; one of noise is not."""
     student = mismatch.swap(toy_teacher, "layer1.attn:identity")
-    (part,) = parts_of(toy_teacher.layout, student)
+    (part,) = pairs_of(toy_teacher.layout, student)
     generator = torch.Generator().manual_seed(0)
     batches = [torch.randint(2, 90, (4, 64), generator=generator) for _ in range(8)]
     store, held = (Store(toy_teacher.layout, [part], some) for some in (batches[:6], batches[6:]))

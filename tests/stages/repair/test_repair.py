@@ -1,4 +1,4 @@
-"""Repair as a whole on the toy: it mends, its checkpoint is the student, it resumes, and it refuses."""
+"""Repair as a whole on the toy: it recovers, its checkpoint is the student, it resumes, and it refuses."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SMALL = {
 }
 
 
-def test_repair_mends_and_the_checkpoint_is_the_student(toy_teacher, tmp_path):
+def test_repair_recovers_and_the_checkpoint_is_the_student(toy_teacher, tmp_path):
     result = mismatch.repair(
         toy_teacher,
         "layer2:infini(segment=16)",
@@ -35,8 +35,8 @@ def test_repair_mends_and_the_checkpoint_is_the_student(toy_teacher, tmp_path):
         min_gain=0.0,
         **SMALL,
     )
-    frame = result.rungs
-    assert list(frame["rung"]) == [
+    frame = result.stages
+    assert list(frame["stage"]) == [
         "inherit",
         "closed-form",
         "local",
@@ -55,7 +55,7 @@ def test_repair_mends_and_the_checkpoint_is_the_student(toy_teacher, tmp_path):
     with torch.no_grad():
         assert torch.equal(again.model(batch).logits, result.student.model(batch).logits)
     facts = json.loads((result.checkpoint / "mismatch.json").read_text())
-    assert facts["repair"]["rungs"][0]["name"] == "inherit"
+    assert facts["repair"]["stages"][0]["name"] == "inherit"
     assert (tmp_path / "run" / "figures" / "repair.csv").exists()
     assert "gap closed" in result.summary()
 
@@ -69,7 +69,7 @@ def test_repair_leaves_the_teacher_as_it_was(toy_teacher):
 
 
 @pytest.mark.parametrize("order", ["sequential", "joint"])
-def test_several_places(toy_teacher, order):
+def test_several_modules(toy_teacher, order):
     result = mismatch.repair(
         toy_teacher,
         "layers[1,2]:sliding_window(window=8)",
@@ -77,7 +77,7 @@ def test_several_places(toy_teacher, order):
         stages=("closed-form", "local"),
         **{**SMALL, "train_tokens": 512},
     )
-    assert result.rungs["kl"].iloc[-1] < result.rungs["kl"].iloc[0]
+    assert result.stages["kl"].iloc[-1] < result.stages["kl"].iloc[0]
 
 
 def test_an_interrupted_repair_resumes_to_the_same_weights(toy_teacher, tmp_path, monkeypatch):
@@ -124,12 +124,12 @@ def test_wrong_settings(settings, text):
         RepairConfig(model="smollm2", swap=("layer12:infini",), **settings)
 
 
-def test_learning_and_judging_on_one_text_is_refused(toy_teacher):
+def test_training_and_evaluation_on_one_text_is_refused(toy_teacher):
     with pytest.raises(DataError, match="`wiki` would be trained on and evaluated on"):
         mismatch.repair(toy_teacher, "layer1:infini(segment=16)", train_data="wiki", **SMALL)
 
 
-def test_a_place_outside_the_blocks_is_refused(toy_teacher):
+def test_a_module_outside_the_blocks_is_refused(toy_teacher):
     with pytest.raises(SurgeryError, match="`dyt` at final_norm cannot be repaired"):
         mismatch.repair(toy_teacher, "final_norm:dyt", **SMALL)
 

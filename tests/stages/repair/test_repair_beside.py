@@ -22,13 +22,15 @@ from mismatch.runs.table import as_table
 from mismatch.stages.opening import Opened
 from mismatch.stages.repair import before_after as questions
 from mismatch.stages.repair.config import RepairConfig
+from mismatch.stages.repair.forecast import Foretold
 from mismatch.stages.repair.knockout import MATTERS, knocked_out, verdict
+from mismatch.stages.repair.ladder_stages.module_pair import pairs_of
+from mismatch.stages.repair.ladder_stages.stage_result import StageResult
+from mismatch.stages.repair.plan import Gates, RepairPlan, StudentReading
 from mismatch.stages.repair.report.before_after_figure import before_after, before_after_data
 from mismatch.stages.repair.report.curve_figure import branch_line
 from mismatch.stages.repair.report.page import warnings
-from mismatch.stages.repair.rows import branch_rows, rung_rows, student_rows
-from mismatch.stages.repair.rungs.module_pair import parts_of
-from mismatch.stages.repair.rungs.rung import Rung
+from mismatch.stages.repair.rows import branch_rows, stage_rows, student_rows
 from mismatch.stages.repair.texts import read_texts
 from mismatch.surgery.operate import Student
 from mismatch.surgery.students import Teacher
@@ -60,7 +62,7 @@ def test_a_branch_taken_out_is_the_model_without_it_and_its_growth_is_paired(tin
     model, windows = tiny("llama"), cut(12)
     student = student_of(model, INFINI)
     held_out, whole = evaluated(model, student, windows)
-    found = knocked_out(held_out, student, parts_of(Layout.of(model), student), whole)
+    found = knocked_out(held_out, student, pairs_of(Layout.of(model), student), whole)
     assert [at.branch for at in found] == ["memory", "local"]
     part = student.model.get_submodule(student.plan.clauses[0].path)
     before = kl_by_document(model, student.model, windows)
@@ -82,11 +84,11 @@ def test_a_branch_whose_gate_is_shut_is_bypassed_and_the_other_is_used(tiny):
     model = tiny("llama")
     student = student_of(model, "layer1:infini(segment=8, gate_init=-60)")
     held_out, whole = evaluated(model, student, cut(12))
-    memory, local = knocked_out(held_out, student, parts_of(Layout.of(model), student), whole)
+    memory, local = knocked_out(held_out, student, pairs_of(Layout.of(model), student), whole)
     assert (memory.more, memory.more_lo, memory.more_hi) == (0.0, 0.0, 0.0)
     assert memory.verdict == "bypassed"
     assert local.verdict == "used"
-    said = branch_line(vars(memory), whole.kl.mean().value)
+    said = branch_line(memory, whole.kl.mean().value)
     assert "layer1.attn without its memory: KL" in said
     assert said.endswith("repaired by bypass, the memory branch is not used")
 
@@ -95,7 +97,7 @@ def test_branches_of_what_a_wrapper_holds_are_found(tiny):
     model = tiny("llama")
     student = student_of(model, f"layer1:parallel({INFINI.partition(':')[2]}, alpha=0.5)")
     held_out, whole = evaluated(model, student, cut())
-    found = knocked_out(held_out, student, parts_of(Layout.of(model), student), whole)
+    found = knocked_out(held_out, student, pairs_of(Layout.of(model), student), whole)
     assert [at.branch for at in found] == ["memory", "local"]
     assert all(at.more != 0 for at in found)
 
@@ -104,11 +106,9 @@ def test_a_mechanism_without_branches_is_not_applicable_and_not_0(tiny):
     model = tiny("llama")
     student = student_of(model, "layer1:nope")
     held_out, whole = evaluated(model, student, cut())
-    (at,) = knocked_out(held_out, student, parts_of(Layout.of(model), student), whole)
+    (at,) = knocked_out(held_out, student, pairs_of(Layout.of(model), student), whole)
     assert at.branch is None and at.verdict == "not applicable" and math.isnan(at.kl)
-    assert branch_line(vars(at), 0.1) == (
-        "layer1.rope: branches not applicable, the mechanism has none"
-    )
+    assert branch_line(at, 0.1) == ("layer1.rope: branches not applicable, the mechanism has none")
     rows = as_table([r | {"run_id": "test"} for r in branch_rows([at], 100)])
     assert rows["value"].isna().all() and (rows["n"] == 0).all()
 
@@ -153,8 +153,11 @@ def test_rows_say_who_and_when(tiny):
     zero = held_out.evaluate(student_of(model, "layer1:zero").layout)
     half = Evaluated(*(PerDocument(found.sums / 2, found.counts) for found in (swap.kl, swap.nll)))
     students = {"swap": swap, "repaired": half, "zero": zero}
-    rungs = [Rung("inherit", kl=0.2, gap_closed=0.0), Rung("local", kl=0.1, gap_closed=0.5)]
-    rows = [*rung_rows(rungs, windows.tokens), *student_rows(students, 0)]
+    stages = [
+        StageResult("inherit", kl=0.2, gap_closed=0.0),
+        StageResult("local", kl=0.1, gap_closed=0.5),
+    ]
+    rows = [*stage_rows(stages, windows.tokens), *student_rows(students, 0)]
     found = as_table([row | {"run_id": "test"} for row in rows])
     value = found.set_index(["stage", "student", "metric", "stat"])["value"].to_dict()
     assert value["surgery", "swap", "kl", "mean"] == pytest.approx(swap.kl.mean().value)
@@ -162,7 +165,7 @@ def test_rows_say_who_and_when(tiny):
     assert value["repair", "swap", "kl", "mean_minus_zero"] == pytest.approx(
         half.kl.mean().value - zero.kl.mean().value
     )
-    assert value["repair", "swap", "kl", "gap_closed[rung=local]"] == 0.5
+    assert value["repair", "swap", "kl", "gap_closed[after=local]"] == 0.5
     assert (found["n"] > 0).all()
 
 
@@ -180,7 +183,7 @@ def of_stage(table: pd.DataFrame, stage: str) -> pd.DataFrame:
     return rows.drop(columns="stage").reset_index(drop=True)
 
 
-def test_nothing_learnt_reads_the_same_before_and_after(tiny):
+def test_nothing_trained_reads_the_same_before_and_after(tiny):
     model = tiny("llama")
     table = shifts(model, student_of(model, INFINI), student_of(model, INFINI), cut())
     pd.testing.assert_frame_equal(of_stage(table, "surgery"), of_stage(table, "repair"))
@@ -296,10 +299,20 @@ def test_a_repair_asks_teacher_swap_and_repaired_model(toy_teacher):
     assert {"nll_second", "nll_second_minus_teacher"} <= set(after["stat"])
     swap = put[(put["student"] == "swap") & (put["stage"] == "surgery")]
     assert "nll_second_minus_repaired" in set(swap["stat"])
-    assert result.climbed["rungs"][0]["kl"] == result.climbed["students"]["swap"]["kl"][0]
+    assert result.plan.stages[0].kl == result.plan.students["swap"].kl[0]
     assert set(result.table["stage"]) == {"surgery", "repair"}
     assert "teacher -> swap -> repaired" in result.summary()
     assert "without its memory" in result.summary()
+
+
+def having_closed(*gap: float) -> RepairPlan:
+    """The plan of a repair that closed this share of the gap, with its interval."""
+    nothing = (0.0, 0.0, 0.0)
+    return RepairPlan(
+        spec=SWAP, clauses=(), stages=(), branches=(), gates=Gates(), notes=(), teacher={},
+        forecast=Foretold({}, {}, ""),
+        students={"repaired": StudentReading(nothing, nothing, gap, nothing)},
+    )  # fmt: skip
 
 
 def test_a_repair_of_text_that_leaves_retrieval_lost_is_warned_of_once_a_probe():
@@ -315,11 +328,10 @@ def test_a_repair_of_text_that_leaves_retrieval_lost_is_warned_of_once_a_probe()
         row("induction", "nll_second", 0.1, 0.4, -0.1, 0.3),  # may be nothing
         row("generation", "agreed", -30.0, 0.1, -35.0, -25.0),  # quality, not retrieval
     ]
-    climb = {"students": {"repaired": {"gap_closed": (0.8, 0.7, 0.9)}}}
-    (said,) = warnings(pd.DataFrame(rows), climb)
+    closed = having_closed(0.8, 0.7, 0.9)
+    (said,) = warnings(pd.DataFrame(rows), closed)
     assert said.startswith(
         "80 % of the KL gap is closed, and 20 % of what passkey logprob[segments=3] lost is recovered"
     )
-    assert warnings(pd.DataFrame(rows[2:]), climb) == []
-    little = {"students": {"repaired": {"gap_closed": (0.2, 0.1, 0.3)}}}
-    assert warnings(pd.DataFrame(rows), little) == []
+    assert warnings(pd.DataFrame(rows[2:]), closed) == []
+    assert warnings(pd.DataFrame(rows), having_closed(0.2, 0.1, 0.3)) == []

@@ -11,11 +11,11 @@ from torch import nn
 
 import mismatch
 from mismatch.models.layout import Layout
-from mismatch.stages.repair.rungs import block_window_kl as stream
-from mismatch.stages.repair.rungs import closed_form as closed
-from mismatch.stages.repair.rungs.activation_store import Store
-from mismatch.stages.repair.rungs.loss import relative_error, weights
-from mismatch.stages.repair.rungs.module_pair import own, parts_of, watch
+from mismatch.stages.repair.ladder_stages import block_window_kl as stream
+from mismatch.stages.repair.ladder_stages import closed_form as closed
+from mismatch.stages.repair.ladder_stages.activation_store import Store
+from mismatch.stages.repair.ladder_stages.loss import relative_error, weights
+from mismatch.stages.repair.ladder_stages.module_pair import own, pairs_of, watch
 from mismatch.surgery.operate import Student
 
 
@@ -40,7 +40,7 @@ def ids(n: int = 4, rows: int = 2, pos: int = 24) -> list[torch.Tensor]:
 @pytest.mark.parametrize("slot", ["attn", "mlp", "norm1", "block"])
 def test_a_part_called_alone_gives_what_it_gives_in_the_model(swapped, family, slot):
     layout, student = swapped(f"layer1.{slot}:identity", family)
-    (part,) = parts_of(layout, student)
+    (part,) = pairs_of(layout, student)
     batch = ids()[0]
     x, y, call = watch(layout, [part.path], batch, last=1)[part.path]
     assert torch.equal(call(part.student, x), y)
@@ -49,7 +49,7 @@ def test_a_part_called_alone_gives_what_it_gives_in_the_model(swapped, family, s
 
 def test_owning_leaves_the_teacher_alone_and_keeps_what_is_shared_inside(swapped):
     layout, student = swapped("layer1:parallel(infini(segment=8), alpha=0.5)")
-    (part,) = parts_of(layout, student)
+    (part,) = pairs_of(layout, student)
     theirs = {id(p) for p in layout.model.parameters()}
     before = student.model(ids()[0]).logits
     own(part.student, layout.model)
@@ -60,7 +60,7 @@ def test_owning_leaves_the_teacher_alone_and_keeps_what_is_shared_inside(swapped
 
 def test_the_store_gives_back_what_the_teacher_did(swapped, tmp_path):
     layout, student = swapped("layer1:infini(segment=8); layer2.mlp:identity")
-    parts = parts_of(layout, student)
+    parts = pairs_of(layout, student)
     batches = ids()
     live = Store(layout, parts, batches)
     disk = Store(layout, parts, batches, folder=tmp_path, budget=1e9)
@@ -74,12 +74,12 @@ def test_the_store_gives_back_what_the_teacher_did(swapped, tmp_path):
 
 def test_a_budget_that_is_too_small_computes_anew(swapped, tmp_path):
     layout, student = swapped("layer1:infini(segment=8); layer2.mlp:identity")
-    parts = parts_of(layout, student)
+    parts = pairs_of(layout, student)
     one = Store(layout, parts, ids(), folder=tmp_path, budget=0)
-    store = Store(layout, parts, ids(), folder=tmp_path, budget=1.5 * one.bytes_per_place)
+    store = Store(layout, parts, ids(), folder=tmp_path, budget=1.5 * one.bytes_per_module)
     store.fill()
     assert store.stored == parts[:1]
-    assert store.needed == 2 * store.bytes_per_place
+    assert store.needed == 2 * store.bytes_per_module
     assert len(list(tmp_path.rglob("*.safetensors"))) == len(ids())
     assert torch.equal(store.batch(parts[1], 0).y, one.batch(parts[1], 0).y)
 
@@ -101,7 +101,7 @@ def test_relative_error_is_0_for_a_copy_1_for_nothing_and_no_token_is_the_loss()
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
 def test_end_to_end_loss_and_gradient_are_those_of_the_whole_model(swapped, family):
     layout, student = swapped("layer1:infini(segment=8)", family)
-    (part,) = parts_of(layout, student)
+    (part,) = pairs_of(layout, student)
     own(part.student, layout.model)
     entering, leaving = stream.block(layout, 1), stream.final(layout)
     batches = ids(2)
@@ -126,7 +126,7 @@ def test_end_to_end_loss_and_gradient_are_those_of_the_whole_model(swapped, fami
 
 def test_ridge_is_weighed_least_squares(swapped):
     layout, student = swapped("layer1:infini(segment=8)")
-    (part,) = parts_of(layout, student)
+    (part,) = pairs_of(layout, student)
     own(part.student, layout.model)
     store = Store(layout, [part], ids(12))
     linear = closed.last_linear(part, store.batch(part, 0))
@@ -154,7 +154,7 @@ def test_ridge_is_weighed_least_squares(swapped):
 def test_gates_find_the_shares_that_a_planted_mixture_has(swapped):
     """The target is the student itself under other gates: the fit must return them."""
     layout, student = swapped("layer1:infini(segment=8)")
-    (part,) = parts_of(layout, student)
+    (part,) = pairs_of(layout, student)
     own(part.student, layout.model)
     planted = torch.tensor([0.1, 0.3, 0.6, 0.9])
     store = Store(layout, [part], ids(8))
@@ -170,5 +170,7 @@ def test_gates_find_the_shares_that_a_planted_mixture_has(swapped):
             return type(example)(example.x, y, example.call)
 
     with torch.no_grad():
-        closed._fit_gates(part, Planted(layout, [part], ids(8)))
+        closed._fit_gates(
+            part, list(part.student.gates().values()), Planted(layout, [part], ids(8))
+        )
     torch.testing.assert_close(torch.sigmoid(part.student.gate), planted, atol=1e-3, rtol=0)

@@ -16,8 +16,8 @@ from mismatch import config
 from mismatch.errors import DataError, MismatchError, OutputError
 from mismatch.stages import runner
 from mismatch.stages.repair.config import RepairConfig
-from mismatch.stages.repair.rungs.local import LocalLoss
-from mismatch.stages.repair.rungs.training import Trainer
+from mismatch.stages.repair.ladder_stages.local import LocalLoss
+from mismatch.stages.repair.ladder_stages.training import Trainer
 
 LOCAL = {"stages": ("local",), "epochs": 1}
 
@@ -27,7 +27,7 @@ def _no_figures(monkeypatch):
     monkeypatch.setattr(runner, "write_html", lambda _folder: None)
 
 
-def mended(teacher, folder: Path | None = None, **settings):
+def repaired(teacher, folder: Path | None = None, **settings):
     texts = {"data": documents(12), "train_data": documents(8, seed=1)}
     given = SETTINGS | LOCAL | texts | settings
     output = None if folder is None else str(folder)
@@ -39,8 +39,8 @@ def mended(teacher, folder: Path | None = None, **settings):
 
 def test_a_disk_budget_that_is_too_small_is_said_and_changes_no_weight(toy_teacher, tmp_path):
     stages = ("closed-form", "local")
-    whole = mended(toy_teacher, tmp_path / "whole", stages=stages)
-    short = mended(toy_teacher, tmp_path / "short", stages=stages, activations_gb=0.0)
+    whole = repaired(toy_teacher, tmp_path / "whole", stages=stages)
+    short = repaired(toy_teacher, tmp_path / "short", stages=stages, activations_gb=0.0)
     log = (tmp_path / "short" / "log.txt").read_text()
     # 384 tokens, d_model 128, in and out, float32
     assert (
@@ -70,12 +70,12 @@ def starve(monkeypatch, most: int) -> list[int]:
 @pytest.mark.parametrize("minutes", [None, 1.0])  # with a limit steps are timed first
 def test_out_of_memory_halves_the_batch_and_says_so(toy_teacher, monkeypatch, minutes):
     tried = starve(monkeypatch, 1)
-    result = mended(toy_teacher, batch_size=4, train_tokens=768, epochs=4, max_minutes=minutes)
-    rung = result.climbed["rungs"][-1]
-    assert "out of memory at step 0: 2 windows a batch from here on" in rung["notes"]
-    assert "out of memory at step 0: 1 windows a batch from here on" in rung["notes"]
+    result = repaired(toy_teacher, batch_size=4, train_tokens=768, epochs=4, max_minutes=minutes)
+    stage = result.plan.stages[-1]
+    assert "out of memory at step 0: 2 windows a batch from here on" in stage.notes
+    assert "out of memory at step 0: 1 windows a batch from here on" in stage.notes
     assert tried[0] == 4 and tried[-1] == 1
-    assert rung["tokens"] == rung["steps"] * 48
+    assert stage.tokens == stage.steps * 48
     assert "1 windows a batch" in result.summary()
 
 
@@ -85,11 +85,11 @@ def test_out_of_memory_with_one_window_is_an_error_with_a_way_out(
 ):
     starve(monkeypatch, 0)
     with pytest.raises(MismatchError, match=r"out of memory .*, with one window a batch") as error:
-        mended(toy_teacher, max_minutes=minutes)
+        repaired(toy_teacher, max_minutes=minutes)
     assert "--seq-len" in error.value.hint
 
 
-def test_a_loss_that_is_nan_ends_the_rung_at_the_last_good_weights(toy_teacher, monkeypatch):
+def test_a_loss_that_is_nan_ends_the_stage_at_the_last_good_weights(toy_teacher, monkeypatch):
     taken = []
     real = LocalLoss.__call__
 
@@ -98,12 +98,12 @@ def test_a_loss_that_is_nan_ends_the_rung_at_the_last_good_weights(toy_teacher, 
         return real(self, index, rows) * (float("nan") if len(taken) == 4 else 1.0)
 
     monkeypatch.setattr(LocalLoss, "__call__", loss)
-    result = mended(toy_teacher, epochs=2)
-    rung = result.climbed["rungs"][-1]
-    assert rung["steps"] == 3
-    assert "the loss of step 3 is nan: stopped, the last good weights are kept" in rung["notes"]
+    result = repaired(toy_teacher, epochs=2)
+    stage = result.plan.stages[-1]
+    assert stage.steps == 3
+    assert "the loss of step 3 is nan: stopped, the last good weights are kept" in stage.notes
     assert all(p.isfinite().all() for p in result.student.model.parameters())
-    assert result.rungs["kl"].iloc[-1] <= result.rungs["kl"].iloc[0]
+    assert result.stages["kl"].iloc[-1] <= result.stages["kl"].iloc[0]
     assert "the loss of step 3 is nan" in result.summary()
 
 
@@ -111,7 +111,7 @@ def test_a_loss_that_is_nan_ends_the_rung_at_the_last_good_weights(toy_teacher, 
 
 
 def stopped(model: str, folder: Path, monkeypatch) -> Path:
-    """A repair of the local rung that was interrupted in it."""
+    """A repair of the local stage that was interrupted in it."""
     real = Trainer._step
 
     def step(self, done):
@@ -121,7 +121,7 @@ def stopped(model: str, folder: Path, monkeypatch) -> Path:
 
     texts = {
         "data": str(jsonl(folder / "held_out.jsonl", documents(12))),
-        "train_data": str(jsonl(folder / "learnt.jsonl", documents(8, seed=1))),
+        "train_data": str(jsonl(folder / "train.jsonl", documents(8, seed=1))),
     }
     given = SETTINGS | LOCAL | texts | {"output": str(folder / "run")}
     monkeypatch.setattr(Trainer, "_step", step)
@@ -160,14 +160,14 @@ def test_resuming_on_another_model_is_refused_and_says_which(model_folder, tmp_p
 def test_a_store_is_shared_by_swaps_and_not_by_models(toy_teacher, toy, tmp_path):
     store = str(tmp_path / "store")
     shards = lambda: {path.parent.name for path in Path(store).rglob("*.safetensors")}  # noqa: E731
-    mended(toy_teacher, activations_dir=store)
+    repaired(toy_teacher, activations_dir=store)
     kept = shards()
-    mended(toy_teacher, activations_dir=store, swap="layer2:sliding_window(window=8)")
+    repaired(toy_teacher, activations_dir=store, swap="layer2:sliding_window(window=8)")
     assert shards() == kept
     other = copy.deepcopy(toy.model)
     with torch.no_grad():
         next(other.parameters()).mul_(1.5)
-    mended(mismatch.load((other, toy.tokenizer)), activations_dir=store)
+    repaired(mismatch.load((other, toy.tokenizer)), activations_dir=store)
     assert not shards() <= kept
 
 
@@ -175,27 +175,27 @@ def test_a_store_is_shared_by_swaps_and_not_by_models(toy_teacher, toy, tmp_path
 
 
 def test_a_document_in_both_texts_is_refused_whatever_its_name(toy_teacher):
-    held_out, learnt = documents(12), documents(8, seed=1)
+    held_out, trained_on = documents(12), documents(8, seed=1)
     with pytest.raises(DataError, match="trained on and evaluated on") as error:
-        mended(toy_teacher, data=held_out, train_data=[*learnt, held_out[3]])
+        repaired(toy_teacher, data=held_out, train_data=[*trained_on, held_out[3]])
     assert "text 8" in str(error.value) and "text 3" in str(error.value)
 
 
 def test_a_document_inside_a_larger_one_is_refused(toy_teacher):
     """Another hash, the same words: nothing but the tokens tells."""
-    held_out, learnt = documents(6), documents(8, seed=1)
-    longer = f"{learnt[0]} {' '.join(held_out)} {learnt[1]}"
+    held_out, trained_on = documents(6), documents(8, seed=1)
+    longer = f"{trained_on[0]} {' '.join(held_out)} {trained_on[1]}"
     given = {"seq_len": 128, "tokens": 512, "val_tokens": 256, "train_tokens": 20480}
     with pytest.raises(DataError, match=r"64 tokens in a row of the document .* also occur in"):
-        mended(toy_teacher, data=held_out, train_data=[longer, *learnt[2:]], **given)
+        repaired(toy_teacher, data=held_out, train_data=[longer, *trained_on[2:]], **given)
 
 
 def test_texts_of_the_same_words_that_do_not_overlap_are_taken(toy_teacher):
-    assert len(mended(toy_teacher).rungs) == 2
+    assert len(repaired(toy_teacher).stages) == 2
 
 
 def test_the_same_documents_under_two_names_are_refused(toy_teacher, tmp_path):
     one = jsonl(tmp_path / "one.jsonl", documents(12))
     two = jsonl(tmp_path / "two.jsonl", documents(12))
     with pytest.raises(DataError, match="trained on"):
-        mended(toy_teacher, data=str(one), train_data=str(two))
+        repaired(toy_teacher, data=str(one), train_data=str(two))

@@ -16,8 +16,8 @@ from mismatch import config
 from mismatch.stages import runner
 from mismatch.stages.repair import ladder
 from mismatch.stages.repair.config import RepairConfig
+from mismatch.stages.repair.ladder_stages.training import Trainer
 from mismatch.stages.repair.result import Repaired
-from mismatch.stages.repair.rungs.training import Trainer
 
 OTHERS = (
     *("closed-form:1", "closed-form:5", "local:0", "local:3", "block:2", "window:3"),
@@ -62,7 +62,7 @@ def same(one: Repaired, other: Repaired) -> None:
     weights = dict(one.student.model.named_parameters())
     assert all(torch.equal(weights[n], p) for n, p in other.student.model.named_parameters())
     timed = ["seconds"]
-    assert one.rungs.drop(columns=timed).equals(other.rungs.drop(columns=timed))
+    assert one.stages.drop(columns=timed).equals(other.stages.drop(columns=timed))
 
 
 def test_killed_end_to_end(straight, tmp_path):
@@ -100,4 +100,4 @@ def test_a_limit_in_minutes_is_planned_once(tmp_path, monkeypatch):
     monkeypatch.setattr(ladder, "planned", unasked)
     settings = config.load(RepairConfig, run / "config.yaml")
     done = runner.command("repair", settings, resume=run, progress=False)
-    assert done.rungs["steps"].iloc[-1] == 12
+    assert done.stages["steps"].iloc[-1] == 12

@@ -18,7 +18,7 @@ from mismatch.cli import main
 from mismatch.errors import MismatchError, SurgeryError, UsageError
 from mismatch.stages import runner
 from mismatch.stages.repair.ladder import Ladder
-from mismatch.stages.repair.rungs.module_pair import own, parts_of
+from mismatch.stages.repair.ladder_stages.module_pair import own, pairs_of
 from mismatch.surgery import loading
 from mismatch.surgery.operate import Student
 from mismatch.surgery.students import Teacher
@@ -65,7 +65,7 @@ def kl(teacher: Teacher, student: Student, ids: torch.Tensor) -> float:
 
 def train_a_little(teacher: Teacher, student: Student, ids: torch.Tensor) -> None:
     """A few steps towards the teacher's predictions, on tensors that are the student's own."""
-    (part,) = parts_of(teacher.layout, student)
+    (part,) = pairs_of(teacher.layout, student)
     own(part.student, teacher.model)
     mine = list(part.student.parameters())
     for parameter in mine:
@@ -93,16 +93,16 @@ def test_a_repair_of_a_student_starts_from_its_own_weights(toy_teacher):
     assert trained < 0.8 * untrained
     before = {name: p.clone() for name, p in student.model.state_dict().items()}
     result = mismatch.repair(toy_teacher, student, **CLOSED_FORM, **texts)
-    assert result.rungs["kl"].iloc[0] == pytest.approx(trained, rel=1e-4)
-    assert result.climbed["students"]["swap"]["kl"][0] == pytest.approx(trained, rel=1e-4)
+    assert result.stages["kl"].iloc[0] == pytest.approx(trained, rel=1e-4)
+    assert result.plan.students["swap"].kl[0] == pytest.approx(trained, rel=1e-4)
     fresh = mismatch.repair(toy_teacher, SWAP, **CLOSED_FORM, **texts)
-    assert fresh.rungs["kl"].iloc[0] == pytest.approx(untrained, rel=1e-4)
+    assert fresh.stages["kl"].iloc[0] == pytest.approx(untrained, rel=1e-4)
     # The student that was handed over is not the one that is repaired.
     assert result.student is not student
     after = student.model.state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
-    assert result.plan["spec"] == student.plan.spec
-    assert result.plan["spec"] in result.run.manifest["swap"]
+    assert result.plan.spec == student.plan.spec
+    assert result.plan.spec in result.run.manifest["swap"]
 
 
 def test_a_student_of_another_teacher_is_refused(toy, toy_teacher):
@@ -173,7 +173,7 @@ def test_a_run_names_its_texts_and_may_be_written_over(words, tmp_path, capsys):
     run = tmp_path / "run"
     assert found["run"] == str(run)
     assert found["checkpoint"] == str(run / "checkpoint")
-    assert [row["rung"] for row in found["stages"]] == ["inherit", "closed-form"]
+    assert [row["stage"] for row in found["stages"]] == ["inherit", "closed-form"]
     manifest = json.loads((run / "manifest.json").read_text())
     texts = manifest["texts"]
     assert set(texts) == {"evaluation", "validation", "training"}
@@ -186,9 +186,10 @@ def test_a_run_names_its_texts_and_may_be_written_over(words, tmp_path, capsys):
     assert {"load", "work", "before and after"} == set(manifest["seconds"])
     plan = json.loads((run / "plan.json").read_text())
     assert plan["spec"] == mismatch.load_run(run).manifest["swap"]
-    assert {"rungs", "forecast", "branches", "gates", "notes", "students", "teacher"} == set(
-        plan["climb"]
-    )
+    assert set(plan) == {
+        *("spec", "clauses", "warnings"),
+        *("stages", "forecast", "branches", "gates", "notes", "students", "teacher"),
+    }
     assert (run / "log.txt").read_text().splitlines()[-1].endswith("done")
     assert main(words()) == 2
     assert "exists and is not empty" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""What the original writes to learn from: drawn from its own distribution, kept, and never the held-out text."""
+"""Text sampled from the teacher to train on: drawn from its own distribution, kept, and never the held-out text."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from mismatch.runs.state import State
 from mismatch.stages.repair import training_text as module
 from mismatch.stages.repair.config import RepairConfig
 from mismatch.stages.repair.self_generated import Writer, _Draw
-from mismatch.stages.repair.training_text import learn_from
+from mismatch.stages.repair.training_text import training_text
 from mismatch.texts.windows import Windows
 
 SPECIAL = (0, 1, 2)
@@ -153,7 +153,7 @@ def test_no_more_is_written_than_there_is_time_for(tiny, monkeypatch):
     trial = 10 * written.TRIAL  # tokens
     each = 4 / trial * written.DEARER
     assert len(writer.write(320, seconds=3.5 * 32 * each)) == 3
-    assert said[0] == "the original writes 96 tokens itself, to learn from"
+    assert said[0] == "96 tokens are sampled from the teacher, to train on"
     assert "for all 320" in said[1]
     assert writer.write(320, seconds=0.0).shape == (0, 32)
 
@@ -181,10 +181,10 @@ def test_no_memory_halves_what_is_written_side_by_side(tiny, monkeypatch):
     assert rows == [5, 2, 2, 1]
     assert said[1] == "out of memory: 2 pieces side by side from here on"
     monkeypatch.setattr(model, "generate", no_room)
-    with pytest.raises(MismatchError, match="out of memory while the original writes"):
+    with pytest.raises(MismatchError, match="out of memory while the teacher is sampled"):
         Writer(model, Words(), 16, seed=0).write(80)
     monkeypatch.setattr(model, "forward", no_room)
-    with pytest.raises(MismatchError, match="out of memory while the original writes"):
+    with pytest.raises(MismatchError, match="out of memory while the teacher is sampled"):
         Writer(model, Words(), 16, seed=0)
 
 
@@ -221,26 +221,26 @@ def asked(toy_teacher) -> dict[str, Any]:
 
 
 def test_what_is_written_stands_behind_the_text_and_is_kept(asked, tmp_path, monkeypatch):
-    found = learn_from(**asked, state=State(tmp_path / "written"))
-    assert (found.read, found.written, found.repeated) == (512, 512, 0)
+    found = training_text(**asked, state=State(tmp_path / "written"))
+    assert (found.read, found.generated, found.repeated) == (512, 512, 0)
     assert found.windows.tokens == 1024
     assert (found.windows.ids[:8] == asked["read"].ids).all()
-    assert found.windows.names == ("text", "written by the original")
+    assert found.windows.names == ("text", "self-generated")
     assert list(found.windows.doc) == [0] * 8 + [1] * 8
     assert found.lines("sotu")[0].startswith(
-        "learnt from 512 tokens of sotu and 512 that the original wrote itself in "
+        "trained on 512 tokens of sotu and 512 sampled from the teacher in "
     )
     monkeypatch.setattr(module, "Writer", None)  # nobody there to write it again
-    again = learn_from(**asked, state=State(tmp_path / "written"))
+    again = training_text(**asked, state=State(tmp_path / "written"))
     assert again.windows.fingerprint == found.windows.fingerprint
     assert again.seconds == found.seconds
 
 
 def test_held_out_text_that_the_model_knows_by_heart_is_left_out(asked):
-    first = learn_from(**asked, state=None)
+    first = training_text(**asked, state=None)
     asked["held_out"] = (*asked["held_out"], windows(first.windows.ids[9:11], "famous"))
-    found = learn_from(**asked, state=None)
-    assert (found.written, found.repeated) == (512 - 128, 128)
+    found = training_text(**asked, state=None)
+    assert (found.generated, found.repeated) == (512 - 128, 128)
     np.testing.assert_array_equal(found.windows.ids, np.delete(first.windows.ids, [9, 10], axis=0))
     assert "128 more repeated held-out text and were left out" in found.lines("sotu")[1]
 
@@ -248,12 +248,12 @@ def test_held_out_text_that_the_model_knows_by_heart_is_left_out(asked):
 def test_none_is_written_when_none_is_asked_for(asked, monkeypatch):
     monkeypatch.setattr(module, "Writer", None)
     asked["config"] = dataclasses.replace(asked["config"], self_generated=0.0)
-    found = learn_from(**asked, state=None)
+    found = training_text(**asked, state=None)
     assert found.windows is asked["read"]
-    assert found.lines("sotu") == ["learnt from 512 tokens of sotu"]
+    assert found.lines("sotu") == ["trained on 512 tokens of sotu"]
 
 
-def test_a_repair_learns_from_both(toy_teacher):
+def test_a_repair_trains_on_both(toy_teacher):
     result = mismatch.repair(
         toy_teacher,
         "layer2:infini(segment=16)",
@@ -270,9 +270,9 @@ def test_a_repair_learns_from_both(toy_teacher):
         },
         **{"max_minutes": None, "epochs": 1, "controls": (), "probes": (), "trace_tokens": 0},
     )
-    assert result.climbed["rungs"][1]["tokens"] == (8 + 2) * 48
-    note = result.climbed["notes"][0]
-    assert note.startswith("learnt from 384 tokens of given texts and 96 that the original wrote")
+    assert result.plan.stages[1].tokens == (8 + 2) * 48
+    note = result.plan.notes[0]
+    assert note.startswith("trained on 384 tokens of given texts and 96 sampled from the teacher")
     assert note in result.summary()
 
 
@@ -288,7 +288,7 @@ def test_the_share_is_given_at_the_terminal(share, tmp_path, capsys):
     told = [f"--{name.replace('_', '-')}={SETTINGS[name]}" for name in sizes]
     texts = [
         f"--data={jsonl(tmp_path / 'held_out.jsonl', documents(12))}",
-        f"--train-data={jsonl(tmp_path / 'learnt.jsonl', documents(8, seed=1))}",
+        f"--train-data={jsonl(tmp_path / 'train.jsonl', documents(8, seed=1))}",
     ]
     beside = [
         "--controls=none",
@@ -302,6 +302,6 @@ def test_the_share_is_given_at_the_terminal(share, tmp_path, capsys):
     assert main([*given, "--stages", "closed-form", *told]) == 0
     caught = capsys.readouterr()
     wrote = (
-        "96 sampled from the teacher" in caught.err and "96 that the original wrote" in caught.out
+        "96 sampled from the teacher" in caught.err and "96 sampled from the teacher" in caught.out
     )
     assert wrote == (share == "0.25")

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from mismatch.runs.state import State
-from mismatch.stages.repair.rungs.training import Group, Trainer
+from mismatch.stages.repair.ladder_stages.training import Group, Trainer
 
 
 def line(steps: int = 30, **more):

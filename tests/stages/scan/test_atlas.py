@@ -3,27 +3,32 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from matplotlib.colors import to_rgba
+from plans import scan_plan, task_plan
 
 from mismatch.errors import UsageError
 from mismatch.report import style
 from mismatch.runs.table import as_table
 from mismatch.stages.scan import atlas as drawing
 from mismatch.stages.scan.atlas import PANELS, atlas, atlas_data, students
+from mismatch.stages.scan.plan import ColumnPlan
 from mismatch.stages.scan.words import scan_summary, scan_verdict
 
-PLAN = {
-    "columns": [
-        {"name": "window", "control": False, "controls": ["zero"]},
-        {"name": "nope", "control": False, "controls": ["zero"]},
-        {"name": "zero", "control": True, "controls": []},
-    ],
-    "tasks": {"passkey": {"chance": 40.0}, "induction": {"chance": 10.0}},
-    "notes": ["nope is not applicable in layers 3: no RoPE"],
-}
+PLAN = scan_plan(
+    columns=(
+        ColumnPlan("window", False, ("zero",)),
+        ColumnPlan("nope", False, ("zero",)),
+        ColumnPlan("zero", True, ()),
+    ),
+    tasks={"passkey": task_plan(40.0), "induction": task_plan(10.0)},
+    notes=("nope is not applicable in layers 3: no RoPE",),
+)
+CANNOT = replace(PLAN, tasks={"passkey": task_plan(0.1)})
+"""The same of a model that cannot find a passkey."""
 KL = {"window": [0.0, 0.01, 0.1, 0.02], "nope": [0.2, 0.1, 0.3, None], "zero": [1.0, 0.5, 0.4, 0.3]}
 LOST = {
     "window": [0.1, -0.2, 9.0, 1.0],
@@ -83,13 +88,13 @@ def test_kinds_of_cells(table):
 
 def test_mechanisms_in_the_order_that_was_asked_controls_last(table):
     assert students(table, PLAN) == {"window": False, "nope": False, "zero": True}
-    turned = {"columns": [PLAN["columns"][2], PLAN["columns"][1], PLAN["columns"][0]]}
+    turned = replace(PLAN, columns=PLAN.columns[::-1])
     assert list(students(table, turned)) == ["nope", "window", "zero"]
 
 
 def test_the_picture(table):
     """Layers down, mechanisms across, the panels side by side on one axis of layers."""
-    figure = atlas(table, plan=PLAN | {"model": "toy"})
+    figure = atlas(table, plan=PLAN)
     panels = [ax for ax in figure.axes if ax.get_title(loc="left")]
     assert [ax.get_title(loc="left") for ax in panels] == [
         "Text: output KL",
@@ -222,13 +227,11 @@ def test_the_verdict_names_what_hangs_on_one_layer(table):
     )
     spread = table[table["student"] != "window"]
     assert scan_verdict(spread, PLAN) == "Retrieval hangs on no single layer."
-    cannot = {**PLAN, "tasks": {"passkey": {"chance": 0.1}}}
-    assert scan_verdict(table, cannot) == ""
+    assert scan_verdict(table, CANNOT) == ""
 
 
 def test_a_task_that_the_original_cannot_do_says_nothing(table):
-    plan = {**PLAN, "tasks": {"passkey": {"chance": 0.1}}}
-    text = scan_summary(table, plan)
+    text = scan_summary(table, CANNOT)
     assert "  the teacher itself cannot do this: nothing follows from these numbers" in text
     assert "alone carries it" not in text
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+from plans import read_back
 from wonderland import documents, jsonl
 
 import mismatch
@@ -98,7 +99,8 @@ def test_what_the_model_cannot_be_asked(toy, texts):
         "passkey is left out: a passkey prompt of 256 tokens is longer than the context of a loaded "
         "model: 128 tokens"
     )
-    assert left.run.plan["notes"] == [note]
+    assert left.plan.notes == (note,)
+    assert read_back(left.plan) == left.plan
     assert f"warning: {note}" in left.summary()
     with pytest.raises(UsageError, match="take a shorter --length, or leave the task out"):
         mismatch.scan(model, "zero", tasks=["passkey"], **given)
@@ -136,7 +138,7 @@ def test_the_command_writes_a_run_with_its_atlas(toy_folder, tmp_path, capsys):
     assert "<h1>mismatch scan of " in page
     assert "Every layer" in page and "Against the controls" in page
     assert "mismatch scan --config run/config.yaml" in page
-    assert load_run(run).plan["layers"] == [0, 1, 2, 3]
+    assert load_run(run).plan.layers == (0, 1, 2, 3)
     before = (run / "report.html").read_bytes()
     assert cli.main(["report", str(run)]) == 0
     assert (run / "report.html").read_bytes() == before

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pandas as pd
 import pytest
+from plans import replaced
 
 from mismatch.runs.table import as_table
 from mismatch.stages.trace.findings import Evidence, findings_of, worth_it
 
-CLAUSES = ({"layer": 2, "slot": "attn", "mechanism": "infini"},)
+CLAUSES = (replaced("infini"),)
 
 
 def row(metric, value, lo=None, hi=None, **where):
@@ -46,11 +47,11 @@ def kl(swap, zero, lo, hi):
 @pytest.mark.parametrize(
     "numbers, title, severity",
     [
-        ((0.08, 0.05, 0.02, 0.04), "worse than deleting the part", "high"),
-        ((0.05, 0.05, -0.01, 0.01), "no better than deleting the part", "high"),
-        ((0.04, 0.05, -0.02, -0.005), "80% of the damage of deleting the part", "high"),
-        ((0.01, 0.05, -0.05, -0.03), "20% of the damage of deleting the part", "medium"),
-        ((0.002, 0.05, -0.05, -0.04), "4% of the damage of deleting the part", "low"),
+        ((0.08, 0.05, 0.02, 0.04), "worse than deleting the module", "high"),
+        ((0.05, 0.05, -0.01, 0.01), "no better than deleting the module", "high"),
+        ((0.04, 0.05, -0.02, -0.005), "80% of the damage of deleting the module", "high"),
+        ((0.01, 0.05, -0.05, -0.03), "20% of the damage of deleting the module", "medium"),
+        ((0.002, 0.05, -0.05, -0.04), "4% of the damage of deleting the module", "low"),
         ((0.0, 0.05, -0.05, -0.05), "no shift", "info"),
     ],
 )

@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 import yaml
+from plans import read_back
 from wonderland import command, documents
 
 import mismatch
@@ -67,7 +68,8 @@ def test_python(teacher, tmp_path, monkeypatch):
     assert [c.name for c in COLUMNS] == list(result.table.columns)
     assert set(result.table["student"]) == {"swap", "floor"}
     assert shift(result) > 0.01
-    assert result.plan["spec"] == "layer2:infini(segment=16)"
+    assert result.plan.spec == "layer2:infini(segment=16)"
+    assert read_back(result.plan) == result.plan == student.plan
     assert result.run.config["dtype"] == "float32"
     assert {f.severity for f in result.findings} <= {"info", "low", "medium", "high"}
     page = result.to_html("report.html")

@@ -12,6 +12,7 @@ from mismatch.errors import UsageError
 from mismatch.report import heatmap, heatmap_cells, style
 from mismatch.report import quantity as q
 from mismatch.report.quantity import Quantity
+from mismatch.runs.plan import SwapPlan
 
 METRICS = ("rel_l2", "norm_ratio")
 STAGES = {"surgery": "swap", "repair": "repaired"}
@@ -19,7 +20,7 @@ STAGES = {"surgery": "swap", "repair": "repaired"}
 
 
 def before_after_data(
-    table: pd.DataFrame, *, plan: Mapping[str, Any] | None = None, dictionary: Any = None
+    table: pd.DataFrame, *, plan: SwapPlan | None = None, dictionary: Any = None
 ) -> pd.DataFrame:
     """The numbers of the picture, one cell a row; `stage` is surgery or repair.
 
@@ -38,7 +39,7 @@ def before_after_data(
 def before_after(
     table: pd.DataFrame,
     *,
-    plan: Mapping[str, Any] | None = None,
+    plan: SwapPlan | None = None,
     dictionary: Any = None,
     width: float = style.WIDTH,
 ) -> Figure:
@@ -93,11 +94,12 @@ def _pairs(
     return found
 
 
-def _trained(plan: Mapping[str, Any] | None) -> str:
+def _trained(plan: SwapPlan | None) -> str:
     """Which blocks behind the swap were trained, too."""
-    clauses = (plan or {}).get("clauses", [])
-    swapped = {c["layer"] for c in clauses if c["mechanism"] != "lora"}
-    behind = sorted({c["layer"] for c in clauses if c["mechanism"] == "lora"} - swapped)
+    clauses = () if plan is None else plan.clauses
+    inside = [(c.layer, c.mechanism) for c in clauses if c.layer is not None]
+    swapped = {layer for layer, mechanism in inside if mechanism != "lora"}
+    behind = sorted({layer for layer, mechanism in inside if mechanism == "lora"} - swapped)
     if not behind:
         return ""
     if len(behind) == 1:

@@ -12,12 +12,13 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from mismatch.report import readout, style
+from mismatch.stages.repair.plan import Branch, RepairPlan
 
 COLUMNS = (
-    *("rung", "kl", "lo", "hi", "nll", "gap_closed", "gap_lo", "gap_hi"),
+    *("stage", "kl", "lo", "hi", "nll", "gap_closed", "gap_lo", "gap_hi"),
     *("tokens", "steps", "seconds", "kept"),
 )
-RUNG_COLOURS = {
+STAGE_COLOURS = {
     "inherit": "#777777",
     "closed-form": "#0072b2",
     "local": "#009e73",
@@ -29,60 +30,54 @@ SMALLEST = 1e-4
 """Share of the damage below which a control is not drawn: the unswapped layer reads 0, up to the rounding of a sum."""
 
 
-def rung_table(climbed: Mapping[str, Any]) -> pd.DataFrame:
+def stage_table(plan: RepairPlan) -> pd.DataFrame:
     """A row per stage of the repair ladder, in their order."""
-    rows = [{**rung, "rung": rung["name"]} for rung in climbed["rungs"]]
+    rows = [{**vars(stage), "stage": stage.name} for stage in plan.stages]
     return pd.DataFrame(rows, columns=list(COLUMNS))
 
 
-def branch_line(at: Mapping[str, Any], repaired: float) -> str:
+def branch_line(at: Branch, repaired: float) -> str:
     """What a person reads of one branch that was taken out.
 
     Args:
-        at: the fields of `mismatch.stages.repair.knockout.Knocked`.
+        at: the branch.
         repaired: the KL with the branch in, nats per token.
     """
-    if at["branch"] is None:
-        return f"{at['where']}: branches not applicable, the mechanism has none"
-    more = (f"{at[name]:+.4f}" for name in ("more", "more_lo", "more_hi"))
-    said = {
+    if at.branch is None:
+        return f"{at.where}: branches not applicable, the mechanism has none"
+    verdict = {
         "used": "",
-        "bypassed": f": repaired by bypass, the {at['branch']} branch is not used",
+        "bypassed": f": repaired by bypass, the {at.branch} branch is not used",
         "open": ": whether it is used is open, the interval is too wide (give more --tokens)",
-    }
-    change = "{} [{}, {}]".format(*more)
+    }[at.verdict]
+    change = f"{at.more:+.4f} [{at.more_lo:+.4f}, {at.more_hi:+.4f}]"
     return (
-        f"{at['where']} without its {at['branch']}: KL {repaired:.4f} -> {at['kl']:.4f}, {change}"
-        f"{said[at['verdict']]}"
+        f"{at.where} without its {at.branch}: KL {repaired:.4f} -> {at.kl:.4f}, {change}{verdict}"
     )
 
 
-def repair_data(
-    _table: pd.DataFrame, *, plan: Mapping[str, Any], dictionary: Any = None
-) -> pd.DataFrame:
+def repair_data(_table: pd.DataFrame, *, plan: RepairPlan, dictionary: Any = None) -> pd.DataFrame:
     """The numbers of the picture."""
-    return rung_table(plan["climb"])
+    return stage_table(plan)
 
 
 @style.styled
-def repair_figure(
-    _table: pd.DataFrame, *, plan: Mapping[str, Any], dictionary: Any = None
-) -> Figure:
+def repair_figure(_table: pd.DataFrame, *, plan: RepairPlan, dictionary: Any = None) -> Figure:
     """The picture, from a run."""
-    return repair_curve(plan["climb"])
+    return repair_curve(plan)
 
 
 @style.styled
-def repair_curve(climbed: Mapping[str, Any]) -> Figure:
+def repair_curve(plan: RepairPlan) -> Figure:
     """Held-out KL of every stage, with its interval; controls as lines. Stages that were undone are hollow."""
-    frame = rung_table(climbed)
-    frame = frame[(frame["rung"] == "inherit") | (frame["tokens"] > 0)]  # others were left out
+    frame = stage_table(plan)
+    frame = frame[(frame["stage"] == "inherit") | (frame["tokens"] > 0)]  # others were left out
     figure = style.new_figure(style.WIDTH, 3.0)
     left, right = figure.subplots(1, 2, sharey=True)
     controls = {
-        name: found["kl"][0]
-        for name, found in climbed["students"].items()
-        if name not in ("swap", "repaired") and found["kl"][0] > 0
+        name: found.kl[0]
+        for name, found in plan.students.items()
+        if name not in ("swap", "repaired") and found.kl[0] > 0
     }
     low, high = _range(frame, controls)
     for ax, column, label in (
@@ -103,12 +98,12 @@ def repair_curve(climbed: Mapping[str, Any]) -> Figure:
         ax.set_ylim(low, high)
     left.set_ylabel("KL to the teacher, nats per token")
     marks = [
-        Line2D([], [], ls="none", marker="o", ms=5, color=RUNG_COLOURS[r]) for r in frame["rung"]
+        Line2D([], [], ls="none", marker="o", ms=5, color=STAGE_COLOURS[r]) for r in frame["stage"]
     ]
     left.set_title(" ")  # room for the names, which are as wide as both panels
     names = left.legend(
         marks,
-        list(frame["rung"]),
+        list(frame["stage"]),
         frameon=False,
         fontsize=7,
         loc="lower left",
@@ -156,19 +151,19 @@ def _text(row: Any, controls: Mapping[str, float]) -> str:
         "seconds": f"{row.seconds:.0f}",
         **{f"control {name}": style.number(kl) for name, kl in controls.items()},
     }
-    return readout.lines(row.rung + ("" if row.kept else ", undone"), said)
+    return readout.lines(row.stage + ("" if row.kept else ", undone"), said)
 
 
 def _curve(ax: Axes, frame: pd.DataFrame, column: str, controls: Mapping[str, float]) -> None:
     spent = frame[column].cumsum().clip(lower=0)
     kept = list(frame["kl"].where(frame["kept"]).ffill())
     reached = list(spent)
-    for at, rung in enumerate(frame["rung"].iloc[1:], 1):
+    for at, stage in enumerate(frame["stage"].iloc[1:], 1):
         # What a stage that was undone left is what it found.
         line = (reached[at - 1 : at + 1], kept[at - 1 : at + 1])
-        ax.plot(*line, color=RUNG_COLOURS[rung], linewidth=1.1, zorder=1)
+        ax.plot(*line, color=STAGE_COLOURS[stage], linewidth=1.1, zorder=1)
     for at, (x, row) in enumerate(zip(spent, frame.itertuples(), strict=True)):
-        colour = RUNG_COLOURS[row.rung]
+        colour = STAGE_COLOURS[row.stage]
         point, _, _ = ax.errorbar(
             [x],
             [row.kl],

@@ -14,7 +14,8 @@ from matplotlib.figure import Figure
 
 from mismatch.errors import UsageError
 from mismatch.report import readout, style
-from mismatch.stages.repair.report.curve_figure import RUNG_COLOURS
+from mismatch.stages.repair.plan import RepairPlan
+from mismatch.stages.repair.report.curve_figure import STAGE_COLOURS
 
 PANELS = 6
 """Gate tensors that are drawn; all of them are in the numbers."""
@@ -22,67 +23,61 @@ PANELS = 6
 MOST = 800
 """Points of a panel that read out their numbers; a panel with more is a picture only, its numbers are in the csv."""
 
-COLUMNS = ("gate", "branch", "head", "rung", "what", "at", "step", "raw", "value")
+COLUMNS = ("gate", "branch", "head", "stage", "what", "at", "step", "raw", "value")
 STILL = 0.06  # of the width: what a stage without steps takes
 
 
-def gates_data(
-    _table: pd.DataFrame, *, plan: Mapping[str, Any], dictionary: Any = None
-) -> pd.DataFrame:
+def gates_data(_table: pd.DataFrame, *, plan: RepairPlan, dictionary: Any = None) -> pd.DataFrame:
     """Every gate of every head over the repair.
 
     Returns:
-        Rows gate, branch, head, rung, what (start: as swapped; look; end: the weights that the stage left), at (where
+        Rows gate, branch, head, stage, what (start: as swapped; look; end: the weights that the stage left), at (where
         it is drawn: steps of all stages so far), step (of the stage), raw (the parameter), value (its sigmoid where it
         weighs a branch, else as it is).
 
     Raises:
         UsageError: there is no gate, or nothing was noted of it.
     """
-    climb = plan["climb"]
-    known = climb.get("gates", {})
-    weighs = known.get("weighs", {})
+    weighs = plan.gates.weighs
     rows: list[dict[str, Any]] = []
 
-    def note(gates: Mapping[str, Any], rung: str, what: str, at: float, step: int) -> None:
+    def note(gates: Mapping[str, Any], stage: str, what: str, at: float, step: int) -> None:
         for name, numbers in gates.items():
             for head, raw in enumerate(numbers):
                 value = 1 / (1 + math.exp(-raw)) if name in weighs else raw
-                given = (name, weighs.get(name, ""), head, rung, what, at, step, raw, value)
+                given = (name, weighs.get(name, ""), head, stage, what, at, step, raw, value)
                 rows.append(dict(zip(COLUMNS, given, strict=True)))
 
-    note(known.get("start", {}), "inherit", "start", 0, 0)
-    drawn = set(known.get("start", {}))
-    for rung, (left, right) in zip(climb["rungs"], _spans(climb), strict=True):
-        for look in rung["looks"]:
-            share = look["step"] / max(1, rung["steps"])
+    note(plan.gates.start, "inherit", "start", 0, 0)
+    drawn = set(plan.gates.start)
+    for stage, (left, right) in zip(plan.stages, _spans(plan), strict=True):
+        for look in stage.looks:
+            share = look["step"] / max(1, stage.steps)
             at = left + share * (right - left)
-            note(look.get("gates", {}), rung["name"], "look", at, look["step"])
+            note(look.get("gates", {}), stage.name, "look", at, look["step"])
         # A stage that was undone left the weights from before it; the next one begins there.
-        if rung["kept"]:
-            ends = {name: pair[1] for name, pair in rung["gates"].items() if name in drawn}
-            note(ends, rung["name"], "end", right, rung["steps"])
+        if stage.kept:
+            ends = {name: pair[1] for name, pair in stage.gates.items() if name in drawn}
+            note(ends, stage.name, "end", right, stage.steps)
     if not rows:
         raise UsageError("not applicable: no swapped module has a gate")
     return pd.DataFrame(rows, columns=list(COLUMNS))
 
 
-def _spans(climb: Mapping[str, Any]) -> list[tuple[float, float]]:
+def _spans(plan: RepairPlan) -> list[tuple[float, float]]:
     """From where to where each stage is drawn, in steps; one without steps gets a little room all the same."""
-    steps = [rung["steps"] for rung in climb["rungs"]]
+    steps = [stage.steps for stage in plan.stages]
     room = STILL * (sum(steps) or 1)
     spans, at = [], 0.0
-    for rung, count in zip(climb["rungs"], steps, strict=True):
-        wide = count or (room if rung["tokens"] else 0.0)
+    for stage, count in zip(plan.stages, steps, strict=True):
+        wide = count or (room if stage.tokens else 0.0)
         spans.append((at, at + wide))
         at += wide
     return spans
 
 
 @style.styled
-def gates_figure(
-    _table: pd.DataFrame, *, plan: Mapping[str, Any], dictionary: Any = None
-) -> Figure:
+def gates_figure(_table: pd.DataFrame, *, plan: RepairPlan, dictionary: Any = None) -> Figure:
     """A panel per gate, a line per head, from the swap to the end of the ladder; coloured bands are its stages.
 
     Raises:
@@ -95,10 +90,10 @@ def gates_figure(
     axes = figure.subplots(len(shown), 1, sharex=True, squeeze=False)[:, 0]
     for at, (axis, name) in enumerate(zip(axes, shown, strict=True)):
         mine = data[data["gate"] == name]
-        _panel(axis, mine, plan["climb"])
+        _panel(axis, mine, plan)
         if len(mine) <= MOST:
             _read_out(axis, mine, f"gate-{at}")
-    _name_rungs(axes[0], plan["climb"])
+    _name_stages(axes[0], plan)
     axes[-1].set_xlabel("steps of all stages so far")
     left_out = (
         f" {len(names) - len(shown)} more gates are in the numbers." if names[PANELS:] else ""
@@ -114,13 +109,13 @@ def gates_figure(
     return figure
 
 
-def _panel(ax: Axes, data: pd.DataFrame, climb: Mapping[str, Any]) -> None:
+def _panel(ax: Axes, data: pd.DataFrame, plan: RepairPlan) -> None:
     heads = sorted(data["head"].unique())
     branch = data["branch"].iloc[0]
-    for rung, (left, right) in zip(climb["rungs"], _spans(climb), strict=True):
+    for stage, (left, right) in zip(plan.stages, _spans(plan), strict=True):
         if right > left:
-            ax.axvspan(left, right, color=RUNG_COLOURS[rung["name"]], alpha=0.10, lw=0, zorder=0)
-            if not rung["kept"]:
+            ax.axvspan(left, right, color=STAGE_COLOURS[stage.name], alpha=0.10, lw=0, zorder=0)
+            if not stage.kept:
                 ax.axvspan(left, right, fill=False, hatch="///", ec="#b5b5b5", lw=0, zorder=0)
     for head in heads:
         rows, colour = data[data["head"] == head], _colour(head, len(heads))
@@ -164,7 +159,7 @@ def _read_out(ax: Axes, data: pd.DataFrame, name: str) -> None:
     for (what, head), rows in data[data["what"] != "start"].groupby(["what", "head"]):
         texts = [
             readout.lines(
-                f"head {head}, {row.rung}, step {row.step}",
+                f"head {head}, {row.stage}, step {row.step}",
                 {
                     f"weight of {row.branch}" if row.branch else "value": style.number(row.value),
                     "parameter": style.number(row.raw),
@@ -176,13 +171,13 @@ def _read_out(ax: Axes, data: pd.DataFrame, name: str) -> None:
         readout.read_out(drawn[f"{what}-{head}"], f"{name}-{what}-{head}", texts)
 
 
-def _name_rungs(ax: Axes, climb: Mapping[str, Any]) -> None:
-    spans = _spans(climb)
+def _name_stages(ax: Axes, plan: RepairPlan) -> None:
+    spans = _spans(plan)
     whole = max((right for _, right in spans), default=1.0) or 1.0
-    for rung, (left, right) in zip(climb["rungs"], spans, strict=True):
+    for stage, (left, right) in zip(plan.stages, spans, strict=True):
         if (right - left) / whole >= 1.5 * STILL:
             ax.annotate(
-                rung["name"], ((left + right) / 2, 1.0), xycoords=("data", "axes fraction"),
+                stage.name, ((left + right) / 2, 1.0), xycoords=("data", "axes fraction"),
                 xytext=(0, -8), textcoords="offset points", ha="center", fontsize=6.5,
                 color=style.INK,
             )  # fmt: skip

@@ -14,10 +14,11 @@ from mismatch.report.page import Cell, Html, grid, join, reading, tag, whole
 from mismatch.report.sections import Section, replaced, verdict
 from mismatch.runs.folder import Run
 from mismatch.stages.probe.words import headlines, probes_of
+from mismatch.stages.repair.plan import RepairPlan
 from mismatch.stages.repair.report.before_after_figure import before_after as before_after_figure
 from mismatch.stages.repair.report.before_after_figure import before_after_data
-from mismatch.stages.repair.report.curve_figure import repair_data, repair_figure, rung_table
-from mismatch.stages.repair.report.forecast_words import SURE, forecast_lines, share
+from mismatch.stages.repair.report.curve_figure import repair_data, repair_figure, stage_table
+from mismatch.stages.repair.report.forecast_words import SURE, forecast_lines, inside, share
 from mismatch.stages.repair.report.gates_figure import gates_data, gates_figure
 
 CLOSED = 0.5
@@ -25,31 +26,31 @@ CLOSED = 0.5
 RETRIEVAL = ("passkey", "induction")
 
 
-def repair_verdict(climb: Mapping[str, Any]) -> str:
+def repair_verdict(plan: RepairPlan) -> str:
     """One sentence: share of the gap, and the nats that are left of how many."""
-    swap, repaired = climb["students"]["swap"], climb["students"]["repaired"]
+    swap, repaired = plan.students["swap"], plan.students["repaired"]
     text = (
-        f"{percent(repaired['gap_closed'])} of the gap is closed: KL to the teacher "
-        f"{style.number(swap['kl'][0])} → {style.interval(*repaired['kl'])} nats per token."
+        f"{percent(repaired.gap_closed)} of the gap is closed: KL to the teacher "
+        f"{style.number(swap.kl[0])} → {style.interval(*repaired.kl)} nats per token."
     )
-    controls = [n for n in climb["students"] if n not in ("swap", "repaired")]
-    beaten = [n for n in controls if climb["students"][n]["kl"][0] <= repaired["kl"][0]]
+    controls = [n for n in plan.students if n not in ("swap", "repaired")]
+    beaten = [n for n in controls if plan.students[n].kl[0] <= repaired.kl[0]]
     return text + (f" The control {beaten[0]} costs no more." if beaten else "")
 
 
 def percent(read: Sequence[float]) -> str:
     """`89.1 % [86.0, 91.2]`, of a share and its interval."""
-    value, lo, hi = (100 * math.nan if x is None else 100 * x for x in read)
+    value, lo, hi = (100 * x for x in read)
     band = "" if math.isnan(lo) else f" [{lo:.1f}, {hi:.1f}]"
     return f"{value:.1f} %{band}"
 
 
-def rungs(climb: Mapping[str, Any]) -> Html:
+def stages(plan: RepairPlan) -> Html:
     """A row per stage: share and nats, with intervals, and what they cost; then what was forecast of them."""
-    frame = rung_table(climb)
+    frame = stage_table(plan)
     rows = [
         (
-            r.rung,
+            r.stage,
             Cell(percent((r.gap_closed, r.gap_lo, r.gap_hi)), r.gap_closed) if r.Index else "-",
             reading(r.kl, r.lo, r.hi),
             whole(r.tokens) if r.Index else "-",
@@ -64,62 +65,59 @@ def rungs(climb: Mapping[str, Any]) -> Html:
         *("tokens", "steps", "seconds", "kept"),
     )
     kept = [i for i, r in enumerate(frame.itertuples()) if r.kept]
-    return join([grid(heads, rows, numbers=(1, 2, 3, 4, 5), marked=kept[-1:]), foretold(climb)])
+    return join([grid(heads, rows, numbers=(1, 2, 3, 4, 5), marked=kept[-1:]), foretold(plan)])
 
 
-def foretold(climb: Mapping[str, Any]) -> Html:
+def foretold(plan: RepairPlan) -> Html:
     """What was forecast of each stage before the first one, and whether it came so."""
-    told = climb.get("forecast")
-    if not told:
-        return join([])
+    told = plan.forecast
     said = [tag("p", line, class_="faint") for line in forecast_lines(told)]
     rows = [
         (
             name,
-            Cell(share(one), one["value"]),
-            Cell(f"{100 * one['measured']:.0f} %", one["measured"]),
-            "inside" if one["inside"] else "outside",
+            Cell(share(one), one.value),
+            Cell(f"{100 * one.measured:.0f} %", one.measured),
+            inside(one),
         )
-        for name, one in told["rungs"].items()
-        if "measured" in one
+        for name, one in told.stages.items()
+        if one.measured is not None
     ]
     heads = ("stage", f"forecast of the gap closed, {SURE} % interval", "measured", "so")
     return join([grid(heads, rows, numbers=(1, 2)), *said] if rows else said)
 
 
-def students(climb: Mapping[str, Any]) -> Html:
+def students(plan: RepairPlan) -> Html:
     """The repaired swap beside the swap and the controls, on the same tokens."""
     rows = []
-    for name, found in climb["students"].items():
-        less = found.get("repaired_minus")
+    for name, found in plan.students.items():
         rows.append(
             (
                 name,
-                reading(*found["kl"]),
-                reading(*found["nll"]),
-                reading(*less) if less and name != "repaired" else "",
+                reading(*found.kl),
+                reading(*found.nll),
+                reading(*found.repaired_minus) if name != "repaired" else "",
             )
         )
     heads = ("student", "KL", "NLL minus the teacher's", "KL, repaired − student, paired")
-    marked = [i for i, name in enumerate(climb["students"]) if name == "repaired"]
+    marked = [i for i, name in enumerate(plan.students) if name == "repaired"]
     return grid(heads, rows, numbers=(1, 2, 3), marked=marked)
 
 
-def branches(climb: Mapping[str, Any]) -> Html:
+def branches(plan: RepairPlan) -> Html:
     """The KL without each branch; a mechanism that has none is not applicable."""
     rows: list[tuple[Any, ...]] = []
-    for at in climb.get("branches", ()):
-        if not at["branch"]:
+    for at in plan.branches:
+        if not at.branch:
             grey = tag("span", "not applicable: the mechanism has no branches", class_="faint")
-            rows.append((at["where"], "", "", "", grey))
+            rows.append((at.where, "", "", "", grey))
             continue
         rows.append(
             (
-                at["where"],
-                at["branch"],
-                reading(at["kl"], at["lo"], at["hi"]),
-                reading(at["more"], at["more_lo"], at["more_hi"]),
-                VERDICTS.get(at["verdict"], at["verdict"]),
+                at.where,
+                at.branch,
+                reading(at.kl, at.lo, at.hi),
+                reading(at.more, at.more_lo, at.more_hi),
+                VERDICTS.get(at.verdict, at.verdict),
             )
         )
     words = (
@@ -178,7 +176,7 @@ BEFORE_AFTER = (
 
 
 def probe_lines(
-    table: pd.DataFrame, climb: Mapping[str, Any], dictionary: Mapping[str, Any] | None = None
+    table: pd.DataFrame, plan: RepairPlan, dictionary: Mapping[str, Any] | None = None
 ) -> list[str]:
     """`passkey logprob -0.07 -> -9.6 -> -5.1 nats per key`, and a warning where KL is closed and retrieval is not."""
     found = before_after(table, dictionary)
@@ -191,13 +189,13 @@ def probe_lines(
         )
     if lines:
         lines.insert(0, "teacher -> swap -> repaired")
-    return lines + [f"warning: {text}" for text in warnings(found, climb)]
+    return lines + [f"warning: {text}" for text in warnings(found, plan)]
 
 
-def warnings(found: pd.DataFrame, climb: Mapping[str, Any]) -> list[str]:
+def warnings(found: pd.DataFrame, plan: RepairPlan) -> list[str]:
     """Where the KL says repaired and retrieval does not: of each probe the reading that is furthest off."""
-    closed = climb["students"]["repaired"]["gap_closed"][0]
-    if closed is None or not closed >= CLOSED or found.empty:
+    closed = plan.students["repaired"].gap_closed[0]
+    if not closed >= CLOSED or found.empty:
         return []
     sure = (found["left_lo"] > 0) | (found["left_hi"] < 0)
     missing = found[found["metric"].isin(RETRIEVAL) & (found["back"] < CLOSED) & sure]
@@ -229,7 +227,7 @@ def asked(run: Run) -> Html:
         *("probe", "unit", "teacher", "swap", "repaired"),
         *("repaired − teacher, 95 % interval", "recovered"),
     )
-    warned = [tag("p", text, class_="warning") for text in warnings(found, run.plan["climb"])]
+    warned = [tag("p", text, class_="warning") for text in warnings(found, run.plan)]
     return join([*warned, grid(heads, rows, numbers=(2, 3, 4, 5, 6))])
 
 
@@ -270,23 +268,21 @@ def figures(run: Run) -> tuple[ReportFigure, ...]:
 
 def sections(run: Run) -> list[Section]:
     """The verdict and the stages first, then where, through which branches, and what KL does not show."""
-    climb = run.plan.get("climb")
-    if climb is None:
-        return [Section("", FIGURES), replaced(run)]
+    plan: RepairPlan = run.plan
     curve, shift, gates = FIGURES
-    warned = warnings(before_after(run.table, run.dictionary), climb)
+    warned = warnings(before_after(run.table, run.dictionary), plan)
     return [
-        verdict(repair_verdict(climb)),
-        Section("", (*(tag("p", text, class_="warning") for text in warned), rungs(climb), curve)),
-        Section("Beside the controls", (students(climb),)),
+        verdict(repair_verdict(plan)),
+        Section("", (*(tag("p", text, class_="warning") for text in warned), stages(plan), curve)),
+        Section("Beside the controls", (students(plan),)),
         Section("Before and after", (shift, gates)),
-        Section("Are the branches used?", (branches(climb),)),
+        Section("Are the branches used?", (branches(plan),)),
         Section("Retrieval and free generation", (asked(run),)),
-        Section("Notes of the stages", (_notes(climb),)),
+        Section("Notes of the stages", (_notes(plan),)),
         replaced(run),
     ]
 
 
-def _notes(climb: Mapping[str, Any]) -> Html:
-    said = dict.fromkeys([*(n for r in climb["rungs"] for n in r["notes"]), *climb["notes"]])
+def _notes(plan: RepairPlan) -> Html:
+    said = dict.fromkeys([*(n for stage in plan.stages for n in stage.notes), *plan.notes])
     return tag("ul", *(tag("li", line) for line in said)) if said else tag("p", "Nothing.")

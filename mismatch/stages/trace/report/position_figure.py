@@ -13,16 +13,17 @@ from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from mismatch.report import quantity as q
 from mismatch.report import readout, style
+from mismatch.runs.plan import SwapPlan
 from mismatch.runs.table import position_start
 
 WIDE = 20
 """The y axis is logarithmic where one student lies more than so many times above another."""
 
 
-def segments(plan: Mapping[str, Any] | None) -> list[int]:
-    """The segment lengths of the swapped parts that have one."""
-    clauses = (plan or {}).get("clauses", [])
-    found = {c.get("args", {}).get("segment") for c in clauses}
+def segments(plan: SwapPlan | None) -> list[int]:
+    """The segment lengths of the swapped modules that have one."""
+    clauses = () if plan is None else plan.clauses
+    found = {clause.args.get("segment") for clause in clauses}
     return sorted(s for s in found if isinstance(s, int) and s > 0)
 
 
@@ -32,7 +33,7 @@ def by_position_data(
     site: str = "logits",
     *,
     stage: str = "surgery",
-    plan: Mapping[str, Any] | None = None,
+    plan: SwapPlan | None = None,
     dictionary: Mapping[str, Any] | None = None,
 ) -> pd.DataFrame:
     """The numbers of `by_position`: one bin of one student a row, `start` and `end` inclusive."""
@@ -52,7 +53,7 @@ def by_position(
     metric: str = "kl",
     site: str = "logits",
     *,
-    plan: Mapping[str, Any] | None = None,
+    plan: SwapPlan | None = None,
     stage: str = "surgery",
     dictionary: Mapping[str, Any] | None = None,
     ax: Axes | None = None,

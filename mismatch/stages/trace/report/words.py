@@ -13,6 +13,7 @@ from mismatch.errors import UsageError
 from mismatch.report import quantity as q
 from mismatch.report.style import interval, number
 from mismatch.report.words import columns, plan_lines
+from mismatch.runs.plan import SwapPlan
 from mismatch.stages.trace.report.controls_figure import output_data
 
 WORST = ("rel_l2", "cka_minibatch", "norm_ratio")
@@ -94,7 +95,7 @@ def worst_sites(
 
 def summary(
     table: pd.DataFrame,
-    plan: Mapping[str, Any],
+    plan: SwapPlan,
     findings: Iterable[Mapping[str, Any]],
     path: Path | str | None = None,
     dictionary: Mapping[str, Any] | None = None,
@@ -103,13 +104,13 @@ def summary(
 
     Args:
         table: the long table.
-        plan: as in plan.json.
+        plan: what was replaced.
         findings: as in findings.json.
         path: of the run folder; the last line, if given.
         dictionary: the run's metrics.json; default: the cards of the installed metrics.
     """
     parts = ["swap", *(f"  {line}" for line in plan_lines(plan))]
-    parts += [f"  warning: {text}" for text in plan.get("warnings", [])]
+    parts += [f"  warning: {text}" for text in plan.warnings]
     parts += ["", *_output_lines(table, dictionary)]
     worst = worst_sites(table, dictionary=dictionary)
     if len(worst):

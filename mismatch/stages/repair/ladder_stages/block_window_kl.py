@@ -1,11 +1,11 @@
-"""Rungs 3 and 4: what the blocks behind make of the repaired layer.
+"""The stages `block`, `window` and `end-to-end`: what the blocks behind make of the repaired layer.
 
-Both run the student from the first swapped block on, on the teacher's stream entering it, with gradients; the blocks in
+All run the student from the first swapped block on, on the teacher's stream entering it, with gradients; the blocks in
 front are the teacher's own and never run twice.
 
-    short window   the student's stream after `width` more blocks is matched to the teacher's: the relative error of
-                   what was ADDED since the swap, so that the part that is the same in both does not hide it
-    end to end     KL(teacher || student) of the logits, in nats per token. No cross-entropy: it pulls the student to
+    block, window  the student's stream behind the block, or some blocks further, is matched to the teacher's: the
+                   relative error of what was ADDED since the swap, so that what is the same in both does not hide it
+    end-to-end     KL(teacher || student) of the logits, in nats per token. No cross-entropy: it pulls the student to
                    the training text instead of to the teacher (Puzzle, arXiv 2411.19146, section 4)
 """
 
@@ -16,23 +16,23 @@ from torch import Tensor
 from mismatch.forward import hooks, sites
 from mismatch.forward.head import mean_kl
 from mismatch.models.layout import Layout
-from mismatch.stages.repair.rungs.activation_store import Store
-from mismatch.stages.repair.rungs.loss import Loss, relative_error
-from mismatch.stages.repair.rungs.module_pair import Part
+from mismatch.stages.repair.ladder_stages.activation_store import Store
+from mismatch.stages.repair.ladder_stages.loss import Loss, relative_error
+from mismatch.stages.repair.ladder_stages.module_pair import ModulePair
 
 
-def block(layout: Layout, layer: int) -> Part:
-    """A block as a place of the store: the stream that enters and the one that leaves."""
+def block(layout: Layout, layer: int) -> ModulePair:
+    """A block as a module of the store: the stream that enters and the one that leaves."""
     path = layout.slot_path(layer, "block")
     module = layout.model.get_submodule(path)
-    return Part(layer, "block", path, module, module)
+    return ModulePair(layer, "block", path, module, module)
 
 
-def final(layout: Layout) -> Part:
-    """The final norm as a place of the store: what goes into the head."""
+def final(layout: Layout) -> ModulePair:
+    """The final norm as a module of the store: what goes into the head."""
     path = layout.slot_path(None, "final_norm")
     module = layout.model.get_submodule(path)
-    return Part(layout.n_layers - 1, "final_norm", path, module, module)
+    return ModulePair(layout.n_layers - 1, "final_norm", path, module, module)
 
 
 class WindowLoss(Loss):
@@ -40,12 +40,12 @@ class WindowLoss(Loss):
 
     Args:
         student: layout of the student.
-        store, held: of training and validation text, with the places `entering` and `leaving`.
+        store, held: of training and validation text, with the modules `entering` and `leaving`.
         entering, leaving: blocks; the `x` of one enters the first swapped block, the `y` of the other is the target.
     """
 
     def __init__(
-        self, student: Layout, store: Store, held: Store, entering: Part, leaving: Part
+        self, student: Layout, store: Store, held: Store, entering: ModulePair, leaving: ModulePair
     ) -> None:
         super().__init__(store, held)
         self.student, self.entering, self.leaving = student, entering, leaving
@@ -72,7 +72,7 @@ class EndToEndLoss(Loss):
 
     Args:
         teacher, student: layouts.
-        store, held: of training and validation text, with the places `entering` and `leaving`.
+        store, held: of training and validation text, with the modules `entering` and `leaving`.
         entering: block that the student starts from; its `x` is the stream.
         leaving: the final norm; its `y` is what the teacher's head gets.
     """
@@ -83,8 +83,8 @@ class EndToEndLoss(Loss):
         student: Layout,
         store: Store,
         held: Store,
-        entering: Part,
-        leaving: Part,
+        entering: ModulePair,
+        leaving: ModulePair,
     ) -> None:
         super().__init__(store, held)
         self.teacher, self.student = teacher, student

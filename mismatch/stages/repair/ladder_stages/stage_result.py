@@ -1,4 +1,4 @@
-"""What one rung of the ladder did, as it is saved, reported and drawn."""
+"""What one stage of the repair ladder did, as it is saved, reported and drawn."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Any
 
 
 @dataclass
-class Rung:
-    """One rung as climbed. KL in nats per token on the judged text; errors relative."""
+class StageResult:
+    """One stage as run. KL in nats per token on the evaluation text; errors relative."""
 
     name: str
     where: str = ""
@@ -23,6 +23,6 @@ class Rung:
     seconds: float = 0.0
     steps: int = 0
     kept: bool = True
-    looks: list[dict[str, float]] = field(default_factory=list)
+    looks: list[dict[str, Any]] = field(default_factory=list)
     gates: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)

@@ -23,8 +23,8 @@ from mismatch.surgery.operate import Student
 
 
 @dataclass(frozen=True)
-class Part:
-    """One place that was swapped.
+class ModulePair:
+    """One module that was swapped.
 
     Attributes:
         layer, slot: where.
@@ -59,22 +59,22 @@ class Call:
         return first_of(module(x, *args, **kwargs))
 
 
-def parts_of(teacher: Layout, student: Student) -> tuple[Part, ...]:
-    """The swapped places in depth order, each once however many wrappers stand there.
+def pairs_of(teacher: Layout, student: Student) -> tuple[ModulePair, ...]:
+    """The swapped modules in depth order, each once however many wrappers stand there.
 
     Raises:
-        SurgeryError: a place outside the blocks, which has no layer to repair.
+        SurgeryError: a module outside the blocks, which has no layer to repair.
     """
-    found: dict[str, Part] = {}
+    found: dict[str, ModulePair] = {}
     for clause in student.plan.clauses:
         if clause.layer is None:
             raise SurgeryError(
                 f"`{clause.mechanism}` at {clause.slot} cannot be repaired: it stands outside the blocks",
-                hint="repair works on parts of blocks; swap norm1, norm2 or norms of a layer",
+                hint="repair works on modules of blocks; swap norm1, norm2 or norms of a layer",
             )
         module = student.model.get_submodule(clause.path)
-        original = teacher.model.get_submodule(clause.path)
-        found[clause.path] = Part(clause.layer, clause.slot, clause.path, original, module)
+        theirs = teacher.model.get_submodule(clause.path)
+        found[clause.path] = ModulePair(clause.layer, clause.slot, clause.path, theirs, module)
     order = {slot: i for i, slot in enumerate(teacher.family.slot_names())}
     return tuple(sorted(found.values(), key=lambda p: (p.layer, order.get(p.slot, len(order)))))
 

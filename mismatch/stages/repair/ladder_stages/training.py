@@ -1,6 +1,6 @@
-"""The one training loop of every rung that takes gradient steps: groups, schedule, plateau, stop, resume.
+"""The one training loop of every stage that takes gradient steps: groups, schedule, plateau, stop, resume.
 
-What a rung adds is a loss over one batch. Everything else is decided here, once:
+What a stage adds is a loss over one batch. Everything else is decided here, once:
 
     order      batches in a seeded shuffle per epoch; step s takes the same batch in every run, so that a run that was
                killed and resumed ends at the same weights as one that was not
@@ -8,8 +8,8 @@ What a rung adds is a loss over one batch. Everything else is decided here, once
     masters    weights in a half type are trained through float32 copies: small updates are not rounded away
     gates      a group of their own: higher rate, no weight decay. A gate moves by about the sum of its rates, and at
                the usual rate it never leaves where it began
-    plateau    the weights that did best on held-out windows are kept; no progress for `patience` looks ends the rung
-    failures   a loss that is not finite ends the rung at the last good weights and names the step; out of memory
+    plateau    the weights that did best on held-out windows are kept; no progress for `patience` looks ends the stage
+    failures   a loss that is not finite ends the stage at the last good weights and names the step; out of memory
                halves the batch and goes on
 """
 
@@ -87,7 +87,7 @@ class Trained:
 
 
 class Trainer:
-    """One rung's loop.
+    """One stage's loop.
 
     Args:
         groups: what trains.
@@ -96,12 +96,12 @@ class Trainer:
         batches: of the training text, `batch pos` each.
         steps: at most.
         every: steps between looks.
-        patience: looks without progress that end the rung.
+        patience: looks without progress that end the stage.
         seed: of the order.
         state: where to save; None never saves.
         fingerprint: what must be equal for a resumed run to go on.
         stopping: asked after each step: True saves and stops.
-        out_of_time: asked after each step: True ends the rung.
+        out_of_time: asked after each step: True ends the stage.
         say: a line for the user.
     """
 
@@ -292,7 +292,7 @@ class Trainer:
         for name, (start, end) in self._gates().items():
             travel = max(abs(a - b) for a, b in zip(start, end, strict=True))
             if travel < MOVED:
-                notes.append(f"{name} moved by {travel:.3f} at most in this rung")
+                notes.append(f"{name} moved by {travel:.3f} at most in this stage")
         return notes
 
     def _gates(self) -> dict[str, tuple[list[float], list[float]]]:

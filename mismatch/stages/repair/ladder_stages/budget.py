@@ -1,4 +1,4 @@
-"""What time there is, how rungs part it, and how many steps fit into a part."""
+"""What time there is, how stages part it, and how many steps fit into a part."""
 
 from __future__ import annotations
 
@@ -10,32 +10,32 @@ from typing import Any
 import torch
 
 from mismatch.stages.repair.config import RepairConfig
-from mismatch.stages.repair.rungs.training import Group, no_room
+from mismatch.stages.repair.ladder_stages.training import Group, no_room
 
 WEIGHTS = {"local": 15, "block": 51, "window": 30.6, "end-to-end": 3.4}
-"""How rungs that train part the time among those still to come; the closed form takes what it takes."""
+"""How stages that train part the time among those still to come; the closed form takes what it takes."""
 TRIAL_STEPS = 2  # timed to plan the others
-LOOKS = 8  # per rung, fewer where a look is dear:
-LOOKING = 0.2  # share of a rung's time that looks may take
+LOOKS = 8  # per stage, fewer where a look is dear:
+LOOKING = 0.2  # share of a stage's time that looks may take
 
 
 class Pace:
-    """The clock of one climb. Seconds that mend nothing are not counted.
+    """The clock of one repair. Seconds of evaluation are not counted.
 
     Args:
         config: the settings; `max_minutes` None is no limit.
-        spent: seconds that went by before the climb and count.
+        spent: seconds that went by before the first stage and count.
     """
 
     def __init__(self, config: RepairConfig, spent: float = 0.0) -> None:
         self.config = config
         self.began = time.monotonic()
-        self.earlier = spent  # of a resumed climb, what its process had spent
+        self.earlier = spent  # of a resumed repair, what its process had spent
         self.idle = 0.0
 
     @contextmanager
     def uncounted(self) -> Iterator[None]:
-        """What runs inside is judging, not mending."""
+        """What runs inside is evaluation, not repair."""
         started = time.monotonic()
         try:
             yield
@@ -43,7 +43,7 @@ class Pace:
             self.idle += time.monotonic() - started
 
     def spent(self) -> float:
-        """Seconds of mending, an earlier process's included."""
+        """Seconds of repair, an earlier process's included."""
         return self.earlier + time.monotonic() - self.began - self.idle
 
     def left(self) -> float:
@@ -53,9 +53,9 @@ class Pace:
         return self.config.max_minutes * 60 - self.spent()
 
     def share(self, name: str) -> float:
-        """Seconds that a rung may spend: its part of the time that is left, among the rungs from it on."""
+        """Seconds that a stage may spend: its part of the time that is left, among the stages from it on."""
         coming = self.config.stages[self.config.stages.index(name) :]
-        return self.left() * WEIGHTS[name] / sum(WEIGHTS[rung] for rung in coming)
+        return self.left() * WEIGHTS[name] / sum(WEIGHTS[stage] for stage in coming)
 
 
 def planned(
@@ -64,7 +64,7 @@ def planned(
     """Steps and looks that fit into some seconds.
 
     Args:
-        loss: of the rung; timed over a look and a few steps.
+        loss: of the stage; timed over a look and a few steps.
         learning: whose gradients the timing leaves clean.
         most: steps at most.
         batches, rows: of the training text.

@@ -1,4 +1,4 @@
-"""Rung 1: what needs no gradient. A pass over stored inputs and targets, sums, one small system.
+"""The stage `closed-form`: what needs no gradient. A pass over stored inputs and targets, sums, one small system.
 
 Gates first. Where a mechanism blends two branches by sigmoid(gate), its output is affine in the shares g, so
 
@@ -19,6 +19,7 @@ The sums are float64. Memory: two matrices of the map's width squared.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,13 +28,14 @@ from scipy.optimize import lsq_linear
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from mismatch.stages.repair.rungs.activation_store import Example, Store
-from mismatch.stages.repair.rungs.loss import weights
-from mismatch.stages.repair.rungs.module_pair import Part
+from mismatch.stages.repair.ladder_stages.activation_store import Example, Store
+from mismatch.stages.repair.ladder_stages.loss import weights
+from mismatch.stages.repair.ladder_stages.module_pair import ModulePair
 
 RIDGES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 """Of the mean of A's diagonal."""
 SMALLEST = 0.02  # of a share: at 0 or 1 a gate would have no gradient left
+Linear = nn.Linear | Conv1D
 GATE_BATCHES = 8  # a handful of shares needs few tokens
 
 
@@ -54,8 +56,8 @@ class Sums:
     """A, B and the size of the targets."""
 
     def __init__(self) -> None:
-        self.hh: Tensor | float = 0.0
-        self.hy: Tensor | float = 0.0
+        self.hh = torch.zeros((), dtype=torch.float64)
+        self.hy = torch.zeros((), dtype=torch.float64)
         self.yy = 0.0
 
     def add(self, h: Tensor, y: Tensor) -> None:
@@ -72,7 +74,7 @@ class Sums:
 
 
 @torch.no_grad()
-def closed_form(part: Part, store: Store, held: Store) -> list[Fit]:
+def closed_form(part: ModulePair, store: Store, held: Store) -> list[Fit]:
     """Fit what can be fitted, in order; empty when nothing in this part can.
 
     Args:
@@ -80,26 +82,30 @@ def closed_form(part: Part, store: Store, held: Store) -> list[Fit]:
         store: training inputs and targets.
         held: of another source; they choose, and say what was gained.
     """
-    if hasattr(part.student, "refit"):
+    refit = getattr(part.student, "refit", None)
+    if refit is not None:
         before, state = _error(part, held), _copied(part)
-        what = part.student.refit((example.x, example.y) for example in store.batches_of(part))
-        return [_judged(part, held, what, before, state)]
+        what = refit((example.x, example.y) for example in store.batches_of(part))
+        return [_checked(part, held, what, before, state)]
     found = []
-    if hasattr(part.student, "gates") and part.student.gates():
+    gates = list(getattr(part.student, "gates", dict)().values())
+    if gates:
         before, state = _error(part, held), _copied(part)
-        _fit_gates(part, store)
-        found.append(_judged(part, held, "gates", before, state))
+        _fit_gates(part, gates, store)
+        found.append(_checked(part, held, "gates", before, state))
     linear = last_linear(part, store.batch(part, 0))
     if linear is not None:
         found.append(_ridge(part, store, held, linear))
     return found
 
 
-def _copied(part: Part) -> dict[str, Tensor]:
+def _copied(part: ModulePair) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in part.student.state_dict().items()}
 
 
-def _judged(part: Part, held: Store, what: str, before: float, state: dict[str, Tensor]) -> Fit:
+def _checked(
+    part: ModulePair, held: Store, what: str, before: float, state: dict[str, Tensor]
+) -> Fit:
     """What a fit gained; undone when it gained nothing."""
     fit = Fit(what, before, _error(part, held))
     if not fit.taken:
@@ -107,8 +113,7 @@ def _judged(part: Part, held: Store, what: str, before: float, state: dict[str, 
     return fit
 
 
-def _fit_gates(part: Part, store: Store) -> None:
-    gates = list(part.student.gates().values())
+def _fit_gates(part: ModulePair, gates: Sequence[Tensor], store: Store) -> None:
     sizes = [gate.numel() for gate in gates]
     n = sum(sizes)
 
@@ -142,9 +147,9 @@ def _fit_gates(part: Part, store: Store) -> None:
         gate.copy_(torch.logit(share).view_as(gate))
 
 
-def last_linear(part: Part, example: Example) -> nn.Module | None:
+def last_linear(part: ModulePair, example: Example) -> Linear | None:
     """The linear map whose output is the module's own output; None where something comes after it."""
-    outputs: dict[nn.Module, Tensor] = {}
+    outputs: dict[Linear, Tensor] = {}
     handles = [
         module.register_forward_hook(lambda m, _a, out: outputs.__setitem__(m, out))
         for module in part.student.modules()
@@ -159,23 +164,23 @@ def last_linear(part: Part, example: Example) -> nn.Module | None:
     return same[-1] if same else None
 
 
-def _ridge(part: Part, store: Store, held: Store, linear: nn.Module) -> Fit:
-    fit, judge = _summed(part, store, linear), _summed(part, held, linear)
+def _ridge(part: ModulePair, store: Store, held: Store, linear: Linear) -> Fit:
+    fit, check = _summed(part, store, linear), _summed(part, held, linear)
     old = _matrix(linear).double()
     size = fit.hh.diagonal().mean()
     eye = torch.eye(len(old), dtype=torch.float64, device=old.device)
     tried = []
     for ridge in RIDGES:
         new = torch.linalg.solve(fit.hh + ridge * size * eye, fit.hy + ridge * size * old)
-        tried.append((judge.error(new), new))
+        tried.append((check.error(new), new))
     error, best = min(tried, key=lambda pair: pair[0])
-    found = Fit("output projection", judge.error(old), error)
+    found = Fit("output projection", check.error(old), error)
     if found.taken:
         _write(linear, best)
     return found
 
 
-def _summed(part: Part, store: Store, linear: nn.Module) -> Sums:
+def _summed(part: ModulePair, store: Store, linear: Linear) -> Sums:
     entering: list[Tensor] = []
     handle = linear.register_forward_pre_hook(lambda _m, args: entering.append(args[0]))
     sums = Sums()
@@ -192,7 +197,7 @@ def _summed(part: Part, store: Store, linear: nn.Module) -> Sums:
     return sums
 
 
-def _error(part: Part, store: Store) -> float:
+def _error(part: ModulePair, store: Store) -> float:
     """Relative error of the module over a text."""
     lost = whole = 0.0
     for example in store.batches_of(part):
@@ -203,18 +208,18 @@ def _error(part: Part, store: Store) -> float:
     return lost / whole
 
 
-def _as_model(part: Part, x: Tensor) -> Tensor:
+def _as_model(part: ModulePair, x: Tensor) -> Tensor:
     dtype = next((p.dtype for p in part.student.parameters() if p.is_floating_point()), x.dtype)
     return x.to(dtype)
 
 
-def _matrix(linear: nn.Module) -> Tensor:
+def _matrix(linear: Linear) -> Tensor:
     """`in (+ 1 for the bias) out`."""
     w = linear.weight if isinstance(linear, Conv1D) else linear.weight.T
     return w if linear.bias is None else torch.cat([w, linear.bias[None]])
 
 
-def _write(linear: nn.Module, matrix: Tensor) -> None:
+def _write(linear: Linear, matrix: Tensor) -> None:
     w = matrix if linear.bias is None else matrix[:-1]
     linear.weight.copy_(w if isinstance(linear, Conv1D) else w.T)
     if linear.bias is not None:

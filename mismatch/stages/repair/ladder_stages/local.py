@@ -1,4 +1,4 @@
-"""Rung 2: the layer alone learns to give what the teacher's layer gives, on the teacher's inputs.
+"""The stage `local`: the layer alone is trained to give what the teacher's layer gives, on the teacher's inputs.
 
 Teacher-forced layerwise distillation (LoLCATs arXiv 2410.10254, MOHAWK arXiv 2408.10189 stage 2): inputs and targets
 come from the store, only the module runs, no model around it. The loss is the relative error of `weighing`. New
@@ -12,10 +12,10 @@ from collections.abc import Iterable
 
 from torch import Tensor, nn
 
-from mismatch.stages.repair.rungs.activation_store import Store
-from mismatch.stages.repair.rungs.loss import Loss, relative_error
-from mismatch.stages.repair.rungs.module_pair import Part
-from mismatch.stages.repair.rungs.training import Group
+from mismatch.stages.repair.ladder_stages.activation_store import Store
+from mismatch.stages.repair.ladder_stages.loss import Loss, relative_error
+from mismatch.stages.repair.ladder_stages.module_pair import ModulePair
+from mismatch.stages.repair.ladder_stages.training import Group
 
 RATE = 5e-4
 GATE_RATE = 3e-2
@@ -25,7 +25,7 @@ GATES = ("gate", "alpha", "decay", "mix", "A_log", "dt_bias")
 QUERIES = ("q_proj", "k_proj", "q_norm", "k_norm")
 
 
-def groups(part: Part, fresh: Iterable[str], rate: float, gate_rate: float) -> list[Group]:
+def groups(part: ModulePair, fresh: Iterable[str], rate: float, gate_rate: float) -> list[Group]:
     """What trains in a part, and when it joins.
 
     Args:
@@ -68,7 +68,7 @@ class LocalLoss(Loss):
         store, held: its inputs and targets on training and validation text.
     """
 
-    def __init__(self, part: Part, store: Store, held: Store) -> None:
+    def __init__(self, part: ModulePair, store: Store, held: Store) -> None:
         super().__init__(store, held)
         self.part = part
 

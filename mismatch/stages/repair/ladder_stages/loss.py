@@ -1,11 +1,11 @@
 """How much each token counts when outputs are matched.
 
-The loss of every local rung is the error relative to the size of what is matched,
+The loss of every local stage is the error relative to the size of what is matched,
 
     sum_t w_t ||student_t - teacher_t||^2 / sum_t w_t ||teacher_t||^2,     w_t = 1 / max(||teacher_t||, median)^2
 
 0 for a perfect copy, 1 for a module that gives nothing. Without w, a massive token (norms of thousands where the others
-have tens) IS the loss, and everything else goes unlearnt; with it no token counts more than a usual one.
+have tens) IS the loss, and nothing else is trained; with it no token counts more than a usual one.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
-from mismatch.stages.repair.rungs.activation_store import Store
+from mismatch.stages.repair.ladder_stages.activation_store import Store
 
 
 class Loss(ABC):
-    """What a rung lowers: of batches of the training text, and of the validation text without a gradient.
+    """What a stage lowers: of batches of the training text, and of the validation text without a gradient.
 
     Args:
         store, held: activations of either text.

@@ -1,11 +1,11 @@
-"""Inputs and targets of the layers under repair: the teacher runs once, the layers learn from disk.
+"""Inputs and targets of the layers under repair: the teacher runs once, the layers train from disk.
 
     FOLDER/KEY/00007-layer12.attn.safetensors      x and y of batch 7: input and output of the teacher's module
 
-A budget in bytes is kept: places that do not fit are recomputed from the tokens, blocks 0..layer and no head, each time
-they are asked for. The key holds model, text, dtype and windows and not the swap, so many candidates (mechanisms,
-options, seeds) learn from one stored pass. A shard is written whole or not at all; a pass that was cut off goes on
-where it stopped.
+A budget in bytes is kept: what does not fit is recomputed from the tokens, blocks 0..layer and no head, each time it is
+asked for. The key holds model, text, dtype and windows and not the swap, so many candidates (mechanisms, options,
+seeds) train on one stored pass. A shard is written whole or not at all; a pass that was cut off goes on where it
+stopped.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import IO
 
 import safetensors.torch
 import torch
@@ -22,14 +24,14 @@ from torch import Tensor
 
 from mismatch.models.layout import Layout
 from mismatch.runs.files import write_atomic
-from mismatch.stages.repair.rungs.module_pair import Call, Part, watch
+from mismatch.stages.repair.ladder_stages.module_pair import Call, ModulePair, watch
 
 GB = 1e9
 
 
 @dataclass(frozen=True)
 class Example:
-    """One batch at one place: the input and the target of the module there, `batch pos d`, and how to call it."""
+    """One batch of one module: its input and the target of the module there, `batch pos d`, and how to call it."""
 
     x: Tensor
     y: Tensor
@@ -41,20 +43,20 @@ class Store:
 
     Args:
         teacher: layout of the untouched model.
-        places: the parts whose inputs and targets are wanted.
+        modules: those whose inputs and targets are wanted.
         batches: int64 `batch pos` each, all of one shape.
         folder: where shards go; None keeps nothing on disk.
         budget: bytes on disk.
         dtype: of the shards.
         key: facts about model and text that the shards depend on.
-        inputs: another model, whose stream the parts get as input (the student as mended so far); the targets stay
+        inputs: another model, whose stream the parts get as input (the student as repaired so far); the targets stay
             the teacher's. `key` must then say which student.
     """
 
     def __init__(
         self,
         teacher: Layout,
-        places: Sequence[Part],
+        modules: Sequence[ModulePair],
         batches: Sequence[Tensor],
         *,
         folder: Path | None = None,
@@ -64,24 +66,24 @@ class Store:
         inputs: Layout | None = None,
     ) -> None:
         self.teacher, self.batches, self.dtype = teacher, batches, dtype
-        self.places, self.inputs = tuple(places), inputs
+        self.modules, self.inputs = tuple(modules), inputs
         facts = {**(key or {}), "dtype": str(dtype), "shape": [list(b.shape) for b in batches[:1]]}
         name = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
         self.folder = None if folder is None else folder / name
         tokens = sum(batch.numel() for batch in batches)
         # d_model in and out; a fused projection may be wider, and then the budget is kept by the file sizes.
-        self.bytes_per_place = tokens * 2 * _width(teacher) * dtype.itemsize
-        room = 0 if self.folder is None else int(budget // max(1, self.bytes_per_place))
-        self.stored = self.places[:room]
+        self.bytes_per_module = tokens * 2 * _width(teacher) * dtype.itemsize
+        room = 0 if self.folder is None else int(budget // max(1, self.bytes_per_module))
+        self.stored = self.modules[:room]
         self._calls: dict[str, Call] = {}
 
     @property
     def needed(self) -> int:
-        """Bytes that all places together want."""
-        return self.bytes_per_place * len(self.places)
+        """Bytes that all modules together want."""
+        return self.bytes_per_module * len(self.modules)
 
     def fill(self, progress: Callable[[int], None] = lambda _n: None) -> int:
-        """Run the teacher over every batch that has no shard yet, once for all places; the number of tokens run."""
+        """Run the teacher over every batch that has no shard yet, once for all modules; the number of tokens run."""
         ran = 0
         for index, ids in enumerate(self.batches):
             missing = [p for p in self.stored if not self._shard(index, p).exists()]
@@ -89,13 +91,13 @@ class Store:
                 for part, (x, y) in zip(missing, self._run(missing, ids), strict=True):
                     tensors = {n: t.to(self.dtype).contiguous() for n, t in (("x", x), ("y", y))}
                     data = safetensors.torch.save(tensors)
-                    write_atomic(self._shard(index, part), lambda file, data=data: file.write(data))
+                    write_atomic(self._shard(index, part), partial(_put, data))
                 ran += ids.numel()
             progress(ids.numel())
         return ran
 
-    def batch(self, part: Part, index: int) -> Example:
-        """Input and target of one place for one batch, on the model's device, float32 at least."""
+    def batch(self, part: ModulePair, index: int) -> Example:
+        """Input and target of one module for one batch, on the model's device, float32 at least."""
         shard = self._shard(index, part) if part in self.stored else None
         if shard is None or not shard.exists():
             ids = self.batches[index]
@@ -107,12 +109,12 @@ class Store:
             _wide(tensors["x"].to(device)), _wide(tensors["y"].to(device)), self._call(part)
         )
 
-    def batches_of(self, part: Part) -> Iterator[Example]:
-        """Every batch of a place, in order."""
+    def batches_of(self, part: ModulePair) -> Iterator[Example]:
+        """Every batch of a module, in order."""
         for index in range(len(self.batches)):
             yield self.batch(part, index)
 
-    def _run(self, parts: Sequence[Part], ids: Tensor) -> list[tuple[Tensor, Tensor]]:
+    def _run(self, parts: Sequence[ModulePair], ids: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Input and output of each part, `batch pos d`."""
         paths, last = [part.path for part in parts], max(part.layer for part in parts)
         seen = watch(self.teacher, paths, ids, last=last)
@@ -120,7 +122,7 @@ class Store:
         given = seen if self.inputs is None else watch(self.inputs, paths, ids, last=last)
         return [(given[path][0], seen[path][1]) for path in paths]
 
-    def _call(self, part: Part) -> Call:
+    def _call(self, part: ModulePair) -> Call:
         if (
             part.path not in self._calls
         ):  # shards of an earlier process: one row shows how it is called
@@ -128,7 +130,7 @@ class Store:
             self._calls[part.path] = seen[part.path][2]
         return self._calls[part.path]
 
-    def _shard(self, index: int, part: Part) -> Path:
+    def _shard(self, index: int, part: ModulePair) -> Path:
         return self.folder / f"{index:05d}-{part.where}.safetensors"  # type: ignore[operator]
 
 
@@ -138,3 +140,7 @@ def _wide(x: Tensor) -> Tensor:
 
 def _width(layout: Layout) -> int:
     return layout.d_model
+
+
+def _put(data: bytes, file: IO[bytes]) -> None:
+    file.write(data)

@@ -1,0 +1,133 @@
+"""plan.json as types: what was replaced, and how a stage's plan is read back from its file. No torch.
+
+A plan is a frozen dataclass. It is written as JSON and read back field by field, nested dataclasses included; a file
+that does not fit is an error that names the field.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import UnionType
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from mismatch.errors import RunError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Replaced:
+    """One module that was replaced. Parameter dicts map a name to its number of values.
+
+    `old` and `new` are the names of the two classes, `notes` sentences about this mechanism in this slot.
+    """
+
+    layer: int | None
+    slot: str
+    path: str
+    mechanism: str
+    args: dict[str, Any]
+    old: str
+    new: str
+    inherited: dict[str, int]
+    new_parameters: dict[str, int]
+    dropped: dict[str, int]
+    identity: str
+    state: str
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SwapPlan:
+    """What surgery did (or, on the meta device, would do), and what to know before the numbers are believed."""
+
+    spec: str
+    clauses: tuple[Replaced, ...]
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Layers with a replaced module, ascending."""
+        return tuple(sorted({c.layer for c in self.clauses if c.layer is not None}))
+
+    @property
+    def first(self) -> int | None:
+        """The first replaced layer; None when only the final norm is replaced."""
+        return min(self.layers, default=None)
+
+
+def as_json(plan: Any) -> dict[str, Any]:
+    """A plan as plain values: a dataclass, or a mapping as it is."""
+    return dict(plan) if isinstance(plan, Mapping) else dataclasses.asdict(plan)
+
+
+def from_json(kind: type[T], data: Any, path: Path | None) -> T:
+    """A plan out of plain values.
+
+    Args:
+        kind: the dataclass of the plan.
+        data: what plan.json holds; a null where a float is meant is NaN, which JSON does not have.
+        path: of the file, for the error.
+
+    Raises:
+        RunError: a field is missing or of another type; the message names it.
+    """
+    try:
+        read: T = _read(kind, data, "")
+    except _Unfit as unfit:
+        raise RunError(
+            f"{path or 'the plan'} is not the plan of such a run: {unfit}",
+            hint="the file was changed by hand, or made by another version of mismatch",
+        ) from None
+    return read
+
+
+class _Unfit(Exception):
+    """A value of another type than its field."""
+
+
+def _read(kind: Any, data: Any, where: str) -> Any:
+    """A value of a type: dataclasses, tuples, lists, dicts, `X | None`, numbers, words."""
+    origin, args = get_origin(kind), get_args(kind)
+    if kind is Any:
+        return data
+    if origin in (UnionType, Union):
+        return None if data is None else _read(args[0], data, where)
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind) and isinstance(data, dict):
+        return kind(**_fields(kind, data, where))
+    if origin in (tuple, list) and isinstance(data, (list, tuple)):
+        inner = args[:1] * len(data) if origin is list or args[-1] is ... else args
+        if len(inner) == len(data):
+            found = (
+                _read(t, x, f"{where}[{i}]")
+                for i, (t, x) in enumerate(zip(inner, data, strict=True))
+            )
+            return origin(found)
+    if (origin or kind) is dict and isinstance(data, dict):
+        of = args[1] if args else Any
+        return {key: _read(of, value, f"{where}.{key}") for key, value in data.items()}
+    if kind is float and (data is None or type(data) in (int, float)):
+        return math.nan if data is None else float(data)
+    if isinstance(kind, type) and type(data) is kind:
+        return data
+    name = getattr(kind, "__name__", str(kind))
+    field = f"`{where.lstrip('.')}`" if where else "it"
+    raise _Unfit(f"{field} must be {name}, got {data!r:.60}")
+
+
+def _fields(kind: Any, data: Mapping[str, Any], where: str) -> dict[str, Any]:
+    types = get_type_hints(kind)
+    known = [field for field in dataclasses.fields(kind) if field.init]
+    for field in known:
+        needed = field.default is field.default_factory is dataclasses.MISSING
+        if needed and field.name not in data:
+            raise _Unfit(f"`{f'{where}.{field.name}'.lstrip('.')}` is missing")
+    return {
+        field.name: _read(types[field.name], data[field.name], f"{where}.{field.name}")
+        for field in known
+        if field.name in data
+    }

@@ -1,0 +1,77 @@
+"""plan.json of a repair. No torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from mismatch.runs.plan import SwapPlan
+from mismatch.stages.repair.forecast import Foretold
+from mismatch.stages.repair.ladder_stages.stage_result import StageResult
+
+Reading = tuple[float, float, float]
+"""Value, and the ends of its 95 % interval over documents."""
+
+
+@dataclass(frozen=True)
+class StudentReading:
+    """One student on the evaluation text: nats per token; `repaired_minus` is the repaired model minus this, paired."""
+
+    kl: Reading
+    nll: Reading
+    gap_closed: Reading
+    repaired_minus: Reading
+
+
+@dataclass(frozen=True)
+class Branch:
+    """One branch taken out of the repaired model, or a module without branches (`branch` None).
+
+    Attributes:
+        layer, where, branch: which.
+        kl, lo, hi: of the repaired model without it, nats per token.
+        more, more_lo, more_hi: that minus the KL with it, paired over documents.
+        verdict: used, bypassed, open, or not applicable.
+    """
+
+    layer: int
+    where: str
+    branch: str | None
+    kl: float = float("nan")
+    lo: float = float("nan")
+    hi: float = float("nan")
+    more: float = float("nan")
+    more_lo: float = float("nan")
+    more_hi: float = float("nan")
+    verdict: str = "not applicable"
+
+
+@dataclass(frozen=True)
+class Gates:
+    """The gates by name, one number a head: before and after; `weighs` names the branch of those that weigh one."""
+
+    weighs: dict[str, str] = field(default_factory=dict)
+    start: dict[str, list[float]] = field(default_factory=dict)
+    end: dict[str, list[float]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RepairPlan(SwapPlan):
+    """What was replaced and what the repair did.
+
+    Attributes:
+        stages: of the repair ladder, as run; the first is `inherit`.
+        students: swap, repaired model and controls on the evaluation text.
+        branches: each taken out in turn.
+        forecast: made before the first stage, with its score.
+        notes: which text was trained on; probes that could not be asked.
+        teacher: name and fingerprint of the model.
+    """
+
+    stages: tuple[StageResult, ...]
+    students: dict[str, StudentReading]
+    branches: tuple[Branch, ...]
+    gates: Gates
+    forecast: Foretold
+    notes: tuple[str, ...]
+    teacher: dict[str, Any]
