@@ -41,7 +41,7 @@ from mismatch.stages.repair.rungs.local import LocalLoss, groups
 from mismatch.stages.repair.rungs.loss import relative_error
 from mismatch.stages.repair.rungs.module_pair import own, parts_of, watch
 from mismatch.stages.repair.rungs.training import Trainer
-from mismatch.stages.repair.self_generated import Writer
+from mismatch.stages.repair.self_generated import Sampler
 from mismatch.texts.documents import read
 from mismatch.texts.windows import windows
 
@@ -90,7 +90,7 @@ def times(config: RepairConfig, rounds: int) -> dict[str, list[float]]:
     part = parts_of(layout, student)[0]
     own(part.student, teacher.model)
     fresh = {clause.path: set(clause.new_parameters) for clause in student.plan.clauses}
-    writer = Writer(teacher.model, teacher.tokenizer, seq_len, seed=config.seed)
+    sampler = Sampler(teacher.model, teacher.tokenizer, seq_len, seed=config.seed)
     found: dict[str, list[float]] = {way: [] for way in WORDS}
     with tempfile.TemporaryDirectory() as folder:
         filled = [_store(layout, part, batches, Path(folder) / str(n)) for n in range(rounds + 2)]
@@ -118,7 +118,7 @@ def times(config: RepairConfig, rounds: int) -> dict[str, list[float]]:
                 found[way].append(1e3 * spent(run) / tokens)
             found["store"].append(1e3 * spent(filled[number + 2].fill) / tokens)
             if number < WRITING:
-                own_words = spent(lambda: writer.write(config.to_generate))
+                own_words = spent(lambda: sampler.sample(config.to_generate))
                 found["write"].append(1e3 * own_words / config.to_generate)
             said = ", ".join(f"{way} {values[-1]:.3f}" for way, values in found.items())
             print(f"round {number + 1}, CPU-ms a token: {said}", file=sys.stderr)

@@ -35,7 +35,7 @@ from mismatch.stages.repair.rungs import block_window_kl as stream
 from mismatch.stages.repair.rungs.activation_store import Store
 from mismatch.stages.repair.rungs.module_pair import Part, watch
 from mismatch.stages.repair.texts import RepairTexts, read_texts
-from mismatch.stages.repair.trainable import learner
+from mismatch.stages.repair.trainable import trainable
 
 LAYERS = (2, 10, 18, 26, 6, 14, 22, 12)
 """In the order in which they are run: stopped half-way, the record still spans the depth."""
@@ -156,14 +156,14 @@ def one_cell(bench: Bench, layer: int, name: str) -> dict[str, Any]:
     rungs = RUNGS if layer in BLOCK_LAYERS else RUNGS[:2]
     config = _config(swap_text, rungs)
     swap = _swap(bench, swap_text)
-    mine = learner(teacher, config, swap, bench.read.documents)
+    mine = trainable(teacher, config, swap, bench.read.documents)
     known |= before(bench, mine.parts[0])
     ladder = Ladder(
         config, teacher.layout, mine, held_out, bench.texts, folder=bench.folder, state=None,
         fingerprint={}, stopping=lambda: False, say=lambda line: print(line, file=sys.stderr),
     )  # fmt: skip
     ladder.begin()
-    climbed = ladder.climb()
+    climbed = ladder.run()
     found = {"layer": layer, "mechanism": name, "swap": swap_text, "kl": climbed[0].kl, **known}
     closed = 0.0
     for rung in climbed[1:]:

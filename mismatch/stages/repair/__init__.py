@@ -1,1 +1,1 @@
-"""Train the swapped layer to give what the original gave, cheaply, and prove that it worked."""
+"""Train the swapped layer to give what the teacher's gives, cheaply, and prove that it worked."""

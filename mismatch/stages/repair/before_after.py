@@ -113,7 +113,7 @@ def few(cut: Windows, tokens: int) -> Windows:
 
 
 def _beside(swap: Student, repaired: Student) -> list[Student]:
-    """Both with the plan of the swap: blocks behind it that learnt too were not swapped."""
+    """Both with the plan of the swap: blocks behind it that were trained too were not swapped."""
     return [swap, dataclasses.replace(repaired, name=REPAIRED, plan=swap.plan)]
 
 

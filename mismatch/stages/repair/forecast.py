@@ -1,4 +1,4 @@
-"""How much of the gap each rung will close, said before anything learns, from a record of repairs that were scored.
+"""How much of the gap each rung will close, said before anything trains, from a record of repairs that were scored.
 
 The record (`forecast.csv`, of analyses/forecast_score.py) holds a row per swap: numbers known before training, and the
 share of the gap that was closed after each rung. A forecast is the mean of the record (of the same mechanism, where it
@@ -8,7 +8,7 @@ that helps no more than the mean is not used.
 The interval is CV+ (Barber, Candes, Ramdas, Tibshirani 2021, Predictive inference with the jackknife+, section 3): for
 each fold k a line chosen and fitted without it, its errors R_i on the cells of that fold, and quantiles of line_k(x) -
 R_i and of line_k(x) + R_i over all cells. A fold is one layer where the record knows the mechanism, and one mechanism
-where it does not: the forecast for a mechanism that nobody tried is judged by mechanisms that were left out. Coverage
+where it does not: the forecast for a mechanism that nobody tried is scored by mechanisms that were left out. Coverage
 is promised for a swap that is drawn like those of the record (at least 1 - 2 `MISS`, usually about 1 - `MISS`). Nothing
 is promised for another, so what lies outside of the record is refused in words. No torch.
 """
@@ -32,7 +32,7 @@ NUMBERS = {
     "local_error": "the error of the part on the teacher's input",
     "of_zero": "its KL over that of deleting the part",
 }
-"""What a repair knows before it learns, at little cost, in words. Errors as in `mismatch.stages.repair.rungs.loss`."""
+"""What a repair knows before it trains, at little cost, in words. Errors as in `mismatch.stages.repair.rungs.loss`."""
 SHARES = ("removed",)
 """Numbers that a line takes as they are; of the others, which are above 0, it takes the logarithm."""
 OWN = "mechanism"
@@ -131,7 +131,7 @@ def shipped() -> pd.DataFrame:
 
     Returns:
         A row per repair: model, n_layers, d_model, slot, tokens, epochs, seq_len, layer, mechanism, the numbers of
-        `NUMBERS`, and `closed R` for each rung R, NaN where it was not climbed.
+        `NUMBERS`, and `closed R` for each rung R, NaN where it did not run.
     """
     with (resources.files(__package__) / "forecast.csv").open() as file:
         return pd.read_csv(file)
@@ -143,7 +143,7 @@ def foretell(swap: Swap, rungs: Sequence[str], seen: int | None) -> Foretold:
     Args:
         swap: what is repaired.
         rungs: that are asked for.
-        seen: tokens that a rung learns from, each as often as it is seen; None where no repair is planned yet.
+        seen: tokens that a rung trains on, each as often as it is seen; None where no repair is planned yet.
     """
     record = shipped()
     first, cells = record.iloc[0], len(record)
@@ -190,7 +190,7 @@ def outside(swap: Swap, record: pd.DataFrame) -> str | None:
 
 
 def forecast(swap: Swap, rung: str, record: pd.DataFrame) -> Forecast | None:
-    """The forecast of one rung; None where the record holds no climb to it.
+    """The forecast of one rung; None where the record holds no run of it.
 
     Args:
         swap: not `outside` of the record.

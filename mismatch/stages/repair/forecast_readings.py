@@ -26,9 +26,7 @@ from mismatch.surgery.students import Teacher
 
 FITTED = 8192
 """Tokens that fit the linear map: as many as in the record."""
-NONE_WRITTEN = (
-    "the repairs of the record learnt from calibration text alone, none written by the model"
-)
+NONE_SAMPLED = "the repairs of the record trained on given text alone, none of it self-generated"
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 """Towards the map that leaves the output as it is, in means of the diagonal; held-out text chooses."""
 
@@ -41,7 +39,7 @@ def foretell(
     Args:
         config: the settings.
         teacher: the untouched model.
-        ladder: that has begun, and has not climbed.
+        ladder: that has begun, and has not run.
         controls: on the same held-out text, in the same slot; what is missing is not used.
     """
     layout, part = teacher.layout, ladder.parts[0]
@@ -57,12 +55,12 @@ def foretell(
     told = forecast.foretell(swap, config.stages, config.train_tokens * config.epochs)
     if told.why_not is not None or not config.to_generate:
         return told
-    return replace(told, note="; ".join(filter(None, (told.note, NONE_WRITTEN))))
+    return replace(told, note="; ".join(filter(None, (told.note, NONE_SAMPLED))))
 
 
 @torch.no_grad()
 def errors(part: Part, store: Store, held: Store) -> dict[str, float]:
-    """`local_error`, `mapped_error`, `removed` of a part, on held-out inputs of the teacher; errors as in `weighing`.
+    """`local_error`, `mapped_error`, `removed` of a part, on held-out inputs of the teacher; errors as in `rungs.loss`.
 
     Args:
         part: as swapped.

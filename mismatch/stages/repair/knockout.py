@@ -6,7 +6,7 @@ difference is paired, with its interval over documents.
 
     used       without it the KL grows by more than `MATTERS` of what the repair left, whole interval
     bypassed   it grows by less, whole interval (or falls): the repair does not need the branch
-    open       the interval holds that border: too few documents to say
+    open       the interval holds that border: too few documents to tell
 
 What remains keeps its weight (`Mechanism.branches`), so the reading is what the branch adds to this student, not what a
 student trained without it would do.

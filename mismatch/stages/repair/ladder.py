@@ -31,32 +31,32 @@ from mismatch.stages.repair.rungs.module_pair import Part
 from mismatch.stages.repair.rungs.rung import Rung
 from mismatch.stages.repair.rungs.snapshot import bits, fingerprint, tensor
 from mismatch.stages.repair.rungs.training import Group, Trained, Trainer
-from mismatch.stages.repair.trainable import Learner
+from mismatch.stages.repair.trainable import Trainable
 
 LEAST_STEPS = 10  # a rung with time for fewer is left out
-LATER_RATE = 0.25  # of all rates, in the rung `block`, where the parts have learnt alone
+LATER_RATE = 0.25  # of all rates, in the rung `block`, where the parts were trained alone
 LAST_RATE = 0.05  # in the rungs behind it
 NEIGHBOUR_RATE = 0.25  # of the rate of weights, for LoRA in the blocks behind, which starts anew
 
 
 @dataclass
 class Texts:
-    """Batches of ids: to learn from, and to look at."""
+    """Batches of ids: training and validation text."""
 
     train: Sequence[Tensor]
-    look: Sequence[Tensor]
+    validation: Sequence[Tensor]
     key: dict[str, str]
 
 
 class Ladder:
-    """Climbs.
+    """Runs the rungs one after the other.
 
     Args:
         config: the settings.
         teacher: layout of the untouched model.
-        learner: the student, its parts and what else of it trains.
+        trained: the student, its parts and what else of it trains.
         held_out: evaluation text, behind every reported number.
-        texts: to learn from and to look at.
+        texts: training and validation.
         folder: for activations.
         state: where rungs are saved; None never.
         fingerprint: of the run.
@@ -69,7 +69,7 @@ class Ladder:
         self,
         config: RepairConfig,
         teacher: Layout,
-        learner: Learner,
+        trained: Trainable,
         held_out: HeldOut,
         texts: Texts,
         *,
@@ -80,9 +80,9 @@ class Ladder:
         say: Callable[[str], None],
         spent: float = 0.0,
     ) -> None:
-        self.config, self.teacher, self.student = config, teacher, learner.student
-        self.parts, self.companions = learner.parts, learner.companions
-        self.neighbours = learner.neighbours
+        self.config, self.teacher, self.student = config, teacher, trained.student
+        self.parts, self.companions = trained.parts, trained.companions
+        self.neighbours = trained.neighbours
         self.held_out, self.texts = held_out, texts
         self.folder, self.state, self.fingerprint = folder, state, fingerprint
         self.stopping, self.say = stopping, say
@@ -91,17 +91,17 @@ class Ladder:
         self.best: Evaluated | None = None
         self.pace = Pace(config, spent)
 
-    # ---- the climb ------------------------------------------------------------------------------
+    # ---- rung by rung ---------------------------------------------------------------------------
 
     def begin(self) -> Evaluated:
         """What comes before the first rung: the teacher's activations, and the damage. Weights are those of the swap
-        even where a climb is resumed."""
+        even where a repair is resumed."""
         self._resume()
         self._run_teacher()
         self.swapped = self.best = self._evaluated()
         return self.swapped
 
-    def climb(self) -> list[Rung]:
+    def run(self) -> list[Rung]:
         """Every rung that was asked for, until it no longer pays; behind `begin`.
 
         Raises:
@@ -114,7 +114,7 @@ class Ladder:
             self.best = self._evaluated()
         for name in self.config.stages[len(self.rungs) - 1 :]:
             if self._exhausted():
-                self.say(f"the climb ends before {name}: the time is spent, or it no longer pays")
+                self.say(f"the ladder ends before {name}: the time is spent, or it no longer pays")
                 break
             if self.stopping():
                 raise KeyboardInterrupt
@@ -201,7 +201,7 @@ class Ladder:
     def _later(
         self, parts: Sequence[Part], companions: dict[str, nn.Parameter], share: float
     ) -> list[Group]:
-        """Parts that have learnt alone, and what stands around them, all at once."""
+        """Parts that were trained alone, and what stands around them, all at once."""
         learning, fresh = [], self._fresh()
         rates = (share * self.config.lr, share * self.config.gate_lr)
         for part in parts:
@@ -297,7 +297,7 @@ class Ladder:
             places += [part for part in self._span() if part.path not in {p.path for p in places}]
         if places:
             tokens = sum(ids.numel() for ids in self.texts.train)
-            self.say(f"the teacher runs over {tokens:,} tokens to learn from, once")
+            self.say(f"the teacher runs over {tokens:,} training tokens, once")
             self.stores([], places)
 
     def _in_turn(self) -> bool:
@@ -315,7 +315,7 @@ class Ladder:
         inputs = self.student.layout if behind and self.config.order == "sequential" else None
         whose = "teacher" if inputs is None else fingerprint(self._weights())
         found = []
-        for batches, kind in ((self.texts.train, "train"), (self.texts.look, "look")):
+        for batches, kind in ((self.texts.train, "train"), (self.texts.validation, "validation")):
             store = Store(
                 self.teacher,
                 places,

@@ -1,9 +1,9 @@
-"""Text that the original model writes itself, to learn from beside the calibration text.
+"""Text sampled from the teacher, to train on beside given text.
 
-A calibration text is of one kind, and a layer that was mended on speeches is less right elsewhere. What a model draws
+A given text is of one kind, and a layer that was repaired on speeches is less right elsewhere. What a model draws
 from its own distribution is as wide as what it was trained on, and asks for no data (LLM-QAT, arXiv 2305.17888, section
 3.1). Each piece begins with a token at random and goes on at temperature 1 over all tokens but the special ones, so
-that nothing is chosen to suit a layer or a text that is judged. Pieces are short, for every token looks back at all
+that nothing is chosen to suit a layer or the evaluation text. Pieces are short, for every token looks back at all
 before it; several make a window, and the teacher reads windows as they are.
 """
 
@@ -26,13 +26,13 @@ from mismatch.stages.repair.rungs.training import no_room
 from mismatch.texts.windows import prefix_ids
 
 PIECE = 256  # tokens of a piece, at most
-ROOM = 4e9  # bytes that pieces written side by side may take
+ROOM = 4e9  # bytes that pieces sampled side by side may take
 SCORES = 16  # bytes per word of the vocabulary and piece: scores, and what is made of them to draw
 TRIAL = 16  # tokens of each piece that are timed to know what all of them cost
 DEARER = 1.5  # a token of a whole piece against one of the trial: it looks back further
 
 
-class Writer:
+class Sampler:
     """Draws windows from a model.
 
     Args:
@@ -63,11 +63,11 @@ class Writer:
         self.words = torch.tensor([i for i in range(len(tokenizer)) if i not in special])
         self.rows = self._side_by_side()
 
-    def write(self, tokens: int, seconds: float = math.inf) -> np.ndarray:
+    def sample(self, tokens: int, seconds: float = math.inf) -> np.ndarray:
         """Windows, as many as were asked for or as there is time for.
 
         Args:
-            tokens: to write, at most.
+            tokens: at most.
             seconds: that it may take.
 
         Returns:
@@ -78,12 +78,12 @@ class Writer:
             MismatchError: no memory for a single piece.
         """
         with kept_pages():
-            return self._written(tokens, seconds)
+            return self._sampled(tokens, seconds)
 
-    def _written(self, tokens: int, seconds: float) -> np.ndarray:
+    def _sampled(self, tokens: int, seconds: float) -> np.ndarray:
         asked = tokens // self.seq_len
         wanted = min(asked, self._affordable(asked, seconds))
-        self.say(f"the original writes {wanted * self.seq_len:,} tokens itself, to learn from")
+        self.say(f"{wanted * self.seq_len:,} tokens to train on are sampled from the teacher")
         if wanted < asked:
             self.say(f"(for all {asked * self.seq_len:,} of --self-generated there is no time)")
         pieces: list[Tensor] = []
@@ -102,7 +102,7 @@ class Writer:
         try:
             logits = self.model(self.words[:1, None].to(self.device), past_key_values=cache).logits
         except torch.OutOfMemoryError as error:
-            raise no_room("while the original writes") from error
+            raise no_room("while the teacher is sampled from") from error
         kept = sum(
             held.nbytes
             for layer in cache.layers
@@ -128,7 +128,7 @@ class Writer:
                 return list(self._drawn(min(rows, self.rows), length, number))
             except torch.OutOfMemoryError as error:
                 if self.rows == 1:
-                    raise no_room("while the original writes") from error
+                    raise no_room("while the teacher is sampled from") from error
                 self.rows = max(1, min(rows, self.rows) // 2)
                 self.say(f"out of memory: {self.rows} pieces side by side from here on")
 

@@ -39,9 +39,9 @@ from mismatch.stages.repair.rows import (
 from mismatch.stages.repair.rungs.module_pair import parts_of
 from mismatch.stages.repair.rungs.rung import Rung
 from mismatch.stages.repair.texts import RepairTexts, read_texts
-from mismatch.stages.repair.trainable import learner
-from mismatch.stages.repair.trained_controls import SameSteps
-from mismatch.stages.repair.training_text import learn_from
+from mismatch.stages.repair.trainable import trainable
+from mismatch.stages.repair.trained_controls import TrainedControl
+from mismatch.stages.repair.training_text import training_text
 from mismatch.stages.swapped import calibrates, plan_dict, plan_warnings
 from mismatch.surgery.operate import Student
 from mismatch.surgery.students import students_of
@@ -121,10 +121,10 @@ def _run(
     config, teacher, texts = opened.config, opened.teacher, prepared.texts
     calibration = prepared.calibration
     swap, *controls = opened.students(calibration)
-    mine = learner(teacher, config, swap, calibration)
+    mine = trainable(teacher, config, swap, calibration)
     student, parts = mine.student, mine.parts
     gates = {"weighs": weighing(parts), "start": standing(parts)}
-    learnt = learn_from(
+    training = training_text(
         config,
         teacher,
         texts.train,
@@ -136,19 +136,19 @@ def _run(
     device = teacher.layout.embedding_device
     opened.say(f"the teacher runs over {texts.evaluation.tokens:,} evaluation tokens, once")
     held_out = HeldOut(teacher.layout, texts.evaluation, parts[0].layer, config.batch_size)
-    key = {"model": teacher.info.sha256, "train": learnt.windows.fingerprint}
+    key = {"model": teacher.info.sha256, "train": training.windows.fingerprint}
     batches = Texts(
-        _batches(learnt.windows, config.batch_size, device),
+        _batches(training.windows, config.batch_size, device),
         _batches(texts.validation, config.batch_size, device),
         {**key, "validation": texts.validation.fingerprint},
     )
-    prints = {**opened.fingerprints(), "training": learnt.windows.fingerprint}
+    prints = {**opened.fingerprints(), "training": training.windows.fingerprint}
     shared: dict[str, Any] = {
         "folder": _activations(opened, temporary),
         "fingerprint": prints,
         "stopping": stopping,
         "say": opened.say,
-        "spent": learnt.seconds,
+        "spent": training.seconds,
     }
     beside = {control.name: held_out.evaluate(control.layout) for control in controls}
     ladder = Ladder(config, teacher.layout, mine, held_out, batches, state=opened.state(), **shared)
@@ -156,13 +156,15 @@ def _run(
     foretold = foretell(config, teacher, ladder, beside)
     for line in forecast_lines(asdict(foretold)):
         opened.say(line)
-    rungs = ladder.climb()
+    rungs = ladder.run()
     opened.say("branches are evaluated")
     for control in _trained_controls(opened, swap, calibration):
         opened.say(f"the control {control.name} is trained for the same steps")
-        other = learner(teacher, config, control, calibration)
-        like = SameSteps(config, teacher.layout, other, held_out, batches, state=None, **shared)
-        beside[f"{control.name}-same-steps"] = like.climb_like(rungs)
+        other = trainable(teacher, config, control, calibration)
+        like = TrainedControl(
+            config, teacher.layout, other, held_out, batches, state=None, **shared
+        )
+        beside[f"{control.name}-same-steps"] = like.train_like(rungs)
     evaluated = {AS_SWAPPED: ladder.swapped, AS_REPAIRED: ladder.best, **beside}
     knocked = knocked_out(held_out, student, parts, ladder.best, config.seed)
     for at in knocked:
@@ -170,7 +172,7 @@ def _run(
     began = time.monotonic()
     rows = _before_and_after(opened, prepared, swap, student)
     gates["end"] = standing(parts)
-    notes = [*learnt.lines(config.train_data), *prepared.unasked]
+    notes = [*training.lines(config.train_data), *prepared.unasked]
     found = Found(rungs, evaluated, knocked, foretold.scored(rungs), gates, rows, notes)
     if opened.folder is not None:
         climbed = _climbed(opened, found)

@@ -1,4 +1,4 @@
-"""The student that learns: a swap once more, with its own tensors where something trains, and LoRA behind it.
+"""The student that is trained: a swap once more, with its own tensors where something trains, and LoRA behind it.
 
 Built beside the swap and over the same teacher, so that the swap stays as it came.
 """
@@ -19,8 +19,8 @@ from mismatch.texts.windows import Windows
 
 
 @dataclass(frozen=True)
-class Learner:
-    """What a ladder climbs with.
+class Trainable:
+    """What a ladder trains.
 
     Attributes:
         student: the model.
@@ -35,14 +35,14 @@ class Learner:
     neighbours: dict[str, nn.Parameter]
 
 
-def learner(
+def trainable(
     teacher: Teacher, config: RepairConfig, swap: Student, calibration: Windows | None
-) -> Learner:
-    """The same as a swap (or a control), to learn; at the start it gives what the swap gives.
+) -> Trainable:
+    """The same as a swap (or a control), to train; at the start it gives what the swap gives.
 
     Args:
         teacher: the untouched model.
-        config: which rungs are climbed says what trains.
+        config: which rungs run decides what trains.
         swap: the student that stays as it is.
         calibration: windows for mechanisms that set themselves from them.
 
@@ -69,7 +69,7 @@ def learner(
         # A student that was handed over may have been trained: the repair starts from its own tensors.
         part.student.load_state_dict(swap.model.get_submodule(part.path).state_dict())
     companions = _companions(student, parts, teacher.model) if config.around else {}
-    return Learner(student, parts, companions, _neighbours(student, swapped))
+    return Trainable(student, parts, companions, _neighbours(student, swapped))
 
 
 def _companions(

@@ -1,13 +1,13 @@
-"""The same steps spent on a control: what training alone does, and what is mended without the mechanism.
+"""The same steps spent on a control: what training alone does, and what is repaired without the mechanism.
 
-A control goes through the rungs that the swap climbed and kept, with the same number of steps, batches in the same
+A control goes through the rungs that the swap ran and kept, with the same number of steps, batches in the same
 order and the same rates; closed forms are not for it. Two controls ask two questions:
 
     identity   the unswapped layer. Does distillation on this text alone move the model? In float32 it cannot: the
                student starts where every loss and its gradient are exactly 0, so it reads exactly 0. In a half
                type, or on activations stored in one, what it reads is drift
-    zero       nothing in the place. What do the rest of the block and LoRA behind it mend without the mechanism? A
-               repaired swap that is no better was mended around
+    zero       nothing in the place. What do the rest of the block and LoRA behind it repair without the mechanism?
+               A repaired swap that is no better was repaired around
 
 The weights evaluated are those of the last step. Nothing is chosen on held-out text, for a choice would return to the
 start and hide a drift.
@@ -25,17 +25,17 @@ from mismatch.stages.repair.rungs.rung import Rung
 from mismatch.stages.repair.rungs.training import Group, Trainer
 
 
-class SameSteps(Ladder):
-    """A ladder of rungs that were climbed already, on another student. `climb_like` in place of `climb`."""
+class TrainedControl(Ladder):
+    """A ladder of rungs that another student ran already. `train_like` in place of `run`."""
 
-    def climb_like(self, climbed: Sequence[Rung]) -> Evaluated:
+    def train_like(self, done: Sequence[Rung]) -> Evaluated:
         """Train as long as each of these rungs did, then evaluate.
 
         Raises:
             KeyboardInterrupt: stopped; this control starts anew when the run is resumed.
         """
         self._run_teacher()
-        for rung in climbed:
+        for rung in done:
             if rung.kept and rung.steps:
                 self._steps = rung.steps // self._loops(rung.name)
                 getattr(self, "_" + rung.name.replace("-", "_"))(rung.name)
@@ -53,7 +53,7 @@ class SameSteps(Ladder):
                 parameter.requires_grad_(True)
         if loss(
             0, 1
-        ).requires_grad:  # of a mechanism that learns nothing the rung `local` has no gradient
+        ).requires_grad:  # of a mechanism that trains nothing the rung `local` has no gradient
             later = count()
             trainer = Trainer(
                 learning,

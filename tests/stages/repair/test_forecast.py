@@ -225,7 +225,7 @@ def test_it_is_written_down_before_the_first_rung(of_the_toy, toy_folder, tmp_pa
     log = (tmp_path / "run" / "log.txt").read_text()
     assert "forecast  local: gap closed" in log
     assert "(90 %), from" in log
-    assert "learnt from calibration text alone, none written by the model" in log
+    assert "trained on given text alone, none of it self-generated" in log
 
 
 def test_it_is_scored_after(of_the_toy, toy_teacher):

@@ -1,4 +1,4 @@
-"""What the original writes to learn from: drawn from its own distribution, kept, and never the held-out text."""
+"""What is sampled from the teacher to train on: drawn from its own distribution, kept, and never the held-out text."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from mismatch.errors import ConfigError, MismatchError
 from mismatch.runs.state import State
 from mismatch.stages.repair import training_text as module
 from mismatch.stages.repair.config import RepairConfig
-from mismatch.stages.repair.self_generated import Writer, _Draw
-from mismatch.stages.repair.training_text import learn_from
+from mismatch.stages.repair.self_generated import Sampler, _Draw
+from mismatch.stages.repair.training_text import training_text
 from mismatch.texts.windows import Windows
 
 SPECIAL = (0, 1, 2)
@@ -60,12 +60,12 @@ def test_words_are_drawn_as_often_as_the_model_says():
 
 def test_the_words_follow_the_model(toy_teacher):
     """Of a text that a model draws, the mean NLL is the mean entropy; of any other text it is not."""
-    writer = Writer(toy_teacher.model, toy_teacher.tokenizer, 64, seed=0)
-    ids = torch.from_numpy(writer.write(8192))
+    sampler = Sampler(toy_teacher.model, toy_teacher.tokenizer, 64, seed=0)
+    ids = torch.from_numpy(sampler.sample(8192))
     with torch.no_grad():
-        logits = toy_teacher.model(ids).logits[:, :-1, writer.words]
-    place = torch.full((int(writer.words.max()) + 1,), -1)
-    place[writer.words] = torch.arange(len(writer.words))
+        logits = toy_teacher.model(ids).logits[:, :-1, sampler.words]
+    place = torch.full((int(sampler.words.max()) + 1,), -1)
+    place[sampler.words] = torch.arange(len(sampler.words))
     chances = logits.log_softmax(-1)
     nll = -chances.gather(-1, place[ids[:, 1:]].unsqueeze(-1)).squeeze(-1)
     entropy = -(chances.exp() * chances).sum(-1)
@@ -82,7 +82,7 @@ def test_every_family_writes(family, tiny):
     own = model.generation_config
 
     def write(seed: int) -> np.ndarray:
-        return Writer(model, Words(), 40, seed=seed).write(400)
+        return Sampler(model, Words(), 40, seed=seed).sample(400)
 
     ids = write(0)
     assert ids.shape == (10, 40)
@@ -99,24 +99,24 @@ def test_a_cache_with_room_is_the_model_s_own(family, tiny, monkeypatch):
     from mismatch.stages.repair import self_generated as written
 
     model = tiny(family)
-    roomy = Writer(model, Words(), 40, seed=0).write(200)
+    roomy = Sampler(model, Words(), 40, seed=0).sample(200)
     monkeypatch.setattr(written, "_roomy", lambda config, _length: DynamicCache(config=config))
-    np.testing.assert_array_equal(roomy, Writer(model, Words(), 40, seed=0).write(200))
+    np.testing.assert_array_equal(roomy, Sampler(model, Words(), 40, seed=0).sample(200))
 
 
 def test_pieces_fill_windows_and_begin_as_texts_do(tiny, monkeypatch):
     from mismatch.stages.repair import self_generated as written
 
     monkeypatch.setattr(written, "PIECE", 16)
-    writer = Writer(tiny("llama"), Words(prefix=(1,)), 30, seed=0)
-    writer.rows = 3
-    ids = writer.write(150)
-    assert (writer.piece, writer.per_window, writer.rows) == (15, 2, 3)
+    sampler = Sampler(tiny("llama"), Words(prefix=(1,)), 30, seed=0)
+    sampler.rows = 3
+    ids = sampler.sample(150)
+    assert (sampler.piece, sampler.per_window, sampler.rows) == (15, 2, 3)
     assert ids.shape == (5, 30)
     assert (ids[:, [0, 15]] == 1).all()
     assert (np.delete(ids, [0, 15], axis=1) > 2).all()
     assert len(np.unique(ids[:, 1:15], axis=0)) == 5
-    odd = Writer(tiny("llama"), Words(), 31, seed=0).write(31)  # two pieces of 16 are cut to fit
+    odd = Sampler(tiny("llama"), Words(), 31, seed=0).sample(31)  # two pieces of 16 are cut to fit
     assert odd.shape == (1, 31)
 
 
@@ -129,14 +129,14 @@ def test_as_many_pieces_stand_side_by_side_as_there_is_room_for(tiny, monkeypatc
     piece = 32 * token + written.SCORES * shape.vocab_size
     for room, rows in ((4 * piece, 4), (4 * piece - 1, 3), (1, 1)):
         monkeypatch.setattr(written, "ROOM", room)
-        assert Writer(model, Words(), 32, seed=0).rows == rows
+        assert Sampler(model, Words(), 32, seed=0).rows == rows
     monkeypatch.setattr(written, "ROOM", 4 * piece)
-    writer, seen = Writer(model, Words(), 32, seed=0), []
-    draw = writer._drawn
+    sampler, seen = Sampler(model, Words(), 32, seed=0), []
+    draw = sampler._drawn
     monkeypatch.setattr(
-        writer, "_drawn", lambda rows, *more: seen.append(rows) or draw(rows, *more)
+        sampler, "_drawn", lambda rows, *more: seen.append(rows) or draw(rows, *more)
     )
-    assert writer.write(5 * 32).shape == (5, 32)
+    assert sampler.sample(5 * 32).shape == (5, 32)
     assert seen == [3, 2]  # shared evenly: few side by side cost most
 
 
@@ -149,20 +149,20 @@ def test_no_more_is_written_than_there_is_time_for(tiny, monkeypatch):
     said: list[str] = []
     clock = iter(range(0, 10_000, 4))  # the trial takes four seconds
     monkeypatch.setattr(written.time, "monotonic", lambda: float(next(clock)))
-    writer = Writer(tiny("llama"), Words(), 32, seed=0, say=said.append)
+    sampler = Sampler(tiny("llama"), Words(), 32, seed=0, say=said.append)
     trial = 10 * written.TRIAL  # tokens
     each = 4 / trial * written.DEARER
-    assert len(writer.write(320, seconds=3.5 * 32 * each)) == 3
-    assert said[0] == "the original writes 96 tokens itself, to learn from"
+    assert len(sampler.sample(320, seconds=3.5 * 32 * each)) == 3
+    assert said[0] == "96 tokens to train on are sampled from the teacher"
     assert "for all 320" in said[1]
-    assert writer.write(320, seconds=0.0).shape == (0, 32)
+    assert sampler.sample(320, seconds=0.0).shape == (0, 32)
 
 
 def test_a_stop_ends_writing(tiny):
     asked = iter([False] * 5 + [True] * 100)
-    writer = Writer(tiny("llama"), Words(), 32, seed=0, stopping=lambda: next(asked))
+    sampler = Sampler(tiny("llama"), Words(), 32, seed=0, stopping=lambda: next(asked))
     with pytest.raises(KeyboardInterrupt):
-        writer.write(64)
+        sampler.sample(64)
 
 
 def test_no_memory_halves_what_is_written_side_by_side(tiny, monkeypatch):
@@ -176,16 +176,16 @@ def test_no_memory_halves_what_is_written_side_by_side(tiny, monkeypatch):
         return generate(ids, **told)
 
     monkeypatch.setattr(model, "generate", short)
-    ids = Writer(model, Words(), 16, seed=0, say=said.append).write(80)
+    ids = Sampler(model, Words(), 16, seed=0, say=said.append).sample(80)
     assert ids.shape == (5, 16)
     assert rows == [5, 2, 2, 1]
     assert said[1] == "out of memory: 2 pieces side by side from here on"
     monkeypatch.setattr(model, "generate", no_room)
-    with pytest.raises(MismatchError, match="out of memory while the original writes"):
-        Writer(model, Words(), 16, seed=0).write(80)
+    with pytest.raises(MismatchError, match="out of memory while the teacher is sampled from"):
+        Sampler(model, Words(), 16, seed=0).sample(80)
     monkeypatch.setattr(model, "forward", no_room)
-    with pytest.raises(MismatchError, match="out of memory while the original writes"):
-        Writer(model, Words(), 16, seed=0)
+    with pytest.raises(MismatchError, match="out of memory while the teacher is sampled from"):
+        Sampler(model, Words(), 16, seed=0)
 
 
 def no_room(*_args: Any, **_told: Any) -> None:
@@ -197,7 +197,7 @@ def test_a_share_of_one_is_refused():
         RepairConfig(model="m", swap=("layer1:zero",), self_generated=1.0)
 
 
-# ---- beside the calibration text ----------------------------------------------------------------
+# ---- beside the given text ----------------------------------------------------------------
 
 
 def windows(ids: np.ndarray, name: str) -> Windows:
@@ -220,40 +220,40 @@ def asked(toy_teacher) -> dict[str, Any]:
     }
 
 
-def test_what_is_written_stands_behind_the_text_and_is_kept(asked, tmp_path, monkeypatch):
-    found = learn_from(**asked, state=State(tmp_path / "written"))
-    assert (found.read, found.written, found.repeated) == (512, 512, 0)
+def test_what_is_sampled_stands_behind_the_text_and_is_kept(asked, tmp_path, monkeypatch):
+    found = training_text(**asked, state=State(tmp_path / "sampled"))
+    assert (found.read, found.sampled, found.repeated) == (512, 512, 0)
     assert found.windows.tokens == 1024
     assert (found.windows.ids[:8] == asked["read"].ids).all()
-    assert found.windows.names == ("text", "written by the original")
+    assert found.windows.names == ("text", "self-generated")
     assert list(found.windows.doc) == [0] * 8 + [1] * 8
     assert found.lines("sotu")[0].startswith(
-        "learnt from 512 tokens of sotu and 512 that the original wrote itself in "
+        "trained on 512 tokens of sotu and 512 sampled from the teacher in "
     )
-    monkeypatch.setattr(module, "Writer", None)  # nobody there to write it again
-    again = learn_from(**asked, state=State(tmp_path / "written"))
+    monkeypatch.setattr(module, "Sampler", None)  # nobody there to sample it again
+    again = training_text(**asked, state=State(tmp_path / "sampled"))
     assert again.windows.fingerprint == found.windows.fingerprint
     assert again.seconds == found.seconds
 
 
 def test_held_out_text_that_the_model_knows_by_heart_is_left_out(asked):
-    first = learn_from(**asked, state=None)
+    first = training_text(**asked, state=None)
     asked["held_out"] = (*asked["held_out"], windows(first.windows.ids[9:11], "famous"))
-    found = learn_from(**asked, state=None)
-    assert (found.written, found.repeated) == (512 - 128, 128)
+    found = training_text(**asked, state=None)
+    assert (found.sampled, found.repeated) == (512 - 128, 128)
     np.testing.assert_array_equal(found.windows.ids, np.delete(first.windows.ids, [9, 10], axis=0))
     assert "128 more repeated held-out text and were left out" in found.lines("sotu")[1]
 
 
-def test_none_is_written_when_none_is_asked_for(asked, monkeypatch):
-    monkeypatch.setattr(module, "Writer", None)
+def test_none_is_sampled_when_none_is_asked_for(asked, monkeypatch):
+    monkeypatch.setattr(module, "Sampler", None)
     asked["config"] = dataclasses.replace(asked["config"], self_generated=0.0)
-    found = learn_from(**asked, state=None)
+    found = training_text(**asked, state=None)
     assert found.windows is asked["read"]
-    assert found.lines("sotu") == ["learnt from 512 tokens of sotu"]
+    assert found.lines("sotu") == ["trained on 512 tokens of sotu"]
 
 
-def test_a_repair_learns_from_both(toy_teacher):
+def test_a_repair_trains_on_both(toy_teacher):
     result = mismatch.repair(
         toy_teacher,
         "layer2:infini(segment=16)",
@@ -272,7 +272,7 @@ def test_a_repair_learns_from_both(toy_teacher):
     )
     assert result.climbed["rungs"][1]["tokens"] == (8 + 2) * 48
     note = result.climbed["notes"][0]
-    assert note.startswith("learnt from 384 tokens of given texts and 96 that the original wrote")
+    assert note.startswith("trained on 384 tokens of given texts and 96 sampled from the teacher")
     assert note in result.summary()
 
 
@@ -302,6 +302,6 @@ def test_the_share_is_given_at_the_terminal(share, tmp_path, capsys):
     assert main([*given, "--stages", "closed-form", *told]) == 0
     caught = capsys.readouterr()
     wrote = (
-        "96 sampled from the teacher" in caught.err and "96 that the original wrote" in caught.out
+        "96 sampled from the teacher" in caught.err and "96 sampled from the teacher" in caught.out
     )
     assert wrote == (share == "0.25")

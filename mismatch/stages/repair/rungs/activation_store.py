@@ -1,10 +1,10 @@
-"""Inputs and targets of the layers under repair: the teacher runs once, the layers learn from disk.
+"""Inputs and targets of the layers under repair: the teacher runs once, the layers train from disk.
 
     FOLDER/KEY/00007-layer12.attn.safetensors      x and y of batch 7: input and output of the teacher's module
 
 A budget in bytes is kept: places that do not fit are recomputed from the tokens, blocks 0..layer and no head, each time
 they are asked for. The key holds model, text, dtype and windows and not the swap, so many candidates (mechanisms,
-options, seeds) learn from one stored pass. A shard is written whole or not at all; a pass that was cut off goes on
+options, seeds) train on one stored pass. A shard is written whole or not at all; a pass that was cut off goes on
 where it stopped.
 """
 
@@ -47,7 +47,7 @@ class Store:
         budget: bytes on disk.
         dtype: of the shards.
         key: facts about model and text that the shards depend on.
-        inputs: another model, whose stream the parts get as input (the student as mended so far); the targets stay
+        inputs: another model, whose stream the parts get as input (the student as repaired so far); the targets stay
             the teacher's. `key` must then say which student.
     """
 

@@ -20,22 +20,22 @@ LOOKING = 0.2  # share of a rung's time that looks may take
 
 
 class Pace:
-    """The clock of one climb. Seconds that mend nothing are not counted.
+    """The clock of one repair. Seconds that repair nothing are not counted.
 
     Args:
         config: the settings; `max_minutes` None is no limit.
-        spent: seconds that went by before the climb and count.
+        spent: seconds that went by before the ladder began and count.
     """
 
     def __init__(self, config: RepairConfig, spent: float = 0.0) -> None:
         self.config = config
         self.began = time.monotonic()
-        self.earlier = spent  # of a resumed climb, what its process had spent
+        self.earlier = spent  # of a resumed repair, what its process had spent
         self.idle = 0.0
 
     @contextmanager
     def uncounted(self) -> Iterator[None]:
-        """What runs inside is judging, not mending."""
+        """What runs inside is evaluation, not repair."""
         started = time.monotonic()
         try:
             yield
@@ -43,7 +43,7 @@ class Pace:
             self.idle += time.monotonic() - started
 
     def spent(self) -> float:
-        """Seconds of mending, an earlier process's included."""
+        """Seconds of repair, an earlier process's included."""
         return self.earlier + time.monotonic() - self.began - self.idle
 
     def left(self) -> float:

@@ -10,7 +10,7 @@ and the map is fitted anew by ridge regression towards the weights it had:
 
     min_W  sum_t w_t ||W h_t - y_t||^2 + lambda ||W - W_0||^2         h_t: what enters the map in the student
 
-solved as (A + lambda I) W' = B + lambda W_0', A = sum w h h', B = sum w h y', with w_t of `weighing`. lambda is the one
+solved as (A + lambda I) W' = B + lambda W_0', A = sum w h h', B = sum w h y', with w_t of `loss`. lambda is the one
 of a grid that errs least on held-out text of another source; a fit that errs more there than what was there is not
 taken. A mechanism that has a better closed form (DyT's slope, gain and bias) gives it by `refit`.
 
@@ -39,7 +39,7 @@ GATE_BATCHES = 8  # a handful of shares needs few tokens
 
 @dataclass(frozen=True)
 class Fit:
-    """What a closed form did. Errors are relative (see `weighing`), on batches that it did not see."""
+    """What a closed form did. Errors are relative (see `loss`), on batches that it did not see."""
 
     what: str
     before: float
@@ -78,17 +78,17 @@ def closed_form(part: Part, store: Store, held: Store) -> list[Fit]:
     Args:
         part: owns its tensors.
         store: training inputs and targets.
-        held: of another source; they choose, and say what was gained.
+        held: of another source; they choose, and measure what was gained.
     """
     if hasattr(part.student, "refit"):
         before, state = _error(part, held), _copied(part)
         what = part.student.refit((example.x, example.y) for example in store.batches_of(part))
-        return [_judged(part, held, what, before, state)]
+        return [_checked(part, held, what, before, state)]
     found = []
     if hasattr(part.student, "gates") and part.student.gates():
         before, state = _error(part, held), _copied(part)
         _fit_gates(part, store)
-        found.append(_judged(part, held, "gates", before, state))
+        found.append(_checked(part, held, "gates", before, state))
     linear = last_linear(part, store.batch(part, 0))
     if linear is not None:
         found.append(_ridge(part, store, held, linear))
@@ -99,7 +99,7 @@ def _copied(part: Part) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in part.student.state_dict().items()}
 
 
-def _judged(part: Part, held: Store, what: str, before: float, state: dict[str, Tensor]) -> Fit:
+def _checked(part: Part, held: Store, what: str, before: float, state: dict[str, Tensor]) -> Fit:
     """What a fit gained; undone when it gained nothing."""
     fit = Fit(what, before, _error(part, held))
     if not fit.taken:
@@ -160,16 +160,16 @@ def last_linear(part: Part, example: Example) -> nn.Module | None:
 
 
 def _ridge(part: Part, store: Store, held: Store, linear: nn.Module) -> Fit:
-    fit, judge = _summed(part, store, linear), _summed(part, held, linear)
+    fit, check = _summed(part, store, linear), _summed(part, held, linear)
     old = _matrix(linear).double()
     size = fit.hh.diagonal().mean()
     eye = torch.eye(len(old), dtype=torch.float64, device=old.device)
     tried = []
     for ridge in RIDGES:
         new = torch.linalg.solve(fit.hh + ridge * size * eye, fit.hy + ridge * size * old)
-        tried.append((judge.error(new), new))
+        tried.append((check.error(new), new))
     error, best = min(tried, key=lambda pair: pair[0])
-    found = Fit("output projection", judge.error(old), error)
+    found = Fit("output projection", check.error(old), error)
     if found.taken:
         _write(linear, best)
     return found

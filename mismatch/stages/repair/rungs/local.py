@@ -1,7 +1,7 @@
-"""Rung 2: the layer alone learns to give what the teacher's layer gives, on the teacher's inputs.
+"""Rung 2: the layer alone is trained to give what the teacher's layer gives, on the teacher's inputs.
 
 Teacher-forced layerwise distillation (LoLCATs arXiv 2410.10254, MOHAWK arXiv 2408.10189 stage 2): inputs and targets
-come from the store, only the module runs, no model around it. The loss is the relative error of `weighing`. New
+come from the store, only the module runs, no model around it. The loss is the relative error of `loss`. New
 parameters begin; what was inherited for values and output joins next, queries and keys last; gates and decays have
 their own group and rate throughout.
 """
@@ -64,7 +64,7 @@ class LocalLoss(Loss):
     """Relative error of one part on the teacher's inputs.
 
     Args:
-        part: what learns.
+        part: what is trained.
         store, held: its inputs and targets on training and validation text.
     """
 

@@ -1,8 +1,8 @@
 """A replaced module of the student, beside the module of the teacher that it stands for.
 
-Repair works on modules, not on models: the teacher's module was shown its inputs once, the student's learns to give the
-same outputs. How the host calls the module (rotary cos and sin, mask, positions) is taken from the teacher's own run,
-so there is no code per family.
+Repair works on modules, not on models: the teacher's module was shown its inputs once, the student's is trained to give
+the same outputs. How the host calls the module (rotary cos and sin, mask, positions) is taken from the teacher's own
+run, so there is no code per family.
 """
 
 from __future__ import annotations

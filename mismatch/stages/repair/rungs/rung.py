@@ -8,7 +8,7 @@ from typing import Any
 
 @dataclass
 class Rung:
-    """One rung as climbed. KL in nats per token on the judged text; errors relative."""
+    """One rung as it ran. KL in nats per token on the evaluation text; errors relative."""
 
     name: str
     where: str = ""
