@@ -27,7 +27,6 @@ extensions = [
     "name_links",
 ]
 exclude_patterns = ["_build", "_ext", "**.ipynb_checkpoints"]
-smartquotes = False  # `--flag` in a sentence keeps its dashes
 default_role = "code"  # one backtick in a docstring is code
 
 nitpicky = True

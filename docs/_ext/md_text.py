@@ -13,6 +13,7 @@ INSIDE = re.compile(r"(?<=\. )(Range|Null|Inherited|New|Dropped): ")
 """Labels that cards put behind another sentence."""
 
 CODE = re.compile(r"(`[^`]+`)")
+FLAG = re.compile(r"(?<![\w-])--[a-z][a-z-]+")
 SPECIAL = re.compile(r"([\\*_\[\]<>{}$#~|^])")
 
 
@@ -35,7 +36,8 @@ def inline(text: str, link: Callable[[str], str] = str) -> str:
 
 
 def _words(text: str) -> str:
-    return ARXIV.sub(r"[\1](https://arxiv.org/abs/\1)", SPECIAL.sub(r"\\\1", text))
+    text = FLAG.sub(r"`\g<0>`", SPECIAL.sub(r"\\\1", text))
+    return ARXIV.sub(r"[\1](https://arxiv.org/abs/\1)", text)
 
 
 def prose(text: str, link: Callable[[str], str] = str) -> str:

@@ -39,7 +39,11 @@ def function(name: str) -> Callable[..., Any]:
 
     call.__name__ = call.__qualname__ = name
     call.__module__ = "mismatch"
-    call.__signature__ = signature_of(stage)  # type: ignore[attr-defined]
+    made = signature_of(stage)
+    call.__signature__ = made  # type: ignore[attr-defined]
+    # Where hints are read without the signature: documentation, type checks while running.
+    call.__annotations__ = {name: one.annotation for name, one in made.parameters.items()}
+    call.__annotations__["return"] = made.return_annotation
     call.__doc__ = document(stage)
     return call
 

@@ -11,7 +11,7 @@ from docs_pages import commands
 import mismatch
 from mismatch import errors
 from mismatch.models.layout import FAMILIES
-from mismatch.registry import mechanisms, metrics, probes
+from mismatch.registry import mechanisms, metrics, probes, stages
 from mismatch.runs.table import COLUMNS
 from mismatch.texts.demo.fetch import SOURCES
 
@@ -67,6 +67,12 @@ def test_every_public_name_is_there(reference):
             assert f".. autofunction:: mismatch.{name}" in page
         elif inspect.isclass(value):
             assert f".. autoclass:: {value.__module__}.{value.__qualname__}" in page
+
+
+def test_what_each_stage_returns_is_there(reference):
+    for name in stages().names():
+        kind = stages().get(name).Result
+        assert f".. autoclass:: {kind.__module__}.{kind.__qualname__}" in reference["python.md"]
 
 
 def test_what_is_documented_exists(reference):
