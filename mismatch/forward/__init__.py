@@ -1,1 +1,1 @@
-"""The paired, streaming trace: which values are taken, how they are captured, and in which order they come."""
+"""Every way to run teacher and student: sites, hooks, the shared prefix, the head, held-out KL, calibration, proofs."""

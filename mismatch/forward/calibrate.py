@@ -1,6 +1,6 @@
-"""Show the teacher's inputs and outputs to mechanisms that set themselves from them (mean ablation, DyT's alpha).
+"""Calibration: the teacher's inputs and outputs for mechanisms that are set from them (mean ablation, DyT's alpha).
 
-One pass of the teacher over calibration text, stopped behind the last layer that anybody asked for. Calibration text
+One pass of the teacher over calibration text, stopped behind the last calibrated layer. Calibration text
 never overlaps the evaluation text (`mismatch.texts.documents.assert_disjoint`).
 """
 
@@ -18,8 +18,8 @@ from mismatch.forward.sites import Tap, massive, taps, tensor_of
 from mismatch.models.layout import Layout
 
 
-class Sees(Protocol):
-    """A calibrator, as the mechanisms declare it."""
+class Calibrated(Protocol):
+    """A calibrator, as the mechanisms declare it (this room and theirs do not import each other)."""
 
     def update(self, inputs: Tensor, outputs: Tensor, keep: Tensor) -> None:
         """`batch pos d_model` twice, and bool `batch pos`: tokens that are neither at position 0 nor massive."""
@@ -27,7 +27,9 @@ class Sees(Protocol):
 
 
 def calibrate(
-    layout: Layout, wanted: Mapping[tuple[int | None, str, Any], Sees], batches: Iterable[Tensor]
+    layout: Layout,
+    wanted: Mapping[tuple[int | None, str, Any], Calibrated],
+    batches: Iterable[Tensor],
 ) -> None:
     """Fill every calibrator from the teacher's run over `batches` of ids (int64 `batch pos`)."""
     last = layout.n_layers - 1
@@ -45,18 +47,18 @@ def calibrate(
         for (layer, slot, _), calibrator in wanted.items():
             at = last if layer is None else layer
 
-            def show(
+            def update(
                 _module: Any,
                 args: Any,
                 kwargs: Any,
                 out: Any,
-                sees: Sees = calibrator,
+                mine: Calibrated = calibrator,
                 at: int = at,
             ) -> None:
                 given = args[0] if args else kwargs["hidden_states"]
-                sees.update(given, tensor_of(out), bulk[at].to(given.device))
+                mine.update(given, tensor_of(out), bulk[at].to(given.device))
 
             module = layout.model.get_submodule(layout.slot_path(layer, slot))
-            stack.callback(module.register_forward_hook(show, with_kwargs=True).remove)
+            stack.callback(module.register_forward_hook(update, with_kwargs=True).remove)
         for ids in batches:
             hooks.run(layout, ids, streams, note, stop=stop)

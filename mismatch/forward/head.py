@@ -1,7 +1,7 @@
 """The head: final states to predictions, a chunk of tokens at a time. Whole logits are never kept.
 
 compare    students beside the teacher, whose chunk is made once for all of them
-scores     log-probabilities of the tokens that came
+scores     log-probabilities of the next tokens of the text
 mean_kl    KL to the teacher with a gradient, for distillation
 """
 
@@ -20,14 +20,14 @@ from mismatch.models.layout import Layout
 CHUNK = 256
 """Tokens that go through the head at once."""
 ROWS = 16
-"""Of those, whose logits stay in a processor's cache."""
+"""Tokens whose logits fit into a processor's cache."""
 
 Key = TypeVar("Key")
 
 
 @dataclass(frozen=True)
 class Predictions:
-    """What is known of some predictions of the next token, int64 `tokens` each.
+    """Facts about some predictions of the next token, int64 `tokens` each.
 
     Attributes:
         targets: the token that follows; -1 at the end of a window.
@@ -67,7 +67,7 @@ def log_probs(layout: Layout, final: Tensor) -> Tensor:
     logits = layout.head(final).float()
     if logits.device.type != "cpu":
         return logits.log_softmax(-1)
-    # In place and a few rows at a time, which stay in the cache: a third of the time on a vocabulary of 49k.
+    # In place, a few rows at a time, so that they stay in the cache: a third of the time at a vocabulary of 49k.
     for rows in logits.split(ROWS):
         rows.copy_(rows.log_softmax(-1))
     return logits
@@ -110,7 +110,8 @@ def compare(
 def scores(layout: Layout, final: Tensor, ids: Tensor, scored: Tensor) -> tuple[Tensor, Tensor]:
     """Log-probability of each scored token, and whether it is the likeliest.
 
-    A prompt of 1000 tokens is asked for five of them, and the head of a small model is half of its work.
+    Only their logits are made: of a prompt of 1000 tokens five may be scored, and the head of a small model is half of
+    its work.
 
     Args:
         layout: of the model.
@@ -126,10 +127,10 @@ def scores(layout: Layout, final: Tensor, ids: Tensor, scored: Tensor) -> tuple[
     states = final[row.to(final.device), (at - 1).to(final.device)]
     found, hit = [], []
     for part, target in zip(states.split(CHUNK), targets.split(CHUNK), strict=True):
-        said = log_probs(layout, part)
-        target = target.to(said.device)
-        found.append(said.gather(1, target[:, None])[:, 0].double().cpu())
-        hit.append((said.argmax(-1) == target).cpu())
+        logp = log_probs(layout, part)
+        target = target.to(logp.device)
+        found.append(logp.gather(1, target[:, None])[:, 0].double().cpu())
+        hit.append((logp.argmax(-1) == target).cpu())
     row, at = row.cpu(), at.cpu()
     value = torch.zeros(ids.shape, dtype=torch.float64)
     right = torch.ones(ids.shape, dtype=torch.bool)
@@ -164,7 +165,7 @@ class _HeadKL(torch.autograd.Function):
                 own = states[at].detach().requires_grad_(gradient is not None)
                 logits = student.head(own)
             with torch.no_grad():
-                # Not in place as in `log_probs`: autograd may still want these logits.
+                # Not in place as in `log_probs`: autograd may still need these logits.
                 q = logits.detach().float().log_softmax(-1)
                 total += kl_per_token(p, q).double().sum()
             if gradient is not None:

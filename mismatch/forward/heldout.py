@@ -2,7 +2,7 @@
 
 The teacher runs once. Of each batch its stream entering the first swapped block and its final states are kept
 (2 d_model numbers a token), so that a student costs its own blocks from there on and the head. Where a share of the
-tokens is scored, it is drawn once and is the same for everybody. Logits are never kept.
+tokens is scored, it is drawn once and is the same for every student. Logits are never kept.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Batch:
         at: int64, which of the flattened tokens are scored; None: all.
         predictions: of those.
         reference: `scored d_model`, the teacher's final states of those.
-        streams: what students begin from.
+        streams: the streams that students begin from.
     """
 
     number: int
@@ -75,12 +75,12 @@ class HeldOut:
 
     Args:
         teacher: layout of the untouched model.
-        windows: of text that nobody was trained on.
+        windows: of evaluation or validation text.
         first: the first swapped layer.
         batch_size: windows per forward.
         scored: share of the tokens whose predictions are compared.
-        seed: of which.
-        progress: told after each run of a model over a batch.
+        seed: random seed of that share.
+        progress: called after each run of a model over a batch.
     """
 
     def __init__(
@@ -103,8 +103,8 @@ class HeldOut:
             at = None if scored >= 1 else _drawn(ids, scored, generator)
             with torch.no_grad():
                 final, streams = self.run_teacher(ids)
-            told = Predictions.of(ids, docs, at)
-            self.batches.append(Batch(number, ids, at, told, _rows(final, at), streams))
+            predictions = Predictions.of(ids, docs, at)
+            self.batches.append(Batch(number, ids, at, predictions, _rows(final, at), streams))
             progress()
 
     def run_teacher(self, ids: Tensor) -> tuple[Tensor, Stored[int]]:
@@ -112,12 +112,16 @@ class HeldOut:
         return run_prefix(self.teacher, ids, [self.first])
 
     def evaluate(self, student: Layout) -> Evaluated:
-        """One student."""
+        """KL and NLL difference of one student.
+
+        Raises:
+            RunError: it changed the teacher's stream in place.
+        """
         return self.evaluate_all([Trial("student", student)])["student"]
 
     @torch.no_grad()
     def evaluate_all(self, trials: Sequence[Trial]) -> dict[str, Evaluated]:
-        """Each trial by its name; all see the same chunk of the teacher's predictions.
+        """Each trial by its name; all are compared with the same chunk of the teacher's predictions.
 
         Raises:
             RunError: a student changed the teacher's stream in place.

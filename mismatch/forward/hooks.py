@@ -1,7 +1,7 @@
-"""The default backend: plain PyTorch hooks. It sees the module that is live, whatever was swapped.
+"""The default backend: plain PyTorch hooks on the modules in place, whatever was swapped.
 
-One function runs (a part of) a decoder: blocks before `start` are skipped by handing the stored stream to block
-`start`, blocks from `stop` on are skipped too. Rotary embeddings and masks are made by transformers itself, so there is
+One function runs a decoder or some of its blocks: blocks before `start` are skipped by passing the stored stream to
+block `start`, blocks from `stop` on are skipped too. transformers itself makes rotary embeddings and masks, so there is
 no code per family, and the values are bit-equal to those of the whole forward.
 """
 
@@ -22,12 +22,12 @@ Visit = Callable[[Tap, Tensor], None]
 
 
 def on_device(layout: Layout, array: np.ndarray) -> Tensor:
-    """Token ids, or what goes with them, where the model's embedding is."""
+    """Token ids, or numbers that go with them, on the device of the model's embedding."""
     return torch.from_numpy(np.ascontiguousarray(array)).to(layout.embedding_device)
 
 
 def ignore(_tap: Tap, _value: Tensor) -> None:
-    """For a run of which only the final states are wanted."""
+    """The `visit` of a run whose final states alone are used."""
 
 
 def run(
@@ -40,7 +40,7 @@ def run(
     stop: int | None = None,
     stream: Tensor | None = None,
 ) -> Tensor:
-    """Run the decoder on `ids` and hand each tapped value to `visit`, in computation order.
+    """Run the decoder on `ids` and pass each tapped value to `visit`, in computation order.
 
     Args:
         layout: of the model to run.
@@ -48,11 +48,11 @@ def run(
         taps: what to capture; only of blocks in `[start, stop)`.
         visit: called with the tap and the value, `batch pos d_model`. The value is not a copy.
         start: the first block that runs.
-        stop: the first block that does not run any more; None runs to the end.
+        stop: the first block that no longer runs; None runs to the end.
         stream: `batch pos d_model`, the stream entering block `start`; needed when `start > 0`.
 
     Returns:
-        The final-norm states, `batch pos d_model` (of the last stream that there is, when `stop` is given).
+        The final-norm states, `batch pos d_model` (of the stream leaving block `stop - 1`, when `stop` is given).
     """
     with ExitStack() as stack:
         stack.enter_context(skipping(layout, start, stop, stream))
@@ -62,7 +62,7 @@ def run(
 
 @contextmanager
 def tapping(layout: Layout, taps: Sequence[Tap], visit: Visit) -> Iterator[None]:
-    """Hooks on the modules of `taps` for as long as the context lives."""
+    """Hooks on the modules of `taps` while the context lives."""
     with ExitStack() as stack:
         for tap in taps:
             stack.callback(_hook(tap, tap.module(layout), visit).remove)
@@ -81,7 +81,7 @@ def _hook(tap: Tap, module: nn.Module, visit: Visit) -> RemovableHandle:
 
 @contextmanager
 def skipping(layout: Layout, start: int, stop: int | None, stream: Tensor | None) -> Iterator[None]:
-    """Blocks outside `[start, stop)` pass on what they are given; block `start - 1` gives the stored `stream`.
+    """Blocks outside `[start, stop)` return their input; block `start - 1` returns the stored `stream`.
 
     The skipped modules stay in place (a model may read attributes of them); only their `forward` is shadowed.
     """

@@ -1,8 +1,8 @@
-"""The same run on nnsight 0.8, for researchers who work in it. The only file that imports nnsight.
+"""The same run on nnsight 0.8, for researchers who use it. The only file that imports nnsight.
 
-Traps that shaped it (measured): a wrapper built before surgery silently reads the OLD module, so a fresh one is
+Pitfalls that shaped it (measured): a wrapper built before surgery silently reads the OLD module, so a fresh one is
 built for every run; values must be read in forward order; the `with` body must stand on its own lines in a file on
-disk; importing nnsight patches `Tensor.backward`, so it is imported late, and only when asked for.
+disk; importing nnsight patches `Tensor.backward`, so it is imported late, and only on request.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ def run(
         flowing = stream
         for layer in range(start, last):
             for tap in wanted.get(layer, ()):
-                place = attrgetter(tap.path)(blocks[layer]) if tap.path else blocks[layer]
-                visit(tap, place.input if tap.side == "in" else tensor_of(place.output))
+                module = attrgetter(tap.path)(blocks[layer]) if tap.path else blocks[layer]
+                visit(tap, module.input if tap.side == "in" else tensor_of(module.output))
             flowing = blocks[layer].output
         for layer in range(last, layout.n_layers):
             blocks[layer].skip(flowing)

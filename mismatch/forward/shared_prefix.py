@@ -31,7 +31,7 @@ Key = TypeVar("Key", bound=Hashable)
 
 
 class Stored(dict[Key, Tensor]):
-    """Values of one run that other runs read. A module that changed one in place would spoil what is read later."""
+    """Values of one run that other runs read. A module that changed one in place would falsify what is read later."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -61,7 +61,7 @@ def check_finite(value: Tensor, who: str, where: str) -> None:
     """Refuse numbers that are NaN or infinite.
 
     Raises:
-        NumericsError: says whose they are, and where.
+        NumericsError: names the model and the site.
     """
     if is_finite(value):
         return
@@ -70,7 +70,7 @@ def check_finite(value: Tensor, who: str, where: str) -> None:
         f"{kind} in the {who}'s activations: {where}",
         hint="a swapped layer that overflows? try --dtype float32, or look at the mechanism's own state"
         if who != "teacher"
-        else "the untouched model itself is not finite here: try --dtype float32",
+        else "the teacher itself is not finite here: try --dtype float32",
     )
 
 
@@ -92,7 +92,7 @@ def run_prefix(
         starts: blocks; 0 needs no stream.
         begin: the first block that runs, from the stream kept in `streams`.
         streams: kept so far; those of `starts` are added.
-        sites: what else to look at.
+        sites: what else to capture.
         visit: called with each value there.
 
     Returns:
@@ -100,16 +100,16 @@ def run_prefix(
     """
     streams = Stored() if streams is None else streams
     ends = {leaving(start - 1): start for start in starts if start > 0}
-    looked = set(sites)
+    captured = set(sites)
 
-    def met(tap: Tap, value: Tensor) -> None:
+    def take(tap: Tap, value: Tensor) -> None:
         if tap in ends:
             streams.keep(ends[tap], value)
-        if tap in looked:
+        if tap in captured:
             visit(tap, value)
 
     wanted = list(dict.fromkeys([*ends, *sites]))
-    final = hooks.run(layout, ids, wanted, met, start=begin, stream=streams.get(begin))
+    final = hooks.run(layout, ids, wanted, take, start=begin, stream=streams.get(begin))
     return final, streams
 
 
@@ -126,7 +126,7 @@ def run_suffix(
     """Run a model from block `start` on, from the stream that another run kept: its final states, `batch pos d_model`.
 
     Raises:
-        RunError: it changed that stream in place; `who` it was.
+        RunError: it changed that stream in place; `who` names it.
     """
     final = hooks.run(layout, ids, sites, visit, start=start, stream=streams.get(start))
     streams.check(start, f"{who} changed the stream that it was given in place")
@@ -154,13 +154,13 @@ def finals(
     sites: Callable[[Model], Sequence[Tap]] = lambda subject: (),
     visit: Callable[[Model, Tap, Tensor], None] = lambda subject, tap, value: None,
 ) -> Iterator[tuple[Model, Tensor]]:
-    """Every subject's final states on one batch, the teacher's first. A subject runs when it is asked for.
+    """Every subject's final states on one batch, the teacher's first. A subject runs when the loop takes it.
 
     Args:
         subjects: the teacher first.
         ids: int64 `batch pos`.
-        sites: what else to look at in a subject, from its first swapped block on.
-        visit: told of each value there, `batch pos d_model`, as it is computed.
+        sites: what else to capture in a subject, from its first swapped block on.
+        visit: called with each value there, `batch pos d_model`, as it is computed.
 
     Yields:
         subject, and `batch pos d_model`.
@@ -171,8 +171,8 @@ def finals(
     """
     teacher, *students = subjects
     starts = {student.start for student in students}
-    told = partial(visit, teacher)
-    final, streams = run_prefix(teacher.layout, ids, starts, sites=sites(teacher), visit=told)
+    of_teacher = partial(visit, teacher)
+    final, streams = run_prefix(teacher.layout, ids, starts, sites=sites(teacher), visit=of_teacher)
     check_finite(final, teacher.name, "final states")
     yield teacher, final
     for student in students:

@@ -1,4 +1,4 @@
-"""The places that are measured, and where each is found in a model.
+"""The sites: what is measured, and the module at which each is captured.
 
 | site | what | TransformerLens | nnterp |
 |---|---|---|---|
@@ -8,7 +8,7 @@
 | `mlp_out` | what the MLP ADDS to the stream | `hook_mlp_out` | `mlps_output[i]` |
 | `resid_post` | the stream leaving a block, before any final norm | `hook_resid_post` | `layers_output[i]` |
 | `final` | the output of the final norm | `ln_final` | - |
-| `logits` | what the head makes of it | `logits` | `logits` |
+| `logits` | the output of the head | `logits` | `logits` |
 
 `hidden_states` of transformers is never used: its last entry is already final-normed, and after surgery entries go
 missing without a warning (they are recorded by class, and a swapped module is of another class).
@@ -22,6 +22,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from mismatch.models.layout import Layout
+
+MASSIVE = 10.0
+"""Times the median norm of its window: a token above it is massive."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,7 @@ def taps(layout: Layout, layer: int, *, inner: bool = True) -> tuple[Tap, ...]:
     Args:
         layout: of the model that will run.
         layer: 0-based.
-        inner: False for a block that was replaced as a whole: what is inside is not what is added to the stream, so
+        inner: False for a block that was replaced as a whole: the modules inside no longer add to the stream, so
             only `resid_pre` and `resid_post` apply.
     """
     family = layout.family
@@ -81,8 +84,8 @@ def before(layout: Layout, site: str) -> str | None:
 def massive(x: Tensor, valid: Tensor) -> Tensor:
     """Tokens whose norm is above 10 times the median norm of their own document window.
 
-    The attention sink at position 0 of SmolLM2 has a norm 180 times the median and would rule every second moment. The
-    rule looks at one row alone, so it does not depend on the batch. (Sun et al., arXiv 2402.17762, define massive by
+    The attention sink at position 0 of SmolLM2 has a norm 180 times the median and would dominate every second moment.
+    The rule uses one row alone, so it does not depend on the batch. (Sun et al., arXiv 2402.17762, define massive by
     channel; this is the per-token consequence of it.)
 
     Args:
@@ -93,4 +96,4 @@ def massive(x: Tensor, valid: Tensor) -> Tensor:
         bool `batch pos`.
     """
     norms = x.float().norm(dim=-1).masked_fill(~valid, float("nan"))
-    return norms > 10 * norms.nanmedian(dim=-1, keepdim=True).values
+    return norms > MASSIVE * norms.nanmedian(dim=-1, keepdim=True).values

@@ -1,11 +1,11 @@
 """Prove a layout on the loaded model by running it, before any number is believed.
 
-Names and shapes are not enough: a module can have the right name and feed nothing. So on a few tokens:
+Names and shapes are not enough: a module can have the right name and no effect. So on a few tokens:
 1. every site fires exactly once per forward, as `batch pos d_model`;
-2. the parts add up: resid_mid = resid_pre + attn_out, resid_post = resid_mid + mlp_out, and one block's resid_post
+2. the sites add up: resid_mid = resid_pre + attn_out, resid_post = resid_mid + mlp_out, and one block's resid_post
    is the next one's resid_pre;
-3. the head on the final states gives the model's own logits, bit for bit;
-4. the suffix from the middle block, given the stored stream, gives the same final states, bit for bit;
+3. the head on the final states returns the model's own logits, bit for bit;
+4. the suffix from the middle block, on the stored stream, returns the same final states, bit for bit;
 5. a change of attn_out, of mlp_out and of resid_post moves the logits.
 """
 
@@ -20,13 +20,14 @@ from mismatch.forward.sites import Tap, taps, tensor_of
 from mismatch.models.layout import Layout
 
 TOKENS = 8
+ROUNDINGS = 16  # of the largest value, in the model's precision: sums of a few terms differ by less
 
 
 def prove(layout: Layout) -> None:
     """Run the five checks above.
 
     Raises:
-        LayoutError: says which check failed, at which layer and site, with the numbers.
+        LayoutError: names the check that failed, layer and site, with the numbers.
     """
     device = next(layout.model.parameters()).device
     generator = torch.Generator().manual_seed(0)
@@ -53,7 +54,7 @@ def prove(layout: Layout) -> None:
         logits = layout.model(input_ids=ids, use_cache=False).logits
         if not torch.equal(layout.head(final), logits):
             raise LayoutError(
-                f"the head of this {layout.family.name} model does more than its layout says: "
+                f"the head of this {layout.family.name} model does more than its layout: "
                 f"logits differ by {(layout.head(final) - logits).abs().max():.3g}"
             )
         middle = layout.n_layers // 2
@@ -83,12 +84,11 @@ def _adds_up(layout: Layout, values: dict[tuple[int, str], Tensor]) -> None:
         if not _near(pre + attn + mlp, post):
             raise _wrong(layout, layer, "resid_post", "is not resid_pre + attn_out + mlp_out")
         if layer > 0 and not torch.equal(pre.cpu(), values[layer - 1, "resid_post"].cpu()):
-            raise _wrong(layout, layer, "resid_pre", "is not what the block before gave")
+            raise _wrong(layout, layer, "resid_pre", "is not the output of the block before")
 
 
 def _near(a: Tensor, b: Tensor) -> bool:
-    # Sums of a few terms in the model's own precision: a few roundings of the largest value.
-    bound = 16 * torch.finfo(b.dtype).eps * float(b.abs().max())
+    bound = ROUNDINGS * torch.finfo(b.dtype).eps * float(b.abs().max())
     return float((a - b).abs().max()) <= bound
 
 
@@ -111,7 +111,7 @@ def _wrong(layout: Layout, layer: int, site: str, what: str) -> LayoutError:
     return LayoutError(
         f"layout `{layout.family.name}` does not fit this {type(layout.model).__name__}: "
         f"{site} of layer {layer} {what}",
-        hint="was the model changed before it came here? `mismatch` wants the untouched model",
+        hint="was the model changed before? `mismatch` needs the untouched model",
     )
 
 
@@ -119,12 +119,12 @@ def prove_student(teacher: Layout, student: Layout, first: int | None) -> None:
     """Prove on a few tokens that nothing in front of the swap changed, so that the prefix may be shared.
 
     The student runs whole; every site before block `first` must be bit-equal to the teacher's, and its suffix from the
-    stored stream must be bit-equal to its own whole run. A student without such a prefix only runs: a part that cannot
-    be called, or gives what its place cannot take, is found here.
+    stored stream must be bit-equal to its own whole run. A student without such a prefix only runs: this finds a
+    mechanism that cannot be called, or whose output does not fit its slot.
 
     Raises:
         LayoutError: a site before the swap differs.
-        SurgeryError: as a mechanism says of itself.
+        SurgeryError: as the mechanism raises it.
     """
     device = next(teacher.model.parameters()).device
     ids = torch.randint(
@@ -152,5 +152,5 @@ def prove_student(teacher: Layout, student: Layout, first: int | None) -> None:
         if not torch.equal(suffix, whole):
             raise LayoutError(
                 f"the swapped model run from block {first} differs from its whole run by "
-                f"{(suffix - whole).abs().max():.3g}: a part carries state from one call to the next"
+                f"{(suffix - whole).abs().max():.3g}: a mechanism carries state from one call to the next"
             )

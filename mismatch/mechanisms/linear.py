@@ -39,7 +39,7 @@ from mismatch.mechanisms.parts.own_state import count_tokens
 
 # Slots whose module returns a pair: output, attention weights.
 PAIRS = ("attn", "rope")
-ROUNDING = 1e-12  # of a variance that is worked out as a difference of float64 sums
+ROUNDING = 1e-12  # of a variance that is computed as a difference of float64 sums
 
 
 @dataclass(frozen=True)

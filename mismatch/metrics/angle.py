@@ -1,6 +1,6 @@
 """Angular distance: the angle between the vectors as a share of a half turn.
 
-Definition: arccos(cos(student, teacher)) / pi per token, worked out as 2 atan2(|u - v|, |u + v|) / pi
+Definition: arccos(cos(student, teacher)) / pi per token, computed as 2 atan2(|u - v|, |u + v|) / pi
 for unit vectors u, v: exact near 0, where arccos of a rounded cosine has only half the digits.
 0 = same direction, 0.5 = orthogonal, 1 = opposite. A zero vector counts as orthogonal.
 Unit: half turns. Range: [0, 1]. Null: 0.

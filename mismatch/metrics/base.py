@@ -1,7 +1,7 @@
-"""What a metric is: `Metric` and its three kinds. The accumulators are re-exported from here.
+"""The base of a metric: `Metric` and its three kinds. The accumulators are re-exported from here.
 
 A metric declares its facts as literal class attributes (they are read without importing the file)
-and says what to sum (`state`): numbers per token, moments, or groups of tokens. All sums are kept
+and names what to sum (`state`): numbers per token, moments, or groups of tokens. All sums are kept
 in float64 and merge in any order.
 
     unit         of the headline stat

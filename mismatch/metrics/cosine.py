@@ -1,6 +1,6 @@
 """Cosine distance: do the vectors still point the same way?
 
-Definition: 1 - cos(student, teacher) per token, worked out as ||s/|s| - t/|t|||^2 / 2, which is
+Definition: 1 - cos(student, teacher) per token, computed as ||s/|s| - t/|t|||^2 / 2, which is
 exactly 0 for equal vectors and loses nothing near it (1 - a rounded cosine would).
 0 = same direction, 1 = orthogonal, 2 = opposite. A zero vector counts as orthogonal (1).
 Unit: 1 - cos. Range: [0, 2]. Null: 0.

@@ -5,8 +5,8 @@ covariances divided by n - 1; without the first term it is the Bures distance. S
 null = the same number between the teacher's even and odd documents: what two samples of ONE law
 read at half of the tokens.
 Unit: share of the teacher's total variance. Range: [0, inf). Null: value 0 (same tokens).
-Teacher and student see the same tokens, so the floor of `value` is 0 and not `null`; `null` says
-how much the number would be worth on different text. Unusable as an absolute under about 20 d tokens.
+Teacher and student see the same tokens, so the floor of `value` is 0 and not `null`; `null` is
+what the number reads on different text. Unusable as an absolute under about 20 d tokens.
 Leaves out position 0 and massive tokens (one of them is most of the variance) and uses a sample
 of the rest. `null` is nan where one half has fewer than 2 tokens. No interval.
 Source: Heusel et al. 2017 (arXiv 1706.08500), eq. 6; Bhatia et al. 2019 for Bures.

@@ -1,6 +1,6 @@
 """Output KL: how far is the student's prediction of the next token from the teacher's?
 
-Definition: KL(teacher || student) = sum_v p (log p - log q) per token, worked out in float32 as
+Definition: KL(teacher || student) = sum_v p (log p - log q) per token, computed in float32 as
 sum p (expm1(d) - d), d = log q - log p, whose terms are all >= 0 (the plain sum is noise below
 1e-6 and negative half of the time). Stats: mean (also per position bin), p50, p95, max.
 Unit: nats per token. Range: [0, inf). Null: 0, exactly.

@@ -1,4 +1,4 @@
-"""`measure`: one metric on two arrays, for notebooks and tests. A trace does not come through here."""
+"""`measure`: one metric on two arrays, for notebooks and tests. A trace does not use it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def measure(
     targets: Any = None,
     group: int = GROUP,
 ) -> list[Reading]:
-    """Reads metric `name` once.
+    """Compute metric `name` once.
 
     Args:
         teacher, student: arrays or tensors, `n d` (each row a document of its own, all rows used)

@@ -22,7 +22,7 @@ class NLL(TokenMetric):
     headline = "mean"
     invariant = ()
     blind = (
-        "all tokens but the one that came; the mean over ordinary text hides lost position "
+        "all tokens but the one that follows; the mean over ordinary text hides lost position "
         "(without RoPE in one layer: +0.12 here, +7.2 on repeated random tokens)"
     )
     source = "definition: log p(next token) - log q(next token)"

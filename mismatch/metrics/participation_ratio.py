@@ -1,6 +1,6 @@
 """Participation ratio: how many directions hold the variance?
 
-Definition: (sum_i l_i)^2 / sum_i l_i^2 over the eigenvalues l of the covariance, worked out as
+Definition: (sum_i l_i)^2 / sum_i l_i^2 over the eigenvalues l of the covariance, computed as
 (tr S)^2 / tr S^2. Stats: teacher, student, shift = log2(student / teacher). Stricter than the effective
 rank: small variances hardly count.
 Unit: directions; shift in log2. Range: [1, min(d, n - 1)]. Null: shift 0.

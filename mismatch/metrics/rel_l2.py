@@ -23,9 +23,7 @@ class RelL2(TokenMetric):
     null = {"mean": 0.0, "p50": 0.0, "p95": 0.0}
     headline = "mean"
     invariant = ()
-    blind = (
-        "whether the layers behind care: a large error in a direction nobody reads counts in full"
-    )
+    blind = "whether the layers behind use it: a large error in a direction that none reads counts in full"
     source = "definition: mean over tokens of ||s - t|| / ||t||"
     at = "stream"
     mask = "valid"

@@ -57,7 +57,7 @@ def test_a_failure_of_the_second_rank_is_told_and_the_run_goes_on(toy_folder, tm
     broken = (
         "import os\n"
         "from mismatch.errors import NumericsError\n"
-        "from mismatch.forward.meetings import stream\n"
+        "from mismatch.forward.paired_sites import stream\n"
         "calls = []\n"
         "def fails(*args, **kwargs):\n"
         "    calls.append(1)\n"

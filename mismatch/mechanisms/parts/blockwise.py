@@ -103,7 +103,7 @@ def ring_attention(q: Tensor, k: Tensor, v: Tensor, reads: Reads) -> Tensor:
         q: `batch H queries D`; query head h reads kv head h // (H / KV).
         k, v: `batch KV keys D`. With a group: this rank's run of the text, as many as queries.
         reads: what is read, and by which processes. With a group every rank must come here, and to
-            the backward, in the same order; `first` is then worked out from the runs' lengths.
+            the backward, in the same order; `first` is then computed from the runs' lengths.
 
     Returns:
         `batch H queries D` in the dtype of v.

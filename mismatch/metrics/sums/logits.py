@@ -20,6 +20,7 @@ from mismatch.metrics.sums.tokens import Kept
 TOP = 5
 BLOCK = 1 << 17  # numbers per block: half a megabyte of float32
 SAFE = 60.0  # exp(d) stays far from float32's overflow at 88
+ROWS_ON_GPU = 64  # rows per block there: a matter of memory only
 
 
 @dataclass
@@ -39,7 +40,7 @@ class LogitPair:
     docs: Tensor
     positions: Tensor
     joint: bool = False
-    """Whether both `kl` and `js` will be asked for: together they cost less."""
+    """Whether both `kl` and `js` will be used: together they cost less."""
     shared: dict[str, Any] = field(default_factory=dict, repr=False)
 
     def with_student(self, student: Tensor) -> LogitPair:
@@ -118,7 +119,7 @@ def kl_float64(teacher: Tensor, student: Tensor) -> Tensor:
 def _sums(
     terms: Callable[[Tensor, Tensor], tuple[Tensor, ...]], teacher: Tensor, student: Tensor
 ) -> list[Tensor]:
-    step = max(1, BLOCK // teacher.shape[1]) if teacher.device.type == "cpu" else 64
+    step = max(1, BLOCK // teacher.shape[1]) if teacher.device.type == "cpu" else ROWS_ON_GPU
     blocks = zip(teacher.split(step), student.split(step), strict=True)
     sums = [[x.sum(1) for x in terms(t, s)] for t, s in blocks]
     # rounding, far below 1e-12, could leave a sum under 0

@@ -226,7 +226,7 @@ class PairMoments:
 
 
 class TeacherView:
-    """The teacher's moments as Gaussians, decomposed once for all students. Made at reading time."""
+    """The teacher's moments as Gaussians, decomposed once for all students. Made when the numbers are read."""
 
     def __init__(self, moments: TeacherMoments) -> None:
         self.sums = moments.whole()
@@ -239,7 +239,7 @@ class TeacherView:
         return self.sums.hsic
 
     def null(self, name: str, distance: Callable[[Gaussian, Gaussian], float]) -> float:
-        """`distance(even, odd)`, worked out once per site and name."""
+        """`distance(even, odd)`, computed once per site and name."""
         if name not in self.nulls:
             self.nulls[name] = distance(self.even, self.odd)
         return self.nulls[name]
@@ -271,7 +271,7 @@ class Moments:
 
 
 def batch_halves(side: TeacherSide) -> tuple[CrossSums, CrossSums]:
-    """The sums of the sampled tokens of even and of odd documents; worked out once per batch."""
+    """The sums of the sampled tokens of even and of odd documents; computed once per batch."""
     if "halves" not in side.cache:
         even = side.halves[1]
         first, second = side.rows[:even], side.rows[even:]
@@ -280,7 +280,7 @@ def batch_halves(side: TeacherSide) -> tuple[CrossSums, CrossSums]:
 
 
 def batch_whole(side: TeacherSide) -> CrossSums:
-    """The sums of all sampled tokens of a batch, from its halves; worked out once per batch."""
+    """The sums of all sampled tokens of a batch, from its halves; computed once per batch."""
     if "whole" not in side.cache:
         even, odd = batch_halves(side)
         side.cache["whole"] = even.copy().merge(odd)

@@ -1,7 +1,7 @@
 """`Pair`: one site, one batch, teacher beside student, with what several metrics need of it.
 
-Everything that depends on the teacher only (`TeacherSide`) is worked out once and shared by all
-students of the batch: `first.with_student(other)`. Nothing is computed before a metric asks.
+Everything that depends on the teacher only (`TeacherSide`) is computed once and shared by all
+students of the batch: `first.with_student(other)`. Nothing is computed before a metric uses it.
 Half types are widened to float32 before any arithmetic; float64 stays.
 """
 
@@ -85,7 +85,7 @@ class TeacherSide:
 
     @cached_property
     def before_norm(self) -> Tensor:
-        return _norm(self.before)  # type: ignore[arg-type]  # update_size asks only where it is
+        return _norm(self.before)  # type: ignore[arg-type]  # update_size uses it only where it is
 
     @cached_property
     def peaks(self) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from mismatch.forward.head import CHUNK, Predictions, compare
-from mismatch.forward.meetings import Meeting
+from mismatch.forward.paired_sites import SitePair
 from mismatch.forward.sites import before, massive
 from mismatch.metrics.base import LogitPair, Pair
 from mismatch.models.layout import Layout
@@ -51,7 +51,7 @@ class Batch:
         # The smallest draws of each window are its lens tokens: also independent of the batching.
         self.lens_at = torch.stack([d.argsort()[:LENS_TOKENS] for d in drawn]).to(ids.device)
 
-    def met(self, meeting: Meeting) -> None:
+    def met(self, meeting: SitePair) -> None:
         """One site of one student."""
         if meeting.site in ("resid_pre", "resid_mid"):
             stream = (meeting.site, meeting.teacher, meeting.value)
@@ -69,7 +69,7 @@ class Batch:
         address = Address(scope, meeting.student, meeting.mode, layer, meeting.site)
         self.collector.meter(address, meeting.value.shape[-1]).update(self._pair(meeting, address))
 
-    def _pair(self, meeting: Meeting, address: Address) -> Pair:
+    def _pair(self, meeting: SitePair, address: Address) -> Pair:
         """Teacher beside student; what depends on the teacher alone is worked out once for all students."""
         site, *stream = self.streams.get((meeting.student, meeting.mode), (None,))
         added = site is not None and site == before(self.teacher, meeting.site)

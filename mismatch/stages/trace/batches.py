@@ -16,7 +16,7 @@ import torch
 from mismatch.errors import NumericsError
 from mismatch.forward import hooks
 from mismatch.forward.hooks import on_device
-from mismatch.forward.meetings import Runner, stream
+from mismatch.forward.paired_sites import Runner, stream
 from mismatch.models.layout import Layout
 from mismatch.runs.kept_pages import kept_pages
 from mismatch.runs.ranks import ALONE, Ranks

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import numpy as np
 from torch import Tensor, nn
 
-from mismatch.forward.meetings import Meeting
+from mismatch.forward.paired_sites import SitePair
 from mismatch.metrics import load_metric
 from mismatch.metrics.base import Reading
 from mismatch.metrics.sums.meter import StudentMeter, TeacherMeter
@@ -74,7 +74,7 @@ class Collector:
         numbers: Sequence[int],
         *,
         teacher: Layout | None = None,
-    ) -> Iterator[Callable[[Meeting], None]]:
+    ) -> Iterator[Callable[[SitePair], None]]:
         """Take one batch: yields what wants to be told of each meeting; the logits follow at the end.
 
         Args:

@@ -17,7 +17,7 @@ from wonderland import command
 
 from mismatch import cli
 from mismatch.errors import OutputError
-from mismatch.forward.meetings import stream
+from mismatch.forward.paired_sites import stream
 from mismatch.models.layout import Layout
 from mismatch.runs.ranks import Ranks
 from mismatch.runs.state import State

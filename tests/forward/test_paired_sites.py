@@ -9,7 +9,7 @@ from mismatch import spec
 from mismatch.errors import LayoutError, NumericsError, RunError
 from mismatch.forward import hooks
 from mismatch.forward import verify as probe
-from mismatch.forward.meetings import Runner, stream
+from mismatch.forward.paired_sites import Runner, stream
 from mismatch.forward.sites import massive, taps
 from mismatch.models.layout import Layout
 from mismatch.stages.trace.batches import runner_of
@@ -25,7 +25,7 @@ def operate(model, text):
     return surgery.operate(layout, placed(parsed, layout), spec=spec.format(parsed))
 
 
-def meetings(teacher, runners, **options):
+def pairs(teacher, runners, **options):
     met = []
     stream(teacher, runners, IDS, met.append, **options)
     return met
@@ -34,7 +34,7 @@ def meetings(teacher, runners, **options):
 def test_free_values_are_those_of_the_whole_student(family, tiny):
     model = tiny(family)
     teacher, student = Layout.of(model), operate(model, "layer1:random")
-    met = {(m.mode, m.layer, m.site): m for m in meetings(teacher, [runner_of(student)])}
+    met = {(m.mode, m.layer, m.site): m for m in pairs(teacher, [runner_of(student)])}
     for layout, side in ((teacher, "teacher"), (student.layout, "value")):
         whole = {}
         with torch.no_grad():
@@ -47,14 +47,14 @@ def test_free_values_are_those_of_the_whole_student(family, tiny):
 
 def test_sites_before_the_swap_never_run(tiny):
     model = tiny("llama")
-    met = meetings(Layout.of(model), [runner_of(operate(model, "layer2:zero"))])
+    met = pairs(Layout.of(model), [runner_of(operate(model, "layer2:zero"))])
     assert {m.layer for m in met} == {2, None}
 
 
 def test_forced_gives_each_swapped_layer_the_teachers_stream(tiny):
     model = tiny("llama")
     student = operate(model, "layers0-2:random")
-    met = meetings(Layout.of(model), [runner_of(student)])
+    met = pairs(Layout.of(model), [runner_of(student)])
     forced = {(m.layer, m.site): m for m in met if m.mode == "forced"}
     assert {layer for layer, _ in forced} == {0, 1, 2}
     with torch.no_grad():
@@ -73,14 +73,14 @@ def test_forced_gives_each_swapped_layer_the_teachers_stream(tiny):
 
 def test_inside_of_a_replaced_block_is_not_a_site(tiny):
     model = tiny("llama")
-    met = meetings(Layout.of(model), [runner_of(operate(model, "layer1:skip"))])
+    met = pairs(Layout.of(model), [runner_of(operate(model, "layer1:skip"))])
     assert {m.site for m in met if m.layer == 1} == {"resid_pre", "resid_post"}
 
 
 def test_final_norm_alone(tiny):
     model = tiny("llama")
     student = operate(model, "final_norm:dyt(alpha=0.5)")
-    met = meetings(Layout.of(model), [runner_of(student)])
+    met = pairs(Layout.of(model), [runner_of(student)])
     assert [m.site for m in met] == ["final"]
     with torch.no_grad():
         whole = student.layout.decoder(input_ids=IDS, use_cache=False).last_hidden_state
@@ -90,7 +90,7 @@ def test_final_norm_alone(tiny):
 def test_floor_runs_a_part_of_the_batch_beside_the_students(tiny):
     model = tiny("llama")
     teacher, student = Layout.of(model), operate(model, "layer2:zero")
-    met = meetings(teacher, [runner_of(student), Runner("floor", teacher, 0, crop=(1, 7))])
+    met = pairs(teacher, [runner_of(student), Runner("floor", teacher, 0, crop=(1, 7))])
     floor = [m for m in met if m.student == "floor"]
     assert {m.layer for m in floor} == {0, 1, 2, None}
     assert all(m.value.shape[:2] == m.teacher.shape[:2] == (1, 7) for m in floor)
@@ -104,7 +104,7 @@ def test_nan_is_named(tiny):
     with torch.no_grad():
         student.model.model.layers[1].self_attn.o_proj.weight[0, 0] = float("nan")
     with pytest.raises(NumericsError) as caught:
-        meetings(Layout.of(model), [runner_of(student)])
+        pairs(Layout.of(model), [runner_of(student)])
     assert caught.value.message == "NaN in the swap's activations: layer 1, attn_out"
     assert caught.value.exit_code == 4
 
@@ -116,7 +116,7 @@ def test_infinity_is_named(tiny):
         lambda m, a, out: out + float("inf")
     )
     with pytest.raises(NumericsError, match="infinity in the swap's activations: layer 2, mlp_out"):
-        meetings(Layout.of(model), [runner_of(student)])
+        pairs(Layout.of(model), [runner_of(student)])
     handle.remove()
 
 

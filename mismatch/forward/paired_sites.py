@@ -1,11 +1,11 @@
-"""Every site of every student beside the teacher's, on one batch (prefixes shared, as `shared_prefix` says).
+"""Every site of every student beside the teacher's, on one batch (see `mismatch.forward.shared_prefix`).
 
 ```
 teacher   block 0 .. block k-1 | block k .. block L-1  final         all of it, once
 student                          block k .. block L-1  final         from the teacher's stream entering k
 forced                           block k, block j, ...               each swapped block on the teacher's stream
 ```
-The teacher's values of this batch, from block k on, live until every student has met them; nothing lives longer.
+The teacher's values of this batch, from block k on, live until every student was compared with them, and no longer.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from mismatch.models.layout import Layout
 
 @dataclass(frozen=True)
 class Runner:
-    """What the stream needs of a student: its layout, where it was swapped, and its name."""
+    """What `stream` needs to know of a student: its layout, where it was swapped, and its name."""
 
     name: str
     layout: Layout
@@ -33,7 +33,7 @@ class Runner:
     swapped: tuple[int, ...] = ()
     whole_blocks: frozenset[int] = frozenset()
     crop: tuple[int, int] | None = None
-    """Run only so many rows and tokens of the batch (the floor: the same text in another shape); None is all."""
+    """Rows and tokens of the batch that run (for the floor: the same text in another shape); None is all."""
 
     @property
     def start(self) -> int:
@@ -41,7 +41,7 @@ class Runner:
 
 
 @dataclass(frozen=True)
-class Meeting:
+class SitePair:
     """Teacher and student at one site of one batch."""
 
     student: str
@@ -52,25 +52,25 @@ class Meeting:
     value: Tensor
 
 
-Met = Callable[[Meeting], None]
+OnPair = Callable[[SitePair], None]
 
 
 def stream(
     teacher: Layout,
     runners: Sequence[Runner],
     ids: Tensor,
-    met: Met,
+    on_pair: OnPair,
     *,
     forced: bool = True,
     run: Callable[..., Tensor] = hooks.run,
 ) -> None:
-    """Run one batch through the teacher and every student, and hand each pair to `met` as it completes.
+    """Run one batch through the teacher and every student, and pass each pair to `on_pair` as it completes.
 
     Args:
         teacher: layout of the untouched model.
         runners: the students.
         ids: int64 `batch pos`.
-        met: called with each meeting, sites in computation order, one student after the other.
+        on_pair: called with each pair, sites in computation order, one student after the other.
         forced: also run each swapped block after the first on the teacher's stream (for the first, forced is free).
         run: the backend.
 
@@ -85,7 +85,7 @@ def stream(
 
     def keep(tap: Tap, value: Tensor) -> None:
         check_finite(value, "teacher", _where(tap.layer, tap.site))
-        if tap.layer < begin - 1:  # only a cropped runner asks for it
+        if tap.layer < begin - 1:  # only a cropped runner needs it
             value = value[: crops[0][0], : crops[0][1]].clone()
         kept.keep((tap.layer, tap.site), value)
 
@@ -99,7 +99,7 @@ def stream(
             wanted = [leaving(begin - 1), *wanted]
         kept.keep((None, "final"), run(teacher, ids, wanted, keep))
         for runner in runners:
-            pairing = _Pairing(runner, kept, met)
+            pairing = _Pairing(runner, kept, on_pair)
             if runner.first is None:
                 pairing.only_final(teacher.n_layers - 1)
                 continue
@@ -111,8 +111,10 @@ def stream(
 class _Pairing:
     """One student's runs against the teacher's stored values."""
 
-    def __init__(self, runner: Runner, kept: Stored[tuple[int | None, str]], met: Met) -> None:
-        self.runner, self.kept, self.met = runner, kept, met
+    def __init__(
+        self, runner: Runner, kept: Stored[tuple[int | None, str]], on_pair: OnPair
+    ) -> None:
+        self.runner, self.kept, self.on_pair = runner, kept, on_pair
 
     def free(self, ids: Tensor, run: Callable[..., Tensor]) -> None:
         runner = self.runner
@@ -120,13 +122,13 @@ class _Pairing:
         wanted = [t for layer in range(start, runner.layout.n_layers) for t in self._taps(layer)]
 
         def pair(tap: Tap, value: Tensor) -> None:
-            self._meet("free", tap.layer, tap.site, value)
+            self._pair_up("free", tap.layer, tap.site, value)
             if tap.layer == runner.first and tap.layer in runner.swapped:
-                self._meet("forced", tap.layer, tap.site, value)
+                self._pair_up("forced", tap.layer, tap.site, value)
 
         given = self._entering(start) if start > 0 else None
         final = run(runner.layout, ids, wanted, pair, start=start, stream=given)
-        self._meet("free", None, "final", final)
+        self._pair_up("free", None, "final", final)
 
     def forced(self, ids: Tensor, run: Callable[..., Tensor]) -> None:
         for layer in self.runner.swapped:
@@ -134,7 +136,7 @@ class _Pairing:
                 continue
 
             def pair(tap: Tap, value: Tensor) -> None:
-                self._meet("forced", tap.layer, tap.site, value)
+                self._pair_up("forced", tap.layer, tap.site, value)
 
             run(
                 self.runner.layout,
@@ -149,10 +151,10 @@ class _Pairing:
     def only_final(self, last: int) -> None:
         """The final norm alone is swapped: no block differs, so only that norm runs again."""
         norm = self.runner.layout.final_norm
-        self._meet("free", None, "final", norm(self.kept[last, "resid_post"]))
+        self._pair_up("free", None, "final", norm(self.kept[last, "resid_post"]))
 
     def _entering(self, layer: int) -> Tensor:
-        """The teacher's stream entering a block; the block before it gave it."""
+        """The teacher's stream entering a block, as the block before it left it."""
         return self._cropped(self.kept[layer - 1, "resid_post"])
 
     def _cropped(self, x: Tensor) -> Tensor:
@@ -162,14 +164,14 @@ class _Pairing:
     def _taps(self, layer: int) -> tuple[Tap, ...]:
         return taps(self.runner.layout, layer, inner=layer not in self.runner.whole_blocks)
 
-    def _meet(self, mode: str, layer: int | None, site: str, value: Tensor) -> None:
+    def _pair_up(self, mode: str, layer: int | None, site: str, value: Tensor) -> None:
         check_finite(value, self.runner.name, _where(layer, site))
         of = "" if layer is None else f" of layer {layer}"
         self.kept.check(
             (layer, site), f"the teacher's {site}{of} was changed in place after it was stored"
         )
         teacher = self._cropped(self.kept[layer, site])
-        self.met(Meeting(self.runner.name, mode, layer, site, teacher, value))
+        self.on_pair(SitePair(self.runner.name, mode, layer, site, teacher, value))
 
 
 def _where(layer: int | None, site: str) -> str:
