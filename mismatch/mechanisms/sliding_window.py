@@ -1,4 +1,4 @@
-"""sliding_window: the host's own attention under a narrower mask, some tokens kept for everybody.
+"""sliding_window: the host's own attention under a narrower mask, some tokens visible to every query.
 
     query i reads key j   iff   j <= i and ( i - j < window
                                              or j < sinks
@@ -125,11 +125,11 @@ class SlidingWindow(Wrapper):
         or 1, 1, 1, keys`."""
         real = self.context.host.full()
         if real is None:
-            return self._for_everybody(j)[None, None, None]
-        kept = real & self._for_everybody(real.cumsum(1) - 1)
+            return self._for_every_query(j)[None, None, None]
+        kept = real & self._for_every_query(real.cumsum(1) - 1)
         return kept[:, j][:, None, None]
 
-    def _for_everybody(self, number: Tensor) -> Tensor:
+    def _for_every_query(self, number: Tensor) -> Tensor:
         """Whether the token of this number in its text is a sink or a global token."""
         kept = number < self.settings.sinks
         every = self.settings.global_every

@@ -117,7 +117,7 @@ def run(
         max_new_tokens=max_new_tokens,
         bos_token_id=own.bos_token_id,
         eos_token_id=ends or None,
-        # One text alone is never padded; transformers wants an id all the same.
+        # One text alone is never padded; transformers needs an id all the same.
         pad_token_id=ends[0] if ends else 0,
         **drawn,
     )

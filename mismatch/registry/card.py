@@ -85,7 +85,7 @@ class Arg:
         return value >= float(limit) if sign == ">=" else value > float(limit)
 
     def accept(self, value: Any) -> Any:
-        """The value as the argument wants it: an int serves as a float, a list as a tuple.
+        """The value in the type of the argument: an int becomes a float, a list a tuple.
 
         Raises:
             ValueError: another type, or outside the choices or the bound. `allowed` is the rule in words.

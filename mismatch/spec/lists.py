@@ -25,7 +25,7 @@ _EXAMPLE = "write mechanisms, such as `infini(segment=64); zero`"
 
 @dataclass(frozen=True)
 class Template:
-    """A mechanism that wants a layer. `text` is the whole text that it was read from."""
+    """A mechanism without a layer. `text` is the whole text that it was read from."""
 
     call: Call
     slot: str | None = None

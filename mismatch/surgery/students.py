@@ -35,7 +35,7 @@ class Teacher:
 
 
 class SwapSettings(Protocol):
-    """What the config of a command says about its students."""
+    """The settings of a command's students."""
 
     @property
     def swap_spec(self) -> spec.Spec: ...

