@@ -14,7 +14,7 @@ import mismatch
 ROOT = Path(mismatch.__file__).parent
 REPOSITORY = ROOT.parent
 FILES = sorted(ROOT.rglob("*.py"))
-CARDS = [path for path in FILES if path.name == "__init__.py" and "stages" not in path.parts]
+CARDS = [path for path in FILES if path.name == "__init__.py"]
 NAMES = [str(path.relative_to(ROOT)) for path in FILES]
 DOTTED = re.compile(r"`(mismatch(?:\.\w+)+)")
 PATH = re.compile(r"\b(?:mismatch|analyses|tests)/[\w/]+\.\w+")

@@ -28,7 +28,7 @@ FACTS = {
     "better": "nearer to the teacher is",
     "null": "reads at equality",
     "chance": "a model that cannot",
-    "tells": "tells",
+    "shows": "shows",
     "blind": "cannot see",
     "invariant": "does not change under",
     "source": "source",

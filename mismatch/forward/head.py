@@ -59,6 +59,7 @@ class Predictions:
         return Predictions(self.targets[part], self.docs[part], self.positions[part])
 
     def to(self, device: torch.device) -> Predictions:
+        """The same on a device."""
         return Predictions(*(fact.to(device) for fact in astuple(self)))
 
 

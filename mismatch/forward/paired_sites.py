@@ -37,6 +37,7 @@ class Runner:
 
     @property
     def start(self) -> int:
+        """The first block that is not the teacher's own."""
         return self.layout.n_layers if self.first is None else self.first
 
 

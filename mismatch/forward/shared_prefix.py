@@ -38,6 +38,7 @@ class Stored(dict[Key, Tensor]):
         self._versions: dict[Key, int] = {}
 
     def keep(self, key: Key, value: Tensor) -> None:
+        """Store a value, not a copy."""
         self[key] = value
         self._versions[key] = value._version
 

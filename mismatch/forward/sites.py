@@ -39,6 +39,7 @@ class Tap:
     """"in" or "out"."""
 
     def module(self, layout: Layout) -> nn.Module:
+        """The module of a model that this tap is at."""
         return layout.blocks[self.layer].get_submodule(self.path)
 
 

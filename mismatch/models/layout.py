@@ -264,10 +264,12 @@ class Layout:
 
     @property
     def n_layers(self) -> int:
+        """Number of blocks."""
         return len(self.blocks)
 
     @property
     def d_model(self) -> int:
+        """Width of the stream."""
         return self.config.hidden_size
 
     @property

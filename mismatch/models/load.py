@@ -59,6 +59,7 @@ class ModelInfo:
     note: str = ""
 
     def as_dict(self) -> dict[str, Any]:
+        """For the manifest."""
         return asdict(self)
 
 

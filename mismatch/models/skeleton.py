@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 import transformers
-from torch import nn
+from torch import Tensor, nn
 
 from mismatch.models.layout import Layout
 
@@ -25,7 +25,7 @@ def skeleton(config: transformers.PretrainedConfig) -> CausalLM:
 
 def skeleton_of(layout: Layout) -> Layout:
     """The same modules over tensors without values, on the meta device."""
-    meta = {
+    meta: dict[int, Tensor] = {
         id(t): torch.empty_like(t, device="meta", requires_grad=False)
         for t in chain(layout.model.parameters(), layout.model.buffers())
     }

@@ -129,10 +129,12 @@ class Subject:
 
     @classmethod
     def teacher(cls, layout: Layout) -> Subject:
+        """The teacher: nothing is replaced."""
         return cls(TEACHER, layout, layout.n_layers)
 
     @classmethod
     def of(cls, student: Student) -> Subject:
+        """The swap or a control, as surgery made it."""
         first = student.plan.first
         start = student.layout.n_layers if first is None else first
         return cls(student.name, student.layout, start, student.plan.clauses)

@@ -49,6 +49,7 @@ class Prompts:
 
     @property
     def length(self) -> int:
+        """Tokens per prompt."""
         return self.ids.shape[1]
 
     def batches(self, size: int) -> list[Prompts]:

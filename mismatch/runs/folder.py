@@ -181,6 +181,7 @@ class RunFolder:
         self.write("plan.json", json_text(as_json(plan)))
 
     def write_findings(self, findings: Sequence[Mapping[str, Any]]) -> None:
+        """Write findings.json; raises as `write`."""
         self.write("findings.json", json_text(list(findings)))
 
     def log(self, line: str) -> None:

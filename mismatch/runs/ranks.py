@@ -26,6 +26,7 @@ class Ranks:
 
     @property
     def first(self) -> bool:
+        """Whether this is rank 0, which writes."""
         return self.rank == 0
 
     def mine(self, index: int) -> bool:
@@ -48,11 +49,11 @@ class Ranks:
         distributed.gather_object(value, boxes, dst=0)
         return boxes
 
-    def device(self, asked: str) -> str | None:
-        """The device of this rank: its own GPU under torchrun, what was asked for otherwise (None = choose)."""
-        if self.world > 1 and asked in ("auto", "cuda") and torch.cuda.is_available():
+    def device(self, requested: str) -> str | None:
+        """The device of this rank: its own GPU under torchrun, else the requested one (None = choose)."""
+        if self.world > 1 and requested in ("auto", "cuda") and torch.cuda.is_available():
             return f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % torch.cuda.device_count()}"
-        return None if asked == "auto" else asked
+        return None if requested == "auto" else requested
 
 
 ALONE = Ranks()

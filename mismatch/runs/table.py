@@ -35,6 +35,8 @@ BLOCK_SITES = SITES[:5]
 
 @dataclass(frozen=True)
 class Column:
+    """One column: its name, its types in arrow and pandas, whether it may be empty, and its meaning."""
+
     name: str
     arrow: pa.DataType
     pandas: str

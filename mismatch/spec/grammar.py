@@ -138,6 +138,8 @@ class Target:
 
 @dataclass(frozen=True)
 class Clause:
+    """One `target:mechanism`."""
+
     target: Target
     call: Call
 

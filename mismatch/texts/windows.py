@@ -45,14 +45,17 @@ class Windows:
 
     @property
     def seq_len(self) -> int:
+        """Tokens per window."""
         return self.ids.shape[1]
 
     @property
     def tokens(self) -> int:
+        """Tokens of all windows."""
         return self.ids.size
 
     @property
     def n_docs(self) -> int:
+        """Documents that appear in a window."""
         return len(self.names)
 
     @cached_property

@@ -236,6 +236,7 @@ class TeacherView:
 
     @cached_property
     def hsic(self) -> float:
+        """n (n - 3) HSIC_u of the teacher with itself."""
         return self.sums.hsic
 
     def null(self, name: str, distance: Callable[[Gaussian, Gaussian], float]) -> float:
@@ -256,10 +257,12 @@ class Moments:
 
     @property
     def teacher(self) -> Gaussian:
+        """Mean and covariance of the teacher."""
         return self.view.law
 
     @cached_property
     def student(self) -> Gaussian:
+        """Mean and covariance of the student."""
         return self.view.law if self.equal else self.pair.student.gaussian()
 
     def hsics(self) -> tuple[float, float, float]:

@@ -81,14 +81,17 @@ class TeacherSide:
 
     @cached_property
     def norm(self) -> Tensor:
+        """`batch pos`: L2 norm of the teacher's vectors."""
         return _norm(self.teacher)
 
     @cached_property
     def before_norm(self) -> Tensor:
+        """`batch pos`: norm of the stream that the teacher's update is added to."""
         return _norm(self.before)  # type: ignore[arg-type]  # update_size uses it only where it is
 
     @cached_property
     def peaks(self) -> tuple[Tensor, Tensor]:
+        """`peaks` of the teacher's vectors."""
         return peaks(self.teacher)
 
     @cached_property

@@ -52,10 +52,12 @@ class PerDocument:
 
     @property
     def total(self) -> float:
+        """The sum over all documents."""
         return float(self.sums.sum())
 
     @property
     def n(self) -> int:
+        """The tokens behind it."""
         return int(self.counts.sum())
 
     def __add__(self, other: PerDocument) -> PerDocument:

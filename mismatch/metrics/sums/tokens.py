@@ -144,6 +144,7 @@ class TokenSums:
 
     @property
     def n(self) -> int:
+        """Tokens added so far."""
         return int(self.counts.sum())
 
     def per_document(self, column: str, at: int | None = None) -> PerDocument:
@@ -168,6 +169,7 @@ class TokenSums:
         return [Reading(stat, *mean, name) for name, mean in found.items() if mean.n]
 
     def largest(self, column: str, stat: str = "max") -> Reading:
+        """The largest kept number; no interval."""
         value = float(self.max[self.columns.index(column)]) if self.n else math.nan
         return Reading(stat, value, n=self.n)
 

@@ -1,4 +1,4 @@
-"""One batch: from meetings of teacher and student to pairs, from final states to logits. Lives for one batch only.
+"""One batch: teacher and student at each site as pairs of the metrics, final states as logits. Lives for one batch.
 
 Masks. `valid`: every token, for windows are full. `bulk`: without position 0 and without massive tokens of the teacher
 at that site, for they would rule every second moment. `sample`: a seeded part of bulk, so that second moments cost the

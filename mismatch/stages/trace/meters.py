@@ -1,4 +1,4 @@
-"""Turn meetings of teacher and student into sums, and sums into rows of the table.
+"""Turn pairs of teacher and student at a site into sums, and sums into rows of the table.
 
 One `StudentMeter` per (student, mode, layer, site), one `TeacherMeter` per (layer, site), shared by the students.
 Nothing else outlives a batch (`mismatch.stages.trace.batch`), so memory does not grow with the text.

@@ -223,6 +223,7 @@ def llama_config(*, rope_theta: float, **sizes: Any) -> dict[str, Any]:
 
 
 def write_model(out: Path, config: dict[str, Any], tensors: dict[str, np.ndarray]) -> None:
+    """Write config.json, generation_config.json and model.safetensors."""
     from safetensors.numpy import save_file
 
     contiguous = {name: np.ascontiguousarray(array) for name, array in sorted(tensors.items())}
@@ -234,12 +235,14 @@ def write_model(out: Path, config: dict[str, Any], tensors: dict[str, np.ndarray
 
 
 def write_tokenizer(out: Path, tokenizer: Any, **settings: Any) -> None:
+    """Write tokenizer.json, and tokenizer_config.json with the settings."""
     tokenizer.save(str(out / "tokenizer.json"))
     fixed = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     write_json(out / "tokenizer_config.json", fixed | settings)
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Write indented JSON in UTF-8."""
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
