@@ -1,7 +1,7 @@
 # make test        lint and the tests
 # make test-slow   tests that take long or need the demo model; installs the built wheel too
 # make demo        fetch a model and text, then trace one swapped layer of it
-# make lint        ruff, its formatter, and who may import whom
+# make lint        ruff, its formatter, who may import whom, and mypy
 # make format      put the code into the formatter's form
 # make types       mypy
 # make docs        build the site into docs/_build/html; a warning or a dead link is an error
@@ -40,6 +40,7 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports --no-cache --no-logo
+	$(BIN)/mypy
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .

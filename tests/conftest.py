@@ -47,6 +47,15 @@ def _names_as_they_were():
         table._added = added
 
 
+@pytest.fixture(autouse=True)
+def _pages_where_they_are_looked_at(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Runs draw their figures and their report in the tests marked `pages` alone."""
+    if "pages" not in request.keywords:
+        monkeypatch.setattr("mismatch.stages.runner.write_html", lambda path: path)
+
+
 @pytest.fixture(scope="session")
 def tiny() -> Callable[..., nn.Module]:
     """`tiny(family, seed=0, **config)`: a new model each time, the same weights for a seed."""

@@ -345,6 +345,7 @@ def test_no_room_for_the_folder_itself(say, tmp_path, monkeypatch, toy_folder):
     )
 
 
+@pytest.mark.pages
 def test_token_text_is_escaped(toy_folder, tmp_path, capsys):
     """Names and settings of a run come from outside; in its report they are text."""
     name = "<script>alert(1)</script>"

@@ -73,6 +73,7 @@ def test_the_metric_of_the_guide_works(written, monkeypatch, toy_folder):
     assert found[found.layer >= 2].value.gt(0).all()
 
 
+@pytest.mark.pages
 def test_the_stage_of_the_guide_works(written, monkeypatch, toy_folder, tmp_path, capsys):
     (tmp_path / "guide_stage.py").write_text(
         blocks(written["docs/guides/adding-a-stage.md"], "python")[0], encoding="utf-8"

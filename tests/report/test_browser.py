@@ -22,6 +22,7 @@ KINDS = ("trace", "probe", "scan", "plan", "diagnose", "repair")
 MOST_BYTES = 1_500_000
 
 pytestmark = [
+    pytest.mark.pages,
     pytest.mark.skipif(
         browsers.find() is None, reason=f"no browser: none of {', '.join(browsers.NAMES)} is there"
     ),

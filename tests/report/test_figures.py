@@ -19,6 +19,8 @@ from mismatch.stages.trace.report import profile_figure as profile
 
 D = {"dictionary": s.DICTIONARY}
 
+pytestmark = pytest.mark.pages
+
 
 @pytest.fixture(scope="module")
 def table():

@@ -24,6 +24,8 @@ from mismatch.stages.trace.report.words import summary, verdict, worst_sites
 
 EVIL = '<script>alert("$x^$")</script>'
 
+pytestmark = pytest.mark.pages
+
 
 def make(path, table=None, swap="layer12:infini(segment=256)", findings=None, **manifest):
     folder = RunFolder.create(

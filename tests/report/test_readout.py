@@ -20,6 +20,8 @@ from mismatch.stages.trace.report import profile_figure as profile
 D = {"dictionary": s.DICTIONARY}
 EVIL = '<script>alert("x")</script>'
 
+pytestmark = pytest.mark.pages
+
 
 @pytest.fixture(scope="module")
 def table():

@@ -39,7 +39,6 @@ def full_disk(monkeypatch):
 def test_full_disk(toy_folder, text, tmp_path, capsys, monkeypatch, full_disk):
     """The run says what it could not write, keeps what it had, and goes on when there is room."""
     monkeypatch.setattr("mismatch.stages.trace.batches.SAVE_EVERY", -1.0)
-    monkeypatch.setattr("mismatch.stages.runner.write_html", lambda path: None)
     words = [
         "trace",
         "--model",

@@ -139,6 +139,7 @@ def words(toy_folder, tmp_path):
     ]
 
 
+@pytest.mark.pages
 def test_a_command_with_manifest_report_and_figure(words, tmp_path, capsys):
     assert cli.main(words) == 0
     out, err = capsys.readouterr()

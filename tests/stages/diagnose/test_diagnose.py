@@ -244,6 +244,7 @@ FAST = [
 ]
 
 
+@pytest.mark.pages
 def test_the_command_goes_on_from_a_trace(toy_folder, tmp_path, capsys):
     traced, run = tmp_path / "trace", tmp_path / "why"
     short = ("--tokens", "128", "--seq-len", "64", "--controls", "none", "--metrics", "kl")

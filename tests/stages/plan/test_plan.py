@@ -194,6 +194,7 @@ def test_from_python(toy, texts):
     assert len(made.figure().axes) == 3
 
 
+@pytest.mark.pages
 def test_the_command_keeps_its_scan_and_can_choose_from_it_again(toy_folder, tmp_path, capsys):
     held_out = jsonl(tmp_path / "held_out.jsonl", documents(8))
     run = tmp_path / "plan"

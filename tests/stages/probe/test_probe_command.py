@@ -37,6 +37,7 @@ def words(tmp_path, toy_folder):
     ]
 
 
+@pytest.mark.pages
 def test_a_run_folder_like_that_of_a_trace(words, tmp_path, capsys):
     folder = tmp_path / "run"
     more = ["--probes", ",".join(SHORT), "--output", str(folder)]
@@ -93,6 +94,7 @@ def passed(tmp_path, **more):
     )
 
 
+@pytest.mark.pages
 def test_passkey_in_python_and_its_picture(tmp_path):
     result = passed(tmp_path, output=str(tmp_path / "run"))
     data = passkey_data(result.table)
@@ -236,6 +238,7 @@ def test_a_failed_run_says_so(words, tmp_path, monkeypatch):
     assert "failed: no" in (tmp_path / "r" / "log.txt").read_text()
 
 
+@pytest.mark.pages
 def test_a_trace_with_probes_behind_it(toy, tmp_path):
     given = {"swap": "layer2:nope", "data": documents(4), "controls": (), "metrics": ("kl",)}
     sizes = {"tokens": 256, "seq_len": 64, "batch_size": 2}

@@ -27,6 +27,7 @@ SMALL = {
 }
 
 
+@pytest.mark.pages
 def test_repair_recovers_and_the_checkpoint_is_the_student(toy_teacher, tmp_path):
     result = mismatch.repair(
         toy_teacher,

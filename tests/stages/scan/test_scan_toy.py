@@ -113,6 +113,7 @@ def test_what_the_model_cannot_be_asked(toy, texts):
         mismatch.scan(model, "zero", among="0-4", **given)
 
 
+@pytest.mark.pages
 def test_the_command_writes_a_run_with_its_atlas(toy_folder, tmp_path, capsys):
     held_out = jsonl(tmp_path / "held_out.jsonl", documents(4))
     run = tmp_path / "run"

@@ -172,7 +172,6 @@ def test_the_command_is_stopped_and_goes_on(
 ):
     folder, all_bytes = uninterrupted
     run = tmp_path / "run"
-    monkeypatch.setattr("mismatch.stages.runner.write_html", lambda path: None)
     real, calls = loop.Sweep.run, []
 
     def stopped(self, *args, **kwargs):

@@ -236,9 +236,6 @@ def test_a_killed_process_goes_on(uninterrupted, toy_folder, tmp_path, capsys, m
     saved = json.loads((run / "state" / "state.json").read_text())["info"]["next"]
     assert 1 <= saved < 6
 
-    monkeypatch.setattr(
-        "mismatch.stages.runner.write_html", lambda path: None
-    )  # its figures take seconds
     # Other settings are refused, and the message says which.
     assert cli.main(["trace", "--resume", str(run), "--tokens", "512", "--seed", "1"]) == 2
     assert capsys.readouterr().err == (
@@ -272,7 +269,6 @@ def test_stopped_before_anything_was_saved(
         patch.setattr("mismatch.surgery.students.calibrate", interrupt)
         assert cli.main(command(folder, toy_folder, "--output", str(run))) == 130
     assert f"hint: mismatch trace --resume {run}" in capsys.readouterr().err
-    monkeypatch.setattr("mismatch.stages.runner.write_html", lambda path: None)
     assert cli.main(["trace", "--resume", str(run), "-q"]) == 0
     assert (run / "metrics.parquet").read_bytes() == all_bytes
 

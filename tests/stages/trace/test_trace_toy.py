@@ -59,6 +59,7 @@ def test_both_texts_may_be_strings_and_must_differ(teacher):
         )
 
 
+@pytest.mark.pages
 def test_python(teacher, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     student = mismatch.swap(teacher, "layer2:infini(segment=16)")
@@ -188,9 +189,6 @@ def test_command_line(toy_folder, tmp_path, capsys, monkeypatch):
     # config.yaml repeats the run, to the byte, in a folder of another name.
     assert "output" not in yaml.safe_load((run / "config.yaml").read_text())
     again = tmp_path / "again"
-    monkeypatch.setattr(
-        "mismatch.stages.runner.write_html", lambda path: None
-    )  # its figures take seconds
     assert config.load(TraceConfig, run / "config.yaml").swap == ("layer2:infini(segment=16)",)
     assert (
         cli.main(["trace", "--config", str(run / "config.yaml"), "--output", str(again), "-q"]) == 0
