@@ -8,10 +8,7 @@ from mismatch import spec
 from mismatch.errors import UsageError
 from mismatch.runs.folder import Run, load_run
 from mismatch.stages.diagnose.config import DiagnoseConfig
-from mismatch.stages.probe.words import headlines, named
-
-WORSE = {"passkey": -1, "induction": +1}
-"""Probes that are taken over, and the direction in which their headline gets worse."""
+from mismatch.stages.probe.words import WORSE, headlines, named
 
 
 def earlier_run(config: DiagnoseConfig) -> Run | None:

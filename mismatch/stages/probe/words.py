@@ -76,6 +76,10 @@ def _order(row: Any) -> tuple[Any, ...]:
     return (who, row.student, *places, len(given), [(k, str(type(v)), v) for k, v in given])
 
 
+WORSE = {"passkey": -1, "induction": +1}
+"""Retrieval and copying: the direction in which the headline of the probe gets worse."""
+
+
 def probes_of(table: pd.DataFrame) -> list[str]:
     """The probes that a table holds, in the order of the list of probes."""
     known = registry.probes().names()

@@ -29,7 +29,7 @@ from mismatch.stages.repair.ladder_stages.stage_result import StageResult
 from mismatch.stages.repair.plan import Gates, RepairPlan, StudentReading
 from mismatch.stages.repair.report.before_after_figure import before_after, before_after_data
 from mismatch.stages.repair.report.curve_figure import branch_line
-from mismatch.stages.repair.report.page import warnings
+from mismatch.stages.repair.report.page import lost, warnings
 from mismatch.stages.repair.rows import branch_rows, stage_rows, student_rows
 from mismatch.stages.repair.texts import read_texts
 from mismatch.surgery.operate import Student
@@ -313,6 +313,23 @@ def having_closed(*gap: float) -> RepairPlan:
         forecast=Foretold({}, {}, ""),
         students={"repaired": StudentReading(nothing, nothing, gap, nothing)},
     )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("metric", "lo", "hi", "is_lost"),
+    [
+        ("passkey", -2.0, -1.0, True),
+        ("passkey", 0.01, 0.02, False),  # found better than by the teacher
+        ("induction", 1.0, 2.0, True),
+        ("induction", -2.0, -1.0, False),
+        ("generation", -2.0, -1.0, True),
+        ("generation", 1.0, 2.0, True),
+        ("passkey", -1.0, 1.0, False),
+        ("passkey", float("nan"), float("nan"), False),
+    ],
+)
+def test_a_gain_is_no_loss(metric, lo, hi, is_lost):
+    assert lost(metric, lo, hi) is is_lost
 
 
 def test_a_repair_of_text_that_leaves_retrieval_lost_is_warned_of_once_a_probe():

@@ -13,7 +13,7 @@ from mismatch.report.figures import ReportFigure
 from mismatch.report.page import Cell, Html, grid, join, reading, tag, whole
 from mismatch.report.sections import Section, replaced, verdict
 from mismatch.runs.folder import Run
-from mismatch.stages.probe.words import headlines, probes_of
+from mismatch.stages.probe.words import WORSE, headlines, probes_of
 from mismatch.stages.repair.plan import RepairPlan
 from mismatch.stages.repair.report.before_after_figure import before_after as before_after_figure
 from mismatch.stages.repair.report.before_after_figure import before_after_data
@@ -23,7 +23,6 @@ from mismatch.stages.repair.report.gates_figure import gates_data, gates_figure
 
 CLOSED = 0.5
 """Share of the gap from which the KL counts as closed; a retrieval of which less came back is warned of."""
-RETRIEVAL = ("passkey", "induction")
 
 
 def repair_verdict(plan: RepairPlan) -> str:
@@ -146,7 +145,8 @@ def before_after(table: pd.DataFrame, dictionary: Mapping[str, Any] | None = Non
 
     Returns:
         Rows metric, stat, unit, teacher, swap, repaired, left (repaired minus teacher), left_lo, left_hi, back (the
-        share of what the swap lost that was recovered; NaN where the interval of that loss holds 0).
+        share of what the swap lost that was recovered; NaN where the interval of that loss holds 0, and where it is a
+        gain).
     """
     of = probes_of(table)
     mine = table[table["metric"].isin(of)]
@@ -161,12 +161,18 @@ def before_after(table: pd.DataFrame, dictionary: Mapping[str, Any] | None = Non
     joined = parts["surgery"].merge(parts["repair"], on=keys, suffixes=("", "_after"))
     rows = []
     for r in joined.itertuples():
-        lost = r.difference_lo > 0 or r.difference_hi < 0
-        back = 1 - r.difference_after / r.difference if lost else math.nan
+        found_less = lost(r.metric, r.difference_lo, r.difference_hi)
+        back = 1 - r.difference_after / r.difference if found_less else math.nan
         numbers = (r.teacher, r.value, r.value_after)
         left = (r.difference_after, r.difference_lo_after, r.difference_hi_after)
         rows.append((r.metric, r.stat, r.unit, *numbers, *left, back))
     return pd.DataFrame(rows, columns=list(BEFORE_AFTER))
+
+
+def lost(metric: str, lo: float, hi: float) -> bool:
+    """Whether the interval of swap minus teacher is a loss: a key that is found better than by the teacher is none."""
+    worse = WORSE.get(metric, 0)  # 0: a difference in either direction is a loss
+    return (lo > 0 and worse >= 0) or (hi < 0 and worse <= 0)
 
 
 BEFORE_AFTER = (
@@ -198,7 +204,7 @@ def warnings(found: pd.DataFrame, plan: RepairPlan) -> list[str]:
     if not closed >= CLOSED or found.empty:
         return []
     sure = (found["left_lo"] > 0) | (found["left_hi"] < 0)
-    missing = found[found["metric"].isin(RETRIEVAL) & (found["back"] < CLOSED) & sure]
+    missing = found[found["metric"].isin(list(WORSE)) & (found["back"] < CLOSED) & sure]
     worst = missing.loc[missing["left"].abs().groupby(missing["metric"], sort=False).idxmax()]
     return [
         f"{100 * closed:.0f} % of the KL gap is closed, and {100 * max(0.0, r.back):.0f} % of what {r.metric} {r.stat} "
