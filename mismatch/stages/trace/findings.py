@@ -267,7 +267,7 @@ RULES: tuple[Callable[[Evidence], Finding | None], ...] = (
 
 
 def _parallel(e: Evidence) -> str | None:
-    """The safe alternative: keep the original and add the mechanism beside it."""
+    """The safe alternative: keep the teacher's module and add the mechanism beside it."""
     clause = e.clauses[0]
     if clause.mechanism == "parallel" or clause.slot in ("final_norm", "rope"):
         return None
@@ -276,5 +276,7 @@ def _parallel(e: Evidence) -> str | None:
         if len(e.swapped) == 1
         else f"layers[{','.join(map(str, e.swapped))}]"
     )
-    swap = f"{where}.{clause.slot}:parallel({clause.mechanism}, alpha=0.1)"
+    args = ", ".join(f"{name}={value}" for name, value in clause.args.items())
+    call = f"{clause.mechanism}({args})" if args else clause.mechanism
+    swap = f"{where}.{clause.slot}:parallel({call}, alpha=0.1)"
     return f'mismatch trace --model {e.model} --swap "{swap}"'

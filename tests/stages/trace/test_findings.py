@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pandas as pd
 import pytest
 from plans import replaced
@@ -69,12 +71,18 @@ def test_without_controls_nothing_is_judged():
     assert titles(row("kl", 0.03)) == ["the output shifts"]
 
 
-def test_the_next_command_keeps_the_original():
+def test_the_next_command_keeps_the_teachers_module():
     finding = worth_it(evidence(*kl(0.08, 0.05, 0.02, 0.04)))
     assert (
         finding.next
         == 'mismatch trace --model toy --swap "layer2.attn:parallel(infini, alpha=0.1)"'
     )
+
+
+def test_the_next_command_keeps_the_arguments():
+    found = evidence(*kl(0.08, 0.05, 0.02, 0.04))
+    swapped = dataclasses.replace(found, clauses=(replaced("infini", args={"segment": 64}),))
+    assert "parallel(infini(segment=64), alpha=0.1)" in worth_it(swapped).next
 
 
 def test_an_update_that_misses_by_more_than_its_size():
