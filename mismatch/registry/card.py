@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import functools
 import importlib
 import importlib.machinery
 import importlib.util
@@ -143,7 +144,7 @@ def read(name: str, target: str) -> Card:
         return of_class(name, getattr(sys.modules[module], attribute))
     path = _source(module)
     try:
-        tree = ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+        tree = _parsed(path)
     except SyntaxError as error:
         raise CardError(f"`{path}` line {error.lineno}: {error.msg}") from error
     classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
@@ -180,9 +181,20 @@ def _origin(tree: ast.Module, config: str, path: Path) -> str:
     raise CardError(f"the class `{config}` is neither in `{path}` nor imported there")
 
 
+def _parsed(path: Path) -> ast.Module:
+    """The syntax tree of a file. A file that changed since is read again."""
+    found = path.stat()
+    return _parsed_at(path, found.st_mtime_ns, found.st_size)
+
+
+@functools.cache
+def _parsed_at(path: Path, _changed: int, _size: int) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+
+
 def docstring(module: str) -> str:
     """The docstring of a module, read from its source."""
-    return ast.get_docstring(ast.parse(_source(module).read_text(encoding="utf-8"))) or ""
+    return ast.get_docstring(_parsed(_source(module))) or ""
 
 
 def fields(target: str) -> tuple[Arg, ...]:
@@ -195,7 +207,7 @@ def fields(target: str) -> tuple[Arg, ...]:
 def _classes(module: str, attribute: str) -> dict[str, ast.ClassDef]:
     """A class and its ancestors by name, those included that its file imports."""
     path = _source(module)
-    tree = ast.parse(path.read_text(encoding="utf-8"))
+    tree = _parsed(path)
     here = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
     found: dict[str, ast.ClassDef] = {}
     for node in _ancestry(here[attribute], here):
