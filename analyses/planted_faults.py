@@ -193,7 +193,7 @@ def draw(frame: pd.DataFrame) -> Figure:
         f"Faults planted at layer {LAYER}: what each correction returns of the KL, %; bold: named as leading",
         loc="left", fontsize=9,
     )  # fmt: skip
-    picture.colorbar(drawn, ax=ax, label="share returned")
+    picture.colorbar(drawn, ax=ax, label="share recovered")
     return picture
 
 

@@ -47,14 +47,14 @@ def diagnosis_data(
         UsageError: nothing was taken apart, because nothing was damaged.
     """
     found = plan.diagnosis
-    if not found.returned or found.unexplained is None:
+    if not found.corrections or found.unexplained is None:
         raise UsageError("there is nothing to explain: the output does not move")
     rest = {"unexplained": found.unexplained}
     rows = [
         _row("cause", name, name, CAUSES.get(name, name), share, float("nan"))
         for name, share in {**found.causes, **rest}.items()
     ]
-    for one in found.returned:
+    for one in found.corrections:
         row = _row(one.group, one.group, one.name, one.says, one.share, one.kl.value)
         row |= {
             "leading": one.name == found.leading,

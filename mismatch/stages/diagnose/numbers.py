@@ -40,7 +40,7 @@ class Kl:
 
 
 @dataclass(frozen=True)
-class Returned:
+class Correction:
     """One correction.
 
     Attributes:
@@ -85,7 +85,7 @@ class Found:
         damage: KL of the swap.
         nll: its NLL difference, likewise.
         controls: KL of each control in the same places.
-        returned: every correction.
+        corrections: every one.
         causes: Shapley shares of the three causes.
         joint: KL recovered by each set of causes, by their names joined with `+`.
         unexplained: what all three together do not recover.
@@ -105,7 +105,7 @@ class Found:
     damage: Kl
     nll: Share
     controls: dict[str, Kl] = field(default_factory=dict)
-    returned: tuple[Returned, ...] = ()
+    corrections: tuple[Correction, ...] = ()
     causes: dict[str, Share] = field(default_factory=dict)
     joint: dict[str, Share] = field(default_factory=dict)
     unexplained: Share | None = None
@@ -116,10 +116,10 @@ class Found:
     evidence: tuple[dict[str, Any], ...] = ()
 
     @property
-    def lead(self) -> Returned | None:
+    def lead(self) -> Correction | None:
         """The leading correction."""
         return None if self.leading is None else self.get(self.leading)
 
-    def get(self, name: str) -> Returned | None:
+    def get(self, name: str) -> Correction | None:
         """A correction by name."""
-        return next((r for r in self.returned if r.name == name), None)
+        return next((r for r in self.corrections if r.name == name), None)

@@ -51,7 +51,7 @@ def sections(run: Run) -> list[Section]:
         verdict(plan.verdict),
         Section("", (damage(found), *FIGURES)),
         findings(run),
-        *([Section("Every correction", (corrections(plan),))] if found.returned else []),
+        *([Section("Every correction", (corrections(plan),))] if found.corrections else []),
         *([Section("A repair, as forecast", forecast)] if forecast else []),
         replaced(run),
     ]

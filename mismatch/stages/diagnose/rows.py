@@ -2,7 +2,7 @@
 
 kl   mean                     free     of the swap and of each control
 kl   mean[correction=C]       free     of the swap, corrected (or `causes=A+B`)
-kl   returned[correction=C]   free     share of the KL that it returns; returned[causes=A+B]
+kl   recovered[correction=C]  free     share of the KL that it recovers; recovered[causes=A+B]
 kl   share[cause=C]           free     Shapley share; C = unexplained: the remainder
 rel_l2   squared, squared[correction=C]    forced   squared error of the update, 1 = as far as an update of zero
 rel_l2   behind               free     of the stream leaving each block from the last place on
@@ -28,12 +28,12 @@ def _rows(found: Found) -> Iterator[dict[str, Any]]:
     yield _row("nll", "shift", found.nll)
     for name, kl in found.controls.items():
         yield _row("kl", "mean", kl, student=name)
-    for one in found.returned:
+    for one in found.corrections:
         said = {"layer": one.layer, "head": one.head}
         yield _row("kl", under("mean", correction=one.name), one.kl, **said)
-        yield _row("kl", under("returned", correction=one.name), one.share, **said)
+        yield _row("kl", under("recovered", correction=one.name), one.share, **said)
     for names, share in found.joint.items():
-        yield _row("kl", under("returned", causes=names), share)
+        yield _row("kl", under("recovered", causes=names), share)
     for name, share in found.causes.items():
         yield _row("kl", under("share", cause=name), share)
     if found.unexplained is not None:
@@ -44,7 +44,7 @@ def _rows(found: Found) -> Iterator[dict[str, Any]]:
         for name, error in place["corrected_error"].items():
             yield _row("rel_l2", under("squared", correction=name), error, **at)
         for head, share in enumerate(place["head_errors"]):
-            yield _row("rel_l2", "returned_by_head", share, head=head, **at)
+            yield _row("rel_l2", "recovered_by_head", share, head=head, **at)
         yield _row("update_size", "teacher", place["update_to_stream"], **at)
         yield _row("update_size", "student", place["update_to_stream_student"], **at)
     for layer, error in zip(

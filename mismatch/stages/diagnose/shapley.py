@@ -21,7 +21,7 @@ import numpy as np
 from mismatch.forward.heldout import Evaluated
 from mismatch.metrics.sums.per_document import Total, bootstrap
 from mismatch.stages.diagnose.corrections import CAUSES
-from mismatch.stages.diagnose.numbers import Kl, Returned, Share
+from mismatch.stages.diagnose.numbers import Correction, Kl, Share
 
 NEARLY = 0.95
 """Of the best share: a simpler correction that recovers so much is the name of it."""
@@ -77,9 +77,11 @@ def causes_of(
     return shares, share(lambda total: 1.0 - recovered(names, total))
 
 
-def leading(returned: Sequence[Returned]) -> str | None:
+def leading(corrections: Sequence[Correction]) -> str | None:
     """The simplest correction that recovers nearly as much as any; None: none recovers much, beyond chance."""
-    single = [r for r in returned if np.isfinite(r.share.value) and not r.name.startswith("layer ")]
+    single = [
+        r for r in corrections if np.isfinite(r.share.value) and not r.name.startswith("layer ")
+    ]
     best = max(single, key=lambda r: r.share.value, default=None)
     if best is None or best.share.value < LITTLE or best.share.lo <= 0:
         return None
@@ -87,7 +89,7 @@ def leading(returned: Sequence[Returned]) -> str | None:
     return min(near, key=_order).name
 
 
-def _order(one: Returned) -> tuple[int, float]:
+def _order(one: Correction) -> tuple[int, float]:
     if one.name in SIMPLEST:
         return SIMPLEST.index(one.name), 0.0
     if one.name in RICHEST:

@@ -23,7 +23,7 @@ from mismatch.stages.diagnose.corrections import SUBSETS
 from mismatch.stages.diagnose.earlier_run import earlier_run, readings_of
 from mismatch.stages.diagnose.fitted import TakenApart, joint_name
 from mismatch.stages.diagnose.heldout import CorrectedHeldOut
-from mismatch.stages.diagnose.numbers import Found, Kl, Returned, Share
+from mismatch.stages.diagnose.numbers import Correction, Found, Kl, Share
 from mismatch.stages.diagnose.places import places_of
 from mismatch.stages.diagnose.plan import DiagnosisPlan
 from mismatch.stages.diagnose.result import Diagnosed
@@ -197,14 +197,14 @@ def _found(
     if not apart.fitted:
         return Found(**shared)
     none = (Share(0.0, 0.0, 0.0), Kl(**vars(shared["damage"])))
-    returned = []
+    corrections = []
     for one in apart.asked:
         share, kl = none
         after = evaluated.get(apart.trial_of(one.trial))
         if after is not None:
             share, kl = share_of(after, damage, seed), kl_of(after, seed)
-        returned.append(
-            Returned(one.name, one.group, share, kl, one.layer, one.head, after is None)
+        corrections.append(
+            Correction(one.name, one.group, share, kl, one.layer, one.head, after is None)
         )
     joint = {
         chosen: evaluated.get(apart.trial_of(joint_name(chosen)), damage) for chosen in SUBSETS
@@ -212,11 +212,11 @@ def _found(
     causes, unexplained = causes_of(joint, damage, seed)
     return Found(
         **shared,
-        returned=tuple(returned),
+        corrections=tuple(corrections),
         causes=causes,
         joint={"+".join(c): share_of(j, damage, seed) for c, j in joint.items()},
         unexplained=unexplained,
-        leading=leading(returned),
+        leading=leading(corrections),
         places=tuple(apart.facts(held_out.batches, held_out.sides)),
         not_applicable=tuple(apart.not_applicable),
     )

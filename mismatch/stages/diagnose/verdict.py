@@ -14,7 +14,7 @@ from mismatch.runs.plan import Replaced
 from mismatch.stages.base import SEVERITIES, Finding
 from mismatch.stages.diagnose.config import DiagnoseConfig
 from mismatch.stages.diagnose.figure import CAUSES, percent
-from mismatch.stages.diagnose.numbers import Found, Returned, Share
+from mismatch.stages.diagnose.numbers import Correction, Found, Share
 
 SPOKEN = 0.1
 """A smaller share is left to the table."""
@@ -46,7 +46,7 @@ def verdicts(found: Found, config: DiagnoseConfig, clauses: Sequence[Replaced]) 
 def headline(found: Found) -> str:
     """One sentence: the damage, and the shares of its causes."""
     damage = found.damage
-    if not found.returned:
+    if not found.corrections:
         return (
             f"Nothing to explain: the output does not move (KL {damage.value:.2g} nats, rounding)."
         )
@@ -70,7 +70,7 @@ def headline(found: Found) -> str:
 def _damage(found: Found, _ask: _Next) -> Iterator[Finding]:
     kl = found.damage
     numbers: dict[str, float | str] = {"kl": kl.value}
-    if not found.returned:
+    if not found.corrections:
         yield Finding(
             "info",
             "nothing to explain",
@@ -87,16 +87,16 @@ def _damage(found: Found, _ask: _Next) -> Iterator[Finding]:
 
 
 def _leading(found: Found, ask: _Next) -> Iterator[Finding]:
-    if not found.returned:
+    if not found.corrections:
         return
     lead = found.lead
     if lead is None:
-        best = max(found.returned, key=lambda r: r.share.value)
+        best = max(found.corrections, key=lambda r: r.share.value)
         yield Finding(
             "medium",
             "no simple correction recovers much",
-            f"The best of {len(found.returned)} is {best.says}: {_percent(best.share)}{_band(best.share, 100)}. What "
-            "is missing is content of its own, which has to be trained.",
+            f"The best of {len(found.corrections)} is {best.says}: {_percent(best.share)}{_band(best.share, 100)}. "
+            "What is missing is content of its own, which has to be trained.",
             {"best": best.name, "share": best.share.value},
             ask.repair(),
         )
@@ -143,7 +143,7 @@ def _causes(found: Found, ask: _Next) -> Iterator[Finding]:
         )
 
 
-def _closed(lead: Returned) -> bool:
+def _closed(lead: Correction) -> bool:
     return lead.name in CLOSED_FORM and lead.share.lo > MUCH
 
 
@@ -156,7 +156,7 @@ _WHAT = {
 
 
 def _parts(found: Found, ask: _Next) -> Iterator[Finding]:
-    for one in found.returned:
+    for one in found.corrections:
         share = one.share
         if one.group != "part" or one.name == found.leading or not share.lo > 0:
             continue
@@ -173,7 +173,7 @@ def _parts(found: Found, ask: _Next) -> Iterator[Finding]:
 
 def _behind(found: Found, _ask: _Next) -> Iterator[Finding]:
     layers, errors = found.behind.get("layers", []), found.behind.get("errors", [])
-    if not found.returned or len(layers) < 2 or not errors[0] > 0:
+    if not found.corrections or len(layers) < 2 or not errors[0] > 0:
         return
     growth = found.behind["growth"]
     word = "amplify" if growth > 1.1 else "heal" if growth < 0.9 else "neither amplify nor heal"
@@ -239,7 +239,7 @@ class _Next:
         self.clauses, self.evidence = clauses, config.earlier_run
         self.slots = {c.mechanism: c.slot for c in clauses}
 
-    def cure(self, one: Returned) -> str | None:
+    def cure(self, one: Correction) -> str | None:
         if one.name in CLOSED_FORM:
             return self.closed_form()
         if one.group == "position":

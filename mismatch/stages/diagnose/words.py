@@ -23,7 +23,7 @@ def diagnosis_summary(plan: DiagnosisPlan, findings: Sequence[Mapping[str, Any]]
     """
     found = plan.diagnosis
     parts = [f"warning: {text}" for text in plan.warnings]
-    if found.returned:
+    if found.corrections:
         data = diagnosis_data(plan=plan)
         for panel, title in PANELS.items():
             rows = data[data["panel"] == panel]

@@ -161,9 +161,9 @@ def test_the_result(diagnosed):
     assert total == pytest.approx(1.0)
     assert diagnosed.verdict.startswith(f"KL {found.damage.value:.3g} nats per token [")
     assert {"without memory", "without local", "with first_token"} <= {
-        r.name for r in found.returned
+        r.name for r in found.corrections
     }
-    assert len([r for r in found.returned if r.head is not None]) == 3
+    assert len([r for r in found.corrections if r.head is not None]) == 3
     assert found.places[0]["update_to_stream"] > 0
     assert found.behind["layers"] == [2, 3]
     assert found.behind["growth"] == pytest.approx(
@@ -171,7 +171,7 @@ def test_the_result(diagnosed):
     )
     rows = diagnosed.table
     assert set(rows["stage"]) == {"diagnose"}
-    row = rows[rows["stat"] == "returned[correction=scale]"].iloc[0]
+    row = rows[rows["stat"] == "recovered[correction=scale]"].iloc[0]
     assert row["value"] == found.get("scale").share.value
     assert "* " in diagnosed.summary() or found.leading is None
     assert len(diagnosed.figure().axes) == 5
@@ -187,7 +187,7 @@ def test_no_branches_and_no_rope_are_not_applicable(toy_teacher, texts):
         "heads: the swapped module does not share the output projection of the teacher's heads",
         "branches: random names no branch and nothing that it could restore",
     )
-    assert not any(r.group == "part" for r in found.returned)
+    assert not any(r.group == "part" for r in found.corrections)
 
 
 def test_every_verdict_names_a_next_command(diagnosed, toy_teacher):

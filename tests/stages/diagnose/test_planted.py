@@ -77,7 +77,7 @@ def test_nothing_wrong_is_nothing_to_explain(diagnose):
     for swap in ("layer2:fault(kind=same)", "layer1:identity; layer2.mlp:identity"):
         made = diagnose(swap)
         assert made.found.damage.value == 0.0
-        assert made.found.returned == ()
+        assert made.found.corrections == ()
         assert made.leading is None
         assert made.verdict == "Nothing to explain: the output does not move (KL 0 nats, rounding)."
         assert [finding.title for finding in made.findings] == ["nothing to explain"]
