@@ -34,7 +34,6 @@ import torch
 from matplotlib.figure import Figure
 
 import mismatch
-from mismatch.runs import environment
 from mismatch.stages.repair.config import RepairConfig
 from mismatch.stages.repair.ladder_stages.activation_store import Example, Store
 from mismatch.stages.repair.ladder_stages.local import LocalLoss, groups
@@ -42,8 +41,6 @@ from mismatch.stages.repair.ladder_stages.loss import relative_error
 from mismatch.stages.repair.ladder_stages.module_pair import own, pairs_of, watch
 from mismatch.stages.repair.ladder_stages.training import Trainer
 from mismatch.stages.repair.self_generated import Writer
-from mismatch.texts.documents import read
-from mismatch.texts.windows import windows
 
 SWAP = "layer12:infini(segment=64)"
 STEPS = 4  # timed together in a round
@@ -84,7 +81,9 @@ def times(config: RepairConfig, rounds: int) -> dict[str, list[float]]:
     """CPU milliseconds a token of each way, one number a round."""
     teacher, seq_len = mismatch.load(config.model), config.seq_len
     layout = teacher.layout
-    cut = windows(read("sotu"), teacher.tokenizer, seq_len, STEPS * seq_len, 0)
+    cut = mismatch.windows(
+        mismatch.read_documents("sotu"), teacher.tokenizer, seq_len, STEPS * seq_len, 0
+    )
     batches = [torch.from_numpy(b.ids) for b in cut.batches(1)]
     student = mismatch.swap(teacher, *config.swap)
     part = pairs_of(layout, student)[0]
@@ -199,7 +198,7 @@ def report(args: argparse.Namespace, found: dict[str, list[float]], config: Repa
         "field_over_repair": median["field"] / costs[config.self_generated][epochs],
         "field_over_repair_of_given_text": median["field"] / costs[0.0][epochs],
         "threads": 1,
-        "versions": environment.versions(),
+        "versions": mismatch.versions(),
     }
     (args.output / "cost.json").write_text(json.dumps(made, indent=2) + "\n")
     figure(median, config).savefig(args.output / "cost.png", dpi=200)

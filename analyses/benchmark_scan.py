@@ -34,14 +34,8 @@ from matplotlib.figure import Figure
 
 import mismatch
 from mismatch import spec
-from mismatch.forward import hooks
-from mismatch.forward.sites import taps
-from mismatch.runs import environment
 from mismatch.stages.scan.cells import cells, columns
 from mismatch.surgery.operate import blank, holding
-from mismatch.surgery.students import Teacher
-from mismatch.texts.documents import read
-from mismatch.texts.windows import windows
 
 SWAP = "sliding_window(64, 1)"
 LIMIT = 17
@@ -80,7 +74,7 @@ def times(name: str, tokens: int, seq_len: int, rounds: int) -> tuple[dict[str, 
     """CPU seconds of each way, one number a round; and the number of layers."""
     teacher = mismatch.load(name)
     layers = teacher.layout.n_layers
-    cut = windows(read("wiki"), teacher.tokenizer, seq_len, tokens, 0)
+    cut = mismatch.windows(mismatch.read_documents("wiki"), teacher.tokenizer, seq_len, tokens, 0)
     ids = torch.from_numpy(cut.ids)
     naive = [layer for layer in NAIVE if layer < layers] or [0]
     students = {layer: mismatch.swap(teacher, spec.format(template().at(layer))) for layer in naive}
@@ -127,21 +121,25 @@ def forward(model: torch.nn.Module, ids: torch.Tensor) -> None:
 
 
 @torch.no_grad()
-def blocks(teacher: Teacher, ids: torch.Tensor) -> None:
+def blocks(teacher: mismatch.Teacher, ids: torch.Tensor) -> None:
     """The original's blocks once, then from each block on with that one swapped."""
     layout, kept = teacher.layout, {}
-    wanted = [taps(layout, layer)[-1] for layer in range(layout.n_layers - 1)]
-    hooks.run(layout, ids, wanted, lambda tap, value: kept.__setitem__(tap.layer + 1, value))
+    wanted = [mismatch.taps(layout, layer)[-1] for layer in range(layout.n_layers - 1)]
+    mismatch.run_tapped(
+        layout, ids, wanted, lambda tap, value: kept.__setitem__(tap.layer + 1, value)
+    )
     base = blank(layout)
     every = cells(columns((template(),), ()), range(layout.n_layers), layout)
     for cell in every:
         with holding(base, cell.placements):
             stream = kept.get(cell.first)
-            hooks.run(base.layout, ids, (), lambda *_: None, start=cell.first, stream=stream)
+            mismatch.run_tapped(
+                base.layout, ids, (), lambda *_: None, start=cell.first, stream=stream
+            )
 
 
 @torch.no_grad()
-def pair(teacher: Teacher, student: torch.nn.Module, ids: torch.Tensor) -> float:
+def pair(teacher: mismatch.Teacher, student: torch.nn.Module, ids: torch.Tensor) -> float:
     """As one writes it by hand: both models whole, KL of all tokens in small pieces."""
     total = 0.0
     ours, theirs = (
@@ -190,7 +188,7 @@ def report(folder: Path, seconds: dict[str, list[float]], layers: int, settings:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
-    made = {"settings": settings, "seconds": seconds, "versions": environment.versions()}
+    made = {"settings": settings, "seconds": seconds, "versions": mismatch.versions()}
     (folder / "cost.json").write_text(json.dumps(made, indent=2) + "\n")
     for row in rows:
         print("  ".join(f"{key} {value}" for key, value in row.items()))

@@ -37,14 +37,9 @@ import torch
 from matplotlib.figure import Figure
 
 import mismatch
-from mismatch.forward import hooks
-from mismatch.forward.sites import taps
 from mismatch.models.layout import Layout
-from mismatch.runs import environment
 from mismatch.surgery.controls import control_specs
 from mismatch.surgery.students import calibrated_swap
-from mismatch.texts.documents import read
-from mismatch.texts.windows import windows
 
 SWAP = "layer12:infini(segment=64)"
 BLUE = "#4c78a8"
@@ -81,8 +76,8 @@ def main() -> None:
 def times(tokens: int, seq_len: int, rounds: int) -> dict[str, list[float]]:
     """CPU seconds of each way, one number a round."""
     teacher = mismatch.load("smollm2")
-    text = read("wiki")
-    cut = windows(text, teacher.tokenizer, seq_len, tokens, 0)
+    text = mismatch.read_documents("wiki")
+    cut = mismatch.windows(text, teacher.tokenizer, seq_len, tokens, 0)
     options = {
         "calibration": "sotu",
         "tokens": 2048,
@@ -128,10 +123,13 @@ def times(tokens: int, seq_len: int, rounds: int) -> dict[str, list[float]]:
 def bound(teacher: Layout, students: list[Layout], first: int, ids: torch.Tensor) -> None:
     """One teacher forward, one suffix a student, and the head on all of them, in chunks."""
     kept = {}
-    entering = taps(teacher, first - 1)[-1:]
-    finals = [hooks.run(teacher, ids, entering, lambda tap, value: kept.__setitem__("h", value))]
+    entering = mismatch.taps(teacher, first - 1)[-1:]
+    finals = [
+        mismatch.run_tapped(teacher, ids, entering, lambda tap, value: kept.__setitem__("h", value))
+    ]
     finals += [
-        hooks.run(s, ids, (), lambda *_: None, start=first, stream=kept["h"]) for s in students
+        mismatch.run_tapped(s, ids, (), lambda *_: None, start=first, stream=kept["h"])
+        for s in students
     ]
     for final in finals:
         for chunk in final.flatten(0, 1).split(256):
@@ -236,7 +234,7 @@ def keep(figure: Figure, folder: Path, name: str, rows: list[dict], facts: dict)
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
-    made = {**facts, "versions": environment.versions()}
+    made = {**facts, "versions": mismatch.versions()}
     (folder / f"{name}.json").write_text(json.dumps(made, indent=2) + "\n")
     for row in rows:
         print("  ".join(f"{key} {value}" for key, value in row.items()))

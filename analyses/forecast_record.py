@@ -24,9 +24,6 @@ import torch
 from torch import Tensor
 
 import mismatch
-from mismatch.forward import hooks
-from mismatch.forward.heldout import HeldOut
-from mismatch.forward.sites import taps
 from mismatch.stages.opening import Opened
 from mismatch.stages.repair.config import RepairConfig
 from mismatch.stages.repair.forecast_readings import errors
@@ -66,7 +63,7 @@ class Bench:
     texts: Texts
     folder: Path
     slopes: dict[int, list[Tensor]] = field(default_factory=dict)
-    held_out: dict[int, HeldOut] = field(default_factory=dict)
+    held_out: dict[int, mismatch.HeldOut] = field(default_factory=dict)
     controls: dict[int, dict[str, float]] = field(default_factory=dict)
 
 
@@ -150,7 +147,7 @@ def one_cell(bench: Bench, layer: int, name: str) -> dict[str, Any]:
     """Numbers before training, then the repair."""
     teacher, swap_text = bench.teacher, f"layer{layer}:{MECHANISMS[name]}"
     if layer not in bench.held_out:
-        bench.held_out = {layer: HeldOut(teacher.layout, bench.read.evaluation, layer, 2)}
+        bench.held_out = {layer: mismatch.HeldOut(teacher.layout, bench.read.evaluation, layer, 2)}
         bench.controls = {layer: controls(bench, layer)}
     held_out, known = bench.held_out[layer], dict(bench.controls[layer])
     stages = STAGES if layer in BLOCK_LAYERS else STAGES[:2]
@@ -228,14 +225,18 @@ def slopes(teacher: Any, look: Any) -> dict[int, list[Tensor]]:
     """By layer and batch, d log p(y) / d attn_out, y drawn from the model's own prediction: `draws pos d`."""
     layout = teacher.layout
     generator = torch.Generator().manual_seed(0)
-    wanted = [tap for layer in LAYERS for tap in taps(layout, layer) if tap.site == "attn_out"]
+    wanted = [
+        tap for layer in LAYERS for tap in mismatch.taps(layout, layer) if tap.site == "attn_out"
+    ]
     start = layout.model.get_input_embeddings().register_forward_hook(
         lambda _module, _args, out: out.requires_grad_()
     )
     found: dict[int, list[Tensor]] = {layer: [] for layer in LAYERS}
     for ids in look:
         seen: dict[int, Tensor] = {}
-        final = hooks.run(layout, ids, wanted, lambda tap, x, s=seen: s.__setitem__(tap.layer, x))
+        final = mismatch.run_tapped(
+            layout, ids, wanted, lambda tap, x, s=seen: s.__setitem__(tap.layer, x)
+        )
         log_p = layout.model.get_output_embeddings()(final).log_softmax(-1)[0]
         drawn: dict[int, list[Tensor]] = {layer: [] for layer in LAYERS}
         for _ in range(DRAWS):

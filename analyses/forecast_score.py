@@ -26,8 +26,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from scipy import stats
 
+import mismatch
 from mismatch.report import style
-from mismatch.runs import environment
 from mismatch.runs.files import json_text
 from mismatch.stages.repair.forecast import MISS, NUMBERS, Swap, forecast
 
@@ -84,7 +84,7 @@ def main() -> None:
     cells.to_csv(HERE / "cells.csv", index=False)
     known.to_csv(HERE / "correlations.csv", index=False)
     made = {"cells": len(cells), "verdict": said, "scores": told.to_dict("records")}
-    made |= {"versions": environment.versions()}
+    made |= {"versions": mismatch.versions()}
     picture = style.to_bytes(draw(scored, known, told), "png")
     (HERE / "forecast_score.png").write_bytes(picture)
     scored.to_csv(HERE / "forecast_score.csv", index=False)

@@ -27,7 +27,6 @@ from matplotlib.figure import Figure
 
 import mismatch
 from mismatch.report import style
-from mismatch.runs import environment
 
 GATE_RATES = (3e-5, 3e-4, 1e-2, 3e-2)
 USUAL, RAISED = 3e-4, 3e-2
@@ -84,7 +83,7 @@ def main() -> None:
     found = pd.concat([pd.read_csv(args.output / f"{name}.csv") for name in STUDENTS])
     made = {
         "model": "smollm2", "repair": REPAIR, "prompts": PROMPTS,
-        "verdict": verdict(moved, read, found), "versions": environment.versions(),
+        "verdict": verdict(moved, read, found), "versions": mismatch.versions(),
     }  # fmt: skip
     picture = style.to_bytes(draw(moved, read, found), "png")
     (args.output / "infini_failure.png").write_bytes(picture)
@@ -95,11 +94,11 @@ def main() -> None:
     print("\n".join(made["verdict"]))
 
 
-def repaired(teacher: mismatch.api.Teacher, swap: str, gate_rate: float, **more: object):
+def repaired(teacher: mismatch.Teacher, swap: str, gate_rate: float, **more: object):
     return mismatch.repair(teacher, swap, gate_lr=gate_rate, **(REPAIR | more))
 
 
-def gates(teacher: mismatch.api.Teacher) -> pd.DataFrame:
+def gates(teacher: mismatch.Teacher) -> pd.DataFrame:
     """gate_lr, steps, travel (sum of the rates), moved (most of all heads), lowest and highest gate, KL."""
     rows = []
     store = tempfile.TemporaryDirectory(prefix="mismatch-")  # the teacher runs once for all rates
@@ -126,7 +125,7 @@ def travel(rate: float, steps: int, warm: float = 0.05) -> float:
     return float(rate * (rising * 0.5 * (1 + np.cos(np.pi * at / max(1, steps)))).sum())
 
 
-def memory(teacher: mismatch.api.Teacher) -> pd.DataFrame:
+def memory(teacher: mismatch.Teacher) -> pd.DataFrame:
     """feature_map, branch, layer, head, value: variation of what a branch gives over the queries of a segment."""
     parts = []
     for name, mechanism in MAPS.items():
@@ -144,7 +143,7 @@ def memory(teacher: mismatch.api.Teacher) -> pd.DataFrame:
     return pd.concat(parts, ignore_index=True)
 
 
-def retrieval(teacher: mismatch.api.Teacher, name: str) -> pd.DataFrame:
+def retrieval(teacher: mismatch.Teacher, name: str) -> pd.DataFrame:
     """student, stat, segments, value, lo, hi: nats per key lost by segment borders; text KL; exact keys."""
     swap, rate, *_ = STUDENTS[name]
     # The KL is measured below: in a repair it only says whether to keep it.

@@ -32,7 +32,6 @@ from matplotlib.patches import Rectangle
 
 import mismatch
 from mismatch.report import style
-from mismatch.runs import environment
 
 LAYER = 12
 MECHANISMS = {
@@ -132,7 +131,7 @@ def main() -> None:
     made = {
         "model": "smollm2", "layer": LAYER, **SIZES, "stages": ["closed-form", "local"],
         "cpu_seconds": found["cpu_seconds"].sum(), "verdict": verdict(found),
-        "versions": environment.versions(),
+        "versions": mismatch.versions(),
     }  # fmt: skip
     (args.output / "kept_or_replaced.png").write_bytes(style.to_bytes(draw(found), "png"))
     (args.output / "kept_or_replaced.json").write_text(json.dumps(made, indent=2) + "\n")
@@ -172,7 +171,7 @@ def measure(file: Path, wanted: list[Case]) -> None:
                 pd.DataFrame(rows).to_csv(file, index=False)
 
 
-def cell(teacher: mismatch.api.Teacher, case: Case, store: str) -> dict[str, Any]:
+def cell(teacher: mismatch.Teacher, case: Case, store: str) -> dict[str, Any]:
     """Before and after, with intervals; the controls where this cell measures them."""
     started = time.process_time()
     plan = mismatch.repair(

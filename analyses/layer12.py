@@ -19,7 +19,6 @@ from pathlib import Path
 import pandas as pd
 
 import mismatch
-from mismatch.runs import environment
 
 ORDER = ("identity", "sliding_window(window=64, sinks=1)", "infini(segment=64)", "zero", "random")
 HERE = Path(__file__).resolve().parent.parent / "figures" / "layer12"
@@ -57,7 +56,7 @@ def main() -> None:
     kl = table[table.metric == "kl"].set_index("swap").value
     holds = all(kl[a] < kl[b] for a, b in pairwise(ORDER))
     table.to_csv(args.output / "layer12.csv", index=False)
-    made = {"tokens": args.tokens, "order_holds": holds, "versions": environment.versions()}
+    made = {"tokens": args.tokens, "order_holds": holds, "versions": mismatch.versions()}
     (args.output / "layer12.json").write_text(json.dumps(made, indent=2) + "\n")
     print(table.to_string(index=False))
     print(f"order {' < '.join(ORDER)}: {'holds' if holds else 'does not hold'}")

@@ -19,7 +19,6 @@ import torch
 from matplotlib.figure import Figure
 
 import mismatch
-from mismatch.runs import environment
 
 SWAPS = {"skip": "whole block skipped", "zero": "attention deleted"}
 COLOURS = {"skip": "#d55e00", "zero": "#0072b2"}
@@ -46,7 +45,7 @@ def main() -> None:
     found.to_csv(args.output / "removal.csv", index=False)
     text = scanned.run.manifest["texts"]["evaluation"]
     draw(found, args.model, text).savefig(args.output / "removal.png", dpi=200)
-    made = {"model": args.model, **given, "text": text, "versions": environment.versions()}
+    made = {"model": args.model, **given, "text": text, "versions": mismatch.versions()}
     (args.output / "removal.json").write_text(json.dumps(made, indent=2) + "\n")
     print(found.to_string(index=False))
     print(verdict(found))

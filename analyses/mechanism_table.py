@@ -41,7 +41,6 @@ from mismatch.report.style import (
     styled,
     to_bytes,
 )  # fmt: skip
-from mismatch.runs import environment
 from mismatch.runs.files import json_text
 from mismatch.runs.state import State
 from mismatch.stages.scan.batches import measure, prove_restored
@@ -51,7 +50,6 @@ from mismatch.stages.scan.stage import sweep_of
 from mismatch.stages.scan.sums import Sums
 from mismatch.stages.scan.tasks import Task, text_task
 from mismatch.texts.documents import calibration_and_evaluation
-from mismatch.texts.windows import windows
 
 LAYER = 12
 ROUNDING = 1e-7
@@ -153,9 +151,9 @@ def measured(args: argparse.Namespace) -> tuple[pd.DataFrame, dict]:
     whole = [joint(text, spec.check(spec.parse(text)), layout) for text in WHOLE]
     every = tuple(sorted([*cells(made, [args.layer], layout), *whole], key=lambda cell: cell.first))
     set_from, held_out = calibration_and_evaluation(config.calibration_data, config.data)
-    cut = windows(held_out, teacher.tokenizer, args.seq_len, args.tokens, config.seed)
+    cut = mismatch.windows(held_out, teacher.tokenizer, args.seq_len, args.tokens, config.seed)
     length, tokens = min(args.seq_len, args.calibration_tokens), args.calibration_tokens
-    calibration = windows(set_from, teacher.tokenizer, length, tokens, config.seed)
+    calibration = mismatch.windows(set_from, teacher.tokenizer, length, tokens, config.seed)
     sweep = sweep_of(teacher, config, every, calibration)
     task = text_task(cut, config.scored, config.seed)
     with tqdm(total=len(every) * math.ceil(len(cut) / BATCH), unit="run") as bar:
@@ -170,7 +168,7 @@ def measured(args: argparse.Namespace) -> tuple[pd.DataFrame, dict]:
         "model": teacher.info.name, "layer": args.layer, "text": held_out.source, "calibration": set_from.source,
         "tokens": cut.tokens, "scored": sums.part(every[0], task, "kl").n, "seq_len": args.seq_len,
         "documents": cut.n_docs, "calibration_tokens": args.calibration_tokens, "seed": config.seed,
-        "versions": environment.versions(),
+        "versions": mismatch.versions(),
     }  # fmt: skip
     bounds = {column.name: column.controls for column in made}
     return rows(sums, every, task, bounds), about

@@ -24,7 +24,6 @@ from scipy import stats
 
 import mismatch
 from mismatch.report import style
-from mismatch.runs import environment
 
 LAYERS = (8, 12, 16, 19)
 COUNTS = (1, 4, 16)
@@ -69,7 +68,7 @@ def main() -> None:
     together.to_csv(args.output / "together.csv", index=False)
     made = {
         "model": "smollm2", "ranked": ranked, "previous_token_head": order,
-        "verdict": verdict(where, local, together, order), "versions": environment.versions(),
+        "verdict": verdict(where, local, together, order), "versions": mismatch.versions(),
     }  # fmt: skip
     picture = style.to_bytes(draw(where, local, together), "png")
     (args.output / "nope_layers.png").write_bytes(picture)
@@ -81,13 +80,13 @@ def main() -> None:
 
 
 def asked(
-    teacher: mismatch.api.Teacher, swap: str, probes: tuple[str, ...], **more: object
+    teacher: mismatch.Teacher, swap: str, probes: tuple[str, ...], **more: object
 ) -> pd.DataFrame:
     result = mismatch.probe(teacher, swap=swap, probes=probes, seed=SEED, **SIZES, **more)
     return result.table
 
 
-def left(teacher: mismatch.api.Teacher) -> pd.DataFrame:
+def left(teacher: mismatch.Teacher) -> pd.DataFrame:
     """What layers and stream still know without RoPE in these four: stat, layer, site, student, value, lo, hi."""
     swap = f"layers[{','.join(map(str, LAYERS))}]:nope"
     table = asked(teacher, swap, ("order_sensitivity", "position_decoding"))
@@ -96,7 +95,7 @@ def left(teacher: mismatch.api.Teacher) -> pd.DataFrame:
     return pd.concat([order, read])[["stat", "layer", "site", "student", "value", "lo", "hi"]]
 
 
-def jointly(teacher: mismatch.api.Teacher, layers: list[int]) -> pd.DataFrame:
+def jointly(teacher: mismatch.Teacher, layers: list[int]) -> pd.DataFrame:
     """task, value, lo, hi: what the model loses without RoPE in these layers."""
     swap = f"layers[{','.join(map(str, sorted(layers)))}]:nope"
     copied = asked(teacher, swap, ("induction",))

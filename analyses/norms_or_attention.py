@@ -24,8 +24,6 @@ from matplotlib.figure import Figure
 
 import mismatch
 from mismatch.report import style
-from mismatch.runs import environment
-from mismatch.stages.scan.result import Scanned
 
 FIGURES = Path(__file__).resolve().parent.parent / "figures"
 SIZES = {"tokens": 1536, "seq_len": 192, "batch_size": 8}
@@ -62,7 +60,7 @@ def main() -> None:
     torch.set_num_threads(1)
     teacher = mismatch.load("smollm2")
     if args.run is not None:
-        scanned = Scanned(mismatch.load_run(args.run))
+        scanned = mismatch.Scanned(mismatch.load_run(args.run))
     else:
         scanned = mismatch.scan(
             teacher, "; ".join(NORMS), tasks=("text",), controls=(), progress=True,
@@ -80,7 +78,7 @@ def main() -> None:
     made = {
         "model": "smollm2", **SIZES,
         "verdict": verdict(found, medians, together),
-        "versions": environment.versions(),
+        "versions": mismatch.versions(),
     }  # fmt: skip
     picture = style.to_bytes(draw(found, medians, together), "png")
     (args.output / "norms_or_attention.png").write_bytes(picture)
@@ -120,7 +118,7 @@ def summary(found: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def everywhere(teacher: mismatch.api.Teacher) -> pd.DataFrame:
+def everywhere(teacher: mismatch.Teacher) -> pd.DataFrame:
     """KL of the swaps of all layers at once, the same text but every prediction scored."""
     rows = []
     for swap, (kind, words) in EVERYWHERE.items():

@@ -35,14 +35,12 @@ import mismatch
 from mismatch import spec
 from mismatch.metrics.sums.per_document import bootstrap
 from mismatch.report import style
-from mismatch.runs import environment
 from mismatch.stages.scan.batches import measure, prove_restored
 from mismatch.stages.scan.cells import joint
 from mismatch.stages.scan.config import ScanConfig
 from mismatch.stages.scan.stage import sweep_of
 from mismatch.stages.scan.tasks import text_task
 from mismatch.texts.documents import calibration_and_evaluation
-from mismatch.texts.windows import windows
 
 N_LAYERS = 30
 MECHANISMS = {
@@ -95,7 +93,7 @@ def main() -> None:
     made = {
         "model": "smollm2", **SIZES, "sets": {k: sets(k) for k in NUMBERS}, "repair": REPAIR,
         "verdict": [*verdict(found), *([] if repairs.empty else [repair_verdict(repairs)])],
-        "versions": environment.versions(),
+        "versions": mismatch.versions(),
     }  # fmt: skip
     found.to_csv(args.output / "ratios.csv", index=False)
     (args.output / "one_or_all.png").write_bytes(style.to_bytes(draw(found, repairs), "png"))
@@ -117,7 +115,7 @@ def swap_of(layers: tuple[int, ...], mechanism: str) -> str:
 # ---- damage -----------------------------------------------------------------------------------------
 
 
-def documents(teacher: mismatch.api.Teacher, mechanism: str) -> pd.DataFrame:
+def documents(teacher: mismatch.Teacher, mechanism: str) -> pd.DataFrame:
     """layers, k, document, kl, n: sums over the scored predictions of a document, each layer alone and each set."""
     config = ScanConfig(model="smollm2", swap=(mechanism,), **SIZES)
     places = [(layer,) for layer in range(N_LAYERS)] + [s for k in NUMBERS for s in sets(k)]
@@ -128,9 +126,9 @@ def documents(teacher: mismatch.api.Teacher, mechanism: str) -> pd.DataFrame:
     }
     every = tuple(sorted(made, key=lambda cell: cell.first))
     set_from, held_out = calibration_and_evaluation(config.calibration_data, config.data)
-    cut = windows(held_out, teacher.tokenizer, config.seq_len, config.tokens, config.seed)
+    cut = mismatch.windows(held_out, teacher.tokenizer, config.seq_len, config.tokens, config.seed)
     length, tokens = min(config.seq_len, config.calibration_tokens), config.calibration_tokens
-    calibration = windows(set_from, teacher.tokenizer, length, tokens, config.seed)
+    calibration = mismatch.windows(set_from, teacher.tokenizer, length, tokens, config.seed)
     task = text_task(cut, config.scored, config.seed)
     sweep = sweep_of(teacher, config, every, calibration)
     with tqdm(total=len(every), unit="run", desc=mechanism) as bar:
@@ -207,7 +205,7 @@ def _word(row: Any) -> str:
 # ---- repair -----------------------------------------------------------------------------------------
 
 
-def repair(teacher: mismatch.api.Teacher, file: Path) -> None:
+def repair(teacher: mismatch.Teacher, file: Path) -> None:
     """The repairs that the file has not yet, each written when it is done."""
     rows = pd.read_csv(file, dtype={"layers": str}).to_dict("records") if file.exists() else []
     done = {row["layers"] for row in rows}
@@ -218,7 +216,7 @@ def repair(teacher: mismatch.api.Teacher, file: Path) -> None:
                 pd.DataFrame(rows).to_csv(file, index=False)
 
 
-def _repair(teacher: mismatch.api.Teacher, layers: tuple[int, ...], store: str) -> dict[str, Any]:
+def _repair(teacher: mismatch.Teacher, layers: tuple[int, ...], store: str) -> dict[str, Any]:
     started = time.process_time()
     plan = mismatch.repair(
         teacher, swap_of(layers, MECHANISMS["infini"][0]), stages=("closed-form", "local"), max_minutes=None,

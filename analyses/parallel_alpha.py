@@ -26,8 +26,6 @@ from matplotlib.lines import Line2D
 import mismatch
 from mismatch import spec
 from mismatch.report import style
-from mismatch.runs import environment
-from mismatch.stages.scan.result import Scanned
 
 INNERS = {
     "infini(segment=64)": ("Infini-attention", "#d55e00"),
@@ -64,7 +62,7 @@ def main() -> None:
             )  # fmt: skip
     folders = {name: args.runs / f"parallel_alpha-{short}" for short, name in names.items()}
     runs = {
-        name: Scanned(mismatch.load_run(folder))
+        name: mismatch.Scanned(mismatch.load_run(folder))
         for name, folder in folders.items()
         if (folder / "metrics.parquet").exists()
     }
@@ -77,7 +75,7 @@ def main() -> None:
         "crossings": crossed.to_dict("records"),
         "verdict": verdict(found, crossed),
         "text": next(iter(runs.values())).run.manifest["texts"]["evaluation"],
-        "versions": environment.versions(),
+        "versions": mismatch.versions(),
     }
     args.output.mkdir(parents=True, exist_ok=True)
     (args.output / "crossings.csv").write_text(crossed.to_csv(index=False))

@@ -19,9 +19,7 @@ import pandas as pd
 import torch
 
 import mismatch
-from mismatch.runs import environment
 from mismatch.runs.plan import as_json
-from mismatch.stages.plan.result import Planned
 
 MECHANISM = "infini(segment=64)"
 PLANS = {"4": (4, False), "8": (8, False), "8_keep_retrieval": (8, True)}
@@ -49,7 +47,7 @@ def main() -> None:
         layers, keep = PLANS[name]
         folder = args.runs / f"plan_layers-{name}"
         if (folder / "metrics.parquet").exists():
-            planned = Planned(mismatch.load_run(folder))
+            planned = mismatch.Planned(mismatch.load_run(folder))
         else:
             planned = mismatch.plan(
                 teacher, MECHANISM, layers=layers, keep_retrieval=keep, scan=str(args.scan),
@@ -62,12 +60,12 @@ def main() -> None:
             "swap": planned.swap,
             "predicted_by_scan": as_json(planned.plan)["predicted_by_scan"],
             **sizes,
-            "versions": environment.versions(),
+            "versions": mismatch.versions(),
         }
         (args.output / f"{name}.json").write_text(json.dumps(made, indent=2) + "\n")
 
 
-def readings(planned: Planned) -> pd.DataFrame:
+def readings(planned: mismatch.Planned) -> pd.DataFrame:
     """Predicted, measured and their difference on each question, and the control; larger is worse."""
     costs = planned.costs[planned.costs["kind"] != "part"].copy()
     costs["kind"] = costs["kind"].map(

@@ -26,7 +26,6 @@ from mismatch.mechanisms.base import Context, Wrapper
 from mismatch.mechanisms.parts.calling import first_of, with_first
 from mismatch.registry import mechanisms
 from mismatch.report import style
-from mismatch.runs import environment
 
 FAULTS = {
     "scaled": ("doubled", "scale"),
@@ -137,7 +136,7 @@ def main() -> None:
             rows = result.shares.assign(fault=kind, damage=result.found.damage.value)
             rows.to_csv(kept, index=False)
     frame = pd.concat([pd.read_csv(args.output / f"{kind}.csv") for kind in FAULTS])
-    made = {"named": named(frame), "versions": environment.versions()}
+    made = {"named": named(frame), "versions": mismatch.versions()}
     (args.output / "faults.json").write_text(json.dumps(made, indent=2) + "\n")
     (args.output / "faults.png").write_bytes(style.to_bytes(draw(frame), "png"))
     print(json.dumps(made["named"], indent=2))

@@ -26,11 +26,9 @@ from transformers import AutoModelForCausalLM
 import mismatch
 from mismatch.probes import PROBES, load_probe
 from mismatch.probes.base import Probe, Setting, Subject, rows
-from mismatch.runs import environment
 from mismatch.stages.opening import Opened
 from mismatch.stages.probe.config import ProbeConfig
 from mismatch.stages.runner import stage_of
-from mismatch.surgery.students import Teacher
 
 HERE = Path(__file__).resolve().parent.parent / "figures" / "probe_nulls"
 IDENTITY = ".attn:identity"
@@ -111,12 +109,12 @@ def main() -> None:
     found = nulls(teacher, setting, args.layer)
     args.output.mkdir(parents=True, exist_ok=True)
     found.to_csv(args.output / "nulls.csv", index=False)
-    made = {**vars(args), "output": None, "versions": environment.versions()}
+    made = {**vars(args), "output": None, "versions": mismatch.versions()}
     (args.output / "nulls.json").write_text(json.dumps(made, indent=2) + "\n")
     print(found.to_string(index=False))
 
 
-def nulls(teacher: Teacher, setting: Setting, layer: int) -> pd.DataFrame:
+def nulls(teacher: mismatch.Teacher, setting: Setting, layer: int) -> pd.DataFrame:
     """Every reading of `READINGS` in each of its cases, with intervals."""
     untrained = random_weights(teacher)
     every: list[dict[str, Any]] = []
@@ -188,13 +186,13 @@ def ask(probe: Probe, asked: list[Subject]) -> pd.DataFrame:
     return pd.DataFrame(rows("probe", probe.run(asked), swapped))
 
 
-def subjects(teacher: Teacher, layer: int, swap: str) -> list[Subject]:
+def subjects(teacher: mismatch.Teacher, layer: int, swap: str) -> list[Subject]:
     """The teacher; and a student, so that a layer's own numbers are read too."""
     student = mismatch.swap(teacher, f"layer{layer}{swap}")
     return [Subject.teacher(teacher.layout), Subject.of(student)]
 
 
-def random_weights(teacher: Teacher) -> Teacher:
+def random_weights(teacher: mismatch.Teacher) -> mismatch.Teacher:
     """The same architecture as it is before any training."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(teacher.model.config).eval()

@@ -22,7 +22,6 @@ import torch
 
 import mismatch
 from mismatch.report import style
-from mismatch.runs import environment
 from mismatch.runs.plan import as_json, from_json
 from mismatch.stages.repair.plan import RepairPlan
 from mismatch.stages.repair.report.curve_figure import repair_curve
@@ -66,7 +65,7 @@ def repair(name: str, args: argparse.Namespace) -> None:
         "cpu_seconds": time.process_time() - started,
         "threads": torch.get_num_threads(),
         "plan": as_json(result.plan),
-        "versions": environment.versions(),
+        "versions": mismatch.versions(),
     }
     (args.output / f"{name}.json").write_text(json.dumps(made, indent=2) + "\n")
 

@@ -21,7 +21,6 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
 import mismatch
-from mismatch.runs import environment
 from mismatch.runs.plan import as_json
 
 SWAP = "layers[4-28/4]:gated_deltanet"
@@ -82,7 +81,7 @@ def repair(order: str, args: argparse.Namespace) -> dict:
         "tokens": args.tokens,
         "threads": torch.get_num_threads(),
         "plan": as_json(result.plan),
-        "versions": environment.versions(),
+        "versions": mismatch.versions(),
     }
 
 

@@ -23,7 +23,6 @@ import torch
 from matplotlib.figure import Figure
 
 import mismatch
-from mismatch.runs import environment
 from mismatch.runs.plan import as_json
 
 LAYER = 12
@@ -92,7 +91,7 @@ def repair(name: str, args: argparse.Namespace, store: str) -> None:
         "tokens": args.tokens,
         "threads": torch.get_num_threads(),
         "plan": as_json(result.plan),
-        "versions": environment.versions(),
+        "versions": mismatch.versions(),
     }
     _file(args.output, name).write_text(json.dumps(made, indent=2) + "\n")
 

@@ -22,9 +22,7 @@ import pandas as pd
 import torch
 
 import mismatch
-from mismatch.runs import environment
 from mismatch.runs.plan import as_json
-from mismatch.stages.scan.result import Scanned
 from mismatch.stages.scan.words import can_do, carrier, scan_verdict
 
 SWAP = "infini(segment=64); nope; sliding_window(64); sliding_window(64, 1)"
@@ -44,11 +42,11 @@ def main() -> None:
     if args.run is None:
         scanned = mismatch.scan(args.model, SWAP, run_name="scan_atlas", progress=True, **SIZES)
     else:
-        scanned = Scanned(mismatch.load_run(args.run))
+        scanned = mismatch.Scanned(mismatch.load_run(args.run))
     write(scanned, args.output)
 
 
-def write(scanned: Scanned, folder: Path) -> None:
+def write(scanned: mismatch.Scanned, folder: Path) -> None:
     """Picture, cells, carriers, and how they were made."""
     folder.mkdir(parents=True, exist_ok=True)
     scanned.atlas().savefig(folder / "atlas.png", dpi=200)
@@ -65,7 +63,7 @@ def write(scanned: Scanned, folder: Path) -> None:
     made |= {
         "tasks": as_json(scanned.plan)["tasks"],
         "verdict": scan_verdict(scanned.table, scanned.plan),
-        "drawn_with": environment.versions(),
+        "drawn_with": mismatch.versions(),
     }
     (folder / "atlas.json").write_text(json.dumps(made, indent=2) + "\n")
     print(said)
@@ -73,7 +71,7 @@ def write(scanned: Scanned, folder: Path) -> None:
     print(made["verdict"])
 
 
-def carriers(scanned: Scanned) -> pd.DataFrame:
+def carriers(scanned: mismatch.Scanned) -> pd.DataFrame:
     """For each question and mechanism the two worst layers, and what text says of the first."""
     cells = scanned.cells
     cells = cells[cells["kind"] != "missing"]

@@ -26,13 +26,7 @@ from scipy import stats
 from torch import Tensor
 
 import mismatch
-from mismatch.forward import hooks
-from mismatch.forward.sites import taps
 from mismatch.report import style
-from mismatch.runs import environment
-from mismatch.stages.scan.result import Scanned
-from mismatch.texts import windows
-from mismatch.texts.documents import read
 
 SIZES = {"tokens": 1536, "seq_len": 192, "batch_size": 8}
 """Those of scan_atlas.py: the same text."""
@@ -60,10 +54,12 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     teacher = mismatch.load("smollm2")
-    ids = windows.windows(read("wiki"), teacher.tokenizer, SIZES["seq_len"], SIZES["tokens"])
+    ids = mismatch.windows(
+        mismatch.read_documents("wiki"), teacher.tokenizer, SIZES["seq_len"], SIZES["tokens"]
+    )
     before = measured(teacher, torch.from_numpy(ids.ids))
     if args.run is not None:
-        scanned = Scanned(mismatch.load_run(args.run))
+        scanned = mismatch.Scanned(mismatch.load_run(args.run))
     else:
         scanned = mismatch.scan(
             teacher, "mlp:zero; skip", tasks=("text",), controls=(), run_name="update_size",
@@ -75,7 +71,7 @@ def main() -> None:
     found = beside(before, damage)
     said = correlations(found)
     made = {"model": "smollm2", **SIZES, "draws": DRAWS, "correlations": said.to_dict("records")}
-    made |= {"verdict": verdict(said), "versions": environment.versions()}
+    made |= {"verdict": verdict(said), "versions": mismatch.versions()}
     picture = style.to_bytes(draw(found, said), "png")
     (args.output / "update_size.png").write_bytes(picture)
     found.to_csv(args.output / "update_size.csv", index=False)
@@ -84,18 +80,18 @@ def main() -> None:
     print(made["verdict"])
 
 
-def measured(teacher: mismatch.api.Teacher, ids: Tensor) -> pd.DataFrame:
+def measured(teacher: mismatch.Teacher, ids: Tensor) -> pd.DataFrame:
     """part, layer, size, turn, fisher of the teacher on ids `windows pos`; position 0 takes part in fisher alone."""
     layout = teacher.layout
     sums: dict[tuple[str, int], list[list[float]]] = {}
     generator = torch.Generator().manual_seed(0)
-    wanted = [tap for layer in range(layout.n_layers) for tap in taps(layout, layer)]
+    wanted = [tap for layer in range(layout.n_layers) for tap in mismatch.taps(layout, layer)]
     start = layout.model.get_input_embeddings().register_forward_hook(
         lambda _module, _args, out: out.requires_grad_()
     )
     for row in ids:
         seen: dict[tuple[str, int], Tensor] = {}
-        final = hooks.run(
+        final = mismatch.run_tapped(
             layout,
             row[None],
             wanted,

@@ -19,7 +19,6 @@ import torch
 
 import mismatch
 from mismatch.report import style
-from mismatch.runs import environment
 
 SWAPS = {
     "infini12": "layer12:infini(segment=64)",
@@ -45,7 +44,7 @@ def main() -> None:
         print(json.loads((args.output / f"{name}.json").read_text())["summary"], "\n")
 
 
-def diagnose(teacher: mismatch.api.Teacher, swap: str, to: Path) -> None:
+def diagnose(teacher: mismatch.Teacher, swap: str, to: Path) -> None:
     """The probes, then the diagnosis beside them, written down."""
     with tempfile.TemporaryDirectory(prefix="mismatch-") as folder:
         asked = Path(folder) / "probes"
@@ -56,7 +55,7 @@ def diagnose(teacher: mismatch.api.Teacher, swap: str, to: Path) -> None:
     made = {
         "swap": swap, "verdict": result.verdict, "summary": result.summary(),
         "findings": [finding.as_dict() for finding in result.findings],
-        "seconds": result.run.manifest["seconds"], "versions": environment.versions(),
+        "seconds": result.run.manifest["seconds"], "versions": mismatch.versions(),
     }  # fmt: skip
     to.with_suffix(".json").write_text(json.dumps(made, indent=2) + "\n")
 

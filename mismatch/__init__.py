@@ -31,7 +31,26 @@ _PLACES = {
     "list_metrics": "mismatch.registry.explain",
     "list_probes": "mismatch.registry.explain",
     "measure": "mismatch.metrics",
+    "spec": "mismatch.spec",
+    "versions": "mismatch.runs.environment",
+    # What a run is made of: text in windows, the model's modules, values at its sites, held-out numbers.
+    "read_documents": "mismatch.texts.documents:read",
+    "windows": "mismatch.texts.windows",
+    "layout_of": "mismatch.surgery.operate",
+    "taps": "mismatch.forward.sites",
+    "run_tapped": "mismatch.forward.hooks:run",
+    "HeldOut": "mismatch.forward.heldout",
+    # What the functions take and return.
+    "Teacher": "mismatch.surgery.students",
+    "Student": "mismatch.surgery.operate",
+    "Diagnosed": "mismatch.stages.diagnose.result",
+    "Planned": "mismatch.stages.plan.result",
+    "Probed": "mismatch.stages.probe.result",
+    "Repaired": "mismatch.stages.repair.result",
+    "Scanned": "mismatch.stages.scan.result",
+    "Traced": "mismatch.stages.trace.result",
 }
+"""Name -> where it is: a module that has it, "module:its name there", or the module of that name itself."""
 
 __all__ = sorted([*_PLACES, *_STAGES, "__version__"])
 
@@ -40,8 +59,10 @@ def __getattr__(name: str) -> _Any:
     if name == "__version__":
         return str(_import_module("mismatch.runs.environment").versions()["mismatch"])
     if name in _PLACES:
-        module = _import_module(_PLACES[name])
-        value = module if name == "errors" else getattr(module, name)
+        place, _, there = _PLACES[name].partition(":")
+        value = _import_module(place)
+        if place != f"{__name__}.{name}":
+            value = getattr(value, there or name)
         globals()[name] = value
         return value
     if not name.startswith("_") and name in _stages():

@@ -3,28 +3,37 @@
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from mismatch import errors as errors
 from mismatch.api import check as check
 from mismatch.api import generate as generate
 from mismatch.api import load as load
 from mismatch.api import open_nnsight as open_nnsight
 from mismatch.api import save_checkpoint as save_checkpoint
 from mismatch.api import swap as swap
+from mismatch import errors as errors
+from mismatch.forward.heldout import HeldOut as HeldOut
+from mismatch.forward.hooks import run as run_tapped
+from mismatch.forward.sites import taps as taps
 from mismatch.metrics import measure as measure
 from mismatch.registry.explain import explain as explain
 from mismatch.registry.explain import list_mechanisms as list_mechanisms
 from mismatch.registry.explain import list_metrics as list_metrics
 from mismatch.registry.explain import list_probes as list_probes
+from mismatch.runs.environment import versions as versions
 from mismatch.runs.folder import load_run as load_run
+from mismatch import spec as spec
+from mismatch.stages.diagnose.result import Diagnosed as Diagnosed
+from mismatch.stages.plan.result import Planned as Planned
+from mismatch.stages.probe.result import Probed as Probed
+from mismatch.stages.repair.result import Repaired as Repaired
+from mismatch.stages.scan.result import Scanned as Scanned
 from mismatch.stages.trace.report.comparison import compare as compare
+from mismatch.stages.trace.result import Traced as Traced
+from mismatch.surgery.operate import Student as Student
+from mismatch.surgery.operate import layout_of as layout_of
+from mismatch.surgery.students import Teacher as Teacher
 from mismatch.texts.demo.fetch import fetch as fetch
-from mismatch.surgery.operate import Student
-from mismatch.stages.trace.result import Traced
-from mismatch.stages.probe.result import Probed
-from mismatch.stages.diagnose.result import Diagnosed
-from mismatch.stages.scan.result import Scanned
-from mismatch.stages.plan.result import Planned
-from mismatch.stages.repair.result import Repaired
+from mismatch.texts.documents import read as read_documents
+from mismatch.texts.windows import windows as windows
 
 __version__: str
 

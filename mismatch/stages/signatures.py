@@ -31,23 +31,20 @@ def stub() -> str:
         "from collections.abc import Sequence",
         "from typing import Any, Literal",
         "",
-        "from mismatch import errors as errors",
-        *(
-            f"from {module} import {name} as {name}"
-            for name, module in sorted(places.items(), key=lambda place: place[::-1])
-            if name != "errors"
-        ),
-        "from mismatch.surgery.operate import Student",
-        *(
-            f"from {stage_of(name).Result.__module__} import {stage_of(name).Result.__name__}"
-            for name in STAGES
-        ),
+        *(_import(*place) for place in sorted(places.items(), key=lambda place: place[::-1])),
         "",
         "__version__: str",
     ]
     for name in STAGES:
         lines += ["", *_function(name)]
     return "\n".join([*lines, ""])
+
+
+def _import(name: str, place: str) -> str:
+    module, _, there = place.partition(":")
+    if module == f"mismatch.{name}":
+        module = "mismatch"
+    return f"from {module} import {there or name} as {name}"
 
 
 def _function(name: str) -> list[str]:
