@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,6 @@ import torch
 
 import mismatch
 from mismatch.runs.files import json_text
-from mismatch.runs.plan import as_json
 
 SWAPS = (
     "layer8:mamba2",
@@ -46,7 +46,7 @@ def main() -> None:
     missing = [swap for swap in SWAPS if not _file(output, swap).exists()]
     teacher = mismatch.load("smollm2") if missing else None
     for swap in missing:
-        plan = as_json(mismatch.repair(teacher, swap, progress=True, **SETTINGS).plan)
+        plan = asdict(mismatch.repair(teacher, swap, progress=True, **SETTINGS).plan)
         kept = {"swap": swap, "forecast": plan["forecast"], "stages": plan["stages"]}
         _file(output, swap).write_text(json_text(kept))
     report(output)

@@ -13,13 +13,13 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pandas as pd
 import torch
 
 import mismatch
-from mismatch.runs.plan import as_json
 
 MECHANISM = "infini(segment=64)"
 PLANS = {"4": (4, False), "8": (8, False), "8_keep_retrieval": (8, True)}
@@ -58,7 +58,7 @@ def main() -> None:
         readings(planned).assign(plan=name).to_csv(args.output / f"{name}.csv", index=False)
         made = {
             "swap": planned.swap,
-            "predicted_by_scan": as_json(planned.plan)["predicted_by_scan"],
+            "predicted_by_scan": asdict(planned.plan)["predicted_by_scan"],
             **sizes,
             "versions": mismatch.versions(),
         }

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pandas as pd
@@ -21,7 +22,6 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
 import mismatch
-from mismatch.runs.plan import as_json
 
 SWAP = "layers[4-28/4]:gated_deltanet"
 ORDERS = ("sequential", "joint")
@@ -80,7 +80,7 @@ def repair(order: str, args: argparse.Namespace) -> dict:
         "train_tokens": args.train_tokens,
         "tokens": args.tokens,
         "threads": torch.get_num_threads(),
-        "plan": as_json(result.plan),
+        "plan": asdict(result.plan),
         "versions": mismatch.versions(),
     }
 

@@ -15,6 +15,7 @@ import json
 import sys
 import tempfile
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,6 @@ import torch
 from matplotlib.figure import Figure
 
 import mismatch
-from mismatch.runs.plan import as_json
 
 LAYER = 12
 SWAPS = {
@@ -90,7 +90,7 @@ def repair(name: str, args: argparse.Namespace, store: str) -> None:
         "train_tokens": args.train_tokens,
         "tokens": args.tokens,
         "threads": torch.get_num_threads(),
-        "plan": as_json(result.plan),
+        "plan": asdict(result.plan),
         "versions": mismatch.versions(),
     }
     _file(args.output, name).write_text(json.dumps(made, indent=2) + "\n")

@@ -16,13 +16,13 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pandas as pd
 import torch
 
 import mismatch
-from mismatch.runs.plan import as_json
 from mismatch.stages.scan.words import can_do, carrier, scan_verdict
 
 SWAP = "infini(segment=64); nope; sliding_window(64); sliding_window(64, 1)"
@@ -61,7 +61,7 @@ def write(scanned: mismatch.Scanned, folder: Path) -> None:
         for name in ("model", "swap", "seed", "texts", "seconds", "work", "versions")
     }
     made |= {
-        "tasks": as_json(scanned.plan)["tasks"],
+        "tasks": asdict(scanned.plan)["tasks"],
         "verdict": scan_verdict(scanned.table, scanned.plan),
         "drawn_with": mismatch.versions(),
     }
