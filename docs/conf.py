@@ -40,7 +40,7 @@ nitpick_ignore_regex = [
     (r"py:.*", r"bool|bytes|dict|float|frozenset|int|list|object|set|str|tuple|type|None|optional"),
     (r"py:class", r"[A-Z]\w+"),  # imported for type checkers only; errors are py:exc, and checked
     # Types inside the package that a result holds and that are no public names.
-    (r"py:.*", r"mismatch\.(config|mechanisms|models|stages|surgery)\..*"),
+    (r"py:.*", r"mismatch\.(config|forward|mechanisms|models|runs|stages|surgery|texts)\..*"),
     (r"py:.*", r".*[\[~].*"),  # nested annotations that Sphinx does not take apart
 ]
 autodoc_member_order = "bysource"

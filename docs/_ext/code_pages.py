@@ -104,7 +104,7 @@ def python_page() -> str:
         "`mismatch.errors`: see [errors](errors.md).",
         "## Functions",
         *(_directive("autofunction", f"mismatch.{name}") for name in functions),
-        "## What they return",
+        "## Classes",
         *(
             _directive("autoclass", f"{kind.__module__}.{kind.__qualname__}", "members")
             for kind in classes
@@ -117,7 +117,11 @@ def _returned(functions: list[str]) -> list[type]:
     """Classes of mismatch that the public functions return."""
     found: list[type] = []
     for name in functions:
-        note = typing.get_type_hints(getattr(mismatch, name)).get("return")
+        function = getattr(mismatch, name)
+        # Its own hint alone: what it takes may have a type that only a checker imports.
+        hint = {"return": function.__annotations__.get("return")}
+        returned = types.SimpleNamespace(__annotations__=hint)
+        note = typing.get_type_hints(returned, function.__globals__)["return"]
         union = typing.get_origin(note) in (typing.Union, types.UnionType)
         for kind in typing.get_args(note) if union else (note,):
             if isinstance(kind, type) and kind.__module__.startswith("mismatch."):
