@@ -15,7 +15,7 @@ from mismatch.errors import RunError
 from mismatch.runs.files import json_text
 from mismatch.runs.folder import Run, RunFolder, load_run
 from mismatch.runs.plan import SwapPlan, as_json, from_json
-from mismatch.stages.diagnose.numbers import Found, Kl, Returned, Share
+from mismatch.stages.diagnose.numbers import Correction, Found, Kl, Share
 from mismatch.stages.diagnose.plan import DiagnosisPlan
 from mismatch.stages.plan.choose import Score
 from mismatch.stages.plan.plan import Budgets, ChoicePlan, Predicted, StepPlan
@@ -55,9 +55,9 @@ FOUND = Found(
     damage=KL,
     nll=Share(0.01, -0.01, 0.03),
     controls={"zero": Kl(1.0, 0.9, 1.1, 512)},
-    returned=(
-        Returned("scale", "distribution", Share(0.5, 0.4, 0.6), KL),
-        Returned("head 3", "part", Share(NAN, NAN, NAN), KL, 2, 3, True, "head 3 given back"),
+    corrections=(
+        Correction("scale", "distribution", Share(0.5, 0.4, 0.6), KL),
+        Correction("head 3", "part", Share(NAN, NAN, NAN), KL, 2, 3, True, "head 3 corrected"),
     ),
     causes={"distribution": Share(0.5, 0.4, 0.6)},
     joint={"distribution+position": Share(0.7, NAN, NAN)},

@@ -51,35 +51,35 @@ class Batch:
         # The smallest draws of each window are its lens tokens: also independent of the batching.
         self.lens_at = torch.stack([d.argsort()[:LENS_TOKENS] for d in drawn]).to(ids.device)
 
-    def met(self, meeting: SitePair) -> None:
+    def met(self, pair: SitePair) -> None:
         """One site of one student."""
-        if meeting.site in ("resid_pre", "resid_mid"):
-            stream = (meeting.site, meeting.teacher, meeting.value)
-            self.streams[meeting.student, meeting.mode] = stream
-        if meeting.site == "resid_pre":
+        if pair.site in ("resid_pre", "resid_mid"):
+            stream = (pair.site, pair.teacher, pair.value)
+            self.streams[pair.student, pair.mode] = stream
+        if pair.site == "resid_pre":
             return  # the same numbers as resid_post of the block before
-        scope = FLOOR if meeting.student == FLOOR else MAIN
-        if meeting.site == "final":
-            finals = self.finals.setdefault(scope, {TEACHER: meeting.teacher})
-            finals[meeting.student] = meeting.value
-        layer = NO_LAYER if meeting.layer is None else meeting.layer
-        if meeting.site == "resid_post" and meeting.mode == "free" and scope == MAIN:
-            kept = self.lens.setdefault(layer, {TEACHER: self._lens_rows(meeting.teacher)})
-            kept[meeting.student] = self._lens_rows(meeting.value)
-        address = Address(scope, meeting.student, meeting.mode, layer, meeting.site)
-        self.collector.meter(address, meeting.value.shape[-1]).update(self._pair(meeting, address))
+        scope = FLOOR if pair.student == FLOOR else MAIN
+        if pair.site == "final":
+            finals = self.finals.setdefault(scope, {TEACHER: pair.teacher})
+            finals[pair.student] = pair.value
+        layer = NO_LAYER if pair.layer is None else pair.layer
+        if pair.site == "resid_post" and pair.mode == "free" and scope == MAIN:
+            kept = self.lens.setdefault(layer, {TEACHER: self._lens_rows(pair.teacher)})
+            kept[pair.student] = self._lens_rows(pair.value)
+        address = Address(scope, pair.student, pair.mode, layer, pair.site)
+        self.collector.meter(address, pair.value.shape[-1]).update(self._pair(pair, address))
 
-    def _pair(self, meeting: SitePair, address: Address) -> Pair:
+    def _pair(self, pair: SitePair, address: Address) -> Pair:
         """Teacher beside student; what depends on the teacher alone is worked out once for all students."""
-        site, *stream = self.streams.get((meeting.student, meeting.mode), (None,))
-        added = site is not None and site == before(self.teacher, meeting.site)
+        site, *stream = self.streams.get((pair.student, pair.mode), (None,))
+        added = site is not None and site == before(self.teacher, pair.site)
         own = address.of_teacher()
         if own not in self.pairs:
             # Kept with the teacher on both sides: a kept student would live until the end of the batch.
             entering = (stream[0], stream[0]) if added else None
-            self.pairs[own] = self._teacher_pair(meeting.teacher, entering)
-            self.collector.teacher_meter(own, meeting.value.shape[-1]).update(self.pairs[own])
-        return self.pairs[own].with_student(meeting.value, stream[1] if added else None)
+            self.pairs[own] = self._teacher_pair(pair.teacher, entering)
+            self.collector.teacher_meter(own, pair.value.shape[-1]).update(self.pairs[own])
+        return self.pairs[own].with_student(pair.value, stream[1] if added else None)
 
     def _teacher_pair(self, teacher: Tensor, entering: tuple[Tensor, Tensor] | None) -> Pair:
         rows, pos, _ = teacher.shape
