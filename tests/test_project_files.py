@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import tomllib
 from pathlib import Path
@@ -10,6 +11,9 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
+
+from mismatch.stages import STAGES
+from mismatch.stages.runner import stage_of
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -67,3 +71,13 @@ def test_files_that_are_named_are_there(name):
     for path in [*((ROOT / name).parent / link for link in links), *(ROOT / p for p in paths)]:
         if "NAME" not in path.as_posix():
             assert path.exists(), path
+
+
+def test_the_changelog_names_flags_that_are_there():
+    rows = re.findall(r"^  \| ([\w ]+) \|[^|]+\| ([^|]+) \|", text("CHANGELOG.md"), re.M)[1:]
+    for command, new in rows:
+        but = command.removeprefix("all but ")
+        for name in (command,) if command == but else set(STAGES) - {but}:
+            fields = {field.name for field in dataclasses.fields(stage_of(name).Config)}
+            flags = {flag.replace("-", "_") for flag in re.findall(r"`--([\w-]+)`", new)}
+            assert flags and flags <= fields, (name, flags - fields)
