@@ -20,7 +20,7 @@ from mismatch.stages.diagnose.plan import DiagnosisPlan
 from mismatch.stages.plan.choose import Score
 from mismatch.stages.plan.plan import Budgets, ChoicePlan, Predicted, StepPlan
 from mismatch.stages.repair.forecast import Forecast, Foretold
-from mismatch.stages.repair.ladder_stages.stage_result import StageResult
+from mismatch.stages.repair.ladder_stages.stage_result import Look, StageResult
 from mismatch.stages.repair.plan import Branch, Gates, RepairPlan, StudentReading
 from mismatch.stages.scan.plan import ColumnPlan, ScanPlan
 
@@ -83,7 +83,7 @@ REPAIR = RepairPlan(
             seconds=1.5,
             steps=8,
             kept=False,
-            looks=[{"step": 4, "error": 0.5, "gates": {"gate": [0.0, 1.0]}}],
+            looks=[Look(4, 512, 1.5, NAN, {"gate": [NAN, 1.0]})],
             gates={"gate": [[0.0], [1.0]]},
             notes=["undone"],
         ),
@@ -221,7 +221,7 @@ def changed(plan: Any, path: tuple[Any, ...], value: Any) -> Any:
         ("repair", ("students", "swap", "kl"), [0.1, 0.2], "`students.swap.kl` must be tuple, got [0.1, 0.2]"),
         ("repair", ("gates", "start", "gate"), 0.0, "`gates.start.gate` must be list, got 0.0"),
         ("repair", ("stages", 0, "name"), ..., "`stages[0].name` is missing"),
-        ("repair", ("stages", 1, "looks", 0), None, "`stages[1].looks[0]` must be dict, got None"),
+        ("repair", ("stages", 1, "looks", 0), None, "`stages[1].looks[0]` must be Look, got None"),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_an_error_that_names_the_field(tmp_path, plan, path, value, message):

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from mismatch.forward.heldout import Evaluated, HeldOut
 from mismatch.models.layout import Layout
+from mismatch.runs.plan import from_json
 from mismatch.runs.state import State
 from mismatch.stages.repair.config import RepairConfig
 from mismatch.stages.repair.ladder_stages.activation_store import Store
@@ -273,7 +274,7 @@ class Ladder:
         stage.tokens += done.tokens
         stage.seconds += done.seconds
         stage.steps += done.steps
-        stage.looks += [asdict(look) for look in done.looks]
+        stage.looks += done.looks
         stage.gates |= done.gates
         stage.notes += done.notes
 
@@ -384,7 +385,7 @@ class Ladder:
         if found is None:
             return
         self._arrays, info = found
-        self.stages = [StageResult(**stage) for stage in info["stages"]]
+        self.stages = [from_json(StageResult, stage, None) for stage in info["stages"]]
         self.pace.earlier = info["seconds"]
 
     def _load_weights(self) -> None:

@@ -6,6 +6,18 @@ from dataclasses import dataclass, field
 from typing import Any
 
 
+@dataclass(frozen=True)
+class Look:
+    """One look at held-out windows during training."""
+
+    step: int
+    tokens: int
+    seconds: float
+    error: float
+    gates: dict[str, list[float]] = field(default_factory=dict)
+    """Tensors of the gate groups as they were then, by name, the small ones."""
+
+
 @dataclass
 class StageResult:
     """One stage as run. KL in nats per token on the evaluation text; errors relative."""
@@ -23,6 +35,6 @@ class StageResult:
     seconds: float = 0.0
     steps: int = 0
     kept: bool = True
-    looks: list[dict[str, Any]] = field(default_factory=list)
+    looks: list[Look] = field(default_factory=list)
     gates: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from mismatch.errors import MismatchError
 from mismatch.runs.state import State
+from mismatch.stages.repair.ladder_stages.stage_result import Look
 
 WARMUP = 0.05  # share of the steps
 BETAS = (0.9, 0.95)
@@ -50,18 +51,6 @@ class Group:
     parameters: dict[str, nn.Parameter]
     lr: float
     joins: float = 0.0
-
-
-@dataclass(frozen=True)
-class Look:
-    """One look at held-out windows during training."""
-
-    step: int
-    tokens: int
-    seconds: float
-    error: float
-    gates: dict[str, list[float]] = field(default_factory=dict)
-    """Tensors of the gate groups as they were then, by name; those of at most `DRAWN` numbers."""
 
 
 @dataclass

@@ -52,9 +52,9 @@ def gates_data(_table: pd.DataFrame, *, plan: RepairPlan, dictionary: Any = None
     drawn = set(plan.gates.start)
     for stage, (left, right) in zip(plan.stages, _spans(plan), strict=True):
         for look in stage.looks:
-            share = look["step"] / max(1, stage.steps)
+            share = look.step / max(1, stage.steps)
             at = left + share * (right - left)
-            note(look.get("gates", {}), stage.name, "look", at, look["step"])
+            note(look.gates, stage.name, "look", at, look.step)
         # A stage that was undone left the weights from before it; the next one begins there.
         if stage.kept:
             ends = {name: pair[1] for name, pair in stage.gates.items() if name in drawn}
