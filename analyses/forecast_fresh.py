@@ -60,6 +60,8 @@ def report(output: Path) -> None:
         if one["forecast"]["why_not"]:
             print(f"{one['swap']}: no forecast, {one['forecast']['why_not']}")
     frame = table(repairs)
+    if frame.empty:
+        raise SystemExit("no swap got a forecast: nothing to score")
     frame.to_csv(output / "fresh.csv", index=False)
     print(frame.to_string(index=False, float_format=lambda x: f"{x:.3f}"))
     inside, off = frame["inside"].mean(), (frame["forecast"] - frame["measured"]).abs().mean()
