@@ -11,7 +11,8 @@ from mismatch.api import save_checkpoint as save_checkpoint
 from mismatch.api import swap as swap
 from mismatch import errors as errors
 from mismatch.forward.heldout import HeldOut as HeldOut
-from mismatch.forward.hooks import run as run_tapped
+from mismatch.forward.hooks import run as _run_tapped
+run_tapped = _run_tapped
 from mismatch.forward.sites import taps as taps
 from mismatch.metrics import measure as measure
 from mismatch.registry.explain import explain as explain
@@ -32,7 +33,8 @@ from mismatch.surgery.operate import Student as Student
 from mismatch.surgery.operate import layout_of as layout_of
 from mismatch.surgery.students import Teacher as Teacher
 from mismatch.texts.demo.fetch import fetch as fetch
-from mismatch.texts.documents import read as read_documents
+from mismatch.texts.documents import read as _read_documents
+read_documents = _read_documents
 from mismatch.texts.windows import windows as windows
 
 __version__: str

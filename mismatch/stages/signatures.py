@@ -41,10 +41,13 @@ def stub() -> str:
 
 
 def _import(name: str, place: str) -> str:
+    """`import x as x` says that x is public; under another name that takes a line of its own."""
     module, _, there = place.partition(":")
+    if there:
+        return f"from {module} import {there} as _{name}\n{name} = _{name}"
     if module == f"mismatch.{name}":
         module = "mismatch"
-    return f"from {module} import {there or name} as {name}"
+    return f"from {module} import {name} as {name}"
 
 
 def _function(name: str) -> list[str]:
