@@ -17,8 +17,6 @@ from mismatch.stages.repair.ladder_stages.loss import Loss, relative_error
 from mismatch.stages.repair.ladder_stages.module_pair import ModulePair
 from mismatch.stages.repair.ladder_stages.training import Group
 
-RATE = 5e-4
-GATE_RATE = 3e-2
 VALUES_JOIN, QUERIES_JOIN = 0.1, 0.2  # shares of the steps
 GATES = ("gate", "alpha", "decay", "mix", "A_log", "dt_bias")
 """Last names of parameters that gate, scale or forget: few numbers, which have far to go."""
