@@ -125,12 +125,17 @@ def generate(args: Namespace) -> int:
 
 def fetch(args: Namespace) -> int:
     from mismatch.texts.demo.fetch import fetch as get
-    from mismatch.texts.demo.fetch import named
+    from mismatch.texts.demo.fetch import cached, check_terms, named
 
-    for name in args.names:
-        named(name)  # a misspelt name stops everything, before anything is downloaded
+    for name in args.names:  # a misspelt name stops everything, before anything is downloaded
+        package = named(name)
+        if not cached(name):
+            check_terms(package, args.accept_terms)
     progress = None if args.quiet else say
-    folders = {name: str(get(name, progress=progress)) for name in args.names}
+    folders = {
+        name: str(get(name, progress=progress, accept_terms=args.accept_terms))
+        for name in args.names
+    }
     if args.json:
         _print_json(folders)
     else:

@@ -144,6 +144,9 @@ def _tree() -> tuple[Parser, dict[str, Parser]]:
     fetch.add_argument(
         "names", nargs="+", metavar="NAME", help="see `mismatch list models` and `texts`"
     )
+    fetch.add_argument(
+        "--accept-terms", action="store_true", help="accept the terms of models that have some"
+    )
     report = other("report", "Write the report of a finished run again, from its table.")
     report.add_argument("run", metavar="RUN", help="run folder")
     report.add_argument("--output", metavar="FILE", help="default: report.html in the run folder")

