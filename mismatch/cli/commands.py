@@ -124,8 +124,8 @@ def generate(args: Namespace) -> int:
 
 
 def fetch(args: Namespace) -> int:
-    from mismatch.texts.demo.fetch import fetch as get
     from mismatch.texts.demo.fetch import cached, check_terms, named
+    from mismatch.texts.demo.fetch import fetch as get
 
     for name in args.names:  # a misspelt name stops everything, before anything is downloaded
         package = named(name)

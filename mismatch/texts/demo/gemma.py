@@ -111,7 +111,13 @@ def _config(field: Any) -> dict[str, Any]:
 def _tokenizer(field: Any, out: Path) -> None:
     """SentencePiece BPE with byte fallback, as transformers' GemmaTokenizer is built; adds a BOS."""
     from tokenizers import (
-        AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors,
+        AddedToken,
+        Tokenizer,
+        decoders,
+        models,
+        normalizers,
+        pre_tokenizers,
+        processors,
     )  # fmt: skip
 
     tokens, scores = field("tokenizer.ggml.tokens"), field("tokenizer.ggml.scores")
