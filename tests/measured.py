@@ -53,7 +53,7 @@ def collector_of(
     return Collector(
         Layout.of(model),
         {s.name: s.layout for s in students},
-        {s.name: s.plan.layers for s in students},
+        {s.name: s.plan for s in students},
         metrics or tuple(registry.metrics().names()),
         n_docs=windows.n_docs,
         n_pos=windows.seq_len,

@@ -49,7 +49,8 @@ def run(
         visit: called with the tap and the value, `batch pos d_model`. The value is not a copy.
         start: the first block that runs.
         stop: the first block that no longer runs; None runs to the end.
-        stream: `batch pos d_model`, the stream entering block `start`; needed when `start > 0`.
+        stream: `batch pos d_model`, the stream entering block `start`; needed when `start > 0`, and at block 0 in place
+            of the model's own embedding.
 
     Returns:
         The final-norm states, `batch pos d_model` (of the stream leaving block `stop - 1`, when `stop` is given).
@@ -81,7 +82,7 @@ def _hook(tap: Tap, module: nn.Module, visit: Visit) -> RemovableHandle:
 
 @contextmanager
 def skipping(layout: Layout, start: int, stop: int | None, stream: Tensor | None) -> Iterator[None]:
-    """Blocks outside `[start, stop)` return their input; block `start - 1` returns the stored `stream`.
+    """Blocks outside `[start, stop)` return their input; block `start` gets the stored `stream`.
 
     The skipped modules stay in place (a model may read attributes of them); only their `forward` is shadowed.
     """
@@ -91,7 +92,20 @@ def skipping(layout: Layout, start: int, stop: int | None, stream: Tensor | None
         for layer in passed:
             given = stream if layer == start - 1 else None
             stack.enter_context(_shadowed(blocks[layer], given))
+        if start == 0 and stream is not None:
+            given_stream = _giving(stream)
+            hook = blocks[0].register_forward_pre_hook(given_stream, with_kwargs=True, prepend=True)
+            stack.callback(hook.remove)
         yield
+
+
+def _giving(stream: Tensor) -> Callable[..., tuple[tuple, dict]]:
+    """A pre-hook that hands a block another stream."""
+
+    def give(_module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        return ((stream, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": stream})
+
+    return give
 
 
 @contextmanager

@@ -40,6 +40,8 @@ def run(
     with torch.no_grad(), wrapped.trace(input_ids=ids, use_cache=False):
         for layer in range(start):
             blocks[layer].skip(stream)
+        if start == 0 and stream is not None:
+            blocks[0].input = stream
         flowing = stream
         for layer in range(start, last):
             for tap in wanted.get(layer, ()):

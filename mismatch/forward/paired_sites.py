@@ -24,14 +24,17 @@ from mismatch.models.layout import Layout
 
 @dataclass(frozen=True)
 class Runner:
-    """What `stream` needs to know of a student: its layout, where it was swapped, and its name."""
+    """What `stream` needs to know of a student: its layout, where it is not the teacher, and its name."""
 
     name: str
     layout: Layout
     first: int | None
-    """The first swapped layer; None when only the final norm is swapped, `0` for a full run."""
-    swapped: tuple[int, ...] = ()
+    """The first block that is not the teacher's own; None when all of them are, `0` for a full run."""
+    alone: tuple[int, ...] = ()
+    """Blocks that are also run alone, on the teacher's stream."""
     whole_blocks: frozenset[int] = frozenset()
+    front: bool = False
+    """What stands in front of the blocks is not the teacher's own either."""
     crop: tuple[int, int] | None = None
     """Rows and tokens of the batch that run (for the floor: the same text in another shape); None is all."""
 
@@ -72,7 +75,7 @@ def stream(
         runners: the students.
         ids: int64 `batch pos`.
         on_pair: called with each pair, sites in computation order, one student after the other.
-        forced: also run each swapped block after the first on the teacher's stream (for the first, forced is free).
+        forced: also run each block of `alone` on the teacher's stream (for one that has it anyway, forced is free).
         run: the backend.
 
     Raises:
@@ -124,7 +127,7 @@ class _Pairing:
 
         def pair(tap: Tap, value: Tensor) -> None:
             self._pair_up("free", tap.layer, tap.site, value)
-            if tap.layer == runner.first and tap.layer in runner.swapped:
+            if tap.layer == self._on_teacher and tap.layer in runner.alone:
                 self._pair_up("forced", tap.layer, tap.site, value)
 
         given = self._entering(start) if start > 0 else None
@@ -132,8 +135,8 @@ class _Pairing:
         self._pair_up("free", None, "final", final)
 
     def forced(self, ids: Tensor, run: Callable[..., Tensor]) -> None:
-        for layer in self.runner.swapped:
-            if layer == self.runner.first:
+        for layer in self.runner.alone:
+            if layer == self._on_teacher:
                 continue
 
             def pair(tap: Tap, value: Tensor) -> None:
@@ -149,14 +152,20 @@ class _Pairing:
                 stream=self._entering(layer),
             )
 
+    @property
+    def _on_teacher(self) -> int | None:
+        """The block that gets the teacher's stream in a free run."""
+        return None if self.runner.front else self.runner.first
+
     def only_final(self, last: int) -> None:
-        """The final norm alone is swapped: no block differs, so only that norm runs again."""
+        """No block differs: only the final norm runs again."""
         norm = self.runner.layout.final_norm
         self._pair_up("free", None, "final", norm(self.kept[last, "resid_post"]))
 
     def _entering(self, layer: int) -> Tensor:
-        """The teacher's stream entering a block, as the block before it left it."""
-        return self._cropped(self.kept[layer - 1, "resid_post"])
+        """The teacher's stream entering a block, as the block before it left it, or the embedding."""
+        where = (0, "resid_pre") if layer == 0 else (layer - 1, "resid_post")
+        return self._cropped(self.kept[where])
 
     def _cropped(self, x: Tensor) -> Tensor:
         crop = self.runner.crop

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mismatch.errors import LayoutError
 from mismatch.forward import hooks
-from mismatch.forward.sites import Tap, taps, tensor_of
+from mismatch.forward.sites import Tap, leaving, taps, tensor_of
 from mismatch.models.layout import Layout
 
 TOKENS = 8
@@ -126,31 +126,46 @@ def prove_student(teacher: Layout, student: Layout, first: int | None) -> None:
         LayoutError: a site before the swap differs.
         SurgeryError: as the mechanism raises it.
     """
-    device = next(teacher.model.parameters()).device
-    ids = torch.randint(
-        0, teacher.vocab, (1, TOKENS), generator=torch.Generator().manual_seed(0)
-    ).to(device)
-    if first is None or first == 0:
-        with torch.no_grad():
-            hooks.run(student, ids)
-        return
-    wanted = [t for layer in range(first) for t in taps(teacher, layer)]
-    ours: dict[Tap, Tensor] = {}
-    theirs: dict[Tap, Tensor] = {}
+    ids = _few(teacher)
+    if moved := first_moved(teacher, student, first or 0):
+        raise _wrong(
+            student,
+            moved.layer,
+            moved.site,
+            f"changed, although the first swap is at layer {first}",
+        )
+    streams: list[Tensor] = []
+    before = [leaving(first - 1)] if first else []
     with torch.no_grad():
-        hooks.run(teacher, ids, wanted, ours.__setitem__)
-        whole = hooks.run(student, ids, wanted, theirs.__setitem__)
-        for tap in wanted:
-            if not torch.equal(ours[tap], theirs[tap]):
-                raise _wrong(
-                    student,
-                    tap.layer,
-                    tap.site,
-                    f"changed, although the first swap is at layer {first}",
-                )
-        suffix = hooks.run(student, ids, start=first, stream=ours[wanted[-1]])
+        whole = hooks.run(student, ids, before, lambda _tap, value: streams.append(value))
+        if not first:
+            return
+        suffix = hooks.run(student, ids, start=first, stream=streams[0])
         if not torch.equal(suffix, whole):
             raise LayoutError(
                 f"the swapped model run from block {first} differs from its whole run by "
                 f"{(suffix - whole).abs().max():.3g}: a mechanism carries state from one call to the next"
             )
+
+
+@torch.no_grad()
+def first_moved(teacher: Layout, student: Layout, first: int) -> Tap | None:
+    """The first site in front of block `first` that reads another value in the student, on a few tokens.
+
+    None: all are bit-equal, so the blocks there may be run once for both.
+    """
+    wanted = [tap for layer in range(first) for tap in taps(teacher, layer)]
+    if not wanted:
+        return None
+    ids = _few(teacher)
+    ours: dict[Tap, Tensor] = {}
+    theirs: dict[Tap, Tensor] = {}
+    hooks.run(teacher, ids, wanted, ours.__setitem__, stop=first)
+    hooks.run(student, ids, wanted, theirs.__setitem__, stop=first)
+    return next((tap for tap in wanted if not torch.equal(ours[tap], theirs[tap])), None)
+
+
+def _few(teacher: Layout) -> Tensor:
+    """Token ids, `1 pos`."""
+    ids = torch.randint(0, teacher.vocab, (1, TOKENS), generator=torch.Generator().manual_seed(0))
+    return ids.to(next(teacher.model.parameters()).device)

@@ -275,7 +275,7 @@ class Layout:
     @property
     def vocab(self) -> int:
         """Rows of the head: the vocabulary, padding rows included."""
-        return self._head.weight.shape[0]
+        return self.output.weight.shape[0]
 
     @property
     def embedding_device(self) -> torch.device:
@@ -296,7 +296,7 @@ class Layout:
         Returns:
             `... vocab`, in the dtype of the model.
         """
-        logits = self._head(final)
+        logits = self.output(final)
         cap = getattr(self.config, "final_logit_softcapping", None)
         return logits if cap is None else (logits / cap).tanh() * cap
 
@@ -322,7 +322,8 @@ class Layout:
         return f"{block}.{inner}"
 
     @property
-    def _head(self) -> Any:
+    def output(self) -> Any:
+        """The last matrix: final states to logits, which `head` may cap."""
         return self.model.get_submodule(self.family.head)
 
     def _of_decoder(self, path: str) -> Any:

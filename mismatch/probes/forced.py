@@ -5,10 +5,8 @@ The block runs inside its model, so transformers itself makes rotary embeddings,
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from mismatch.forward import hooks
@@ -56,30 +54,13 @@ def update(subject: Subject, layer: int, ids: Tensor, stream: Tensor) -> Tensor:
     whole = layer in subject.whole_blocks
     wanted = taps(subject.layout, layer, inner=not whole)
     site = "resid_post" if whole else "attn_out"
-    with given(subject.layout, layer, stream):
-        hooks.run(
-            subject.layout,
-            ids,
-            [tap for tap in wanted if tap.site == site],
-            keep,
-            start=layer,
-            stop=layer + 1,
-            stream=stream,
-        )
+    hooks.run(
+        subject.layout,
+        ids,
+        [tap for tap in wanted if tap.site == site],
+        keep,
+        start=layer,
+        stop=layer + 1,
+        stream=stream,
+    )
     return found[site] - stream if whole else found[site]
-
-
-@contextmanager
-def given(layout: Layout, layer: int, stream: Tensor) -> Iterator[None]:
-    """Replace the input of a block by a stream. Needed for the first block, which no other block feeds."""
-
-    def replace(_module: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        if args:
-            return (stream, *args[1:]), kwargs
-        return args, {**kwargs, "hidden_states": stream}
-
-    handle = layout.blocks[layer].register_forward_pre_hook(replace, with_kwargs=True)
-    try:
-        yield
-    finally:
-        handle.remove()

@@ -41,13 +41,33 @@ class Replaced:
     notes: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class Apart:
+    """Where a student is not its teacher, found by comparing their tensors (`mismatch.surgery.beside`).
+
+    Attributes:
+        blocks: layers of the blocks that differ, swapped ones included.
+        front: what stands in front of the blocks differs: the embedding, or positions.
+        end: the final norm or the head differs.
+    """
+
+    blocks: tuple[int, ...]
+    front: bool = False
+    end: bool = False
+
+
 @dataclass(frozen=True, kw_only=True)
 class SwapPlan:
-    """What surgery did (or, on the meta device, would do), and what to know before the numbers are believed."""
+    """What surgery did (or, on the meta device, would do), and what to know before the numbers are believed.
+
+    `apart` is what comparing found in a student that was there before the run; None: it was swapped here, and nothing
+    but the replaced modules differs.
+    """
 
     spec: str
     clauses: tuple[Replaced, ...]
     warnings: tuple[str, ...] = ()
+    apart: Apart | None = None
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -56,8 +76,27 @@ class SwapPlan:
 
     @property
     def first(self) -> int | None:
-        """The first replaced layer; None when only the final norm is replaced."""
-        return min(self.layers, default=None)
+        """The first block that is not the teacher's own; None when all of them are."""
+        if self.apart is None:
+            return min(self.layers, default=None)
+        return 0 if self.apart.front else min(self.apart.blocks, default=None)
+
+    @property
+    def alone(self) -> tuple[int, ...]:
+        """Layers that are also run alone, on the teacher's stream: the replaced ones; of a student in which nothing
+        was replaced, those that differ."""
+        return self.layers if self.apart is None or self.clauses else self.apart.blocks
+
+    @property
+    def end(self) -> bool:
+        """Whether the final norm or the head is not the teacher's own."""
+        replaced = any(clause.layer is None for clause in self.clauses)
+        return replaced or (self.apart is not None and self.apart.end)
+
+    @property
+    def front(self) -> bool:
+        """Whether what stands in front of the blocks is not the teacher's own."""
+        return self.apart is not None and self.apart.front
 
 
 def as_json(plan: Any) -> dict[str, Any]:

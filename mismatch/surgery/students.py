@@ -16,6 +16,7 @@ from mismatch.forward.verify import prove_student
 from mismatch.models.layout import Layout
 from mismatch.models.load import ModelInfo
 from mismatch.models.swap_record import Base
+from mismatch.surgery.compared import compared
 from mismatch.surgery.controls import control_specs
 from mismatch.surgery.operate import Student, calibrators, operate, placed
 from mismatch.texts.windows import Windows
@@ -75,7 +76,7 @@ def students_of(
             name=name,
         )
 
-    first = swap or build(config.swap_spec)
+    first = compared(teacher.layout, swap) if swap else build(config.swap_spec)
     controls = control_specs(config.controls, first.plan)
     return [first, *(build(parsed, name) for name, parsed in controls.items())]
 

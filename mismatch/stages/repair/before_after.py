@@ -92,7 +92,7 @@ def shift_rows(
     collector = Collector(
         teacher.layout,
         {s.name: s.layout for s in students},
-        {s.name: s.plan.layers for s in students},
+        {s.name: s.plan for s in students},
         METRICS,
         n_docs=cut.n_docs,
         n_pos=cut.seq_len,

@@ -56,7 +56,7 @@ class Batch:
         if pair.site in ("resid_pre", "resid_mid"):
             stream = (pair.site, pair.teacher, pair.value)
             self.streams[pair.student, pair.mode] = stream
-        if pair.site == "resid_pre":
+        if pair.site == "resid_pre" and not self._of_front(pair):
             return  # the same numbers as resid_post of the block before
         scope = FLOOR if pair.student == FLOOR else MAIN
         if pair.site == "final":
@@ -68,6 +68,11 @@ class Batch:
             kept[pair.student] = self._lens_rows(pair.value)
         address = Address(scope, pair.student, pair.mode, layer, pair.site)
         self.collector.meter(address, pair.value.shape[-1]).update(self._pair(pair, address))
+
+    def _of_front(self, pair: SitePair) -> bool:
+        """Whether a stream comes from an embedding that is not the teacher's own."""
+        plan = self.collector.plans.get(pair.student)
+        return pair.layer == 0 and pair.mode == "free" and plan is not None and plan.front
 
     def _pair(self, pair: SitePair, address: Address) -> Pair:
         """Teacher beside student; what depends on the teacher alone is worked out once for all students."""

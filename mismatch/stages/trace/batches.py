@@ -109,8 +109,9 @@ def runner_of(student: Student) -> Runner:
         student.name,
         student.layout,
         student.plan.first,
-        student.plan.layers,
+        student.plan.alone,
         student.whole_blocks(),
+        front=student.plan.front,
     )
 
 

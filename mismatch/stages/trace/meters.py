@@ -14,13 +14,14 @@ from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import numpy as np
-from torch import Tensor, nn
+from torch import Tensor
 
 from mismatch.forward.paired_sites import SitePair
 from mismatch.metrics import load_metric
 from mismatch.metrics.base import Reading
 from mismatch.metrics.sums.meter import StudentMeter, TeacherMeter
 from mismatch.models.layout import Layout
+from mismatch.runs.plan import SwapPlan
 from mismatch.runs.table import BLOCK_SITES, FLOOR, MAIN, SWAP
 from mismatch.stages.trace.address import NO_LAYER, TEACHER, Address
 from mismatch.stages.trace.batch import Batch
@@ -38,7 +39,7 @@ class Collector:
     Args:
         teacher: layout of the untouched model.
         students: layout of each student by name (swap, controls).
-        swapped: the swapped layers of each student; sites before the first one read exactly the null.
+        plans: of each student: sites in front of its first block that differs read exactly the null.
         metrics: names.
         n_docs, n_pos, n_tokens: documents of the run, tokens per window, tokens in all.
         sample: share of the tokens that feed the metrics of second moments.
@@ -48,7 +49,7 @@ class Collector:
 
     teacher: Layout
     students: Mapping[str, Layout]
-    swapped: Mapping[str, Sequence[int]]
+    plans: Mapping[str, SwapPlan]
     metrics: Sequence[str]
     n_docs: int
     n_pos: int
@@ -113,7 +114,7 @@ class Collector:
         the metrics (`everywhere`).
         """
         update = site in ("attn_out", "mlp_out")
-        swapped = layer in self.swapped.get(student, ())
+        swapped = layer in self._swapped(student)
         behind = site == "resid_post" and (
             swapped or self.everywhere or layer == self.teacher.n_layers - 1
         )
@@ -128,6 +129,15 @@ class Collector:
             and (metric.state != "moments" or moments)
             and (student in (SWAP, FLOOR, TEACHER) or name in COMPARED)
         )
+
+    def _swapped(self, student: str) -> tuple[int, ...]:
+        """Layers with a replaced module; none of the floor and the teacher."""
+        return self.plans[student].layers if student in self.plans else ()
+
+    def _first(self, student: str) -> int:
+        """The first block that is not the teacher's own; behind the last one where all are."""
+        first = self.plans[student].first
+        return self.teacher.n_layers if first is None else first
 
     def merge(self, other: Collector) -> Collector:
         """Add another part of the same run."""
@@ -171,10 +181,13 @@ class Collector:
 
     def _before(self, student: str) -> Iterator[dict[str, Any]]:
         """Sites in front of the swap: null by construction (and proved on a probe)."""
-        first = min(self.swapped[student], default=self.teacher.n_layers)
+        plan = self.plans[student]
+        if plan.front:
+            return  # nothing is the teacher's own
+        first = self._first(student)
         sites = [s for s in BLOCK_SITES if not (s == "resid_mid" and self.teacher.parallel)]
-        # A student with another final norm reads another lens out of the same stream.
-        same = _same_module(self.students[student].final_norm, self.teacher.final_norm)
+        # A student with another final norm or head reads another lens out of the same stream.
+        same = not plan.end
         for layer in range(min(first + 1, self.teacher.n_layers)):
             for site in sites if layer < first else ("resid_pre",):
                 address = Address(MAIN, student, "free", layer, site)
@@ -187,8 +200,7 @@ class Collector:
 
     def _resid_pre(self, student: str, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """The stream entering a block is the one leaving the block before: the same numbers."""
-        layers = self.swapped[student]
-        first = min(layers, default=self.teacher.n_layers)
+        layers, first = self._swapped(student), self._first(student)
         return [
             row
             | {
@@ -218,7 +230,7 @@ class Collector:
             "lo": reading.lo,
             "hi": reading.hi,
             "n": reading.n,
-            "swapped": layer in self.swapped.get(address.student, ()),
+            "swapped": layer in self._swapped(address.student),
         }
 
     def _differences(self) -> Iterator[dict[str, Any]]:
@@ -236,12 +248,6 @@ class Collector:
                     )
                     reading = Reading(f"mean_minus_{control}", *(ours - theirs).mean(self.seed))
                     yield self._row(place[SWAP], metric, reading)
-
-
-def _same_module(a: nn.Module, b: nn.Module) -> bool:
-    """Whether two module trees hold one and the same module: of one class over the same tensors."""
-    pairs = zip(a.parameters(), b.parameters(), strict=True)
-    return type(a) is type(b) and all(x is y for x, y in pairs)
 
 
 def _merge(mine: dict[Address, M], theirs: Mapping[Address, M]) -> None:

@@ -68,7 +68,7 @@ class Trace(Stage[TraceConfig, Prepared]):
         collector = Collector(
             teacher.layout,
             {s.name: s.layout for s in students},
-            {s.name: s.plan.layers for s in students},
+            {s.name: s.plan for s in students},
             config.metrics or default_metrics(),
             n_docs=cut.n_docs,
             n_pos=cut.seq_len,
