@@ -13,28 +13,38 @@ import functools
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import yaml
 
-from mismatch import spec
+from mismatch import reading, spec
 from mismatch.errors import ConfigError
 from mismatch.registry import Registry, card, did_you_mean, mechanisms
 from mismatch.registry.card import REQUIRED, Arg
-
-ELSEWHERE = ("output", "run_name", "fail_on", "activations_dir")
-"""Fields that change where a run lies and how it exits, but none of its numbers."""
-
-C = TypeVar("C", bound="RunConfig")
-
 
 MODEL = ("model", "revision", "dtype", "device", "device_map")
 OUTPUT = ("output", "run_name")
 DANGEROUS = ("trust_remote_code", "allow_pickle")
 """Fields that every command has, as its help groups them."""
+
+ELSEWHERE = (*OUTPUT, "fail_on", "activations_dir", *DANGEROUS)
+"""Fields that change none of the numbers: where a run lies, how it exits, what it may run. They are in no file that a
+run leaves, so what is trusted is said each time."""
+
+PATHS = (
+    *("model", "data", "calibration_data", "train_data"),
+    "output",
+    "activations_dir",
+    "scan",
+    "earlier_run",
+)
+"""Fields that can be paths: `~` in front is the home folder."""
+
+C = TypeVar("C", bound="RunConfig")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +93,12 @@ class RunConfig:
     def __post_init__(self) -> None:
         for name, arg in fields(type(self)).items():
             object.__setattr__(self, name, _accept(arg, getattr(self, name), f"`{name}`"))
+        run_name = self.run_name
+        if run_name in ("", "..") or (run_name and Path(run_name).name != run_name):
+            raise ConfigError(
+                f"`run_name` must be the name of a folder under runs/, got `{run_name}`",
+                hint="`output` takes a path",
+            )
         if self.output is not None and self.run_name is not None:
             raise ConfigError(
                 f"`output` ({self.output}) and `run_name` ({self.run_name}) both name the run folder",
@@ -101,6 +117,12 @@ class RunConfig:
     def subject(self) -> str:
         """What the run is about, in canonical form: goes into its name and its manifest."""
         raise NotImplementedError
+
+    def foreign(self) -> Iterator[tuple[str, str]]:
+        """Classes that the settings name by their path, `module:Class`, each with its field."""
+        for name, arg in fields(type(self)).items():
+            if arg.type == "list" and name != "swap":
+                yield from ((name, word) for word in getattr(self, name) or () if ":" in word)
 
     @property
     def folder(self) -> Path | None:
@@ -163,6 +185,11 @@ class SwapConfig(RunConfig):
         """The parsed swap."""
         return spec.parse(self.swap)
 
+    def foreign(self) -> Iterator[tuple[str, str]]:
+        yield from super().foreign()
+        for clause in self.swap_spec.clauses:
+            yield from (("swap", name) for name in clause.call.foreign())
+
     @property
     def subject(self) -> str:
         return spec.format(self.swap_spec)
@@ -188,82 +215,149 @@ def load(
 
     Args:
         kind: the config class of a command.
-        file: YAML, such as the `config.yaml` of a run folder.
+        file: YAML, such as the `config.yaml` of a run folder. It is data: what it names may run code only when the
+            flags trust it.
         flags: values by field name; None means not given. Text is read as the field's type.
 
     Raises:
-        ConfigError: no such file, not YAML, an unknown key, a wrong type or value, no model.
+        ConfigError: no such file, not YAML, an unknown key, a wrong type or value, no model, a file that runs code.
         SpecError: a wrong swap.
     """
     known = fields(kind)
-    values: dict[str, Any] = {} if file is None else _read(Path(file), known)
-    for name, value in (flags or {}).items():
-        if value is not None:
-            flag = "--" + name.replace("_", "-")
-            values[name] = _accept(known[name], _from_text(known[name], value), f"`{flag}`")
+    read: dict[str, Any] = {} if file is None else _read(Path(file), known)
+    typed = {name: value for name, value in (flags or {}).items() if value is not None}
+    for name, value in typed.items():
+        typed[name] = _accept(known[name], value, f"`--{name.replace('_', '-')}`")
+    values = read | typed
     for name, arg in known.items():
         if arg.default is REQUIRED and name not in values:
             raise ConfigError(
                 f"there is no {name}", hint=f"give one, such as {kind.examples[name]}"
             )
-    return kind(**values)
+    made = kind(**values)
+    _refuse_code(made, {name: file for name in read if name not in typed})
+    return made
+
+
+def _refuse_code(made: RunConfig, files: Mapping[str, Any]) -> None:
+    """A file turns nothing on that runs code, and names no code of its own: that is for the caller to say.
+
+    Args:
+        made: the settings.
+        files: of the fields that a file set.
+    """
+    for name in DANGEROUS:
+        if name in files and getattr(made, name):
+            raise ConfigError(
+                f"`{name}` in {files[name]} asks to run what comes with a model; a file cannot allow that",
+                hint=f"look at the model first, then --{name.replace('_', '-')} (in Python: {name}=True)",
+            )
+    if made.trust_remote_code:
+        return
+    for name, word in made.foreign():
+        if name in files:
+            raise ConfigError(
+                f"`{name}` in {files[name]} names `{word}`, a class that is not mismatch's own; importing it runs its "
+                "code, which is off",
+                hint="read that code first, then --trust-remote-code (in Python: trust_remote_code=True)",
+            )
 
 
 def _accept(arg: Arg, value: Any, where: str) -> Any:
+    value = _meant(arg, value)
+    if isinstance(value, str) and not _writable(value):
+        raise ConfigError(
+            f"{where} must be text in Unicode without control characters, got {value!a:.200}"
+        )
     try:
         return arg.accept(value)
-    except ValueError:
+    except ValueError as error:
         known = arg.choices or ()
         hint = did_you_mean(value, map(str, known)) if known and isinstance(value, str) else None
-        got = f"`{value}`" if isinstance(value, str) else repr(value)
-        raise ConfigError(f"{where} must be {arg.allowed}, got {got}", hint=hint) from None
+        raise ConfigError(f"{where} {error}", hint=hint) from None
 
 
-def _from_text(arg: Arg, value: Any) -> Any:
-    """What a flag's text means. Text that does not fit is left for `_accept` to refuse."""
-    if arg.type == "list" and arg.name != "swap" and isinstance(value, str):
-        return () if value == "none" else tuple(part.strip() for part in value.split(","))
-    if arg.optional and value == "none":
+def _meant(arg: Arg, value: Any) -> Any:
+    """What a person means by a value of another type: flags, YAML and Python alike.
+
+    Text of a number, a path, a numpy number, any row of words. What fits nothing is left for `Arg.accept` to refuse.
+    """
+    if hasattr(value, "item") and getattr(value, "shape", None) == ():
+        value = value.item()  # a number of numpy or torch
+    if isinstance(value, Path):
+        value = str(value)
+    if arg.optional and isinstance(value, str) and value == "none":
         return None
-    if arg.type in ("int", "float") and isinstance(value, str):
-        many = re.fullmatch(r"(\d+)([kM])", value)  # 64k, 1M: counts of tokens
+    if arg.type == "list":
+        return _words(value, apart=arg.name != "swap")
+    if arg.type in ("int", "float") and arg.choices is None:
+        return _number(arg.type, value)
+    if arg.name in PATHS and isinstance(value, str) and value.startswith("~"):
         try:
-            if many:
-                return int(many[1]) * {"k": 1000, "M": 1_000_000}[many[2]]
-            return {"int": int, "float": float}[arg.type](value)
-        except ValueError:
-            return value
+            return str(Path(value).expanduser())
+        except RuntimeError:
+            raise ConfigError(
+                f"`{arg.name}`: there is no home folder {Path(value).parts[0]}"
+            ) from None
     return value
 
 
-class _Loader(yaml.SafeLoader):
-    """A key given twice is an error; plain YAML would keep the last one."""
+def _words(value: Any, *, apart: bool) -> Any:
+    """A row of words: one text, divided at commas unless it is a swap, or anything that can be gone through."""
+    if isinstance(value, str):
+        if not apart:
+            return (value,)
+        return () if value == "none" else tuple(part.strip() for part in value.split(","))
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        value = (value,)
+    if (
+        value is None
+        or isinstance(value, (Mapping, bytes, bool))
+        or not isinstance(value, Iterable)
+    ):
+        return value
+    return tuple(
+        str(word) if isinstance(word, (str, Path)) or _is_number(word) else word for word in value
+    )
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if key in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"`{key}` is there twice", key_node.start_mark
-                )
-            seen.add(key)
-        return super().construct_mapping(node, deep)
+
+def _is_number(value: Any) -> bool:
+    value = value.item() if getattr(value, "shape", None) == () else value
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+_NUMBER = re.compile(r"([+-]?(?:\d{1,40}\.?\d{0,40}|\.\d{1,40})(?:[eE][+-]?\d{1,3})?)([kM]?)")
+_MANY = {"": 1, "k": 1000, "M": 1_000_000}  # 64k, 1M: counts of tokens
+
+
+def _number(kind: str, value: Any) -> Any:
+    if isinstance(value, str) and (found := _NUMBER.fullmatch(value.strip())):
+        exact = Decimal(found[1]) * _MANY[found[2]]
+        if kind == "float":
+            return float(exact)
+        return int(exact) if exact == exact.to_integral_value() else value
+    if kind == "int" and isinstance(value, float) and value.is_integer():
+        return int(value)
+    return value
+
+
+def _writable(text: str) -> bool:
+    """Whether a text can be written into a file and a path: bytes of another encoding cannot."""
+    return "\0" not in text and not any("\ud800" <= sign <= "\udfff" for sign in text)
+
+
+class _Loader(reading.PlainYaml):
+    """Numbers stay text: what they mean is said by the field (`4k`, `1e-3`; `064` is no octal number)."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    sign: [one for one in known if one[0] in ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:null")]
+    for sign, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
 
 
 def _read(path: Path, known: Mapping[str, Arg]) -> dict[str, Any]:
-    try:
-        found = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except OSError as error:
-        raise ConfigError(f"cannot read the config {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"the config {path} is not UTF-8 text") from error
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = "" if mark is None else f", line {mark.line + 1}"
-        raise ConfigError(
-            f"the config {path} is not YAML{line}: {getattr(error, 'problem', error)}"
-        ) from error
+    found = reading.yaml_of(path, ConfigError, _Loader)
     if not isinstance(found, dict):
         raise ConfigError(
             f"the config {path} must be a list of `key: value`, got {type(found).__name__}",
@@ -272,13 +366,12 @@ def _read(path: Path, known: Mapping[str, Arg]) -> dict[str, Any]:
     values = {}
     for key, value in found.items():
         if key not in known:
-            raise ConfigError(f"unknown key `{key}` in {path}", hint=did_you_mean(str(key), known))
-        arg = known[key]
+            raise ConfigError(
+                f"unknown key `{key!s:.80}` in {path}", hint=did_you_mean(str(key), known)
+            )
         if key == "swap":
             value = _swaps(value, path)
-        elif arg.type == "list" and isinstance(value, str):
-            value = _from_text(arg, value)
-        values[key] = _accept(arg, value, f"`{key}` in {path}")
+        values[key] = _accept(known[key], value, f"`{key}` in {path}")
     return values
 
 
@@ -295,7 +388,7 @@ def _swaps(value: Any, path: Path) -> Any:
             texts.append(item)
         else:
             raise ConfigError(
-                f"`swap` in {path} must be text, got {item!r}",
+                f"`swap` in {path} must be text, got {reading.shown(item)}",
                 hint='write `swap: ["layer12:infini"]`',
             )
     return texts

@@ -150,3 +150,19 @@ def remote_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dic
     yield {"trust_remote_code": True}
     for name in [name for name in sys.modules if name.startswith("transformers_modules")]:
         del sys.modules[name]
+
+
+@pytest.fixture
+def planted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A package `planted` whose code, when it is run, leaves this file: what only reads a name must not run it."""
+    mark = tmp_path / "code-was-run"
+    package = tmp_path / "on_the_path" / "planted"
+    package.mkdir(parents=True)
+    run = f"open({str(mark)!r}, 'w').close()\n"
+    (package / "__init__.py").write_text(run)
+    (package / "far.py").write_text(f"{run}class Evil:\n    slots = ('attn',)\n")
+    (package / "parts.py").write_text(f"from .far import Evil\n{run}")
+    monkeypatch.syspath_prepend(str(package.parent))
+    for name in ("planted", "planted.parts", "planted.far"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    return mark

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import typing
+from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 
 from mismatch import config
 from mismatch.config import fields, load
 from mismatch.errors import ConfigError, SpecError, UsageError
+from mismatch.stages.probe.config import ProbeConfig
 from mismatch.stages.trace.config import TraceConfig
 
 SWAP = ["layer12:zero"]
@@ -36,6 +40,150 @@ def test_the_fields_as_read_from_the_source_are_the_fields():
         if field.default is not dataclasses.MISSING:
             assert arg.default == field.default
             assert arg.accept(field.default) == field.default
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "value"),
+    [
+        ("tokens: 4k", "tokens", 4000),
+        ("tokens: 1M", "tokens", 1_000_000),
+        ("tokens: '128'", "tokens", 128),
+        ("tokens: 1e3", "tokens", 1000),
+        ("seq_len: 064", "seq_len", 64),  # YAML 1.1 reads 52
+        ("controls: zero", "controls", ("zero",)),
+        ("model: 3", "model", "3"),
+        ("data: ~/texts", "data", str(Path.home() / "texts")),
+        ("output: ~/run", "output", str(Path.home() / "run")),
+    ],
+)
+def test_yaml_is_taken_as_it_is_meant(tmp_path, text, name, value):
+    given = {"swap": SWAP} | ({} if name == "model" else {"model": "m"})
+    assert getattr(load(TraceConfig, written(tmp_path, text), given), name) == value
+
+
+def test_numbers_and_lists_of_yaml_for_other_commands(tmp_path):
+    text = "lengths: [256, 1024]\nplanned_gate_lr: 1e-3\n"
+    got = load(ProbeConfig, written(tmp_path, text), {"model": "m", "swap": SWAP})
+    assert (got.lengths, got.planned_gate_lr) == (("256", "1024"), 1e-3)
+
+
+@pytest.mark.parametrize(
+    ("given", "name", "value"),
+    [
+        ({"tokens": np.int64(64)}, "tokens", 64),
+        ({"tokens": np.array(64)}, "tokens", 64),
+        ({"tokens": 1e3}, "tokens", 1000),
+        ({"tokens": "4k"}, "tokens", 4000),
+        ({"model": Path("a")}, "model", "a"),
+        ({"output": Path("~/a")}, "output", str(Path.home() / "a")),
+        ({"controls": "zero"}, "controls", ("zero",)),
+        ({"controls": "zero,mean"}, "controls", ("zero", "mean")),
+        ({"controls": (name for name in ["zero"])}, "controls", ("zero",)),
+        ({"metrics": np.array(["kl", "cka"])}, "metrics", ("kl", "cka")),
+        ({"swap": "layer1:zero; layer2:zero"}, "swap", ("layer1:zero; layer2:zero",)),
+    ],
+)
+def test_values_of_python_are_taken_as_they_are_meant(given, name, value):
+    found = getattr(made(**given), name)
+    assert found == value and type(found) is type(value)
+
+
+def test_ranges_and_numpy_numbers_are_words():
+    probe = ProbeConfig(model="m", swap=SWAP, lengths=range(64, 192, 64), depths=np.array([0.5]))
+    assert (probe.lengths, probe.depths) == (("64", "128"), ("0.5",))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"tokens": True}, "`tokens` must be int >= 1, got True"),
+        ({"tokens": 10**5000}, "`tokens` must be int >= 1, finite and below 2^63, got a number of more "
+         "than 4,300 digits"),
+        ({"controls": 1.5}, "unknown mechanism `1.5`"),
+        ({"model": "a\0b"}, "`model` must be text in Unicode without control characters, got 'a\\x00b'"),
+        ({"data": "\udcff.txt"}, "`data` must be text in Unicode without control characters, got '\\udcff.txt'"),
+        ({"data": "~nobody_of_this_name/x"}, "`data`: there is no home folder ~nobody_of_this_name"),
+        ({"run_name": "../x"}, "`run_name` must be the name of a folder under runs/, got `../x`\n\n"
+         "hint: `output` takes a path"),
+        ({"run_name": ".."}, "`run_name` must be the name of a folder under runs/, got `..`\n\n"
+         "hint: `output` takes a path"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_meant_is_refused_in_a_sentence(given, message):
+    with pytest.raises(ConfigError) as caught:
+        made(**given)
+    assert str(caught.value).split("\n\nhint: avail")[0].split("\n\nhint: did")[0] == message
+
+
+HARMFUL = [
+    "a: &a [x, x]\nb: [*a, *a]",
+    "- " * 300 + "x",
+    "a: " + "[" * 300 + "]" * 300,
+    "a: !!python/object/apply:os.system [ls]",
+    "a: !!int x",
+    "a: !!timestamp 2026-99-99",
+    "? [a]\n: b",
+    "? {a: b}\n: b",
+    "\x00",
+    "a: b: c",
+    "%YAML 9.9\n---\na: 1",
+    "a" * 300_000,
+]
+
+
+@pytest.mark.parametrize("text", HARMFUL, ids=lambda text: text[:12])
+def test_yaml_that_is_made_to_harm(tmp_path, text):
+    with pytest.raises(ConfigError, match=r"c\.yaml"):
+        load(TraceConfig, written(tmp_path, text), {"model": "m", "swap": SWAP})
+
+
+def test_a_file_that_never_ends_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ConfigError, match="pipe is not an ordinary file"):
+        load(TraceConfig, tmp_path / "pipe")
+    with pytest.raises(ConfigError, match="is not an ordinary file"):
+        load(TraceConfig, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("swap: layer1.attn:planted.parts:Evil", "planted.parts:Evil"),
+        ('swap: ["layer1:parallel(planted.parts:Evil())"]', "planted.parts:Evil"),
+        ("controls: [planted.parts:Evil]", "planted.parts:Evil"),
+        ("metrics: planted.parts:Evil", "planted.parts:Evil"),
+        ("probes: planted.parts:Evil", "planted.parts:Evil"),
+    ],
+)
+def test_a_file_runs_no_code(tmp_path, planted, text, name):
+    file, field = written(tmp_path, text), text.partition(":")[0]
+    given = {"model": "m", "swap": None if field == "swap" else SWAP}
+    with pytest.raises(ConfigError) as caught:
+        load(TraceConfig, file, given)
+    assert str(caught.value) == (
+        f"`{field}` in {file} names `{name}`, a class that is not mismatch's own; importing it runs its code, which is "
+        "off\n\nhint: read that code first, then --trust-remote-code (in Python: trust_remote_code=True)"
+    )
+    assert not planted.exists()
+    trusted = load(TraceConfig, file, {**given, "trust_remote_code": True})
+    assert name in str(getattr(trusted, field))
+    if field != "swap":  # what the user types himself is his own
+        typed = load(TraceConfig, file, {**given, field: "zero" if field == "controls" else name})
+        assert getattr(typed, field)
+
+
+@pytest.mark.parametrize("name", ["trust_remote_code", "allow_pickle"])
+def test_a_file_cannot_allow_code(tmp_path, name):
+    file = written(tmp_path, f"{name}: true")
+    with pytest.raises(ConfigError) as caught:
+        load(TraceConfig, file, {"model": "m", "swap": SWAP})
+    flag = name.replace("_", "-")
+    assert str(caught.value) == (
+        f"`{name}` in {file} asks to run what comes with a model; a file cannot allow that\n\n"
+        f"hint: look at the model first, then --{flag} (in Python: {name}=True)"
+    )
+    assert getattr(load(TraceConfig, file, {"model": "m", "swap": SWAP, name: True}), name)
+    assert name not in made(**{name: True}).settings()
 
 
 def test_precedence(tmp_path):
@@ -91,26 +239,30 @@ def test_lists_in_yaml_may_be_words(tmp_path):
             "unknown key `tokns` in FILE\n\nhint: did you mean `tokens`? available: "
             + ", ".join(sorted(fields(TraceConfig))),
         ),
-        ("tokens: 1.5", "`tokens` in FILE must be int >= 1, got 1.5"),
+        ("tokens: 1.5", "`tokens` in FILE must be int >= 1, got `1.5`"),
         ("tokens: true", "`tokens` in FILE must be int >= 1, got True"),
-        ("tokens: '5'", "`tokens` in FILE must be int >= 1, got `5`"),
+        ("tokens: [5]", "`tokens` in FILE must be int >= 1, got ['5']"),
+        (
+            "seed: 18446744073709551616",
+            "`seed` in FILE must be int >= 0, finite and below 2^63, got 18446744073709551616",
+        ),
         ("tokens: 0", "`tokens` in FILE must be int >= 1, got 0"),
         ("tokens:", "`tokens` in FILE must be int >= 1, got None"),
-        ("model: 3", "`model` in FILE must be str, got 3"),
+        ("model: true", "`model` in FILE must be str, got True"),
         (
             "dtype: float23",
             "`dtype` in FILE must be one of float32, bfloat16, float16, auto, got `float23`\n\n"
             "hint: did you mean `float32`? available: auto, bfloat16, float16, float32",
         ),
-        ("controls: [1]", "`controls` in FILE must be a list of words, got [1]"),
+        ("controls: {zero: 1}", "`controls` in FILE must be a list of words, got {'zero': '1'}"),
         (
-            "swap: 12",
-            '`swap` in FILE must be text, got 12\n\nhint: write `swap: ["layer12:infini"]`',
+            "swap: [[12]]",
+            "`swap` in FILE must be text, got ['12']\n\nhint: write `swap: [\"layer12:infini\"]`",
         ),
-        ("seed: 1\nseed: 2", "the config FILE is not YAML, line 2: `seed` is there twice"),
+        ("seed: 1\nseed: 2", "FILE is not YAML, line 2: `seed` is there twice"),
         (
             "a: [",
-            "the config FILE is not YAML, line 1: expected the node content, but found '<stream end>'",
+            "FILE is not YAML, line 1: expected the node content, but found '<stream end>'",
         ),
         (
             "- a",
@@ -130,13 +282,11 @@ def test_a_wrong_file(tmp_path, text, message):
 def test_a_file_that_cannot_be_read(tmp_path):
     with pytest.raises(ConfigError) as caught:
         load(TraceConfig, tmp_path / "no.yaml")
-    assert (
-        str(caught.value) == f"cannot read the config {tmp_path}/no.yaml: No such file or directory"
-    )
+    assert str(caught.value) == f"cannot read {tmp_path}/no.yaml: No such file or directory"
     (tmp_path / "bytes.yaml").write_bytes(b"model: \xff")
     with pytest.raises(ConfigError) as caught:
         load(TraceConfig, tmp_path / "bytes.yaml")
-    assert str(caught.value) == f"the config {tmp_path}/bytes.yaml is not UTF-8 text"
+    assert str(caught.value) == f"{tmp_path}/bytes.yaml is not UTF-8 text: byte 7"
 
 
 @pytest.mark.parametrize(

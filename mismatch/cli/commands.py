@@ -87,7 +87,8 @@ def _of_run(args: Namespace, card: Card) -> dict[str, Any]:
             hint=f"{args.command} starts from one, or from --model and --swap",
         )
     kind: type[config.RunConfig] = stages().config(made)
-    found = config.load(kind, Path(args.run) / "config.yaml")
+    trusted = {"trust_remote_code": args.trust_remote_code}
+    found = config.load(kind, Path(args.run) / "config.yaml", trusted)
     taken = {name: getattr(found, name) for name in card.facts["takes"]}
     earlier = card.facts.get("run_setting")
     return taken if earlier is None else {**taken, earlier: args.run}

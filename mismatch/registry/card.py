@@ -16,16 +16,18 @@ from __future__ import annotations
 import ast
 import dataclasses
 import functools
-import importlib
 import importlib.machinery
 import importlib.util
 import inspect
+import math
 import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from mismatch.reading import INT, shown
 
 TYPES = ("int", "float", "bool", "str", "Call", "list")
 """`list` is `tuple[str, ...]`."""
@@ -89,10 +91,13 @@ class Arg:
         """The value in the type of the argument: an int becomes a float, a list a tuple.
 
         Raises:
-            ValueError: another type, or outside the choices or the bound. `allowed` is the rule in words.
+            ValueError: another type, outside the choices or the bound, or a number that no tensor holds; its text is
+                `refusal`.
         """
         if value is None and self.optional:
             return None
+        if _beyond(value):
+            raise ValueError(self.refusal(value))
         if self.choices is not None:
             # True == 1: equality alone would let a bool pass as a number.
             if value in self.choices and type(value) is type(self.choices[0]):
@@ -107,7 +112,20 @@ class Arg:
             right_type = type(value) is kind
             if right_type and (kind in (bool, str) or self.within(value)):
                 return value
-        raise ValueError(f"must be {self.allowed}")
+        raise ValueError(self.refusal(value))
+
+    def refusal(self, value: Any) -> str:
+        """`must be int >= 1, got 0`: what is said of a value that `accept` refuses."""
+        limit = ", finite and below 2^63" if _beyond(value) else ""
+        got = f"`{value:.200}`" if isinstance(value, str) else shown(value, 200)
+        return f"must be {self.allowed}{limit}, got {got}"
+
+
+def _beyond(value: Any) -> bool:
+    """Whether a number is infinite, not a number, or larger than what is counted in."""
+    if isinstance(value, float):
+        return not math.isfinite(value)
+    return isinstance(value, int) and abs(value) >= INT
 
 
 @dataclass(frozen=True)
@@ -133,25 +151,25 @@ class Card:
 def read(name: str, target: str) -> Card:
     """The card of `target` ("package.module:Class"), read from its source.
 
-    Nothing is imported, but for one case: a class named by its path (`name` is the target) that the module itself only
-    imports from elsewhere.
+    Nothing is imported: a class that the module only imports from elsewhere is followed there in the source. The name
+    may come out of a file, and reading a file must not run code.
 
     Raises:
         CardError: there is no such module, file or class, or an argument's type is not understood.
     """
     module, _, attribute = target.partition(":")
     if module in sys.modules and not getattr(sys.modules[module], "__file__", None):
-        return of_class(name, getattr(sys.modules[module], attribute))
-    path = _source(module)
-    try:
-        tree = _parsed(path)
-    except SyntaxError as error:
-        raise CardError(f"`{path}` line {error.lineno}: {error.msg}") from error
-    classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
-    if attribute not in classes:
-        if ":" in name and _imports(tree, attribute):
-            return of_class(name, _imported(module, attribute))
+        there = vars(sys.modules[module]).get(attribute)  # a notebook's __main__
+        if not isinstance(there, type):
+            raise CardError(f"module `{module}` has no class `{attribute}`")
+        return of_class(name, there)
+    home = _home(module, attribute, frozenset())
+    if home is None:
         raise CardError(f"module `{module}` has no class `{attribute}`")
+    module, attribute = home
+    path = _source(module)
+    tree = _parsed(path)
+    classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
     facts: dict[str, Any] = {}
     config = None
     for node in reversed(list(_ancestry(classes[attribute], classes))):
@@ -189,7 +207,10 @@ def _parsed(path: Path) -> ast.Module:
 
 @functools.cache
 def _parsed_at(path: Path, _changed: int, _size: int) -> ast.Module:
-    return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+    try:
+        return ast.parse(path.read_bytes(), filename=str(path))
+    except SyntaxError as error:
+        raise CardError(f"`{path}` line {error.lineno}: {error.msg}") from error
 
 
 def docstring(module: str) -> str:
@@ -237,24 +258,36 @@ def of_class(name: str, cls: type) -> Card:
     return Card(name, _first_line(text), text, facts, tuple(args), config, config is None)
 
 
-def _imports(tree: ast.Module, name: str) -> bool:
-    """Whether a module has a name from elsewhere: `from .attention import MyAttention`."""
-    names = [
-        a.asname or a.name for n in tree.body if isinstance(n, ast.ImportFrom) for a in n.names
-    ]
-    return name in names or "*" in names
+def _home(module: str, attribute: str, seen: frozenset[str]) -> tuple[str, str] | None:
+    """The module that defines a class, and its name there, along `from ... import` in the source; None: nowhere."""
+    if module in seen:
+        return None
+    path = _source(module)
+    tree = _parsed(path)
+    if any(isinstance(node, ast.ClassDef) and node.name == attribute for node in tree.body):
+        return module, attribute
+    for node in tree.body:
+        if not isinstance(node, ast.ImportFrom):
+            continue
+        for alias in node.names:
+            if alias.name == "*" or (alias.asname or alias.name) == attribute:
+                named = attribute if alias.name == "*" else alias.name
+                try:
+                    found = _home(_absolute(node, module, path), named, seen | {module})
+                except NoModule:  # of a star, or written in another language
+                    continue
+                if found is not None:
+                    return found
+    return None
 
 
-def _imported(module: str, attribute: str) -> type:
-    try:
-        found = getattr(importlib.import_module(module), attribute, None)
-    except Exception as error:
-        raise CardError(
-            f"module `{module}` cannot be imported: {type(error).__name__}: {error}"
-        ) from error
-    if not isinstance(found, type):
-        raise CardError(f"module `{module}` has no class `{attribute}`")
-    return found
+def _absolute(node: ast.ImportFrom, module: str, path: Path) -> str:
+    """The full name of the module that a line `from .x import y` in a module means."""
+    if not node.level:
+        return str(node.module)
+    parts = module.split(".")
+    kept = len(parts) - node.level + (path.name == "__init__.py")
+    return ".".join([*parts[:kept], *filter(None, [node.module])])
 
 
 def _first_line(text: str) -> str:
@@ -270,6 +303,8 @@ def _is_literal(value: object) -> bool:
 def _source(module: str) -> Path:
     """The file of a module. Imports nothing: not even the packages around it."""
     first, *rest = module.split(".")
+    if not first:
+        raise NoModule(f"there is no module `{module}`")
     try:
         found = importlib.util.find_spec(first)
     except ValueError:  # a module without a __spec__, such as a notebook's __main__
@@ -279,7 +314,8 @@ def _source(module: str) -> Path:
         if found is None or found.submodule_search_locations is None:
             raise NoModule(f"there is no module `{module}`")
         full = f"{full}.{part}"
-        found = importlib.machinery.PathFinder.find_spec(full, found.submodule_search_locations)
+        places = [str(place) for place in found.submodule_search_locations]
+        found = importlib.machinery.PathFinder.find_spec(full, places)
     if found is None or found.origin is None or not found.origin.endswith(".py"):
         raise NoModule(f"there is no module `{module}`")
     return Path(found.origin)

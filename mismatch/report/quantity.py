@@ -49,6 +49,8 @@ def quantity(metric: str, dictionary: Mapping[str, Any] | None = None) -> Quanti
     """
     facts = (dictionary or {}).get("metrics", {}).get(metric)
     if facts is None:
+        if ":" in metric:  # out of a file: it is not looked for
+            raise UsageError(f"metrics.json does not describe the metric `{metric}`")
         card = registry.read_card(metric)
         facts = {"summary": card.summary, **card.facts}
     negative = str(facts.get("range", "[0")).strip()[1:2] not in ("0", "")

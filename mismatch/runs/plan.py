@@ -7,14 +7,13 @@ that does not fit is an error that names the field.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import UnionType
-from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar
 
 from mismatch.errors import RunError
+from mismatch.reading import typed
 
 T = TypeVar("T")
 
@@ -115,58 +114,11 @@ def from_json(kind: type[T], data: Any, path: Path | None) -> T:
     Raises:
         RunError: a field is missing or of another type; the message names it.
     """
-    try:
-        read: T = _read(kind, data, "")
-    except _Unfit as unfit:
-        raise RunError(
-            f"{path or 'the plan'} is not the plan of such a run: {unfit}",
+    return typed(
+        kind,
+        data,
+        lambda reason: RunError(
+            f"{path or 'the plan'} is not the plan of such a run: {reason}",
             hint="the file was changed by hand, or made by another version of mismatch",
-        ) from None
-    return read
-
-
-class _Unfit(Exception):
-    """A value of another type than its field."""
-
-
-def _read(kind: Any, data: Any, where: str) -> Any:
-    """A value of a type: dataclasses, tuples, lists, dicts, `X | None`, numbers, words."""
-    origin, args = get_origin(kind), get_args(kind)
-    if kind is Any:
-        return data
-    if origin in (UnionType, Union):
-        return None if data is None else _read(args[0], data, where)
-    if isinstance(kind, type) and dataclasses.is_dataclass(kind) and isinstance(data, dict):
-        return kind(**_fields(kind, data, where))
-    if origin in (tuple, list) and isinstance(data, (list, tuple)):
-        inner = args[:1] * len(data) if origin is list or args[-1] is ... else args
-        if len(inner) == len(data):
-            found = (
-                _read(t, x, f"{where}[{i}]")
-                for i, (t, x) in enumerate(zip(inner, data, strict=True))
-            )
-            return origin(found)
-    if (origin or kind) is dict and isinstance(data, dict):
-        of = args[1] if args else Any
-        return {key: _read(of, value, f"{where}.{key}") for key, value in data.items()}
-    if kind is float and (data is None or type(data) in (int, float)):
-        return math.nan if data is None else float(data)
-    if isinstance(kind, type) and type(data) is kind:
-        return data
-    name = getattr(kind, "__name__", str(kind))
-    field = f"`{where.lstrip('.')}`" if where else "it"
-    raise _Unfit(f"{field} must be {name}, got {data!r:.60}")
-
-
-def _fields(kind: Any, data: Mapping[str, Any], where: str) -> dict[str, Any]:
-    types = get_type_hints(kind)
-    known = [field for field in dataclasses.fields(kind) if field.init]
-    for field in known:
-        needed = field.default is field.default_factory is dataclasses.MISSING
-        if needed and field.name not in data:
-            raise _Unfit(f"`{f'{where}.{field.name}'.lstrip('.')}` is missing")
-    return {
-        field.name: _read(types[field.name], data[field.name], f"{where}.{field.name}")
-        for field in known
-        if field.name in data
-    }
+        ),
+    )

@@ -40,6 +40,12 @@ _IDENTIFIER = re.compile(r"[A-Za-z_]\w*")
 _MECHANISM = re.compile(r"[A-Za-z_][\w.]*(:[A-Za-z_]\w*)?")
 _QUOTED = re.compile(r'"((?:[^"\\]|\\["\\])*)"' + r"|'((?:[^'\\]|\\['\\])*)'")
 _EXAMPLE = "write `target:mechanism`, such as `layer12:infini`"
+LONGEST = 50_000
+"""Characters of a swap: a clause of its own for each of 1,000 layers."""
+_DEEPEST = 16
+"""Mechanisms inside one another."""
+_DIGITS = 18
+"""Of a number in front of its point: a whole number fits into 64 bits."""
 _LITERALS = {"true": True, "false": False, "none": None}
 
 
@@ -70,6 +76,10 @@ class Call:
         for _, value in self.args:
             if isinstance(value, Call):
                 yield from value.nested()
+
+    def foreign(self) -> tuple[str, ...]:
+        """The classes among them that are named by their path, `module:Class`: importing one runs its code."""
+        return tuple(call.name for call in self.nested() if ":" in call.name)
 
     def __str__(self) -> str:
         if not self.args:
@@ -162,13 +172,27 @@ def parse(text: str | Iterable[str]) -> Spec:
     """Read a swap, or several that are joined.
 
     Raises:
-        SpecError: the text is not in the grammar; shows it with a caret.
+        SpecError: the text is not in the grammar, or is longer than `LONGEST`; shows it with a caret.
     """
-    parts = [text] if isinstance(text, str) else list(text)
-    whole = "; ".join(re.sub(r"\s", " ", part).strip("; ") for part in parts)
+    whole = joined(text)
     if not whole:
         raise SpecError("the swap is empty", hint=_EXAMPLE)
     return _Parser(whole).spec()
+
+
+def joined(text: str | Iterable[str]) -> str:
+    """Several texts as one, on one line.
+
+    Raises:
+        SpecError: longer than `LONGEST`, or not text.
+    """
+    parts = [text] if isinstance(text, str) else list(text)
+    if any(not isinstance(part, str) for part in parts):
+        raise SpecError("a swap must be text", hint=_EXAMPLE)
+    whole = "; ".join(re.sub(r"\s", " ", part).strip("; ") for part in parts)
+    if len(whole) > LONGEST:
+        raise SpecError(f"the swap has {len(whole):,} characters, more than {LONGEST:,}")
+    return whole
 
 
 class _Parser:
@@ -177,6 +201,7 @@ class _Parser:
     def __init__(self, text: str) -> None:
         self.text = text
         self.pos = 0
+        self.deep = 0
 
     def fail(self, message: str, at: int, hint: str | None = None) -> NoReturn:
         raise SpecError(message, text=self.text, at=at, hint=hint)
@@ -279,7 +304,7 @@ class _Parser:
             last = self.layer()
             if self.take("/"):
                 found = self.match(re.compile(r"\d+"))
-                step = int(found.group()) if found else 0
+                step = self.whole(found.group()) if found else 0
                 if step < 1:
                     self.fail(f"the step of `{self.text[at : self.pos]}` must be at least 1", at)
         ends = Range(first, last)
@@ -298,9 +323,24 @@ class _Parser:
                 else ", as in `layer12`"
             )
             self.fail(f"expected a layer number or `last`, got {self.rest()}", self.pos, hint)
-        return None if found.group() == "last" else int(found.group())
+        return None if found.group() == "last" else self.whole(found.group())
+
+    def whole(self, digits: str) -> int:
+        """A whole number that was just read."""
+        if len(digits.lstrip("+-")) > _DIGITS:
+            self.fail(f"a number of {len(digits)} digits is too large", self.pos - len(digits))
+        return int(digits)
 
     def call(self) -> Call:
+        if self.deep >= _DEEPEST:
+            self.fail(f"more than {_DEEPEST} mechanisms inside one another", self.pos)
+        self.deep += 1
+        try:
+            return self.one_call()
+        finally:
+            self.deep -= 1
+
+    def one_call(self) -> Call:
         self.space()
         at = self.pos
         found = self.match(_MECHANISM)
@@ -371,7 +411,7 @@ class _Parser:
         if number is not None:
             self.pos = number.end()
             digits = number.group()
-            return int(digits) if re.fullmatch(r"[+-]?\d+", digits) else float(digits)
+            return self.whole(digits) if re.fullmatch(r"[+-]?\d+", digits) else float(digits)
         called = re.compile(r"[A-Za-z_][\w.]*(:[A-Za-z_]\w*|(?=\s*\())").match(self.text, at)
         if called is not None:
             return self.call()

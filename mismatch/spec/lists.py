@@ -15,7 +15,17 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from mismatch.errors import SpecError
-from mismatch.spec.grammar import SLOTS, TARGETS, Call, Clause, Range, Spec, Target, _Parser
+from mismatch.spec.grammar import (
+    SLOTS,
+    TARGETS,
+    Call,
+    Clause,
+    Range,
+    Spec,
+    Target,
+    _Parser,
+    joined,
+)
 from mismatch.spec.placement import _layers, check
 
 _SLOT = re.compile(r"([A-Za-z_]\w*)\s*:")
@@ -51,8 +61,7 @@ def templates(text: str | Iterable[str]) -> tuple[Template, ...]:
     Raises:
         SpecError: not in the grammar, a target in front, an unknown mechanism, slot or argument, or one named twice.
     """
-    parts = [text] if isinstance(text, str) else list(text)
-    whole = "; ".join(re.sub(r"\s", " ", part).strip("; ") for part in parts)
+    whole = joined(text)
     if not whole:
         raise SpecError("there is no mechanism", hint=_EXAMPLE)
     parser = _Parser(whole)

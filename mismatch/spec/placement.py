@@ -227,7 +227,9 @@ def _value(arg: Arg, value: Value, text: str, at: int) -> Value:
         if arg.choices and isinstance(value, str)
         else None
     )
-    _fail(f"`{arg.name}` must be {arg.allowed}, got {_shown(value)}", text, at, hint)
+    plain = isinstance(value, (int, float)) and not isinstance(value, bool)
+    rule = arg.refusal(value) if plain else f"must be {arg.allowed}, got {_shown(value)}"
+    _fail(f"`{arg.name}` {rule}", text, at, hint)
 
 
 def _shown(value: Value) -> str:

@@ -136,8 +136,6 @@ def opened_for(stage: Stage[C, Any], args: Sequence[Any], kwargs: Mapping[str, A
     student = given[stage.subject] if isinstance(given[stage.subject], Student) else None
     if student is not None:
         given[stage.subject] = _swap_of(student, stage)
-    elif isinstance(given[stage.subject], str) and stage.subject == "swap":
-        given[stage.subject] = (given[stage.subject],)
     texts = {
         name: given.pop(name)
         for name in FIELDS.values()
@@ -145,7 +143,7 @@ def opened_for(stage: Stage[C, Any], args: Sequence[Any], kwargs: Mapping[str, A
     }
     teacher = None if isinstance(model, (str, Path)) else load(model)
     settings = {
-        **{name: _plain(value) for name, value in given.items()},
+        **given,
         **dict.fromkeys(texts, "given texts"),
         **({"model": str(model)} if teacher is None else _as_loaded(teacher, stage)),
     }
@@ -153,13 +151,6 @@ def opened_for(stage: Stage[C, Any], args: Sequence[Any], kwargs: Mapping[str, A
     if teacher is not None and student is not None:
         check_shares(student, teacher, stage.name)
     return Opened(config, teacher=teacher, student=student, given=texts, progress=progress)
-
-
-def _plain(value: Any) -> Any:
-    """A setting as the config holds it: lists are tuples, paths are text."""
-    if isinstance(value, list):
-        return tuple(value)
-    return str(value) if isinstance(value, Path) else value
 
 
 def _as_loaded(teacher: Teacher, stage: Stage[Any, Any]) -> dict[str, str]:

@@ -213,7 +213,9 @@ def check_settings(path: Path, config: RunConfig) -> None:
         OutputError: that run is done, or was started with other settings; the message names them.
     """
     check_resume(path)
-    then, now = load_config(type(config), path / "config.yaml").to_dict(), config.to_dict()
+    trusted = {"trust_remote_code": config.trust_remote_code}
+    then = load_config(type(config), path / "config.yaml", trusted).to_dict()
+    now = config.to_dict()
     other = [name for name in now if name not in ELSEWHERE and then[name] != now[name]]
     if other:
         lines = [f"  {name}: {then[name]!r} then, {now[name]!r} now" for name in other]

@@ -290,7 +290,7 @@ def _check_names(found: Record, folder: Path, trust_remote_code: bool) -> None:
         ModelError: there is one, and it is not trusted.
     """
     clauses = [clause for swap in found.swaps for clause in spec.parse(swap.text).clauses]
-    names = [call.name for clause in clauses for call in clause.call.nested() if ":" in call.name]
+    names = [name for clause in clauses for name in clause.call.foreign()]
     if names and not trust_remote_code:
         raise ModelError(
             f"{folder}: its swap needs `{names[0]}`, a class that is not mismatch's own; importing it runs its code, "

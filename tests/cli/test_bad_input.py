@@ -140,10 +140,10 @@ def test_slot_that_the_family_lacks(say, tmp_path, tiny):
             ("--output", "a", "--run-name", "b"),
             "`output` (a) and `run_name` (b) both name the run folder\n\nhint: give one of them",
         ),
-        (("--config", "no.yaml"), "cannot read the config no.yaml: No such file or directory"),
+        (("--config", "no.yaml"), "cannot read no.yaml: No such file or directory"),
         (
             ("--resume", "no_run"),
-            "cannot read the config no_run/config.yaml: No such file or directory",
+            "cannot read no_run/config.yaml: No such file or directory",
         ),
         (
             ("--calibration-data", "no_text", "--controls", "mean"),

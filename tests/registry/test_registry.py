@@ -115,6 +115,16 @@ def test_a_card_that_cannot_be_read(registry, target, text):
     assert str(caught.value) == text
 
 
+def test_a_card_is_read_without_running_its_module(planted, registry):
+    """Also that of a class which the module only imports from elsewhere."""
+    assert registry.card("planted.parts:Evil").facts == {"slots": ("attn",)}
+    assert registry.card("planted.far:Evil").facts == {"slots": ("attn",)}
+    for name in ("planted.parts:Good", "planted.nowhere:Evil", ".:Evil", "sys:exit", "json:loads"):
+        with pytest.raises(UsageError, match="cannot be used"):
+            registry.card(name)
+    assert not planted.exists()
+
+
 @pytest.mark.parametrize(
     ("line", "text"),
     [

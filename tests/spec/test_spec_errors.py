@@ -6,7 +6,7 @@ import pytest
 from placing import LLAMA, placed
 
 from mismatch.errors import SpecError
-from mismatch.spec import parse, resolve
+from mismatch.spec import check, parse, resolve
 
 ERRORS = [
     ("", "the swap is empty\n\nhint: write `target:mechanism`, such as `layer12:infini`"),
@@ -392,3 +392,22 @@ def test_a_slot_that_the_family_lacks():
     )
     with pytest.raises(SpecError, match=r"^gpt2 has no slot `q_proj`\n"):
         placed("layer3.q_proj:zero", 12, slots, "gpt2")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("layer" + "9" * 5000 + ":zero", "a number of 5000 digits is too large"),
+        ("layer0-9/" + "9" * 5000 + ":zero", "a number of 5000 digits is too large"),
+        ("layer1:infini(segment=" + "9" * 5000 + ")", "a number of 5000 digits is too large"),
+        ("layer1:infini(segment=1e30)", "`segment` must be int >= 1, got 1e+30"),
+        ("layer1:parallel(infini, alpha=1e999)", "`alpha` must be float, finite and below 2^63, got inf"),
+        ("layer1:" + "parallel(" * 300 + "infini" + ")" * 300, "more than 16 mechanisms inside one another"),
+        ("layer1:zero;" * 100_000, "the swap has 1,199,999 characters, more than 50,000"),
+    ],
+    ids=lambda text: text[:24],
+)  # fmt: skip
+def test_a_text_that_is_too_much(text, message):
+    with pytest.raises(SpecError) as caught:
+        check(parse(text))
+    assert str(caught.value).splitlines()[0] == message

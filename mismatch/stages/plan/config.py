@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -73,6 +74,11 @@ class PlanConfig(SweepConfig):
                     f"{flag} {tokens} is less than one window of --seq-len {self.seq_len}",
                     hint=f"take {flag} {self.seq_len} or more, or a shorter --seq-len",
                 )
+
+    def foreign(self) -> Iterator[tuple[str, str]]:
+        yield from super().foreign()
+        for template in self.templates:
+            yield from (("mechanism", name) for name in template.call.foreign())
 
     @property
     def templates(self) -> tuple[spec.Template, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -73,6 +74,11 @@ class ScanConfig(SweepConfig):
                 raise ConfigError(f"the task `{name}` is named twice")
         if self.tasks == ():
             raise ConfigError("`tasks` is empty", hint="leave it out for all of them")
+
+    def foreign(self) -> Iterator[tuple[str, str]]:
+        yield from super().foreign()
+        for template in self.templates:
+            yield from (("swap", name) for name in template.call.foreign())
 
     @property
     def templates(self) -> tuple[spec.Template, ...]:
