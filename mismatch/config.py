@@ -286,10 +286,10 @@ def _meant(arg: Arg, value: Any) -> Any:
         value = value.item()  # a number of numpy or torch
     if isinstance(value, Path):
         value = str(value)
-    if arg.optional and isinstance(value, str) and value == "none":
-        return None
     if arg.type == "list":
         return _words(value, apart=arg.name != "swap")
+    if arg.optional and isinstance(value, str) and value == "none":
+        return None
     if arg.type in ("int", "float") and arg.choices is None:
         return _number(arg.type, value)
     if arg.name in PATHS and isinstance(value, str) and value.startswith("~"):

@@ -17,7 +17,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from mismatch.errors import MismatchError, UsageError
-from mismatch.registry.card import Card, CardError, NoModule, of_class, read
+from mismatch.registry.card import Card, of_class, read
+from mismatch.registry.source import CardError, NoModule
 
 NAME = re.compile(r"[a-z][a-z0-9]*(_[a-z0-9]+)*")
 """A registered name: the noun in lower snake case."""

@@ -15,33 +15,22 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-import functools
-import importlib.machinery
-import importlib.util
 import inspect
 import math
 import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from mismatch.reading import INT, shown
+from mismatch.registry.source import CardError, home, origin, parsed, source
 
 TYPES = ("int", "float", "bool", "str", "Call", "list")
 """`list` is `tuple[str, ...]`."""
 
 
 _BOUND = re.compile(r">=? -?[\d.]+|-?[\d.]+?\.\.-?[\d.]+")
-
-
-class CardError(Exception):
-    """A file whose card cannot be read. The caller names the mechanism, metric or probe and raises its own error."""
-
-
-class NoModule(CardError):
-    """Python does not find the module."""
 
 
 class _Required:
@@ -163,12 +152,12 @@ def read(name: str, target: str) -> Card:
         if not isinstance(there, type):
             raise CardError(f"module `{module}` has no class `{attribute}`")
         return of_class(name, there)
-    home = _home(module, attribute, frozenset())
-    if home is None:
+    defined = home(module, attribute)
+    if defined is None:
         raise CardError(f"module `{module}` has no class `{attribute}`")
-    module, attribute = home
-    path = _source(module)
-    tree = _parsed(path)
+    module, attribute = defined
+    path = source(module)
+    tree = parsed(path)
     classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
     facts: dict[str, Any] = {}
     config = None
@@ -184,38 +173,16 @@ def read(name: str, target: str) -> Card:
     args: tuple[Arg, ...] = ()
     where = None
     if config is not None:
-        where = f"{module if config in classes else _origin(tree, config, path)}:{config}"
+        where = f"{module if config in classes else origin(tree, config, path)}:{config}"
         args = fields(where)
     text = ast.get_docstring(tree) or ast.get_docstring(classes[attribute]) or ""
     free = config is None and ":" in name
     return Card(name, _first_line(text), text, facts, args, where, free)
 
 
-def _origin(tree: ast.Module, config: str, path: Path) -> str:
-    """The module that a file imports a class from."""
-    for node in tree.body:
-        if isinstance(node, ast.ImportFrom) and config in [alias.name for alias in node.names]:
-            return str(node.module)
-    raise CardError(f"the class `{config}` is neither in `{path}` nor imported there")
-
-
-def _parsed(path: Path) -> ast.Module:
-    """The syntax tree of a file. A file that changed since is read again."""
-    found = path.stat()
-    return _parsed_at(path, found.st_mtime_ns, found.st_size)
-
-
-@functools.cache
-def _parsed_at(path: Path, _changed: int, _size: int) -> ast.Module:
-    try:
-        return ast.parse(path.read_bytes(), filename=str(path))
-    except SyntaxError as error:
-        raise CardError(f"`{path}` line {error.lineno}: {error.msg}") from error
-
-
 def docstring(module: str) -> str:
     """The docstring of a module, read from its source."""
-    return ast.get_docstring(_parsed(_source(module))) or ""
+    return ast.get_docstring(parsed(source(module))) or ""
 
 
 def fields(target: str) -> tuple[Arg, ...]:
@@ -227,15 +194,15 @@ def fields(target: str) -> tuple[Arg, ...]:
 
 def _classes(module: str, attribute: str) -> dict[str, ast.ClassDef]:
     """A class and its ancestors by name, those included that its file imports."""
-    path = _source(module)
-    tree = _parsed(path)
+    path = source(module)
+    tree = parsed(path)
     here = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
     found: dict[str, ast.ClassDef] = {}
     for node in _ancestry(here[attribute], here):
         found[node.name] = node
         for base in node.bases:
             if isinstance(base, ast.Name) and base.id not in here:
-                found = _classes(_origin(tree, base.id, path), base.id) | found
+                found = _classes(origin(tree, base.id, path), base.id) | found
     return found
 
 
@@ -258,38 +225,6 @@ def of_class(name: str, cls: type) -> Card:
     return Card(name, _first_line(text), text, facts, tuple(args), config, config is None)
 
 
-def _home(module: str, attribute: str, seen: frozenset[str]) -> tuple[str, str] | None:
-    """The module that defines a class, and its name there, along `from ... import` in the source; None: nowhere."""
-    if module in seen:
-        return None
-    path = _source(module)
-    tree = _parsed(path)
-    if any(isinstance(node, ast.ClassDef) and node.name == attribute for node in tree.body):
-        return module, attribute
-    for node in tree.body:
-        if not isinstance(node, ast.ImportFrom):
-            continue
-        for alias in node.names:
-            if alias.name == "*" or (alias.asname or alias.name) == attribute:
-                named = attribute if alias.name == "*" else alias.name
-                try:
-                    found = _home(_absolute(node, module, path), named, seen | {module})
-                except NoModule:  # of a star, or written in another language
-                    continue
-                if found is not None:
-                    return found
-    return None
-
-
-def _absolute(node: ast.ImportFrom, module: str, path: Path) -> str:
-    """The full name of the module that a line `from .x import y` in a module means."""
-    if not node.level:
-        return str(node.module)
-    parts = module.split(".")
-    kept = len(parts) - node.level + (path.name == "__init__.py")
-    return ".".join([*parts[:kept], *filter(None, [node.module])])
-
-
 def _first_line(text: str) -> str:
     return text.split("\n", 1)[0].strip()
 
@@ -298,27 +233,6 @@ def _is_literal(value: object) -> bool:
     if isinstance(value, (tuple, list)):
         return all(_is_literal(item) for item in value)
     return isinstance(value, (str, int, float, bool, type(None)))
-
-
-def _source(module: str) -> Path:
-    """The file of a module. Imports nothing: not even the packages around it."""
-    first, *rest = module.split(".")
-    if not first:
-        raise NoModule(f"there is no module `{module}`")
-    try:
-        found = importlib.util.find_spec(first)
-    except ValueError:  # a module without a __spec__, such as a notebook's __main__
-        found = None
-    full = first
-    for part in rest:
-        if found is None or found.submodule_search_locations is None:
-            raise NoModule(f"there is no module `{module}`")
-        full = f"{full}.{part}"
-        places = [str(place) for place in found.submodule_search_locations]
-        found = importlib.machinery.PathFinder.find_spec(full, places)
-    if found is None or found.origin is None or not found.origin.endswith(".py"):
-        raise NoModule(f"there is no module `{module}`")
-    return Path(found.origin)
 
 
 def _ancestry(node: ast.ClassDef, classes: dict[str, ast.ClassDef]) -> Iterator[ast.ClassDef]:

@@ -25,7 +25,8 @@ model: how many layers, which slots. A clause that fits only in part is an error
 `format(parse(text))` is canonical, and names the run.
 """
 
-from mismatch.spec.grammar import Call, Clause, Range, Spec, Target, Value, parse
+from mismatch.spec.clauses import Call, Clause, Range, Spec, Target, Value
+from mismatch.spec.grammar import parse
 from mismatch.spec.lists import Template, layers, parse_layers, templates
 from mismatch.spec.placement import Placement, check, explicit, format, resolve
 

@@ -15,17 +15,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from mismatch.errors import SpecError
-from mismatch.spec.grammar import (
-    SLOTS,
-    TARGETS,
-    Call,
-    Clause,
-    Range,
-    Spec,
-    Target,
-    _Parser,
-    joined,
-)
+from mismatch.spec.clauses import SLOTS, TARGETS, Call, Clause, Range, Spec, Target
+from mismatch.spec.grammar import _Parser, joined
 from mismatch.spec.placement import _layers, check
 
 _SLOT = re.compile(r"([A-Za-z_]\w*)\s*:")

@@ -9,7 +9,7 @@ from typing import NoReturn
 from mismatch.errors import SpecError
 from mismatch.registry import did_you_mean, mechanisms
 from mismatch.registry.card import REQUIRED, Arg, Card
-from mismatch.spec.grammar import Call, Clause, Spec, Target, Value
+from mismatch.spec.clauses import Call, Clause, Spec, Target, Value
 
 INSIDE = {
     "attn": ("q_proj", "k_proj", "v_proj", "o_proj"),

@@ -10,7 +10,8 @@ import pytest
 
 from mismatch.errors import ConfigError, SpecError, UsageError
 from mismatch.registry import Registry, card, did_you_mean, mechanisms, metrics
-from mismatch.registry.card import REQUIRED, Arg, CardError
+from mismatch.registry.card import REQUIRED, Arg
+from mismatch.registry.source import CardError
 
 SOURCE = '''"""wave: adds a wave to the stream.
 
