@@ -54,7 +54,7 @@ class AdapterPlus(Wrapper):
             down="houlsby",
             up=config.init,
         )
-        self.scale = nn.Parameter(torch.ones(context.d_model, **tensor_kind(original)))
+        self.scale = nn.Parameter(torch.ones(context.d_model, **tensor_kind(original, context)))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         output = self.original(*args, **kwargs)

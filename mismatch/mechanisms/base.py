@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from mismatch.errors import SurgeryError
+from mismatch.models.quantised import bits
 
 
 class Host:
@@ -201,13 +202,18 @@ def innermost(module: nn.Module) -> nn.Module:
     return module
 
 
-def tensor_kind(original: nn.Module) -> dict[str, Any]:
-    """`dtype` and `device` for new tensors: those of the original's first floating-point
-    parameter."""
+def tensor_kind(original: nn.Module, context: Context) -> dict[str, Any]:
+    """`dtype` and `device` for new tensors: those of the original's first parameter that holds numbers.
+
+    Where all of them are quantised, the dtype is that of the model.
+    """
+    device = torch.device("cpu")
     for parameter in original.parameters():
-        if parameter.is_floating_point():
-            return {"dtype": parameter.dtype, "device": parameter.device}
-    return {"dtype": torch.get_default_dtype(), "device": torch.device("cpu")}
+        device = parameter.device
+        if parameter.is_floating_point() and not bits(parameter):
+            return {"dtype": parameter.dtype, "device": device}
+    dtype = getattr(context.model_config, "dtype", None) or torch.get_default_dtype()
+    return {"dtype": dtype, "device": device}
 
 
 def need_calibration(original: nn.Module, context: Context, name: str) -> Any:
@@ -217,7 +223,7 @@ def need_calibration(original: nn.Module, context: Context, name: str) -> Any:
     Raises:
         SurgeryError: real weights, but no calibration.
     """
-    meta = tensor_kind(original)["device"].type == "meta"
+    meta = tensor_kind(original, context)["device"].type == "meta"
     if context.calibration is None and not context.restoring and not meta:
         raise SurgeryError(
             f"`{name}` at {context.where} is built from a calibration pass, and none was run",

@@ -95,7 +95,7 @@ class DyT(Mechanism):
             raise SurgeryError(
                 f"{context.where}: {type(original).__name__} is not a norm with a gain"
             )
-        kind = tensor_kind(original)
+        kind = tensor_kind(original, context)
         bias = getattr(original, "bias", None)
         self.offset = gain_offset(original)
         if not config.inherit:

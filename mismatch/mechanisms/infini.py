@@ -91,7 +91,7 @@ class Infini(AttentionParts):
 
     def __init__(self, original: nn.Module, config: InfiniConfig, context: Context) -> None:
         super().__init__(original, config, context)
-        kind = tensor_kind(original)
+        kind = tensor_kind(original, context)
         self.gate = nn.Parameter(torch.full((self.n_heads,), config.gate_init, **kind))
         if config.feature_map == "learned":
             eye = torch.eye(self.head_dim, **kind)

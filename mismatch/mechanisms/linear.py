@@ -121,7 +121,7 @@ class Linear(Mechanism):
     def __init__(self, original: nn.Module, config: LinearConfig, context: Context) -> None:
         super().__init__(original, config, context)
         measured = need_calibration(original, context, "linear")
-        kind, d = tensor_kind(original), context.d_model
+        kind, d = tensor_kind(original, context), context.d_model
         self._explained: float | None = None
         if measured is None:
             weight, bias = torch.zeros(d, d), torch.zeros(d)

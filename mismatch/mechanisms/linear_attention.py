@@ -100,7 +100,7 @@ class LinearAttention(AttentionParts):
         self, original: nn.Module, config: LinearAttentionConfig, context: Context
     ) -> None:
         super().__init__(original, config, context)
-        kind = tensor_kind(original)
+        kind = tensor_kind(original, context)
         own = self.window or math.inf
         self.near: int = int(min(config.window, own))
         self.has_far = config.window < own

@@ -26,8 +26,9 @@ from typing import Annotated, Literal
 from torch import nn
 
 from mismatch.errors import SurgeryError
-from mismatch.mechanisms.parts.linears import LinearLayer, matrix
+from mismatch.mechanisms.parts.linears import LinearLayer, dense, matrix
 from mismatch.mechanisms.parts.lora_layers import Init, LowRankAdapted
+from mismatch.models.quantised import bits
 
 PEFT_INIT: dict[str, Init] = {
     "kaiming": True,
@@ -66,9 +67,14 @@ class LoRA(LowRankAdapted):
 
     def adapted(self, layer: LinearLayer, path: str) -> nn.Module:
         init = PEFT_INIT[self.settings.init]
+        if self.settings.dora and bits(layer.weight) == 8:
+            raise SurgeryError(
+                f"{self.context.where}: `{path}` is kept in 8 bits, where peft's DoRA cannot read its lengths",
+                hint="dora=false, or load the model in 4 bits or without quantisation",
+            )
         if self.settings.init not in FROM_WEIGHT:
             return self.with_lora(layer, path, init)
-        copy = frozen_copy(layer)
+        copy = frozen_copy(dense(layer, self.context))
         if self.settings.r > min(copy.weight.shape):
             raise SurgeryError(
                 f"{self.context.where}: init={self.settings.init} takes {self.settings.r} "

@@ -22,6 +22,7 @@ from mismatch.errors import SurgeryError
 from mismatch.mechanisms.base import Context, Wrapper
 from mismatch.mechanisms.parts.linears import (
     LinearLayer,
+    dense,
     grafted,
     linear_layers,
     matrix,
@@ -57,6 +58,7 @@ class LowRankMLP(Wrapper):
         super().__init__(tree, config, context)
         self._larger: list[str] = []
         for path, layer in layers.items():
+            layer = dense(layer, context)
             put(tree, path, Factored(layer, config.rank, context.restoring))
             m, n = matrix(layer).shape
             if config.rank * (m + n) > m * n:

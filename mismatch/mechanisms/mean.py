@@ -68,7 +68,7 @@ class Mean(Wrapper):
     def __init__(self, original: nn.Module, config: MeanConfig, context: Context) -> None:
         super().__init__(original, config, context)
         measured = need_calibration(original, context, "mean")
-        kind = tensor_kind(original)
+        kind = tensor_kind(original, context)
         if measured is None:
             mean = torch.zeros(getattr(original, "out_features", context.d_model), **kind)
         else:

@@ -55,7 +55,7 @@ class Parallel(Wrapper):
                 hint="build it through mismatch.swap",
             )
         self.inner = context.build(config.inner, original)
-        self.alpha = nn.Parameter(torch.tensor(config.alpha, **tensor_kind(original)))
+        self.alpha = nn.Parameter(torch.tensor(config.alpha, **tensor_kind(original, context)))
 
     def notes(self) -> tuple[str, ...]:
         return self.inner.notes()

@@ -59,7 +59,7 @@ class ParallelAdapter(Wrapper):
         )
         self.scale: float | nn.Parameter = config.scale
         if config.learned_scale:
-            self.scale = nn.Parameter(torch.tensor(config.scale, **tensor_kind(original)))
+            self.scale = nn.Parameter(torch.tensor(config.scale, **tensor_kind(original, context)))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         added = self.adapter(hidden_in(args, kwargs)) * self.scale

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from mismatch.errors import SurgeryError
 from mismatch.mechanisms.base import Context
-from mismatch.mechanisms.parts.linears import LinearLayer, matrix
+from mismatch.mechanisms.parts.linears import LinearLayer, dense, matrix
 from mismatch.mechanisms.parts.lora_layers import LowRankAdapted
 
 BLOCK = 64  # values that share a scale
@@ -67,7 +67,9 @@ class QLoRA(LowRankAdapted):
 
     def adapted(self, layer: LinearLayer, path: str) -> nn.Module:
         empty = self.context.restoring
-        return self.with_lora(NF4Linear(layer, self.settings.double, empty), path)
+        return self.with_lora(
+            NF4Linear(dense(layer, self.context), self.settings.double, empty), path
+        )
 
 
 class NF4Linear(nn.Linear):

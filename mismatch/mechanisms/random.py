@@ -3,9 +3,9 @@
     w' ~ N(mean(w), std(w)),   per tensor of the original, independent entries
 
 Redrawn with the original's own mean and standard deviation (not an initialiser's), so that what
-differs is what was learned and not the scale. Draws depend on the seed, the slot and the tensor's
-name only. Inherited: the code and the buffers. New: every parameter. Dropped: the original's
-parameters.
+differs is what was learned and not the scale. A quantised matrix is redrawn as a full one. Draws
+depend on the seed, the slot and the tensor's name only. Inherited: the code and the buffers. New:
+every parameter. Dropped: the original's parameters.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from mismatch.mechanisms.base import Context, Wrapper
+from mismatch.errors import SurgeryError
+from mismatch.mechanisms.base import Context, Wrapper, tensor_kind
+from mismatch.models import quantised
 
 
 @dataclass(frozen=True)
@@ -40,18 +42,27 @@ class Random(Wrapper):
 
     def __init__(self, original: nn.Module, config: RandomConfig, context: Context) -> None:
         super().__init__(
-            redraw(original, f"{context.seed}/{config.seed}/{context.where}"), config, context
+            redraw(original, context, f"{context.seed}/{config.seed}/{context.where}"),
+            config,
+            context,
         )
 
 
-def redraw(original: nn.Module, key: str) -> nn.Module:
-    """A copy of `original` with every floating-point parameter drawn anew; `key` seeds the
-    draws."""
-    fresh = copy.deepcopy(original)
+def redraw(original: nn.Module, context: Context, key: str) -> nn.Module:
+    """A copy of `original` with every parameter drawn anew; `key` seeds the draws.
+
+    A quantised layer becomes an ordinary one, whose draws have mean and deviation of its numbers.
+    """
+    fresh = quantised.unpacked(copy.deepcopy(original), tensor_kind(original, context)["dtype"])
     with torch.no_grad():
         for name, weight in fresh.named_parameters():
-            if not weight.is_floating_point() or weight.device.type == "meta":
+            if weight.device.type == "meta":
                 continue
+            if not weight.is_floating_point():
+                raise SurgeryError(
+                    f"{context.where}: `random` cannot redraw `{name}`, which holds {weight.dtype} and no numbers",
+                    hint="load the model without quantisation, or leave this control out",
+                )
             # Drawn on the CPU in float32, so that a GPU or bfloat16 run gets the same control.
             generator = torch.Generator().manual_seed(zlib.crc32(f"{key}/{name}".encode()))
             draw = torch.randn(weight.shape, generator=generator)

@@ -49,6 +49,7 @@ from mismatch.errors import SurgeryError
 from mismatch.mechanisms.base import Context, need_calibration, tensor_kind
 from mismatch.mechanisms.parts.calling import cache_in, hidden_in
 from mismatch.mechanisms.parts.delta_rule import chunked_delta_rule
+from mismatch.mechanisms.parts.linears import dense, matrix
 from mismatch.mechanisms.parts.own_state import OwnState, entry
 from mismatch.mechanisms.parts.projections import SEPARATE, AttentionParts
 
@@ -128,7 +129,7 @@ class RWKV(AttentionParts):
         super().__init__(original, config, context)
         fresh = config.init == "fresh"
         loudness = 1.0 if fresh else self._loudness(original)
-        kind = tensor_kind(original)
+        kind = tensor_kind(original, context)
         # On the CPU in float32 whatever the model is, so that every device starts the same.
         with torch.device("cpu"):
             values = initial(self, context, fresh, loudness)
@@ -154,7 +155,7 @@ class RWKV(AttentionParts):
         if measured is None:
             return 1.0
         output = getattr(self, self._output)
-        gain = output.weight.detach().double().square().sum().item()
+        gain = matrix(dense(output, self.context)).double().square().sum().item()
         return math.sqrt(measured.around(output.bias) / gain)
 
     def _drop_projections(self) -> None:

@@ -7,7 +7,9 @@ missing shard, code that would have to be run. `fingerprint` names the weights.
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from mismatch.errors import ModelError
 CONFIG = "config.json"
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+BITSANDBYTES = "bitsandbytes"
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
@@ -61,6 +64,28 @@ def refuse_remote_code(config: dict[str, Any], folder: Path, known: bool) -> Non
             f"folder would have to run its own code ({', '.join(code)}), which is off",
             hint="read that code first, then --trust-remote-code "
             "(in Python: trust_remote_code=True)",
+        )
+
+
+def refuse_quantised(config: Mapping[str, Any], where: Path | str) -> None:
+    """Raise ModelError for weights that are quantised and not by bitsandbytes, or when that is missing.
+
+    `config` of a model in memory is that of `config.to_dict()`.
+    """
+    found = config.get("quantization_config")
+    if found is None:
+        return
+    method = found.get("quant_method") if isinstance(found, Mapping) else None
+    if method != BITSANDBYTES:
+        raise ModelError(
+            f"{where}: its weights are quantised by {method or 'a method that is not named'}; read are those of "
+            f"{BITSANDBYTES} (4 and 8 bits), and weights that are not quantised",
+            hint="give the model that was quantised, or one whose weights were turned back into numbers",
+        )
+    if importlib.util.find_spec(BITSANDBYTES) is None:
+        raise ModelError(
+            f"{where}: its weights are quantised by {BITSANDBYTES}, which is not installed here",
+            hint="pip install 'llm-mismatch[qlora]'",
         )
 
 

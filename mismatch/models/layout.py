@@ -275,7 +275,7 @@ class Layout:
     @property
     def vocab(self) -> int:
         """Rows of the head: the vocabulary, padding rows included."""
-        return self.output.weight.shape[0]
+        return getattr(self.output, "out_features", None) or self.output.weight.shape[0]
 
     @property
     def embedding_device(self) -> torch.device:

@@ -12,7 +12,7 @@ model.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,8 +29,10 @@ from mismatch.models.folder import (
     check_weights,
     fingerprint,
     read_config_file,
+    refuse_quantised,
     refuse_remote_code,
 )
+from mismatch.models.quantised import bits, numbers, quantised, settle, values
 from mismatch.models.resolve import Located, from_hub, locate
 
 if TYPE_CHECKING:
@@ -165,14 +167,19 @@ def describe(model: CausalLM, name: str = "a loaded model") -> ModelInfo:
     """
     whole = hashlib.sha256(repr(sorted(model.config.to_dict().items(), key=str)).encode())
     for key, tensor in sorted(model.named_parameters(), key=lambda item: item[0]):
+        if bits(tensor):  # codes alone name no weight: their scales lie beside them
+            continue
         plain = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
         whole.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
         whole.update(plain.numpy().data)
+    for path, layer in quantised(model):
+        whole.update(f"{path} {bits(layer.weight)}".encode())
+        whole.update(numbers(layer).cpu().numpy().data)
     if (swapped := getattr(model, "swap_record", None)) is not None:
         # `zero` has exactly the tensors of the model that it was put into.
         whole.update(repr(swapped).encode())
-    parameters = sum(p.numel() for p in model.parameters())
-    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    parameters = sum(values(p) for p in model.parameters())
+    dtype = str(model.dtype).removeprefix("torch.")
     return ModelInfo(name, "", whole.hexdigest(), parameters, dtype)
 
 
@@ -199,6 +206,7 @@ def _config(folder: Path, trust_remote_code: bool) -> transformers.PretrainedCon
     if (found := record.of_config(raw, folder)) is not None:
         return plain_config(raw, found, folder)
     known = raw["model_type"] in CONFIG_MAPPING
+    refuse_quantised(raw, folder)
     if not trust_remote_code:
         refuse_remote_code(raw, folder, known)
     if not known and "auto_map" not in raw:
@@ -231,6 +239,7 @@ def plain_config(
             f"{transformers.__version__}",
             hint="a newer transformers may know it",
         )
+    refuse_quantised(raw, folder)
     try:
         return CONFIG_MAPPING[found.model_type].from_dict(record.plain(raw, found), **options)
     except Exception as error:  # validators of many families raise many types
@@ -250,8 +259,8 @@ def _model(
     model, report = pretrained(
         folder,
         config,
+        target,
         dtype=dtype,
-        device_map=target.get("device_map"),
         trust_remote_code=trust_remote_code,
         use_safetensors=safetensors,
     )
@@ -261,15 +270,16 @@ def _model(
             f"would be random, first {absent[0]}",
             hint="are the weights those of this config?",
         )
-    if "device" in target:
-        model.to(target["device"])
     return model.eval().requires_grad_(False)
 
 
 def pretrained(
-    folder: Path, config: transformers.PretrainedConfig, **options: Any
+    folder: Path,
+    config: transformers.PretrainedConfig,
+    target: Mapping[str, Any] | None = None,
+    **options: Any,
 ) -> tuple[CausalLM, dict[str, Any]]:
-    """transformers' own `from_pretrained` on a local folder.
+    """transformers' own `from_pretrained` on a local folder; `target` from `as_target` says where it goes.
 
     Returns:
         the model, and transformers' report of missing, unexpected and mismatched tensors.
@@ -278,12 +288,21 @@ def pretrained(
         ModelError: it does not fit into memory, or cannot be loaded.
     """
     options |= {"local_files_only": True, "output_loading_info": True}
+    target = target or {}
+    if getattr(config, "quantization_config", None) and "device" in target:
+        target = {"device_map": {"": target["device"]}}  # a quantised model cannot be moved
+    if "device_map" in target:
+        options["device_map"] = target["device_map"]
     try:
         with _no_progress_bar():
             loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
                 folder, config=config, **options
             )
-            return loaded  # a pair, because of `output_loading_info`
+        model, report = loaded
+        if "device" in target:
+            model.to(target["device"])
+        settle(model)
+        return model, report
     except torch.OutOfMemoryError as error:
         raise ModelError(
             f"{folder} does not fit: {_first_line(error)}",

@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 from dataclasses import replace
 from itertools import chain
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
-from torch import Tensor, nn
+from torch import nn
 
 from mismatch.models.layout import Layout
+from mismatch.models.quantised import quantised
 
 if TYPE_CHECKING:
     from mismatch.models.layout import CausalLM
@@ -25,10 +26,15 @@ def skeleton(config: transformers.PretrainedConfig) -> CausalLM:
 
 def skeleton_of(layout: Layout) -> Layout:
     """The same modules over tensors without values, on the meta device."""
-    meta: dict[int, Tensor] = {
+    meta: dict[int, Any] = {
         id(t): torch.empty_like(t, device="meta", requires_grad=False)
         for t in chain(layout.model.parameters(), layout.model.buffers())
     }
     for parameter in layout.model.parameters():
         meta[id(parameter)] = nn.Parameter(meta[id(parameter)], requires_grad=False)
+    for _, layer in quantised(
+        layout.model
+    ):  # as those of a config: of its shape, whatever it is packed in
+        bias, dtype = layer.bias is not None, layout.model.dtype
+        meta[id(layer)] = nn.Linear(layer.in_features, layer.out_features, bias, "meta", dtype)
     return replace(layout, model=copy.deepcopy(layout.model, meta))

@@ -26,9 +26,10 @@ from mismatch import spec
 from mismatch.errors import MismatchError, ModelError
 from mismatch.forward.verify import prove, prove_student
 from mismatch.models import load as models
-from mismatch.models.folder import check_weights, read_config_file
+from mismatch.models.folder import check_weights, read_config_file, refuse_quantised
 from mismatch.models.layout import Layout
 from mismatch.models.load import ModelInfo
+from mismatch.models.quantised import settle
 from mismatch.models.resolve import Located, from_hub, locate
 from mismatch.models.skeleton import skeleton as of_config_alone
 from mismatch.models.swap_record import MODEL_TYPE, Record, of_config, read
@@ -98,9 +99,7 @@ def load(
     files = check_weights(folder)
     tokenizer = tokenizer or models.load_tokenizer(folder)
     config = models.plain_config(read_config_file(folder), found, folder)
-    plain = _plain(folder, config, dtype=wanted, device_map=target.get("device_map"))
-    if "device" in target:
-        plain.to(target["device"])
+    plain = _plain(folder, config, target, dtype=wanted)
     layout = Layout.of(plain.eval().requires_grad_(False))
     prove(layout)
     whole, replaced = _restored(layout, found, folder, files, exact=wanted == "auto")
@@ -117,6 +116,8 @@ def of_loaded(model: CausalLM, tokenizer: Any) -> Measurable:
     Raises:
         LayoutError: an unknown family, or a model that does not fit its family's layout.
     """
+    refuse_quantised(model.config.to_dict(), "this model")
+    settle(model)
     info = models.describe(model)
     model.eval()
     layout = layout_of(model)
@@ -221,11 +222,11 @@ def _local(name_or_path: str | Path, hub: dict[str, Any]) -> Path:
     return Path(snapshot_download(str(name_or_path), **hub), inner)
 
 
-def _plain(folder: Path, config: Any, **options: Any) -> CausalLM:
+def _plain(folder: Path, config: Any, target: Any = None, **options: Any) -> CausalLM:
     """The model that was swapped, from the checkpoint's folder: random where a module was replaced."""
     # Missing tensors are expected here, and drawn at random; `fill` checks them. The caller's random state stays.
     with _quiet(), torch.random.fork_rng(devices=[]):
-        return models.pretrained(folder, config, ignore_mismatched_sizes=True, **options)[0]
+        return models.pretrained(folder, config, target, ignore_mismatched_sizes=True, **options)[0]
 
 
 @contextmanager

@@ -23,6 +23,7 @@ from torch import nn
 from mismatch.errors import MismatchError, SurgeryError
 from mismatch.mechanisms.base import Calibrator, Context, Host, Mechanism, Wrapper
 from mismatch.mechanisms.parts.user_module import configured
+from mismatch.models import quantised
 from mismatch.models.layout import Layout, family_of
 from mismatch.models.swap_record import Base, Swap
 from mismatch.runs.plan import Replaced, SwapPlan
@@ -96,7 +97,9 @@ class Student:
 
 def graft(model: Tree) -> Tree:
     """A second module tree over the same parameters and buffers."""
-    shared = {id(t): t for t in chain(model.parameters(), model.buffers())}
+    quantised.settle(model)
+    tensors = chain(model.parameters(), model.buffers(), quantised.carried(model))
+    shared: dict[int, Any] = {id(tensor): tensor for tensor in tensors}
     return copy.deepcopy(model, shared)
 
 
@@ -324,8 +327,8 @@ def _lay_out(new: nn.Module, original: nn.Module) -> None:
 
 def _audit(placement: Placement, path: str, original: nn.Module, new: Mechanism) -> Replaced:
     """Work out inherited, new and dropped parameters from the identity of the tensors."""
-    old = {id(p): (name, p.numel()) for name, p in original.named_parameters()}
-    now = {id(p): (name, p.numel()) for name, p in new.named_parameters()}
+    old = {id(p): (name, quantised.values(p)) for name, p in original.named_parameters()}
+    now = {id(p): (name, quantised.values(p)) for name, p in new.named_parameters()}
     return Replaced(
         layer=placement.layer,
         slot=placement.slot,

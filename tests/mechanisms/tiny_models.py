@@ -7,14 +7,17 @@ embedding, layers without one, a scaling of their own. A piece that is lost show
 
 from __future__ import annotations
 
+import copy
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, DynamicCache
 
 from mismatch.forward.calibrate import calibrate
 from mismatch.models.layout import Layout
+from mismatch.models.quantised import settle, unpacked
 from mismatch.spec import parse, resolve
 from mismatch.surgery.operate import Student, calibrators, operate
 
@@ -112,3 +115,34 @@ def in_chunks(
 def positions(mask: torch.Tensor) -> torch.Tensor:
     """Positions as `generate` counts them: from the first real token."""
     return (mask.cumsum(1) - 1).clamp(min=0)
+
+
+def quantised(
+    folder: Path, bits: int, family: str = "llama", dtype: Any = torch.float32
+) -> nn.Module:
+    """`tiny` with its matrices in 4 or 8 bits, as transformers loads it.
+
+    Args:
+        folder: to write the weights to.
+        bits: 4 (NF4, double quantisation) or 8.
+        family: see `tiny`.
+        dtype: of everything else.
+    """
+    tiny(family).save_pretrained(folder)
+    settings = BitsAndBytesConfig(
+        load_in_4bit=bits == 4,
+        load_in_8bit=bits == 8,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, quantization_config=settings, dtype=dtype, device_map={"": "cpu"}
+    )
+    settle(model)
+    return model.eval()
+
+
+def in_numbers(model: nn.Module) -> nn.Module:
+    """The same model with ordinary matrices, of the numbers that the quantised ones stand for."""
+    return unpacked(copy.deepcopy(model), model.dtype)

@@ -76,7 +76,7 @@ def _linear(
         nn.init.trunc_normal_(weight, std=HOULSBY_STD, a=-limit, b=limit, generator=draws)
     elif init == "lora":
         nn.init.kaiming_uniform_(weight, a=math.sqrt(5), generator=draws)
-    kind = tensor_kind(original)
+    kind = tensor_kind(original, context)
     layer.weight = nn.Parameter(weight.to(**kind))
     layer.bias = nn.Parameter(torch.zeros(outputs, **kind))
     return layer

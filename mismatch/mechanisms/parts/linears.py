@@ -8,6 +8,7 @@ so they are put into a graft: a second tree of modules over the same tensors.
 |---|---|---|
 | `torch.nn.Linear` | `out in` | all but gpt2 |
 | `transformers.pytorch_utils.Conv1D` | `in out` | gpt2 |
+| `bitsandbytes.nn.Linear4bit`, `Linear8bitLt` | codes; `dense` gives the numbers | any that is quantised |
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from transformers import PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from mismatch.errors import SurgeryError
-from mismatch.mechanisms.base import Context
+from mismatch.mechanisms.base import Context, tensor_kind
+from mismatch.models import quantised
 
 LinearLayer = nn.Linear | Conv1D
 
@@ -34,9 +36,9 @@ ALL = "all"
 
 def grafted(tree: nn.Module) -> nn.Module:
     """A second tree of modules over the same parameters, buffers and model config."""
-    shared: dict[int, Any] = {
-        id(tensor): tensor for tensor in chain(tree.parameters(), tree.buffers())
-    }
+    quantised.settle(tree)
+    tensors = chain(tree.parameters(), tree.buffers(), quantised.carried(tree))
+    shared: dict[int, Any] = {id(tensor): tensor for tensor in tensors}
     for module in tree.modules():
         # transformers reads the kind of attention off the config of the model at every call.
         shared |= {id(v): v for v in vars(module).values() if isinstance(v, PretrainedConfig)}
@@ -76,8 +78,20 @@ def put(tree: nn.Module, path: str, module: nn.Module) -> None:
     setattr(tree.get_submodule(parent), name, module)
 
 
+def dense(layer: LinearLayer, context: Context) -> LinearLayer:
+    """The layer; for a quantised one an ordinary layer with its numbers, in the dtype of the model."""
+    if not quantised.bits(layer.weight):
+        return layer
+    return quantised.full(layer, tensor_kind(layer, context)["dtype"])
+
+
+def width(layer: LinearLayer) -> int:
+    """How many outputs it has."""
+    return layer.nf if isinstance(layer, Conv1D) else layer.out_features
+
+
 def matrix(layer: LinearLayer) -> Tensor:
-    """The weight as `out in`, a view of it and outside autograd."""
+    """The weight as `out in`, a view of it and outside autograd. Not of a quantised layer: see `dense`."""
     weight = layer.weight.detach()
     return weight.T if isinstance(layer, Conv1D) else weight
 

@@ -17,7 +17,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from mismatch.errors import SurgeryError
-from mismatch.mechanisms.base import Context, Wrapper, innermost
+from mismatch.mechanisms.base import Context, Wrapper, innermost, tensor_kind
 from mismatch.mechanisms.parts.linears import (
     ALL,
     LinearLayer,
@@ -27,6 +27,7 @@ from mismatch.mechanisms.parts.linears import (
     seed_of,
     targets,
 )
+from mismatch.models.quantised import bits, full
 
 # peft imports bitsandbytes where it is installed, which then warns that an optional kernel could not
 # be fetched from the hub.
@@ -43,6 +44,37 @@ ADAPTER = "default"
 
 DEFAULT_TARGETS = (("q_proj", "v_proj"), ("qkv_proj",), ("query_key_value",), ("c_attn",))
 """Queries and values, as in the LoRA paper; where a family fuses them, the fused projection."""
+
+
+class Adapted(Linear):
+    """peft's layer, which merges into a full matrix where the one below it is kept in few bits.
+
+    Rounded to few bits again, the sum would lose most of what the adapter adds to it. `unmerge` puts the rounded matrix
+    back.
+    """
+
+    _below: tuple[nn.Module, ...] = ()
+    """The layer in few bits while it is merged; in a tuple, so that it is no child of this module."""
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        base: Any = self.get_base_layer()
+        if not self._below and in_few_bits(base):
+            self._below = (base,)
+            adapter: Any = self.lora_A[ADAPTER]
+            self.base_layer = full(base, adapter.weight.dtype)
+        super().merge(safe_merge, adapter_names)
+
+    def unmerge(self) -> None:
+        super().unmerge()
+        if self._below:
+            base: Any = self.base_layer
+            self.base_layer, self._below = self._below[0].to(base.weight.device), ()
+
+
+def in_few_bits(layer: Any) -> bool:
+    """Whether no number can be written into the weight: codes, or (`qlora`) made anew at each look."""
+    held = "weight" in layer._parameters or "weight" in layer._buffers
+    return not held or bits(layer.weight) is not None
 
 
 class LowRankAdapted(Wrapper):
@@ -65,7 +97,7 @@ class LowRankAdapted(Wrapper):
         """peft's layer around this mechanism's stand-in for `layer`."""
         raise NotImplementedError
 
-    def with_lora(self, base: nn.Module, path: str, init: Init = True) -> nn.Module:
+    def with_lora(self, base: Any, path: str, init: Init = True) -> nn.Module:
         """peft's LoRA layer around `base`, its draws seeded by slot and path.
 
         Args:
@@ -85,7 +117,11 @@ class LowRankAdapted(Wrapper):
         # Drawn on the CPU whatever the device, so that a GPU run starts from the same numbers.
         with torch.random.fork_rng(devices=[]), torch.device("cpu"):
             torch.default_generator.manual_seed(seed_of(self.context, path))
-            return Linear(base, ADAPTER, config, r=settings.r, lora_alpha=settings.alpha)
+            layer = Adapted(base, ADAPTER, config, r=settings.r, lora_alpha=settings.alpha)
+        if bits(base.weight):  # peft takes the dtype of the weight below, and this one has none
+            layer.lora_A.to(**tensor_kind(base, self.context))
+            layer.lora_B.to(**tensor_kind(base, self.context))
+        return layer
 
 
 def default_targets(tree: nn.Module, context: Context) -> tuple[str, ...]:

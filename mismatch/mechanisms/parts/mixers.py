@@ -84,7 +84,7 @@ class Mixer(AttentionParts):
 
     def __init__(self, original: nn.Module, config: Any, context: Context) -> None:
         super().__init__(original, config, context)
-        self._kind = tensor_kind(original)
+        self._kind = tensor_kind(original, context)
         self.inherits: bool = getattr(config, "init", "fresh") == "inherit"
         self.width: int = self.n_heads * self.head_dim if self.inherits else context.d_model
         if not self.inherits:

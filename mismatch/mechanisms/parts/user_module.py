@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from mismatch.errors import SurgeryError
 from mismatch.mechanisms.base import Context, Mechanism, tensor_kind
 from mismatch.mechanisms.parts.calling import cache_in, hidden_in
-from mismatch.mechanisms.parts.linears import linear_layers, matrix, seed_of
+from mismatch.mechanisms.parts.linears import linear_layers, seed_of, width
 from mismatch.mechanisms.parts.own_state import count_tokens
 from mismatch.registry import mechanisms
 
@@ -63,7 +63,7 @@ class Foreign(Mechanism):
         super().__init__(original, config, context)
         self.module = self._build(original)
         layer = linear_layers(original).get("")
-        self._width = context.d_model if layer is None else matrix(layer).shape[0]
+        self._width = context.d_model if layer is None else width(layer)
 
     def notes(self) -> tuple[str, ...]:
         if self.context.slot not in CACHED:
@@ -102,7 +102,7 @@ class Foreign(Mechanism):
         with torch.random.fork_rng(devices=[]), torch.device("cpu"):
             torch.default_generator.manual_seed(seed_of(context, self.name))
             module = self.made(**given)
-        return module.to(**tensor_kind(original))
+        return module.to(**tensor_kind(original, context))
 
     @property
     def name(self) -> str:
