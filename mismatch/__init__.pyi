@@ -41,7 +41,7 @@ __version__: str
 
 def trace(
     model: Any,
-    swap: Student | str | Sequence[str],
+    swap: Any = (),
     *,
     revision: str | None = None,
     dtype: Literal['float32', 'bfloat16', 'float16', 'auto'] = 'float32',
@@ -57,6 +57,7 @@ def trace(
     seed: int = 0,
     output: str | None = None,
     run_name: str | None = None,
+    student: Any = None,
     calibration_data: Any = 'sotu',
     tokens: int = 8192,
     metrics: Sequence[str] | None = None,
@@ -70,7 +71,7 @@ def trace(
 
     Args:
         model: the teacher, or what `mismatch.load` takes.
-        swap: What to replace: target:mechanism, such as "layer12:infini". May be repeated. Or a student of this teacher.
+        swap: What to replace: target:mechanism, such as "layer12:infini". May be repeated. Or a student: from `mismatch.swap`; or trained elsewhere: from `mismatch.load`, the folder of a checkpoint or of a fine-tune, a fetched name, a hub id, `(model, tokenizer)`.
         revision: Branch, tag or commit of a hub model.
         dtype: dtype of the models. Metrics are always summed in float64.
         device: cpu, cuda, cuda:1, mps; auto takes the first accelerator there is.
@@ -85,6 +86,7 @@ def trace(
         seed: Random seed.
         output: Run folder to make. By default a new folder under runs/.
         run_name: Name of the run folder under runs/, in place of one made from time, model and swap.
+        student: The same by keyword: a student: from `mismatch.swap`; or trained elsewhere: from `mismatch.load`, the folder of a checkpoint or of a fine-tune, a fetched name, a hub id, `(model, tokenizer)`.
         calibration_data: Calibration text, which mechanisms and controls set themselves from. Never overlaps with the evaluation text. Or a list of strings.
         tokens: Evaluation tokens.
         metrics: Metrics to compute; all but js when not given. Named metrics of covariances are taken behind every block.
@@ -104,7 +106,7 @@ def trace(
 
 def probe(
     model: Any,
-    swap: Student | str | Sequence[str],
+    swap: Any = (),
     *,
     revision: str | None = None,
     dtype: Literal['float32', 'bfloat16', 'float16', 'auto'] = 'float32',
@@ -120,6 +122,7 @@ def probe(
     seed: int = 0,
     output: str | None = None,
     run_name: str | None = None,
+    student: Any = None,
     calibration_data: Any = 'sotu',
     probes: Sequence[str] | None = None,
     samples: int = 8,
@@ -133,7 +136,7 @@ def probe(
 
     Args:
         model: the teacher, or what `mismatch.load` takes.
-        swap: What to replace: target:mechanism, such as "layer12:infini". May be repeated. Or a student of this teacher.
+        swap: What to replace: target:mechanism, such as "layer12:infini". May be repeated. Or a student: from `mismatch.swap`; or trained elsewhere: from `mismatch.load`, the folder of a checkpoint or of a fine-tune, a fetched name, a hub id, `(model, tokenizer)`.
         revision: Branch, tag or commit of a hub model.
         dtype: dtype of the models. Metrics are always summed in float64.
         device: cpu, cuda, cuda:1, mps; auto takes the first accelerator there is.
@@ -148,6 +151,7 @@ def probe(
         seed: Random seed.
         output: Run folder to make. By default a new folder under runs/.
         run_name: Name of the run folder under runs/, in place of one made from time, model and swap.
+        student: The same by keyword: a student: from `mismatch.swap`; or trained elsewhere: from `mismatch.load`, the folder of a checkpoint or of a fine-tune, a fetched name, a hub id, `(model, tokenizer)`.
         calibration_data: Calibration text, which mechanisms and controls set themselves from. Never overlaps with the evaluation text. Or a list of strings.
         probes: Probes to run; all of them when not given.
         samples: Prompts of each kind, and windows of text. With fewer than 8 the intervals are too narrow.
@@ -167,7 +171,7 @@ def probe(
 
 def diagnose(
     model: Any,
-    swap: Student | str | Sequence[str],
+    swap: Any = (),
     *,
     revision: str | None = None,
     dtype: Literal['float32', 'bfloat16', 'float16', 'auto'] = 'float32',
@@ -183,6 +187,7 @@ def diagnose(
     seed: int = 0,
     output: str | None = None,
     run_name: str | None = None,
+    student: Any = None,
     calibration_data: Any = 'sotu',
     tokens: int = 3072,
     fit_tokens: int = 8192,
@@ -195,7 +200,7 @@ def diagnose(
 
     Args:
         model: the teacher, or what `mismatch.load` takes.
-        swap: What to replace: target:mechanism, such as "layer12:infini". May be repeated. Or a student of this teacher.
+        swap: What to replace: target:mechanism, such as "layer12:infini". May be repeated. Or a student: from `mismatch.swap`; or trained elsewhere: from `mismatch.load`, the folder of a checkpoint or of a fine-tune, a fetched name, a hub id, `(model, tokenizer)`.
         revision: Branch, tag or commit of a hub model.
         dtype: dtype of the models. Metrics are always summed in float64.
         device: cpu, cuda, cuda:1, mps; auto takes the first accelerator there is.
@@ -210,6 +215,7 @@ def diagnose(
         seed: Random seed.
         output: Run folder to make. By default a new folder under runs/.
         run_name: Name of the run folder under runs/, in place of one made from time, model and swap.
+        student: The same by keyword: a student: from `mismatch.swap`; or trained elsewhere: from `mismatch.load`, the folder of a checkpoint or of a fine-tune, a fetched name, a hub id, `(model, tokenizer)`.
         calibration_data: Calibration text, which mechanisms and controls set themselves from. Never overlaps with the evaluation text. Or a list of strings.
         tokens: Evaluation tokens: every correction is measured on them.
         fit_tokens: Tokens of the calibration text that corrections are fitted on.
@@ -370,7 +376,7 @@ def plan(
 
 def repair(
     model: Any,
-    swap: Student | str | Sequence[str],
+    swap: Any = (),
     *,
     revision: str | None = None,
     dtype: Literal['float32', 'bfloat16', 'float16', 'auto'] = 'float32',
@@ -386,6 +392,7 @@ def repair(
     seed: int = 0,
     output: str | None = None,
     run_name: str | None = None,
+    student: Any = None,
     trained_controls: Sequence[str] = (),
     stages: Sequence[str] = ('closed-form', 'local', 'block', 'window', 'end-to-end'),
     tokens: int = 8192,
@@ -413,7 +420,7 @@ def repair(
 
     Args:
         model: the teacher, or what `mismatch.load` takes.
-        swap: What to replace: target:mechanism, such as "layer12:infini". May be repeated. Or a student of this teacher.
+        swap: What to replace: target:mechanism, such as "layer12:infini". May be repeated. Or a student: from `mismatch.swap`; or trained elsewhere: from `mismatch.load`, the folder of a checkpoint or of a fine-tune, a fetched name, a hub id, `(model, tokenizer)`.
         revision: Branch, tag or commit of a hub model.
         dtype: dtype of the models. Metrics are always summed in float64.
         device: cpu, cuda, cuda:1, mps; auto takes the first accelerator there is.
@@ -428,6 +435,7 @@ def repair(
         seed: Random seed.
         output: Run folder to make. By default a new folder under runs/.
         run_name: Name of the run folder under runs/, in place of one made from time, model and swap.
+        student: The same by keyword: a student: from `mismatch.swap`; or trained elsewhere: from `mismatch.load`, the folder of a checkpoint or of a fine-tune, a fetched name, a hub id, `(model, tokenizer)`.
         trained_controls: Controls that are trained for the same steps as the swap: identity (does training alone move the model?), zero (what is recovered without the mechanism?). Each takes as long as the repair; none for no such control.
         stages: Stages of the repair ladder to run, in its order.
         tokens: Evaluation tokens.

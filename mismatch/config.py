@@ -13,6 +13,7 @@ import functools
 import hashlib
 import json
 import re
+import shlex
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from decimal import Decimal
@@ -36,7 +37,7 @@ ELSEWHERE = (*OUTPUT, "fail_on", "activations_dir", *DANGEROUS)
 run leaves, so what is trusted is said each time."""
 
 PATHS = (
-    *("model", "data", "calibration_data", "train_data"),
+    *("model", "student", "data", "calibration_data", "train_data"),
     "output",
     "activations_dir",
     "scan",
@@ -164,38 +165,56 @@ class CalibratedConfig(RunConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class SwapConfig(RunConfig):
-    """A command about one swap."""
+    """A command about one swap, or about a student that was trained elsewhere."""
 
-    examples: ClassVar[dict[str, str]] = {
-        **RunConfig.examples,
-        "swap": '--swap "layer12:infini"',
-    }
-
-    swap: tuple[str, ...]
+    swap: tuple[str, ...] = ()
     """What to replace: target:mechanism, such as "layer12:infini". May be repeated."""
+    student: str | None = None
+    """In place of a swap, a student that was trained elsewhere: a checkpoint of a swapped model, or a fine-tune of the
+    model. A folder, a fetched name or a hub id."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.student is not None:
+            if self.swap:
+                raise ConfigError(
+                    f"`swap` ({'; '.join(self.swap)}) and `student` ({self.student}) both say what is compared with "
+                    "the model",
+                    hint="give one of them; a checkpoint knows its own swap",
+                )
+            return
         if not self.swap:
-            raise ConfigError("there is no swap", hint='give one, such as --swap "layer12:infini"')
+            raise ConfigError(
+                "there is no swap",
+                hint='give one, such as --swap "layer12:infini", or a student that was trained elsewhere, --student',
+            )
         spec.check(self.swap_spec)
 
     @property
     def swap_spec(self) -> spec.Spec:
-        """The parsed swap."""
+        """The parsed swap; of a student from elsewhere it is in its plan."""
         return spec.parse(self.swap)
 
     def foreign(self) -> Iterator[tuple[str, str]]:
         yield from super().foreign()
-        for clause in self.swap_spec.clauses:
+        for clause in self.swap_spec.clauses if self.swap else ():
             yield from (("swap", name) for name in clause.call.foreign())
 
     @property
     def subject(self) -> str:
+        if self.student is not None:
+            return f"student {'/'.join(Path(self.student).parts[-2:])}"
         return spec.format(self.swap_spec)
 
+    @property
+    def flag(self) -> str:
+        """What is compared with the model, as it is written in a command."""
+        if self.student is not None:
+            return f"--student {shlex.quote(self.student)}"
+        return f'--swap "{spec.format(self.swap_spec)}"'
+
     def canonical(self) -> dict[str, str]:
-        return {"swap": self.subject}
+        return {} if self.student is not None else {"swap": self.subject}
 
 
 def fields(kind: type[RunConfig]) -> dict[str, Arg]:

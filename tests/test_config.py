@@ -289,14 +289,25 @@ def test_a_file_that_cannot_be_read(tmp_path):
     assert str(caught.value) == f"{tmp_path}/bytes.yaml is not UTF-8 text: byte 7"
 
 
+NO_SWAP = (
+    'there is no swap\n\nhint: give one, such as --swap "layer12:infini", or a student that was trained elsewhere, '
+    "--student"
+)
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
         ({"tokens": "0"}, "`--tokens` must be int >= 1, got 0"),
         ({"tokens": "many"}, "`--tokens` must be int >= 1, got `many`"),
         ({"seq_len": "1"}, "`--seq-len` must be int >= 2, got 1"),
-        ({"swap": None}, 'there is no swap\n\nhint: give one, such as --swap "layer12:infini"'),
-        ({"swap": []}, 'there is no swap\n\nhint: give one, such as --swap "layer12:infini"'),
+        ({"swap": None}, NO_SWAP),
+        ({"swap": []}, NO_SWAP),
+        (
+            {"student": "elsewhere/student"},
+            "`swap` (layer12:infini) and `student` (elsewhere/student) both say what is compared with the model\n\n"
+            "hint: give one of them; a checkpoint knows its own swap",
+        ),
         ({"model": None}, "there is no model\n\nhint: give one, such as --model smollm2"),
         (
             {"output": "a", "run_name": "b"},
@@ -356,8 +367,9 @@ def test_fingerprint():
         "probes": ("induction",),
         "backend": "nnsight",
     }
+    assert made(swap=(), student="a").fingerprint() != made(swap=(), student="b").fingerprint()
     for name, arg in fields(TraceConfig).items():
-        if name in config.ELSEWHERE:
+        if name in (*config.ELSEWHERE, "student"):
             continue
         value = other.get(name, not arg.default if arg.type == "bool" else None)
         value = arg.default + 1 if value is None else value

@@ -208,7 +208,8 @@ def _machine() -> dict[str, Any]:
 
 
 def _flags(args: Namespace, kind: type[config.RunConfig]) -> dict[str, Any]:
-    return {name: getattr(args, name) for name in config.fields(kind)}
+    # A stage of another package may leave settings out of its groups: they have no flag.
+    return {name: getattr(args, name, None) for name in config.fields(kind)}
 
 
 def _resume(args: Namespace, card: Card) -> Path | None:

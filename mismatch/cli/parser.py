@@ -259,6 +259,7 @@ _KINDS = {"int": "N", "float": "X", "str": "TEXT", "list": "NAME,..."}
 _METAVARS = {
     "model": "MODEL",
     "swap": "SPEC",
+    "student": "MODEL",
     "device": "DEVICE",
     "device_map": "MAP",
     "revision": "REVISION",

@@ -47,6 +47,8 @@ def read_config_file(folder: Path) -> dict[str, Any]:
 def _hint_for(folder: Path) -> str:
     if (folder / "adapter_config.json").is_file():
         return "this is a peft adapter: merge it into its base model (merge_and_unload) first"
+    if (folder / "checkpoint" / CONFIG).is_file():
+        return f"this is the run of a repair: give the model in it, {folder / 'checkpoint'}"
     if any(folder.glob("*.gguf")):
         return "GGUF is not read: convert it to safetensors (from_pretrained(..., gguf_file=...))"
     return "give the folder that save_pretrained wrote"

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import inspect
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_type_hints
+
+from torch import nn
 
 from mismatch.config import C, fields
 from mismatch.errors import ConfigError, UsageError
@@ -15,8 +18,15 @@ from mismatch.runs.folder import check_output
 from mismatch.stages.base import Result, Stage
 from mismatch.stages.opening import FIELDS, Opened, load
 from mismatch.stages.runner import stage_of, work
+from mismatch.surgery.loading import of_loaded
 from mismatch.surgery.operate import Student
 from mismatch.surgery.students import Teacher
+from mismatch.texts.demo.fetch import SOURCES
+
+STUDENTS = (
+    "a student: from `mismatch.swap`; or trained elsewhere: from `mismatch.load`, the folder of a checkpoint or of a "
+    "fine-tune, a fetched name, a hub id, `(model, tokenizer)`."
+)
 
 
 def function(name: str) -> Callable[..., Any]:
@@ -32,8 +42,6 @@ def function(name: str) -> Callable[..., Any]:
         prepared = stage.prepare(opened)
         started = time.monotonic()
         opened.load()
-        if opened.student is not None:
-            check_shares(opened.student, opened.teacher, name)
         spent = time.monotonic() - started
         return work(stage, opened, prepared, write=config.folder is not None, spent=spent)
 
@@ -54,7 +62,7 @@ def signature_of(stage: Stage[Any, Any]) -> inspect.Signature:
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
     subject = inspect.Parameter(stage.subject, kind, annotation=str | Sequence[str])
     if stage.student:
-        subject = subject.replace(annotation=Student | str | Sequence[str])
+        subject = subject.replace(annotation=Any, default=())
     found = [inspect.Parameter("model", kind, annotation=Any), subject]
     texts = FIELDS.values()
     for setting, arg in fields(stage.Config).items():
@@ -64,7 +72,7 @@ def signature_of(stage: Stage[Any, Any]) -> inspect.Signature:
                     setting,
                     inspect.Parameter.KEYWORD_ONLY,
                     default=arg.default,
-                    annotation=Any if setting in texts else hints[setting],
+                    annotation=Any if setting in (*texts, "student") else hints[setting],
                 )
             )
     progress = inspect.Parameter(
@@ -87,9 +95,8 @@ def document(stage: Stage[Any, Any]) -> str:
     ):
         text = " ".join(known[setting].doc.split())
         text += " Or a list of strings." if setting in FIELDS.values() else ""
-        text += (
-            " Or a student of this teacher." if setting == stage.subject and stage.student else ""
-        )
+        text += f" Or {STUDENTS}" if setting == stage.subject and stage.student else ""
+        text = f"The same by keyword: {STUDENTS}" if setting == "student" else text
         lines.append(f"    {setting}: {text}")
     lines += [
         "    progress: talk on stderr, with a progress bar.",
@@ -133,9 +140,11 @@ def opened_for(stage: Stage[C, Any], args: Sequence[Any], kwargs: Mapping[str, A
     except TypeError as error:
         raise _unfit(stage.name, error, kwargs, signature) from None
     model, progress = given.pop("model"), given.pop("progress", False)
-    student = given[stage.subject] if isinstance(given[stage.subject], Student) else None
-    if student is not None:
-        given[stage.subject] = _swap_of(student, stage)
+    student = _student_in(given, stage)
+    if isinstance(student, Student):
+        given[stage.subject] = _swap_of(student)
+    elif isinstance(student, Teacher):
+        given["student"] = student.info.name
     texts = {
         name: given.pop(name)
         for name in FIELDS.values()
@@ -148,8 +157,6 @@ def opened_for(stage: Stage[C, Any], args: Sequence[Any], kwargs: Mapping[str, A
         **({"model": str(model)} if teacher is None else _as_loaded(teacher, stage)),
     }
     config = stage.Config(**settings)
-    if teacher is not None and student is not None:
-        check_shares(student, teacher, stage.name)
     return Opened(config, teacher=teacher, student=student, given=texts, progress=progress)
 
 
@@ -159,28 +166,64 @@ def _as_loaded(teacher: Teacher, stage: Stage[Any, Any]) -> dict[str, str]:
     return {"model": teacher.info.name} | ({"dtype": teacher.info.dtype} if known else {})
 
 
-def _swap_of(student: Student, stage: Stage[Any, Any]) -> tuple[str]:
+def _student_in(given: dict[str, Any], stage: Stage[Any, Any]) -> Student | Teacher | None:
+    """A student among the arguments: one that is in memory; one that is named goes to the setting `student`.
+
+    Raises:
+        UsageError: a student where none will do, or beside a swap.
+    """
+    subject = given.get(stage.subject, ())
     if not stage.student:
+        if _is_model(subject) or isinstance(subject, (Student, Path)):
+            raise UsageError(
+                f"mismatch.{stage.name} takes mechanisms, not a student",
+                hint=f'name them: mismatch.{stage.name}(model, "infini(segment=64)")',
+            )
+        return None
+    if isinstance(subject, (Student, Path)) or _is_model(subject) or names_a_model(subject):
+        if given.get("student") is not None:
+            raise UsageError(
+                f"mismatch.{stage.name} was given two students", hint="give one of them"
+            )
+        given["student"] = given.pop(stage.subject)
+    student = given.pop("student", None)
+    if student is None:
+        return None
+    if given.get(stage.subject):
         raise UsageError(
-            f"mismatch.{stage.name} takes mechanisms, not a student",
-            hint=f'name them: mismatch.{stage.name}(model, "infini(segment=64)")',
+            f"mismatch.{stage.name} was given a swap and a student", hint="give one of them"
         )
+    if isinstance(student, (str, Path)):
+        given["student"] = str(student)
+        return None
+    if isinstance(student, (Student, Teacher)):
+        return student
+    if not _is_model(student):
+        raise UsageError(
+            f"a student cannot be {type(student).__name__}", hint=f"give {STUDENTS.rstrip('.')}"
+        )
+    # A model alone is given the teacher's tokenizer: both must have the same.
+    return load(student) if isinstance(student, tuple) else Teacher(*of_loaded(student, None))
+
+
+def _is_model(value: Any) -> bool:
+    """A model that is in memory, alone or with its tokenizer."""
+    if isinstance(value, tuple) and value and not all(isinstance(one, str) for one in value):
+        return True
+    return isinstance(value, (Teacher, nn.Module))
+
+
+def names_a_model(value: Any) -> bool:
+    """Whether a text names a model: it is a folder, or has no colon, as every swap has, and could be a name."""
+    if not isinstance(value, str):
+        return False
+    found = os.path.isdir(os.path.expanduser(value))
+    return found or (":" not in value and ("/" in value or value in SOURCES))
+
+
+def _swap_of(student: Student) -> tuple[str]:
     if not student.plan.clauses:
         raise UsageError(
             "the student holds no swap any more: it was undone", hint="swap the teacher again"
         )
     return (student.plan.spec,)
-
-
-def check_shares(student: Student, teacher: Teacher, name: str) -> None:
-    """Whether the student is the teacher's own: its embedding is the very same tensor.
-
-    Raises:
-        UsageError: it is not.
-    """
-    ours, theirs = (m.get_input_embeddings().weight for m in (teacher.model, student.model))
-    if ours is not theirs:
-        raise UsageError(
-            "the student was not made from this teacher: they share no weights",
-            hint=f"swap the teacher that you hand to mismatch.{name}, and hand over both",
-        )

@@ -20,12 +20,13 @@ from mismatch import spec
 from mismatch.config import SwapConfig
 from mismatch.errors import UsageError
 from mismatch.models.layout import Layout, family_of
-from mismatch.models.load import load_tokenizer, read_config
+from mismatch.models.load import ModelInfo, load_tokenizer, read_config
 from mismatch.models.skeleton import skeleton_of
 from mismatch.runs.folder import RunFolder
 from mismatch.runs.ranks import ALONE, Ranks
 from mismatch.runs.state import State
 from mismatch.stages.base import C
+from mismatch.stages.given import GivenStudent
 from mismatch.surgery import loading, operate
 from mismatch.surgery.controls import control_specs
 from mismatch.surgery.operate import Student, placed
@@ -62,7 +63,7 @@ class Opened(Generic[C]):
     Args:
         config: the settings.
         teacher: a model that is loaded already; None: the one that the config names, when `load` is called.
-        student: a student that is there already; None swaps as the config says.
+        student: a student or a model that is there already; None: the one that the config names, or its swap.
         given: text by setting (`data`, `calibration_data`, `train_data`) that a Python caller handed over.
         ranks: who this process is among how many.
         progress: talk on stderr.
@@ -74,14 +75,15 @@ class Opened(Generic[C]):
         config: C,
         *,
         teacher: Teacher | None = None,
-        student: Student | None = None,
+        student: Student | Teacher | None = None,
         given: Mapping[str, Any] | None = None,
         ranks: Ranks = ALONE,
         progress: bool = False,
         overwrite: bool = False,
     ) -> None:
         self.config = config
-        self.student = student
+        self.student: Student | None = None
+        """One that is not swapped here: with its weights and compared with the teacher, behind `load`."""
         self.given = dict(given or {})
         self.ranks = ranks
         self.progress = progress
@@ -93,6 +95,9 @@ class Opened(Generic[C]):
         self.path: Path | None = None
         """Of the run folder, on every rank."""
         self._teacher = teacher
+        self._elsewhere: GivenStudent | None = None
+        if student is not None or getattr(config, "student", None) is not None:
+            self._elsewhere = GivenStudent(self.swap_config, student)
         self._planned: list[Student] | None = None
 
     def child(self, config: Any) -> Opened[Any]:
@@ -100,6 +105,7 @@ class Opened(Generic[C]):
         made: Opened[Any] = Opened(
             config,
             teacher=self._teacher,
+            student=None if self._elsewhere is None else self._elsewhere.given,
             given=self.given,
             ranks=self.ranks,
             progress=self.progress,
@@ -172,6 +178,10 @@ class Opened(Generic[C]):
                 allow_pickle=config.allow_pickle,
                 tokenizer=self.tokenizer,
             )
+        if self._elsewhere is not None:
+            device = None if config.device_map else self.ranks.device(config.device)
+            foreseen = self.planned()[0]
+            self.student = self._elsewhere.adopted(self._teacher, foreseen, device)
 
     def check_context(self) -> None:
         """Whether a window fits into what the model was made for.
@@ -201,7 +211,10 @@ class Opened(Generic[C]):
 
     def _plan(self) -> list[Student]:
         self.check_context()
-        first = self._on_meta(self.swap_config.swap_spec)
+        if self._elsewhere is not None:
+            first = self._elsewhere.foreseen(self.skeleton, self.tokenizer)
+        else:
+            first = self._on_meta(self.swap_config.swap_spec)
         controls = control_specs(self.config.controls, first.plan)
         return [first, *(self._on_meta(spec_) for spec_ in controls.values())]
 
@@ -214,6 +227,16 @@ class Opened(Generic[C]):
     def _on_meta(self, parsed: spec.Spec) -> Student:
         skeleton = self.skeleton
         return operate.operate(skeleton, placed(parsed, skeleton), spec=spec.format(parsed))
+
+    @property
+    def has_student(self) -> bool:
+        """Whether the student is there already, and is not swapped here."""
+        return self._elsewhere is not None
+
+    @property
+    def student_info(self) -> ModelInfo | None:
+        """Name and fingerprint of a student that was trained elsewhere, behind `load`."""
+        return None if self._elsewhere is None else self._elsewhere.info
 
     def students(self, calibration: Windows | None) -> list[Student]:
         """The swap first, then its controls in the same slots, with weights.
@@ -301,6 +324,7 @@ class Opened(Generic[C]):
             "settings": self.config.fingerprint(),
             "model": self.teacher.info.sha256,
             "ranks": str(self.ranks.world),
+            **({} if self.student_info is None else {"student": self.student_info.sha256}),
             **{role: text.cut.fingerprint for role, text in self.texts.items()},
         }
 

@@ -191,9 +191,10 @@ def _finished(
 
 def _facts(opened: Opened[Any]) -> dict[str, Any]:
     """What every manifest says of how its numbers were made."""
-    teacher = opened.teacher
+    teacher, student = opened.teacher, opened.student_info
     return {
         "model_info": teacher.info.as_dict(),
+        **({} if student is None else {"student_info": student.as_dict()}),
         "dtype": str(teacher.model.dtype).removeprefix("torch."),
         "device": str(teacher.layout.embedding_device),
         "attention": teacher.model.config._attn_implementation,

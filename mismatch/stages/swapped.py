@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from mismatch import registry, spec
@@ -14,9 +14,14 @@ from mismatch.texts.documents import Documents
 from mismatch.texts.windows import Windows
 
 
-def warned(plan: SwapPlan, seq_len: int) -> SwapPlan:
+def warned(plan: SwapPlan, seq_len: int, controls: Sequence[str] = ()) -> SwapPlan:
     """The plan with what the user should know before believing the numbers."""
     found = []
+    if controls and not plan.clauses:
+        found.append(
+            f"no control is measured ({', '.join(controls)}): nothing was swapped in this student, so there is no "
+            "slot for one"
+        )
     for clause in plan.clauses:
         arg = registry.mechanisms().card(clause.mechanism).arg("segment")
         segment = clause.args.get("segment", None if arg is None else arg.default)
@@ -50,5 +55,6 @@ def swap_texts(opened: Opened[Any]) -> tuple[Windows | None, Documents]:
 def swap_calibrates(opened: Opened[Any]) -> bool:
     """Whether the swap of a command or one of its controls sets itself from calibration text."""
     # The swap of a student exists already; only the controls may still calibrate.
-    clauses = () if opened.student is not None else spec.check(opened.swap_config.swap_spec).clauses
-    return calibrates(clauses, opened.config.controls)
+    clauses = () if opened.has_student else spec.check(opened.swap_config.swap_spec).clauses
+    plan = opened.planned()[0].plan
+    return calibrates(clauses, opened.config.controls if plan.clauses else ())

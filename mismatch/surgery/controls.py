@@ -16,8 +16,10 @@ def control_specs(controls: Sequence[str], plan: SwapPlan) -> dict[str, spec.Spe
 
     Args:
         controls: names of mechanisms.
-        plan: of the swap.
+        plan: of the swap; a student in which nothing was swapped has no slot for a control.
     """
+    if not plan.clauses:
+        return {}
     layers: dict[str, set[int | None]] = {}
     for clause in plan.clauses:
         layers.setdefault(clause.slot, set()).add(clause.layer)

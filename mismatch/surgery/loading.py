@@ -139,13 +139,34 @@ def skeleton(
         ModelError: a checkpoint that cannot be rebuilt.
         LayoutError: an unknown family.
     """
+    layout, record = plain_skeleton(found, trust_remote_code=trust_remote_code)
+    return layout if record is None else rebuilt(layout, record, found[1].folder).layout
+
+
+def bare(config: transformers.PretrainedConfig) -> Layout:
+    """The model of a config, without weights and without swaps.
+
+    Raises:
+        LayoutError: an unknown family.
+    """
+    return Layout.of(of_config_alone(config))
+
+
+def plain_skeleton(
+    found: tuple[transformers.PretrainedConfig, Located], *, trust_remote_code: bool = False
+) -> tuple[Layout, Record | None]:
+    """As `skeleton`, without the swaps of a checkpoint, and with their record; None: it is a plain model.
+
+    Raises:
+        ModelError: a record that cannot be read, or names a class that is not trusted.
+        LayoutError: an unknown family.
+    """
     config, source = found
-    layout = Layout.of(of_config_alone(config))
+    layout = bare(config)
     record = read(source.folder)
-    if record is None:
-        return layout
-    _check_names(record, source.folder, trust_remote_code)
-    return _rebuilt(layout, record, source.folder).layout
+    if record is not None:
+        _check_names(record, source.folder, trust_remote_code)
+    return layout, record
 
 
 class MismatchConfig(transformers.PretrainedConfig):
@@ -240,29 +261,37 @@ def _quiet() -> Iterator[None]:
         logging.set_verbosity(before)
 
 
-class _Rebuilt(NamedTuple):
+class Rebuilt(NamedTuple):
+    """A swapped model, and what was replaced in it."""
+
     layout: Layout
     replaced: tuple[Replaced, ...]
 
 
 def _restored(
     layout: Layout, found: Record, folder: Path, files: list[Path], *, exact: bool
-) -> _Rebuilt:
+) -> Rebuilt:
     """The swapped model with its weights."""
-    whole = _rebuilt(layout, found, folder)
+    whole = rebuilt(layout, found, folder)
     paths = [one.path for one in whole.replaced]
     fill(whole.layout.model, found, folder, files, paths, exact=exact)
     return whole
 
 
-def _rebuilt(layout: Layout, found: Record, folder: Path) -> _Rebuilt:
+def rebuilt(layout: Layout, found: Record, where: Path | str, *, known: int = 0) -> Rebuilt:
     """Make every swap of the record again, on the tensors that are there.
+
+    Args:
+        layout: of the plain model.
+        found: its swaps.
+        where: the folder of the record, for the error.
+        known: how many of the first swaps are not listed among what was replaced.
 
     Raises:
         ModelError: a swap that cannot be made here.
     """
     replaced: list[Replaced] = []
-    for swap in found.swaps:
+    for at, swap in enumerate(found.swaps):
         try:
             parsed = spec.parse(swap.text)
             student = operate(
@@ -275,13 +304,13 @@ def _rebuilt(layout: Layout, found: Record, folder: Path) -> _Rebuilt:
             )
         except MismatchError as error:
             raise ModelError(
-                f"{folder}: its swap cannot be made again: {error.message}",
+                f"{where}: its swap cannot be made again: {error.message}",
                 hint=f"it was written by mismatch {found.version}; a mechanism of another package must be "
                 "installed, or registered, before it is loaded",
             ) from error
-        replaced += student.plan.clauses
+        replaced += student.plan.clauses if at >= known else ()
         layout = layout_of(student.model)
-    return _Rebuilt(layout, tuple(replaced))
+    return Rebuilt(layout, tuple(replaced))
 
 
 def _check_names(found: Record, folder: Path, trust_remote_code: bool) -> None:

@@ -16,7 +16,6 @@ from mismatch.forward.verify import prove_student
 from mismatch.models.layout import Layout
 from mismatch.models.load import ModelInfo
 from mismatch.models.swap_record import Base
-from mismatch.surgery.compared import compared
 from mismatch.surgery.controls import control_specs
 from mismatch.surgery.operate import Student, calibrators, operate, placed
 from mismatch.texts.windows import Windows
@@ -60,7 +59,7 @@ def students_of(
         teacher: the untouched model.
         config: swap and controls.
         calibration: windows for mechanisms that set themselves from them; None: there is no such mechanism.
-        swap: a student that exists already; None builds the one of the config.
+        swap: a student that exists already, and was compared; None builds the one of the config.
 
     Raises:
         MismatchError: as `calibrated_swap`.
@@ -76,7 +75,7 @@ def students_of(
             name=name,
         )
 
-    first = compared(teacher.layout, swap) if swap else build(config.swap_spec)
+    first = swap or build(config.swap_spec)
     controls = control_specs(config.controls, first.plan)
     return [first, *(build(parsed, name) for name, parsed in controls.items())]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import dataclasses
 import errno
 import json
 import os
@@ -185,7 +186,7 @@ def test_a_run_is_read_as_it_was_written(folder):
     assert run.config == SETTINGS
     assert run.findings[0]["value"] is None
     assert run.plan == plan
-    assert run.raw_plan == {"spec": "layer12:infini", "clauses": [], "warnings": ["short text"]}
+    assert run.raw_plan == dataclasses.asdict(plan) | {"clauses": [], "warnings": ["short text"]}
     assert run.manifest["status"] == "done"
     assert run.manifest["peak_memory"] == 7
     assert run.manifest["versions"]["torch"].startswith("2.")

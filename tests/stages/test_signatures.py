@@ -36,7 +36,9 @@ def test_every_setting_is_a_keyword_argument(name):
 def test_a_typo_names_the_nearest(name):
     with pytest.raises(ConfigError, match=r"no setting `sed`\n\nhint: did you mean `seed`"):
         getattr(mismatch, name)("m", "layer1:zero", sed=1)
-    with pytest.raises(UsageError, match=r"it takes model, (swap|mechanism), and settings"):
+    with pytest.raises(
+        UsageError, match=r"it takes model, (swap|mechanism), and settings|there is no swap"
+    ):
         getattr(mismatch, name)("m")
 
 

@@ -18,7 +18,7 @@ class DiagnoseConfig(CalibratedConfig, SwapConfig):
 
     groups = {
         "model": MODEL,
-        "swap": ("swap", "controls"),
+        "swap": ("swap", "student", "controls"),
         "diagnosis": ("fit_tokens", "scored", "heads", "earlier_run"),
         "text": (
             *("data", "tokens", "calibration_data", "calibration_tokens"),

@@ -20,7 +20,7 @@ class ProbeConfig(CalibratedConfig, SwapConfig):
 
     groups = {
         "model": MODEL,
-        "swap": ("swap",),
+        "swap": ("swap", "student"),
         "probes": (
             *("probes", "controls", "samples", "lengths", "depths"),
             *("planned_gate_lr", "planned_gate_steps"),

@@ -53,7 +53,7 @@ class Probe(Stage[ProbeConfig, Prepared]):
     def run(self, opened: Opened[ProbeConfig], prepared: Prepared) -> Outcome:
         asked, config = prepared.asked, opened.config
         students = opened.students(prepared.calibration)
-        plan = warned(students[0].plan, config.seq_len)
+        plan = warned(students[0].plan, config.seq_len, config.controls)
         if opened.folder is not None:
             opened.folder.log(f"{', '.join(asked.probes)}; {len(students)} students")
         found, seconds = answers(asked, opened.teacher, students, opened.progress)

@@ -19,7 +19,7 @@ class RepairConfig(SwapConfig):
 
     groups = {
         "model": MODEL,
-        "swap": ("swap", "controls", "trained_controls"),
+        "swap": ("swap", "student", "controls", "trained_controls"),
         "ladder": (
             *("stages", "max_minutes", "epochs", "lr", "gate_lr", "window_blocks"),
             *("lora_blocks", "lora_rank", "order", "min_gain"),

@@ -56,4 +56,4 @@ def checked(opened: Opened[TraceConfig]) -> Check:
     """
     config, students = opened.config, opened.planned()
     needs = estimate(opened.skeleton, [student.plan.first for student in students], config)
-    return Check(warned(students[0].plan, config.seq_len), needs, config)
+    return Check(warned(students[0].plan, config.seq_len, config.controls), needs, config)

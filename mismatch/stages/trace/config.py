@@ -16,7 +16,7 @@ class TraceConfig(CalibratedConfig, SwapConfig):
 
     groups = {
         "model": MODEL,
-        "swap": ("swap",),
+        "swap": ("swap", "student"),
         "text": (
             *("data", "tokens", "calibration_data", "calibration_tokens", "seq_len", "batch_size"),
         ),

@@ -77,7 +77,7 @@ class Trace(Stage[TraceConfig, Prepared]):
             seed=config.seed,
             everywhere=config.metrics is not None,
         )
-        plan = warned(swap.plan, cut.seq_len)
+        plan = warned(swap.plan, cut.seq_len, config.controls)
         if opened.folder is not None:
             opened.folder.write_plan(plan)
             opened.folder.log(
