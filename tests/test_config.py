@@ -305,7 +305,7 @@ NO_SWAP = (
         ({"swap": []}, NO_SWAP),
         (
             {"student": "elsewhere/student"},
-            "`swap` (layer12:infini) and `student` (elsewhere/student) both say what is compared with the model\n\n"
+            "`swap` (layer12:zero) and `student` (elsewhere/student) both say what is compared with the model\n\n"
             "hint: give one of them; a checkpoint knows its own swap",
         ),
         ({"model": None}, "there is no model\n\nhint: give one, such as --model smollm2"),

@@ -12,7 +12,7 @@ from wonderland import command, documents
 
 import mismatch
 from mismatch import cli, config
-from mismatch.errors import DataError, NumericsError, OutputError, UsageError
+from mismatch.errors import ModelError, OutputError, UsageError
 from mismatch.runs.folder import load_run
 from mismatch.runs.table import COLUMNS
 from mismatch.stages.trace.config import TraceConfig
@@ -98,7 +98,9 @@ def test_python(teacher, tmp_path, monkeypatch):
 
 def test_a_student_of_another_teacher_is_refused(teacher, tiny, toy):
     student = mismatch.swap((tiny("llama"), toy.tokenizer), "layer1:zero")
-    with pytest.raises(UsageError, match="the student was not made from this teacher"):
+    with pytest.raises(
+        ModelError, match="is not of the teacher's shape: layers 3, the teacher's is 4"
+    ):
         mismatch.trace(teacher, student, data=TEXTS, controls=(), **SMALL)
 
 
