@@ -12,7 +12,7 @@ from wonderland import command, documents
 
 import mismatch
 from mismatch import cli, config
-from mismatch.errors import ModelError, OutputError, UsageError
+from mismatch.errors import DataError, ModelError, NumericsError, OutputError, UsageError
 from mismatch.runs.folder import load_run
 from mismatch.runs.table import COLUMNS
 from mismatch.stages.trace.config import TraceConfig
