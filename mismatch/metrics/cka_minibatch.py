@@ -1,11 +1,12 @@
 """Minibatch linear CKA: is the geometry between tokens still the same? For wide layers too.
 
 Definition: sum_g HSIC_u(X_g, Y_g) / sqrt(sum_g HSIC_u(X_g, X_g) sum_g HSIC_u(Y_g, Y_g)) over groups
-g of about 256 random tokens of one batch: sums first, then ONE ratio. (The mean of the groups'
-CKAs is another, worse number.) Stats: value, shift = 1 - value.
+g of sampled tokens of one window, 256 or more where it has as many: sums first, then ONE ratio. (The
+mean of the groups' CKAs is another, worse number.) Stats: value, shift = 1 - value.
 Unit: none. Range: value at most about 1. Null: value 1, shift 0.
 Leaves out position 0 and massive tokens, uses a sample of the rest, and the few that do not fill
-a group. Interval: bootstrap over batches (nan with one batch). nan where a side is constant.
+a group. Interval: bootstrap over documents. nan where a side is constant. Groups are windows, not
+batches: the number does not depend on --batch-size, but on --seq-len.
 Source: Nguyen et al. 2020 (arXiv 2010.15327), section 3.1; Song et al. 2012, eq. 5.
 """
 
@@ -22,8 +23,8 @@ class MinibatchCKA(Metric):
     headline = "shift"
     invariant = ("rotation", "permutation", "scale", "shift")
     blind = (
-        "as cka; besides, groups do not cross batches, so differences between the documents of "
-        "different batches do not count"
+        "as cka; besides, groups do not cross windows, so differences between windows and between "
+        "documents do not count"
     )
     source = "Nguyen et al. 2020, arXiv 2010.15327, section 3.1"
     at = "stream"

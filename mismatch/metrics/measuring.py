@@ -30,8 +30,8 @@ def measure(
     Args:
         teacher, student: arrays or tensors, `n d` (each row a document of its own, all rows used)
             or `batch pos d` (each row of the batch a document; second-moment metrics then leave
-            out position 0 and massive tokens). For metrics at logits or lens: logits or
-            log-probabilities, with the vocabulary last.
+            out position 0 and massive tokens). For cka_minibatch the rows of `n d` are one
+            window. For metrics at logits or lens: logits or log-probabilities, with the vocabulary last.
         docs: int `n` or `batch`: number of each row's document, from 0.
         valid: bool `n` or `batch pos`: tokens to use.
         before: for update_size: the stream before the update, teacher's and student's.
@@ -67,6 +67,14 @@ def measure(
         bulk &= ~massive_tokens(teacher)
     if before is not None:
         before = (_cube(before[0]), _cube(before[1]))
+    if metric.state == "minibatch" and flat:  # groups are tokens of one window
+        teacher, student, valid, docs = (
+            teacher.transpose(0, 1),
+            student.transpose(0, 1),
+            valid.T,
+            docs[:1],
+        )
+        bulk = valid
     pair = Pair(teacher, student, docs, valid, bulk, bulk, before)
     meter = TeacherMeter([name], d, group=group)
     if name == "cka" and student.shape[2] != d:

@@ -157,8 +157,8 @@ def test_many_documents_share_blocks_and_keep_the_mean():
     assert sums.mean("value").value == pytest.approx(values.mean(), rel=1e-12)
 
 
-def test_minibatch_interval_resamples_batches():
-    alone = Both("cka_minibatch").update(batch(0, docs=[0, 1, 2, 3]))
+def test_minibatch_interval_resamples_documents():
+    alone = Both("cka_minibatch").update(batch(0, docs=[0, 0, 0, 0]))
     assert math.isnan(alone.read()[0].lo)
     many = Both("cka_minibatch").update(*[batch(i, docs=[i] * 4) for i in range(12)])
     value, shift = many.read()

@@ -85,13 +85,13 @@ def test_hsic_equals_song_eq_5():
 
 
 def _minibatch(x, y, size):
-    """`cka_minibatch` fed with one batch per group, in order."""
+    """`cka_minibatch` fed with one window per group, in order."""
     teacher, student = TeacherMeter(["cka_minibatch"], x.shape[1], group=size), None
-    student = StudentMeter(["cka_minibatch"], n_docs=256, n_pos=1, group=size)
+    student = StudentMeter(["cka_minibatch"], n_docs=256, n_pos=size, group=size)
     for i in range(0, len(x), size):
-        t, s = (torch.as_tensor(c[i : i + size])[:, None] for c in (x, y))
+        t, s = (torch.as_tensor(c[i : i + size])[None] for c in (x, y))
         keep = torch.ones(t.shape[:2], dtype=torch.bool)
-        one = Pair(t, s, torch.arange(i, i + len(t)), keep, keep, keep)
+        one = Pair(t, s, torch.tensor([i]), keep, keep, keep)
         teacher.update(one)
         student.update(one)
     return [reading for _, reading in student.read(teacher)]

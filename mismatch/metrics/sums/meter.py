@@ -77,12 +77,12 @@ class _Meter:
 class TeacherMeter(_Meter):
     """What depends on the teacher only, at one site with `d` channels."""
 
-    def __init__(self, names: Sequence[str], d: int, *, group: int = GROUP, seed: int = 0) -> None:
+    def __init__(self, names: Sequence[str], d: int, *, group: int = GROUP) -> None:
         super().__init__(names)
         if self.needs("moments"):
             self.parts["moments"] = TeacherMoments(d)
         if self.needs("minibatch"):
-            self.parts["minibatch"] = TeacherGroups(group, seed)
+            self.parts["minibatch"] = TeacherGroups(group)
 
     def update(self, pair: Pair) -> None:
         """Adds one batch; once per batch, with the pair of any one student."""
@@ -105,7 +105,6 @@ class StudentMeter(_Meter):
         n_docs: int,
         n_pos: int,
         group: int = GROUP,
-        seed: int = 0,
     ) -> None:
         super().__init__(names)
         for name, metric in self.metrics.items():
@@ -114,7 +113,7 @@ class StudentMeter(_Meter):
         if self.needs("moments"):
             self.parts["moments"] = PairMoments(d)
         if self.needs("minibatch"):
-            self.parts["minibatch"] = PairGroups(group, seed)
+            self.parts["minibatch"] = PairGroups(group)
 
     def update(self, pair: Pair | LogitPair) -> None:
         """Adds one batch (or one chunk of logits)."""

@@ -1,17 +1,18 @@
-"""HSIC summed over groups of random tokens: `TeacherGroups`, `PairGroups`; for wide layers.
+"""HSIC summed over groups of tokens of one window: `TeacherGroups`, `PairGroups`; for wide layers.
 
 A group of m tokens costs m^2 d instead of the m d^2 of the moments, and its memory is O(1): three
-sums per bucket of batches. The buckets (batches with the same first document modulo `BUCKETS`)
-are what the interval resamples.
+sums per bucket of documents (those with the same number modulo `BUCKETS`), which are what the interval
+resamples.
 
-Groups never cross batches: the sampled tokens of a batch are shuffled (seeded by the documents in
-it, so a resumed or a split run makes the same groups) and cut into equal groups of about `GROUP`;
-the remainder, fewer tokens than there are groups, is left out.
+Groups never cross windows, so they are the same however windows are batched, resumed or split among
+processes: the sampled tokens of a window are dealt out to equal groups of at least `GROUP`, or form
+one smaller group; the remainder, fewer tokens than there are groups, is left out.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -29,13 +30,14 @@ SMALLEST_GROUP = 4  # HSIC_u is not defined below
 class TeacherGroups:
     """Sum of HSIC_u(teacher, teacher) per bucket, at one site."""
 
-    def __init__(self, group: int = GROUP, seed: int = 0) -> None:
-        self.group, self.seed = group, seed
+    def __init__(self, group: int = GROUP) -> None:
+        self.group = group
         self.own = np.zeros(BUCKETS)
 
     def update(self, side: TeacherSide) -> None:
         """Adds the sampled tokens of one batch; call once per batch, not once per student."""
-        self.own[_bucket(side)] += float(batch_groups(side, self.group, self.seed)[2].sum())
+        for one in groups_of(side, self.group):
+            self.own[one.bucket] += one.own
 
     def merge(self, other: TeacherGroups) -> TeacherGroups:
         self.own += other.own
@@ -52,25 +54,22 @@ class TeacherGroups:
 class PairGroups:
     """Sums of HSIC_u(teacher, student) and HSIC_u(student, student) per bucket, and the tokens."""
 
-    def __init__(self, group: int = GROUP, seed: int = 0) -> None:
-        self.group, self.seed = group, seed
+    def __init__(self, group: int = GROUP) -> None:
+        self.group = group
         self.sums = np.zeros((2, BUCKETS))
         self.tokens = np.zeros(BUCKETS, np.int64)
         self.equal = True
 
     def update(self, pair: Pair) -> None:
         """Adds the sampled tokens of one batch."""
-        index, kernels, own = batch_groups(pair.side, self.group, self.seed)
-        bucket = _bucket(pair.side)
-        if pair.same_rows:
-            both = student = own
-        else:
-            self.equal = False
-            theirs = centred_kernels(pair.rows[index])
-            both, student = hsic(kernels, theirs), hsic(theirs, theirs)
-        self.sums[0, bucket] += float(both.sum())
-        self.sums[1, bucket] += float(student.sum())
-        self.tokens[bucket] += index.numel()
+        self.equal &= pair.same_rows
+        for one in groups_of(pair.side, self.group):
+            both = student = one.own
+            if not pair.same_rows:
+                theirs = centred_kernel(pair.rows[one.index])
+                both, student = hsic(one.kernel, theirs), hsic(theirs, theirs)
+            self.sums[:, one.bucket] += both, student
+            self.tokens[one.bucket] += len(one.index)
 
     def merge(self, other: PairGroups) -> PairGroups:
         self.sums += other.sums
@@ -111,53 +110,58 @@ class Groups:
         return bootstrap(lambda total: _cka(total(xy), total(xx), total(yy)), len(xy), seed)
 
 
-def batch_groups(side: TeacherSide, group: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The groups of one batch, shared by all students.
+@dataclass(frozen=True)
+class Group:
+    """Tokens of one window, as all students share them.
 
-    Returns:
-        index: int64 `groups tokens`, rows of `side.rows`; kernels: `groups tokens tokens`;
-        own: float64 `groups`, HSIC_u of the teacher with itself.
+    Attributes:
+        bucket: of the window's document.
+        index: int64 `tokens`, rows of `TeacherSide.rows`.
+        kernel: `tokens tokens`, of the teacher.
+        own: HSIC_u of the teacher with itself.
     """
-    key = f"groups {group} {seed}"
+
+    bucket: int
+    index: Tensor
+    kernel: Tensor
+    own: float
+
+
+def groups_of(side: TeacherSide, size: int) -> list[Group]:
+    """The groups of one batch, window by window."""
+    key = f"groups {size}"
     if key not in side.cache:
-        rows = side.rows
-        n = len(rows)
-        count = max(1, n // group) if n >= SMALLEST_GROUP else 0
-        size = n // count if count else 0
-        index = _shuffle(side, n, seed)[: count * size].view(count, size).to(rows.device)
-        kernels = centred_kernels(rows[index])
-        side.cache[key] = index, kernels, hsic(kernels, kernels)
+        side.cache[key] = []
+        window = side.halves[0].to(side.rows.device) // side.teacher.shape[1]
+        for number, doc in enumerate(side.docs.tolist()):
+            tokens = (window == number).nonzero().squeeze(1)
+            count = max(1, len(tokens) // size)
+            even = tokens[: len(tokens) // count * count]
+            if len(even) < SMALLEST_GROUP * count:
+                continue
+            for index in even.view(-1, count).T:
+                kernel = centred_kernel(side.rows[index])
+                one = Group(doc % BUCKETS, index, kernel, hsic(kernel, kernel))
+                side.cache[key].append(one)
     return side.cache[key]
 
 
-def centred_kernels(x: Tensor) -> Tensor:
-    """`groups tokens tokens`: linear kernels of `groups tokens d`, each group centred first."""
-    x = x - x.mean(1, keepdim=True)
-    return x @ x.transpose(1, 2)
+def centred_kernel(x: Tensor) -> Tensor:
+    """`tokens tokens`: the linear kernel of `tokens d`, centred first."""
+    x = x - x.mean(0, keepdim=True)
+    return x @ x.T
 
 
-def hsic(k: Tensor, l: Tensor) -> Tensor:  # noqa: E741
-    """Float64 `groups`: HSIC_u (Song et al. 2012, eq. 5) of kernels of centred data.
+def hsic(k: Tensor, l: Tensor) -> float:  # noqa: E741
+    """HSIC_u (Song et al. 2012, eq. 5) of kernels of centred data, `tokens tokens`, at least 4 tokens.
 
     For those it is [sum_ij K L - n/(n-2) sum_i K_ii L_ii + tr K tr L / ((n-1)(n-2))] / (n(n-3)).
     """
-    n = k.shape[1]
-    if n < SMALLEST_GROUP:
-        return torch.zeros(len(k), dtype=torch.float64, device=k.device)
-    a, b = k.diagonal(dim1=1, dim2=2).double(), l.diagonal(dim1=1, dim2=2).double()
-    whole = (k * l).sum((1, 2), dtype=torch.float64)
-    inner = whole - n / (n - 2) * (a * b).sum(1) + a.sum(1) * b.sum(1) / ((n - 1) * (n - 2))
-    return inner / (n * (n - 3))
-
-
-def _shuffle(side: TeacherSide, n: int, seed: int) -> Tensor:
-    first = int(side.docs[0]) if len(side.docs) else 0
-    generator = torch.Generator().manual_seed((seed * 1_000_003 + first) % 2**63)
-    return torch.randperm(n, generator=generator)
-
-
-def _bucket(side: TeacherSide) -> int:
-    return int(side.docs[0]) % BUCKETS if len(side.docs) else 0
+    n = len(k)
+    a, b = k.diagonal().double(), l.diagonal().double()
+    whole = (k * l).sum(dtype=torch.float64)
+    inner = whole - n / (n - 2) * (a * b).sum() + a.sum() * b.sum() / ((n - 1) * (n - 2))
+    return float(inner / (n * (n - 3)))
 
 
 def _cka(xy: np.ndarray, xx: np.ndarray, yy: np.ndarray) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 Masks. `valid`: every token, for windows are full. `bulk`: without position 0 and without massive tokens of the teacher
 at that site, for they would rule every second moment. `sample`: a seeded part of bulk, so that second moments cost the
-same whatever the length of the run.
+same whatever the length of the run: some tokens of every window, or of long runs `TOGETHER` tokens of some windows.
 
 Logits are never kept: the final states go through the head in chunks of tokens, the teacher's chunk once for all
 students; a few tokens of each window go through it at every layer (logit lens, with the model's own final norm).
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from mismatch.stages.trace.meters import Collector
 
 LENS_TOKENS = 4  # tokens of each window that go through the head at every layer
+TOGETHER = 64  # sampled tokens of a window at least: CKA of groups needs tokens of one window
 
 
 class Batch:
@@ -46,10 +47,14 @@ class Batch:
         self.streams: dict[tuple[str, str], tuple[str, Tensor, Tensor]] = {}
         self.finals: dict[str, dict[str, Tensor]] = {}
         self.lens: dict[int, dict[str, Tensor]] = {}
-        drawn = [_drawn(collector.seed, number, ids.shape[1]) for number in numbers]
-        self.drawn = torch.stack(drawn).to(ids.device) < collector.sample
+        n_pos = ids.shape[1]
+        drawn = torch.stack([_drawn(collector.seed, number, n_pos) for number in numbers])
+        windows = min(1.0, collector.sample * n_pos / min(TOGETHER, n_pos))  # share of them
+        taken = drawn[:, :1] < windows
+        drawn[:, 0] = 1.0  # position 0 is never chosen
+        self.drawn = (taken & (drawn < collector.sample / windows)).to(ids.device)
         # The smallest draws of each window are its lens tokens: also independent of the batching.
-        self.lens_at = torch.stack([d.argsort()[:LENS_TOKENS] for d in drawn]).to(ids.device)
+        self.lens_at = drawn.argsort(1)[:, :LENS_TOKENS].to(ids.device)
 
     def met(self, pair: SitePair) -> None:
         """One site of one student."""
@@ -161,8 +166,5 @@ class Batch:
 
 
 def _drawn(seed: int, number: int, n_pos: int) -> Tensor:
-    """One uniform number per position of a window; position 0 draws 1, so it is never chosen."""
-    generator = torch.Generator().manual_seed(1_000_003 * seed + number)
-    drawn = torch.rand(n_pos, generator=generator)
-    drawn[0] = 1.0
-    return drawn
+    """One uniform number per position of a window; that of position 0 is the window's own."""
+    return torch.rand(n_pos, generator=torch.Generator().manual_seed(1_000_003 * seed + number))

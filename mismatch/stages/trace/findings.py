@@ -9,7 +9,7 @@ excludes zero, and never from a value at or below the floor.
 | `local_error` | how much of the module's update does the replacement get right, on the teacher's own input? |
 | `scale` | is the update of another size? |
 | `depth` | does the shift grow or heal behind the swap? |
-| `late_tokens` | does it hurt more the later the token? then context or position is what was lost |
+| `late_tokens` | does it hurt more the later the token, more than deleting the module (`zero`) does? |
 | `premise` | is this layer's update a small correction to the stream, as deep models expect? |
 """
 
@@ -22,8 +22,16 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from mismatch import registry
 from mismatch.runs.plan import Replaced
 from mismatch.stages.base import SEVERITIES, Finding
+
+
+Profile = dict[int, pd.Series]
+"""The row of each range of positions, by its first position, in order."""
+
+SMALL = 0.1
+"""Share of the KL of `zero` up to which damage counts as low."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +54,31 @@ class Evidence:
 
     def kl(self, student: str = "swap", **where: Any) -> pd.Series | None:
         return self.row(student=student, metric="kl", site="logits", **where)
+
+    def by_position(self, student: str) -> Profile:
+        """The KL of a student by position."""
+        t = self.table
+        rows = t[
+            (t.student == student)
+            & (t["mode"] == "free")
+            & (t.metric == "kl")
+            & (t.site == "logits")
+            & (t.stat == "mean")
+            & (t.position != "all")
+        ]
+        starts = rows.position.str.split("-").str[0].astype(int)
+        return {int(starts[at]): rows.loc[at] for at in starts.sort_values().index}
+
+    def reach(self) -> int:
+        """Tokens that the local parts of all swapped mechanisms hold: up to there they lack no context."""
+        found = [0]
+        for clause in self.clauses:
+            card = registry.mechanisms().card(clause.mechanism)
+            for name in ("segment", "window"):
+                arg = card.arg(name)
+                held = clause.args.get(name, None if arg is None else arg.default)
+                found += [held] if isinstance(held, int) else []
+        return max(found)
 
     def slots(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(c.slot for c in self.clauses))
@@ -124,7 +157,7 @@ def worth_it(e: Evidence) -> Finding | None:
             numbers,
             _parallel(e),
         )
-    severity = "high" if share > 0.5 else "medium" if share > 0.1 else "low"
+    severity = "high" if share > 0.5 else "medium" if share > SMALL else "low"
     return Finding(
         severity,
         f"{share:.0%} of the damage of deleting the module",
@@ -203,38 +236,45 @@ def depth(e: Evidence) -> Finding | None:
 
 
 def late_tokens(e: Evidence) -> Finding | None:
-    t = e.table
-    rows = t[
-        (t.student == "swap")
-        & (t["mode"] == "free")
-        & (t.metric == "kl")
-        & (t.site == "logits")
-        & (t.stat == "mean")
-        & (t.position != "all")
-    ]
-    if len(rows) < 3:
+    """Judged against `zero`, whose own profile says what the module does at early and at late tokens anyway, and only
+    where the mechanism's local part no longer holds all tokens: before, a late token cannot lose more."""
+    swap, zero = e.by_position("swap"), e.by_position("zero")
+    bins = [start for start in swap if start > 0 and start in zero]
+    if len(bins) < 2:
         return None
-    rows = rows.assign(start=rows.position.str.split("-").str[0].astype(int)).sort_values("start")
-    early, late = rows[rows.start > 0].iloc[0], rows.iloc[-1]
-    if not (late.lo > early.hi or late.hi < early.lo):
+    last = bins[-1]
+    beyond = [start for start in bins[:-1] if start >= e.reach()]
+    if beyond and _rises(swap, zero, beyond[0], last):
+        first, severity, title = beyond[0], "medium", "late tokens suffer more"
+        why = "What is lost is reached over distance: context or position."
+    elif _rises(swap, zero, last, bins[0]):
+        first, severity, title = bins[0], "info", "early tokens suffer more"
+        why = "The first tokens lose most: look at the sink (position 0) and at an empty memory."
+    else:
         return None
-    grows = late.value > early.value
+    early, late = swap[first], swap[last]
     return Finding(
-        "medium" if grows else "info",
-        "late tokens suffer more" if grows else "early tokens suffer more",
-        f"KL {early.value:.3g} at positions {early.position}, {late.value:.3g} at {late.position}. "
-        + (
-            "What is lost is reached over distance: context or position."
-            if grows
-            else "The first tokens lose most: look at the sink (position 0) and at an empty memory."
-        ),
+        severity,
+        title,
+        f"KL {early.value:.3g} at positions {early.position}, {late.value:.3g} at {late.position}; deleting the module "
+        f"costs {zero[first].value:.3g} and {zero[last].value:.3g} there. {why}",
         {
             "kl_early": early.value,
             "kl_late": late.value,
+            "kl_zero_early": zero[first].value,
+            "kl_zero_late": zero[last].value,
             "early": early.position,
             "late": late.position,
         },
     )
+
+
+def _rises(swap: Profile, zero: Profile, low: int, high: int) -> bool:
+    """Whether the KL of the swap is larger at the bin `high` than at `low`: beyond both intervals, in a larger ratio
+    than under `zero`, and by a share of what deleting costs there that is not small."""
+    a, b = swap[low], swap[high]
+    apart = b.lo > a.hi and b.value - a.value > SMALL * zero[high].value
+    return bool(apart and b.lo * zero[low].value > a.hi * zero[high].value)
 
 
 def premise(e: Evidence) -> Finding | None:

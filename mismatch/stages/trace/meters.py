@@ -92,9 +92,7 @@ class Collector:
         """The sums at an address, made when first asked for."""
         if address not in self.meters:
             names = self.names(address.student, address.layer, address.site)
-            self.meters[address] = StudentMeter(
-                names, d, n_docs=self.n_docs, n_pos=self.n_pos, seed=self.seed
-            )
+            self.meters[address] = StudentMeter(names, d, n_docs=self.n_docs, n_pos=self.n_pos)
         return self.meters[address]
 
     def teacher_meter(self, address: Address, d: int) -> TeacherMeter:
@@ -102,7 +100,7 @@ class Collector:
         if address not in self.teachers:
             student = SWAP if address.scope == MAIN else FLOOR
             names = self.names(student, address.layer, address.site)
-            self.teachers[address] = TeacherMeter(names, d, seed=self.seed)
+            self.teachers[address] = TeacherMeter(names, d)
         return self.teachers[address]
 
     def names(self, student: str, layer: int, site: str) -> tuple[str, ...]:

@@ -109,16 +109,43 @@ def test_depth(last, word):
     assert titles(*rows) == [f"the shift {word} behind the swap"]
 
 
-def test_late_tokens_need_intervals_apart():
-    def at(position, value, half):
-        return row("kl", value, value - half, value + half, position=position)
+def profile(swap, zero=(0.3, 0.3, 0.3, 0.3), half=0.001):
+    """Rows at positions 0, 1-15, 64-127 and 512-1023, the first two within a segment of 64."""
+    found = []
+    for position, ours, theirs in zip(("0", "1-15", "64-127", "512-1023"), swap, zero, strict=True):
+        found.append(row("kl", ours, ours - half, ours + half, position=position))
+        found.append(row("kl", theirs, position=position, student="zero"))
+    return found
 
-    apart = [at("0", 0.0, 0.0), at("1-3", 0.01, 0.001), at("64-127", 0.05, 0.005)]
-    assert "late tokens suffer more" in titles(*apart)
-    touching = [at("0", 0.0, 0.0), at("1-3", 0.04, 0.02), at("64-127", 0.05, 0.005)]
-    assert "late tokens suffer more" not in titles(*touching)
-    early = [at("0", 0.0, 0.0), at("1-3", 0.09, 0.001), at("64-127", 0.05, 0.005)]
-    assert "early tokens suffer more" in titles(*early)
+
+SEGMENT = (replaced("infini", args={"segment": 64}),)
+
+
+@pytest.mark.parametrize(
+    "numbers, said",
+    [
+        ({"swap": (0.0, 0.05, 0.05, 0.15)}, "late tokens suffer more"),
+        # The local part holds every token of the first segment: no loss there says nothing.
+        ({"swap": (0.0, 0.0, 0.15, 0.15)}, None),
+        # Deleting the module hurts late tokens as much more.
+        ({"swap": (0.0, 0.05, 0.05, 0.15), "zero": (0.0, 0.1, 0.1, 0.3)}, None),
+        # Apart, and of no weight: a thousandth beside 0.3.
+        ({"swap": (0.0, 0.0, 0.0001, 0.001), "half": 1e-6}, None),
+        ({"swap": (0.0, 0.05, 0.14, 0.15), "half": 0.02}, None),
+        ({"swap": (0.0, 0.15, 0.05, 0.05)}, "early tokens suffer more"),
+        # So does deleting it.
+        ({"swap": (0.0, 0.15, 0.05, 0.05), "zero": (0.3, 0.9, 0.3, 0.3)}, None),
+    ],
+)
+def test_late_tokens_are_judged_beyond_the_reach_and_against_deleting(numbers, said):
+    found = dataclasses.replace(evidence(*profile(**numbers)), clauses=SEGMENT)
+    titles_ = [finding.title for finding in findings_of(found)]
+    assert titles_ == ([said] if said else [])
+
+
+def test_without_deleting_nothing_is_said_of_late_tokens():
+    rows = [r for r in profile((0.0, 0.05, 0.05, 0.15)) if r["student"] == "swap"]
+    assert titles(*rows) == []
 
 
 def test_premise():
