@@ -26,7 +26,6 @@ from mismatch import registry
 from mismatch.runs.plan import Replaced
 from mismatch.stages.base import SEVERITIES, Finding
 
-
 Profile = dict[int, pd.Series]
 """The row of each range of positions, by its first position, in order."""
 

@@ -29,7 +29,7 @@ from mismatch.stages.repair.ladder_stages.stage_result import StageResult
 from mismatch.stages.repair.plan import Gates, RepairPlan, StudentReading
 from mismatch.stages.repair.report.before_after_figure import before_after, before_after_data
 from mismatch.stages.repair.report.curve_figure import branch_line
-from mismatch.stages.repair.report.page import lost, warnings
+from mismatch.stages.repair.report.page import lost, repair_verdict, warnings
 from mismatch.stages.repair.rows import branch_rows, stage_rows, student_rows
 from mismatch.stages.repair.texts import read_texts
 from mismatch.surgery.operate import Student
@@ -333,17 +333,17 @@ def test_a_gain_is_no_loss(metric, lo, hi, is_lost):
 
 
 def test_a_repair_of_text_that_leaves_retrieval_lost_is_warned_of_once_a_probe():
-    def row(metric, stat, left, back, lo, hi):
+    def row(metric, stat, left, back, lo, hi, swap=-8.0):
         return {
-            "metric": metric, "stat": stat, "teacher": -0.1, "swap": -8.0, "repaired": -0.1 + left,
+            "metric": metric, "stat": stat, "unit": "", "teacher": -0.1, "swap": swap, "repaired": -0.1 + left,
             "left": left, "left_lo": lo, "left_hi": hi, "back": back,
         }  # fmt: skip
 
     rows = [
         row("passkey", "logprob", -4.0, 0.5, -5.0, -3.0),
         row("passkey", "logprob[segments=3]", -6.0, 0.2, -7.0, -5.0),
-        row("induction", "nll_second", 0.1, 0.4, -0.1, 0.3),  # may be nothing
-        row("generation", "agreed", -30.0, 0.1, -35.0, -25.0),  # quality, not retrieval
+        row("induction", "nll_second", 0.1, 0.4, -0.1, 0.3, swap=0.3),  # may be nothing
+        row("generation", "agreed", -7.0, 0.1, -7.5, -6.5),  # quality, not retrieval
     ]
     closed = having_closed(0.8, 0.7, 0.9)
     (said,) = warnings(pd.DataFrame(rows), closed)
@@ -352,3 +352,30 @@ def test_a_repair_of_text_that_leaves_retrieval_lost_is_warned_of_once_a_probe()
     )
     assert warnings(pd.DataFrame(rows[2:]), closed) == []
     assert warnings(pd.DataFrame(rows), having_closed(0.2, 0.1, 0.3)) == []
+
+
+@pytest.mark.parametrize(
+    ("metric", "swap", "repaired", "left", "worse"),
+    [
+        ("generation", 42.6, 24.5, (-35.0, -12.0), True),  # KL better, and sooner another text
+        ("generation", 42.6, 24.5, (-45.0, -2.0), False),  # may be as far as the swap was
+        ("generation", 24.5, 42.6, (-9.0, -2.0), False),
+        ("induction", 49.0, 51.0, (2.5, 3.5), True),
+        ("induction", 51.0, 49.0, (0.5, 1.5), False),
+        ("order_sensitivity", 10.0, 90.0, (40.0, 44.0), False),  # has no better direction
+    ],
+)
+def test_a_repair_that_makes_behaviour_worse_says_so_in_its_verdict(
+    metric, swap, repaired, left, worse
+):
+    """The worse the repair made it, the less its share of the KL counts."""
+    found = pd.DataFrame([{
+        "metric": metric, "stat": "it", "unit": "tokens", "teacher": 48.0, "swap": swap,
+        "repaired": repaired, "left": repaired - 48, "left_lo": left[0], "left_hi": left[1],
+        "back": float("nan"),
+    }])  # fmt: skip
+    plan = having_closed(0.2, 0.1, 0.3)
+    plan.students["swap"] = plan.students["repaired"]
+    line = f"the repair made {metric} it worse: 48.0 -> {swap} -> {repaired} tokens"
+    assert (line in repair_verdict(plan, found)) is worse
+    assert [said.startswith(line) for said in warnings(found, plan)] == [True] * worse

@@ -8,6 +8,7 @@ from typing import Any
 
 import pandas as pd
 
+from mismatch import registry
 from mismatch.report import style
 from mismatch.report.figures import ReportFigure
 from mismatch.report.page import Cell, Html, grid, join, reading, tag, whole
@@ -25,8 +26,13 @@ CLOSED = 0.5
 """Share of the gap from which the KL counts as closed; a retrieval of which less came back is warned of."""
 
 
-def repair_verdict(plan: RepairPlan) -> str:
-    """One sentence: share of the gap, and the nats that are left of how many."""
+def repair_verdict(plan: RepairPlan, found: pd.DataFrame) -> str:
+    """Share of the gap, the nats that are left of how many, and what the repair made worse.
+
+    Args:
+        plan: of the repair.
+        found: from `before_after`.
+    """
     swap, repaired = plan.students["swap"], plan.students["repaired"]
     text = (
         f"{percent(repaired.gap_closed)} of the gap is closed: KL to the teacher "
@@ -34,7 +40,9 @@ def repair_verdict(plan: RepairPlan) -> str:
     )
     controls = [n for n in plan.students if n not in ("swap", "repaired")]
     beaten = [n for n in controls if plan.students[n].kl[0] <= repaired.kl[0]]
-    return text + (f" The control {beaten[0]} costs no more." if beaten else "")
+    text += f" The control {beaten[0]} costs no more." if beaten else ""
+    lines = [worse_line(r) for r in worsened(found).itertuples()]
+    return " ".join([text, *(f"But {line}." for line in lines)])
 
 
 def percent(read: Sequence[float]) -> str:
@@ -198,8 +206,37 @@ def probe_lines(
     return lines + [f"warning: {text}" for text in warnings(found, plan)]
 
 
+def worsened(found: pd.DataFrame) -> pd.DataFrame:
+    """The rows of `before_after` in which the repaired model is worse than the swap was: what it lacks of the teacher
+    is more than the swap lacked, beyond its interval. Of each probe the reading that fell most."""
+    cards = registry.probes()
+    sign = found["metric"].map(
+        lambda name: {"higher": -1, "lower": 1}.get(cards.card(name).facts["better"], 0)
+    )
+    fell = sign * (found["repaired"] - found["swap"])
+    bound = found["left_lo"].where(
+        sign > 0, -found["left_hi"]
+    )  # of what is still lacking, in the worse direction
+    worse = found[(fell > 0) & (bound > sign * (found["swap"] - found["teacher"]))]
+    return worse.loc[fell[worse.index].groupby(worse["metric"], sort=False).idxmax()]
+
+
+def worse_line(row: Any) -> str:
+    """`the repair made generation agreed worse: 48 -> 42.6 -> 24.5 tokens (teacher, swap, repaired)`."""
+    numbers = " -> ".join(style.number(x) for x in (row.teacher, row.swap, row.repaired))
+    return f"the repair made {row.metric} {row.stat} worse: {numbers} {row.unit} (teacher, swap, repaired)"
+
+
 def warnings(found: pd.DataFrame, plan: RepairPlan) -> list[str]:
-    """Where the KL says repaired and retrieval does not: of each probe the reading that is furthest off."""
+    """What the repair made worse; and where the KL says repaired and retrieval does not: of each probe the reading that
+    is furthest off."""
+    worse = worsened(found)
+    return [worse_line(r) for r in worse.itertuples()] + _missing(
+        found[~found["metric"].isin(worse["metric"])], plan
+    )
+
+
+def _missing(found: pd.DataFrame, plan: RepairPlan) -> list[str]:
     closed = plan.students["repaired"].gap_closed[0]
     if not closed >= CLOSED or found.empty:
         return []
@@ -276,9 +313,10 @@ def sections(run: Run) -> list[Section]:
     """The verdict and the stages first, then where, through which branches, and what KL does not show."""
     plan: RepairPlan = run.plan
     curve, shift, gates = FIGURES
-    warned = warnings(before_after(run.table, run.dictionary), plan)
+    found = before_after(run.table, run.dictionary)
+    warned = warnings(found, plan)
     return [
-        verdict(repair_verdict(plan)),
+        verdict(repair_verdict(plan, found)),
         Section("", (*(tag("p", text, class_="warning") for text in warned), stages(plan), curve)),
         Section("Beside the controls", (students(plan),)),
         Section("Before and after", (shift, gates)),
