@@ -43,7 +43,7 @@ class Sums:
         self.cells, self.tasks, self.seed = tuple(cells), tuple(tasks), seed
         self.meters = {
             (cell.key, task.name): StudentMeter(
-                METRICS, n_docs=task.n_docs, n_pos=task.ids.shape[1], seed=seed
+                METRICS, n_docs=task.n_docs, n_pos=task.ids.shape[1]
             )
             for cell in self.cells
             for task in self.tasks
