@@ -1,21 +1,22 @@
 """Swap modules of a model for mechanisms, record what was replaced, and undo it.
 
-The student is a second module tree over the SAME tensors: a deep copy whose parameters and buffers are shared. The
-teacher is never changed, both run side by side, and no weight exists twice. Surgery replaces modules and never adds a
+The student is a second module tree whose tensors are copies on write of the teacher's (`mismatch.models.private`): both
+run side by side, a weight that neither writes to exists once, and whatever is done to one leaves the other as it is.
+A mechanism is built from such a copy of the module it replaces, so the module that `undo` puts back is untouched too.
+Surgery replaces modules and never adds a
 hook that changes a value (nnsight reads values before hooks). The one hook it adds passes the 2-D padding mask to the
 mechanisms, because transformers passes none to the layers of an unpadded batch.
 """
 
 from __future__ import annotations
 
-import copy
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -25,6 +26,7 @@ from mismatch.mechanisms.base import Calibrator, Context, Host, Mechanism, Wrapp
 from mismatch.mechanisms.parts.user_module import configured
 from mismatch.models import quantised
 from mismatch.models.layout import Layout, family_of
+from mismatch.models.private import configs_of, private_copy
 from mismatch.models.swap_record import Base, Swap
 from mismatch.runs.plan import Replaced, SwapPlan
 from mismatch.spec import Call, Clause, Placement, Spec, parse, resolve
@@ -33,7 +35,6 @@ from mismatch.surgery import saving
 if TYPE_CHECKING:
     from mismatch.models.layout import CausalLM
 
-Tree = TypeVar("Tree", bound=nn.Module)
 SEED_STEP = 1000
 """Between the seeds of two placements of one swap."""
 
@@ -42,9 +43,11 @@ Calibrations = Mapping[tuple[int | None, str, Call], Calibrator]
 
 @dataclass
 class Student:
-    """A model with replaced modules. `model` is an ordinary transformers model over the teacher's tensors."""
+    """A model with replaced modules. `model` is an ordinary transformers model that shares memory with the teacher."""
 
     model: CausalLM
+    teacher: CausalLM = field(repr=False)
+    """The model that it was made from."""
     layout: Layout
     plan: SwapPlan
     tokenizer: Any = None
@@ -53,18 +56,15 @@ class Student:
     """What the running forward passes to the mechanisms."""
     _undo: list[tuple[nn.Module, str, nn.Module]] = field(default_factory=list, repr=False)
 
-    def undo(self, down_to: int = 0) -> None:
-        """Put every replaced module back, newest first: the logits are then bit-equal to the teacher's.
+    def undo(self) -> None:
+        """Make `model` a copy of the teacher again, whatever was done to it: swapped, trained, moved, resized, merged.
 
-        Args:
-            down_to: number of replacements that stay, oldest first.
+        The logits are then bit-equal to the teacher's. `model` stays the same object; its modules and tensors are new
+        ones, so an optimizer over the old ones trains nothing any more.
         """
-        while len(self._undo) > down_to:
-            parent, name, original = self._undo.pop()
-            setattr(parent, name, original)
-        if self.plan.spec and isinstance(self.model, saving.Swapped):
-            saving.unmark(self.model)  # its record would name a swap that is gone
-        self.plan = SwapPlan(spec="", clauses=self.plan.clauses[:down_to])
+        _become(self.model, self.teacher, self.host)
+        self._undo.clear()
+        self.plan = SwapPlan(spec="", clauses=())
 
     def save(
         self, path: str | Path, *, extra: Mapping[str, Any] | None = None, overwrite: bool = False
@@ -95,14 +95,6 @@ class Student:
         )
 
 
-def graft(model: Tree) -> Tree:
-    """A second module tree over the same parameters and buffers."""
-    quantised.settle(model)
-    tensors = chain(model.parameters(), model.buffers(), quantised.carried(model))
-    shared: dict[int, Any] = {id(tensor): tensor for tensor in tensors}
-    return copy.deepcopy(model, shared)
-
-
 def operate(
     layout: Layout,
     placements: Sequence[Placement],
@@ -115,7 +107,7 @@ def operate(
     base: Base | None = None,
     restoring: bool = False,
 ) -> Student:
-    """Build the student: graft the teacher's tree and replace the modules of `placements`, in their order.
+    """Build the student: copy the teacher's tree and replace the modules of `placements`, in their order.
 
     Args:
         layout: of the teacher, which is not changed.
@@ -142,11 +134,18 @@ def operate(
 
 def blank(layout: Layout, *, name: str = "swap", tokenizer: Any = None) -> Student:
     """A student in which nothing is replaced yet."""
-    model = graft(layout.model)
+    model = private_copy(layout.model)
     own = Layout(model, layout.family, layout.whole_blocks)
-    student = Student(model, own, SwapPlan(spec="", clauses=()), tokenizer, name)
-    student.layout.decoder.register_forward_pre_hook(_carry_mask(student.host), with_kwargs=True)
+    student = Student(model, layout.model, own, SwapPlan(spec="", clauses=()), tokenizer, name)
+    _pass_mask(model, student.host)
     return student
+
+
+def _become(model: CausalLM, teacher: CausalLM, host: Host) -> None:
+    """Turn a model into a fresh copy of the teacher, in place."""
+    fresh = private_copy(teacher)
+    model.__class__, model.__dict__ = type(fresh), fresh.__dict__
+    _pass_mask(model, host)
 
 
 @contextmanager
@@ -167,7 +166,9 @@ def holding(
         student.plan = SwapPlan(spec="", clauses=(*plan.clauses, *added))
         yield added
     finally:
-        student.undo(before)
+        while len(student._undo) > before:
+            holder, name, original = student._undo.pop()
+            setattr(holder, name, original)
         student.plan = plan
 
 
@@ -186,6 +187,7 @@ def replace(
         path = layout.slot_path(placement.layer, placement.slot)
         holder, attribute = _held(model, path, placement)
         original = getattr(holder, attribute)
+        inherited = private_copy(original, keep=configs_of(original))
 
         def build(
             call: Call, module: nn.Module, where: Placement = placement, at: int = index
@@ -205,12 +207,12 @@ def replace(
             )
             return construct(call, module, context)
 
-        new = build(placement.call, original)
-        _lay_out(new, original)
+        new = build(placement.call, inherited)
+        _lay_out(new, inherited)
         new.train(original.training)
         setattr(holder, attribute, new)
         student._undo.append((holder, attribute, original))
-        replaced.append(_audit(placement, path, original, new))
+        replaced.append(_audit(placement, path, inherited, new))
     return tuple(replaced)
 
 
@@ -309,12 +311,14 @@ def calibrators(placements: Sequence[Placement]) -> dict[tuple[int | None, str, 
     return wanted
 
 
-def _carry_mask(host: Host) -> Callable[[nn.Module, tuple, dict], None]:
+def _pass_mask(model: CausalLM, host: Host) -> None:
+    """Tell the host of every forward's padding mask."""
+
     def carry(_module: nn.Module, _args: tuple, kwargs: dict) -> None:
         mask = kwargs.get("attention_mask")
         host.mask = mask if isinstance(mask, torch.Tensor) and mask.ndim == 2 else None
 
-    return carry
+    model.base_model.register_forward_pre_hook(carry, with_kwargs=True)
 
 
 def _lay_out(new: nn.Module, original: nn.Module) -> None:

@@ -30,6 +30,7 @@ from mismatch import spec
 from mismatch.errors import OutputError, RunError, SurgeryError, UsageError
 from mismatch.models import swap_record as record
 from mismatch.models.folder import CONFIG, INDEX, SINGLE
+from mismatch.models.private import for_reading
 from mismatch.models.swap_record import Record, Swap
 from mismatch.runs.files import guarded, json_text, whole_folder, write_atomic
 
@@ -113,15 +114,6 @@ def mark(model: CausalLM, swap: Swap, base: record.Base | None = None) -> None:
     model.__class__ = _swapped(own)
     assert isinstance(model, Swapped)
     model.swap_record = Record(base=base).then(swap)
-
-
-def unmark(model: Swapped) -> None:
-    """Remove the last swap from the record: it was undone."""
-    if model.swap_record.swaps[1:]:
-        model.swap_record = replace(model.swap_record, swaps=model.swap_record.swaps[:-1])
-        return
-    del model.swap_record
-    model.__class__ = type(model).__mro__[2]
 
 
 @functools.cache
@@ -268,9 +260,9 @@ def _tensors(state: Mapping[str, Tensor], shared: Mapping[str, str]) -> dict[str
                 f"`{name}` lies on no device (it was offloaded, or never loaded), so it cannot be saved",
                 hint="load the model without offloading",
             )
-        tensor = value.detach().contiguous()
-        storage = tensor.untyped_storage().data_ptr()
-        found[name] = tensor.clone() if storage in storages else tensor
+        storage = value.untyped_storage()._cdata
+        tensor = value.detach().clone() if storage in storages else for_reading(value.detach())
+        found[name] = tensor.contiguous()
         storages.add(storage)
     return found
 

@@ -1,8 +1,8 @@
 """The linear layers inside a module, and a second module tree in which some of them are replaced.
 
 Adapters and low-rank factors go around or in place of single matrices of an attention, an MLP or a block. The module
-that is replaced must not change (the teacher runs it, `undo` puts it back, and `parallel` runs it beside the new one),
-so they are put into a graft: a second tree of modules over the same tensors.
+that is replaced must not change (`parallel` runs it beside the new one), so they are put into a graft: a second tree of
+modules over the same tensors.
 
 | class | weight | families |
 |---|---|---|
@@ -17,16 +17,15 @@ import copy
 import zlib
 from collections.abc import Sequence
 from itertools import chain
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from mismatch.errors import SurgeryError
 from mismatch.mechanisms.base import Context, tensor_kind
 from mismatch.models import quantised
+from mismatch.models.private import configs_of
 
 LinearLayer = nn.Linear | Conv1D
 
@@ -38,11 +37,7 @@ def grafted(tree: nn.Module) -> nn.Module:
     """A second tree of modules over the same parameters, buffers and model config."""
     quantised.settle(tree)
     tensors = chain(tree.parameters(), tree.buffers(), quantised.carried(tree))
-    shared: dict[int, Any] = {id(tensor): tensor for tensor in tensors}
-    for module in tree.modules():
-        # transformers reads the kind of attention off the config of the model at every call.
-        shared |= {id(v): v for v in vars(module).values() if isinstance(v, PretrainedConfig)}
-    return copy.deepcopy(tree, shared)
+    return copy.deepcopy(tree, {id(one): one for one in chain(tensors, configs_of(tree))})
 
 
 def linear_layers(tree: nn.Module) -> dict[str, LinearLayer]:

@@ -1,4 +1,4 @@
-"""The student that learns: a swap once more, with its own tensors where something trains, and LoRA behind it.
+"""The student that learns: a swap once more, and LoRA behind it.
 
 Built beside the swap and over the same teacher, so that the swap stays as it came.
 """
@@ -12,7 +12,7 @@ from torch import nn
 
 from mismatch import spec
 from mismatch.stages.repair.config import RepairConfig
-from mismatch.stages.repair.ladder_stages.module_pair import ModulePair, own, pairs_of
+from mismatch.stages.repair.ladder_stages.module_pair import ModulePair, pairs_of
 from mismatch.surgery.operate import Student
 from mismatch.surgery.students import Teacher, calibrated_swap
 from mismatch.texts.windows import Windows
@@ -24,7 +24,7 @@ class Trainable:
 
     Attributes:
         student: the model.
-        parts: the swapped modules in depth order; they own their tensors.
+        parts: the swapped modules in depth order.
         companions: by layer and name, the matrices of each swapped block outside of its parts.
         neighbours: what LoRA added in the blocks behind, by name.
     """
@@ -65,23 +65,21 @@ def trainable(
     )
     parts = tuple(part for part in pairs_of(teacher.layout, student) if part.path in swapped)
     for part in parts:
-        own(part.student, teacher.model)
         # A student that was handed over may have been trained: the repair starts from its own tensors.
         part.student.load_state_dict(swap.model.get_submodule(part.path).state_dict())
-    companions = _companions(student, parts, teacher.model) if config.around else {}
+    companions = _companions(student, parts) if config.around else {}
     return Trainable(student, parts, companions, _neighbours(student, swapped))
 
 
 def _companions(
-    student: Student, parts: Sequence[ModulePair], teacher: nn.Module
+    student: Student, parts: Sequence[ModulePair]
 ) -> dict[int, dict[str, nn.Parameter]]:
-    """The matrices of each swapped block outside of its parts, as its own copies, by layer and name."""
+    """The matrices of each swapped block outside of its parts, by layer and name."""
     found: dict[int, dict[str, nn.Parameter]] = {}
     inside = tuple(f"{part.path}." for part in parts)
     for layer in dict.fromkeys(part.layer for part in parts):
         path = student.layout.slot_path(layer, "block")
         block = student.model.get_submodule(path)
-        own(block, teacher)
         found[layer] = {
             name: parameter
             for inner, parameter in block.named_parameters()

@@ -18,7 +18,7 @@ from mismatch.cli import main
 from mismatch.errors import MismatchError, SurgeryError, UsageError
 from mismatch.stages import runner
 from mismatch.stages.repair.ladder import Ladder
-from mismatch.stages.repair.ladder_stages.module_pair import own, pairs_of
+from mismatch.stages.repair.ladder_stages.module_pair import pairs_of
 from mismatch.surgery import loading
 from mismatch.surgery.operate import Student
 from mismatch.surgery.students import Teacher
@@ -66,7 +66,6 @@ def kl(teacher: Teacher, student: Student, ids: torch.Tensor) -> float:
 def train_a_little(teacher: Teacher, student: Student, ids: torch.Tensor) -> None:
     """A few steps towards the teacher's predictions, on tensors that are the student's own."""
     (part,) = pairs_of(teacher.layout, student)
-    own(part.student, teacher.model)
     mine = list(part.student.parameters())
     for parameter in mine:
         parameter.requires_grad_(True)

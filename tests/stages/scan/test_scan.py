@@ -13,6 +13,7 @@ from mismatch import registry, spec
 from mismatch.errors import LayoutError, NumericsError, RunError, SurgeryError
 from mismatch.mechanisms.base import Mechanism
 from mismatch.models.layout import Layout
+from mismatch.models.private import same_memory
 from mismatch.models.skeleton import skeleton_of
 from mismatch.runs.table import as_table
 from mismatch.stages.scan import sweep as sweeping
@@ -177,8 +178,9 @@ def test_the_tree_is_the_teachers_again_and_holds_no_copy(llama, tiny):
     _, _, sweep = llama
     prove_restored(sweep)
     assert sweep.base.plan.clauses == ()
-    ours = {name: id(p) for name, p in sweep.teacher.model.named_parameters()}
-    assert {name: id(p) for name, p in sweep.base.model.named_parameters()} == ours
+    ours, held = (dict(m.named_parameters()) for m in (sweep.teacher.model, sweep.base.model))
+    assert ours.keys() == held.keys()
+    assert all(same_memory(ours[name], held[name]) for name in ours)
 
 
 def test_one_part_more_than_a_base_is_the_joint_swap(tiny):
@@ -315,16 +317,24 @@ def test_a_teacher_that_is_not_finite_is_an_error(tiny):
         scanned(model, "zero", ())
 
 
-def test_a_mechanism_that_changes_the_model_around_it_is_found(tiny, broken):
+def test_a_mechanism_that_changes_what_it_replaces_leaves_the_tree_as_it_was(tiny, broken):
     class Meddles(Broken):
         def __init__(self, original, config, context):
             super().__init__(original, config, context)
             original.scaling = 2 * original.scaling
+            original.q_proj.weight.data.mul_(2)
 
     registry.mechanisms().add("broken", Meddles)
     _, _, sweep = scanned(tiny("llama"), "broken", (), layers=(1,))
+    prove_restored(sweep)
+
+
+def test_a_tree_that_was_left_changed_is_found(llama):
+    _, _, sweep = llama
+    handle = sweep.base.layout.blocks[0].mlp.register_forward_hook(lambda m, a, out: out * 1.5)
     with pytest.raises(LayoutError, match="a mechanism of this scan left the model changed"):
         prove_restored(sweep)
+    handle.remove()
 
 
 def test_the_prefix_is_proved_to_be_shared(tiny):

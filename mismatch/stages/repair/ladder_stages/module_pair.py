@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any
 
 import torch
@@ -77,21 +76,6 @@ def pairs_of(teacher: Layout, student: Student) -> tuple[ModulePair, ...]:
         found[clause.path] = ModulePair(clause.layer, clause.slot, clause.path, theirs, module)
     order = {slot: i for i, slot in enumerate(teacher.family.slot_names())}
     return tuple(sorted(found.values(), key=lambda p: (p.layer, order.get(p.slot, len(order)))))
-
-
-def own(module: nn.Module, teacher: nn.Module) -> None:
-    """Give a module tree its own copies of the tensors that it shares with the teacher, so that they may be trained.
-
-    Tensors that the tree shares with itself (two paths over one projection) stay shared.
-    """
-    theirs = {id(t) for t in chain(teacher.parameters(), teacher.buffers())}
-    copies: dict[int, nn.Parameter] = {}
-    for child in module.modules():
-        for name, parameter in child._parameters.items():
-            if parameter is not None and id(parameter) in theirs:
-                if id(parameter) not in copies:
-                    copies[id(parameter)] = nn.Parameter(parameter.detach().clone())
-                child._parameters[name] = copies[id(parameter)]
 
 
 @torch.no_grad()
