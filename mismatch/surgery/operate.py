@@ -46,14 +46,14 @@ class Student:
     """A model with replaced modules. `model` is an ordinary transformers model that shares memory with the teacher."""
 
     model: CausalLM
-    teacher: CausalLM = field(repr=False)
-    """The model that it was made from."""
     layout: Layout
     plan: SwapPlan
     tokenizer: Any = None
     name: str = "swap"
     host: Host = field(default_factory=Host, repr=False)
     """What the running forward passes to the mechanisms."""
+    teacher: CausalLM | None = field(default=None, repr=False)
+    """The model that it was made from; None: it came as it is."""
     _undo: list[tuple[nn.Module, str, nn.Module]] = field(default_factory=list, repr=False)
 
     def undo(self) -> None:
@@ -61,7 +61,15 @@ class Student:
 
         The logits are then bit-equal to the teacher's. `model` stays the same object; its modules and tensors are new
         ones, so an optimizer over the old ones trains nothing any more.
+
+        Raises:
+            SurgeryError: it was not made from a model in this process.
         """
+        if self.teacher is None:
+            raise SurgeryError(
+                "this student came as it is, so there is nothing to go back to",
+                hint="undo() is for a student that mismatch.swap made",
+            )
         _become(self.model, self.teacher, self.host)
         self._undo.clear()
         self.plan = SwapPlan(spec="", clauses=())
@@ -136,7 +144,8 @@ def blank(layout: Layout, *, name: str = "swap", tokenizer: Any = None) -> Stude
     """A student in which nothing is replaced yet."""
     model = private_copy(layout.model)
     own = Layout(model, layout.family, layout.whole_blocks)
-    student = Student(model, layout.model, own, SwapPlan(spec="", clauses=()), tokenizer, name)
+    student = Student(model, own, SwapPlan(spec="", clauses=()), tokenizer, name)
+    student.teacher = layout.model
     _pass_mask(model, student.host)
     return student
 
