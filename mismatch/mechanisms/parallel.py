@@ -11,12 +11,13 @@ original, and what `inner` inherits. New: alpha, and what is new in `inner`. Dro
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
+from transformers.cache_utils import CacheLayerMixin
 
 from mismatch.errors import SurgeryError
 from mismatch.mechanisms.base import Context, Wrapper, tensor_kind
@@ -71,12 +72,14 @@ class Parallel(Wrapper):
         return with_first(output, first_of(output) + self.alpha * first_of(inner))
 
 
+@torch.compiler.disable  # what a path keeps between two calls does not fit into one graph
 def _with_state(
     path: nn.Module, cache: Any, layer: int, pair: PairLayer, side: str, args: tuple, kwargs: dict
 ) -> Any:
     """Run one path on a view of the cache in which this layer's entry is its own side of the
     pair."""
-    view = Cache(layers=[*cache.layers])
+    view = copy.copy(cache)
+    view.layers = [*cache.layers]
     view.layers[layer] = getattr(pair, side)
     given, named = with_cache(args, kwargs, view)
     output = path(*given, **named)
@@ -102,6 +105,12 @@ class PairLayer(CacheLayerMixin):
     @property
     def is_sliding(self) -> bool:
         return getattr(self.outer, "is_sliding", False)
+
+    @property
+    def is_compileable(self) -> bool:  # type: ignore[override]
+        # transformers leaves out the mask of a single query unless every entry is. The keys of a static
+        # entry that are not written yet would then be read, in this layer and in all others.
+        return self.outer.is_compileable
 
     @property
     def is_croppable(self) -> bool:  # type: ignore[override]  # `outer` may be exchanged
@@ -141,6 +150,11 @@ class PairLayer(CacheLayerMixin):
     def crop(self, tokens_to_remove: int) -> None:
         self._both("crop", tokens_to_remove)
 
+    def activate_past_recording(self) -> None:
+        for path in (self.outer, self.inner):
+            if hasattr(path, "activate_past_recording"):
+                path.activate_past_recording()
+
     def offload(self) -> None:
         self._both("offload")
 
@@ -165,9 +179,6 @@ def _pair(cache: Any, layer: int) -> PairLayer:
             "`parallel`",
             hint="a cache belongs to one model: start the student with an empty one",
         )
-    # The inner path starts from an entry of the same kind, which is what an attention expects.
-    second = (
-        type(found)(sliding_window=found.sliding_window) if found.is_sliding else DynamicLayer()
-    )
-    cache.layers[layer] = PairLayer(found, second)
+    # The inner path starts from an entry of the same kind and size, which is what masks are made for.
+    cache.layers[layer] = PairLayer(found, copy.deepcopy(found))
     return cache.layers[layer]

@@ -195,9 +195,11 @@ def on_any_device(mixer: type[nn.Module], **instead: Callable[..., Any]) -> type
         for name in forward.__code__.co_names
         if hasattr(known.get(name), "__wrapped__")
     }
+    # Without a `__name__`, torch.compile reads these globals; with one, those of the module of that name.
+    scope = {name: value for name, value in known.items() if name != "__name__"}
     own = types.FunctionType(
         forward.__code__,
-        {**known, **kernels},
+        {**scope, **kernels},
         "forward",
         forward.__defaults__,
         forward.__closure__,

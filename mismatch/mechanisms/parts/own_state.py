@@ -1,8 +1,9 @@
 """The cache entry of a mechanism that keeps its own state: a recurrent matrix, a memory, an open segment.
 
 What `generate()` does to a cache (reorder beams, repeat, select, reset) is done here to every row
-of the state. It reports the true number of tokens, because transformers takes positions and mask
-sizes from layer 0's entry. A mechanism writes `rows` and calls `advance`; nothing goes through
+of the state. It reports the true number of tokens and the sizes that the entry in its place would
+report, because transformers takes positions from layer 0's entry and makes the masks of all layers
+of a kind for the first of them. A mechanism writes `rows` and calls `advance`; nothing goes through
 transformers' `update`.
 """
 
@@ -16,20 +17,27 @@ from transformers.cache_utils import CacheLayerMixin, DynamicLayer, StaticLayer
 
 from mismatch.errors import SurgeryError
 
+LENGTH_OF = {False: "cumulative_length", True: "cumulative_length_int"}
+"""Where a dynamic and a static sliding entry count the tokens that they have seen."""
+
 
 class OwnState(CacheLayerMixin):
     """Cache entry of one layer.
 
     Attributes:
+        replaced: the entry, still empty, that the model's cache had in its place.
         length: tokens seen, pads included (the host's count of positions).
         seen: int64 `batch` on the CPU, real tokens seen of each row; None before the first call.
         rows: the mechanism's own tensors by name, batch first.
     """
 
-    is_sliding = False
-
-    def __init__(self) -> None:
+    def __init__(self, replaced: DynamicLayer | StaticLayer | None = None) -> None:
         super().__init__()
+        self.replaced: Any = DynamicLayer() if replaced is None else replaced
+        # Without a mask for a single query the other layers of a static cache would read keys that are not
+        # written yet; transformers makes one only if every entry is of this kind.
+        self.is_compileable: bool = self.replaced.is_compileable
+        self.is_sliding: bool = self.replaced.is_sliding
         self.reset()
 
     def reset(self) -> None:
@@ -38,22 +46,28 @@ class OwnState(CacheLayerMixin):
         self.rows: dict[str, Tensor] = {}
         self.is_initialized = False
 
+    @torch.compiler.disable  # outside of any graph, whose next run would overwrite the rows
     def advance(self, new: Tensor, length: int, rows: dict[str, Tensor]) -> None:
         """Count `new` real tokens per row and `length` positions, and keep the rows for the next
         call."""
         self.seen = new if self.seen is None else self.seen + new
         self.length += length
-        self.rows = rows
+        self.rows = {n: x.clone() for n, x in rows.items()} if self.is_compileable else rows
         self.is_initialized = True
 
     def get_seq_length(self) -> int:
         return self.length
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.length + query_length, 0
+        entry = self.replaced
+        if entry.is_sliding:
+            setattr(entry, LENGTH_OF[isinstance(entry, StaticLayer)], self.length)
+        elif not isinstance(entry, StaticLayer):
+            return self.length + query_length, 0
+        return entry.get_mask_sizes(query_length)
 
     def get_max_length(self) -> int:
-        return -1
+        return self.replaced.get_max_length()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self.batch_select_indices(beam_idx)
@@ -68,12 +82,26 @@ class OwnState(CacheLayerMixin):
             self.seen = self.seen.repeat_interleave(repeats)
             self.rows = {name: x.repeat_interleave(repeats, dim=0) for name, x in self.rows.items()}
 
+    @property
+    def is_croppable(self) -> bool:  # type: ignore[override]
+        return not self.rows
+
     def crop(self, tokens_to_remove: int) -> None:
-        if tokens_to_remove != 0:
+        """Take back the last tokens of a count.
+
+        Raises:
+            SurgeryError: there is a state, even if nothing is to be taken back this time: whoever guesses tokens
+                ahead calls this after each guess, and will be wrong at some point.
+        """
+        if self.rows:
             raise SurgeryError(
-                "this cache cannot be cropped: a token cannot be removed from a state",
-                hint="generate without assisted decoding, prompt lookup or contrastive search",
+                "a layer of this model keeps a state, and no token can be taken back out of a state: "
+                "assisted decoding and prompt lookup guess tokens that they take back",
+                hint="generate without assistant_model and prompt_lookup_num_tokens",
             )
+        if self.seen is not None:  # `tokens_to_remove` is negative
+            self.length += tokens_to_remove
+            self.seen = self.seen + tokens_to_remove
 
     def offload(self) -> None:
         """Nothing: the state is small and stays on the device."""
@@ -92,25 +120,20 @@ def entry(cache: Any, layer_idx: int) -> OwnState:
     """The state of layer `layer_idx` in a transformers cache, put there on the first call.
 
     Raises:
-        SurgeryError: a static cache, or an entry that another attention has already written.
+        SurgeryError: an entry that another attention has already written.
     """
     while len(cache.layers) <= layer_idx and cache.layer_class_to_replicate is not None:
         cache.layers.append(cache.layer_class_to_replicate())
     layer = cache.layers[layer_idx]
     if isinstance(layer, OwnState):
         return layer
-    if isinstance(layer, StaticLayer):
-        raise SurgeryError(
-            f"layer {layer_idx} keeps its own state and does not fit into a static cache",
-            hint="generate with the default dynamic cache (no cache_implementation='static')",
-        )
-    if not isinstance(layer, DynamicLayer) or layer.get_seq_length() > 0:
+    if not isinstance(layer, (DynamicLayer, StaticLayer)) or layer.get_seq_length() > 0:
         raise SurgeryError(
             f"layer {layer_idx} of this cache ({type(layer).__name__}, {layer.get_seq_length()} "
             "tokens) was written by another attention",
             hint="a cache belongs to one model: start the student with an empty one",
         )
-    cache.layers[layer_idx] = OwnState()
+    cache.layers[layer_idx] = OwnState(layer)
     return cache.layers[layer_idx]
 
 
