@@ -53,7 +53,7 @@ NUMBERS = (2, 4, 8, 16, N_LAYERS)
 FEW = 8
 SHIFTS = (0.25, 0.75)
 """Where a set begins, in its own spacing."""
-SIZES = {"tokens": 1536, "seq_len": 192, "batch_size": 8}
+SIZES = {"tokens": 1536, "seq_len": 192, "batch_size": 8, "calibration_tokens": 2048}
 REPAIRED = (5, 13, 20, 28)
 """A set of four of the above."""
 REPAIR: dict[str, Any] = {

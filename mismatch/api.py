@@ -17,7 +17,7 @@ from mismatch.models.generate import Generated
 from mismatch.stages.functions import opened_for
 from mismatch.stages.opening import load
 from mismatch.stages.runner import stage_of
-from mismatch.stages.swapped import calibrates
+from mismatch.stages.swapped import calibration_tokens as tokens_for
 from mismatch.stages.trace.check import Check, checked
 from mismatch.surgery import saving
 from mismatch.surgery.operate import Student
@@ -82,7 +82,7 @@ def swap(
     swap: str | Sequence[str],
     *,
     calibration_data: Any = "sotu",
-    calibration_tokens: int = 2048,
+    calibration_tokens: int | None = None,
     seq_len: int = 1024,
     batch_size: int = 4,
     seed: int = 0,
@@ -93,7 +93,7 @@ def swap(
         teacher: from `load`, or what `load` takes.
         swap: one clause or several, such as "layer12:infini(segment=64)".
         calibration_data: text for mechanisms that set themselves from the model's activations; read only for those.
-        calibration_tokens, seq_len, batch_size: how much of it, and how it is cut.
+        calibration_tokens, seq_len, batch_size: how much of it (None: enough for what is fitted), and how it is cut.
         seed: of every new tensor.
 
     Returns:
@@ -104,11 +104,11 @@ def swap(
         SurgeryError: a mechanism cannot be built here.
     """
     loaded, parsed = load(teacher), spec.parse(swap)
-    cut = None
-    if calibrates(spec.check(parsed).clauses):
-        length = min(seq_len, calibration_tokens)
+    cut, calls = None, [clause.call for clause in spec.check(parsed).clauses]
+    if wanted := tokens_for(calls, d_model=loaded.layout.d_model):
+        tokens = calibration_tokens or wanted
         text = read(calibration_data)
-        cut = windows(text, loaded.tokenizer, length, calibration_tokens, seed)
+        cut = windows(text, loaded.tokenizer, min(seq_len, tokens), tokens, seed)
     return calibrated_swap(loaded, parsed, cut, batch_size=batch_size, seed=seed)
 
 

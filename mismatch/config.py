@@ -74,8 +74,9 @@ class RunConfig:
 
     data: str = "wiki"
     """Evaluation text, behind every reported number: a fetched name, a .txt or .jsonl file, or a folder."""
-    calibration_tokens: Annotated[int, ">= 1"] = 2048
-    """Tokens that mechanisms and controls set themselves from, where they do."""
+    calibration_tokens: Annotated[int, ">= 1"] | None = None
+    """Tokens that mechanisms and controls set themselves from, where they do; default: enough for the largest fit among
+    them, 2048 for a mean, 32 a channel for the control `linear`."""
     seq_len: Annotated[int, ">= 2"] = 1024
     """Tokens per window. A window never mixes documents."""
     batch_size: Annotated[int, ">= 1"] = 4

@@ -25,6 +25,9 @@ from torch import Tensor, nn
 from mismatch.errors import SurgeryError
 from mismatch.models.quantised import bits
 
+CALIBRATION_TOKENS = 2048
+"""Enough for a mean or a scale of each channel."""
+
 
 class Host:
     """What a mechanism needs to know of the running forward and is not passed: the padding.
@@ -142,6 +145,11 @@ class Mechanism(nn.Module):
     def calibrator(cls, config: Any) -> Calibrator | None:
         """What must be measured on the original before the mechanism is built; None = nothing."""
         return None
+
+    @classmethod
+    def calibration_tokens(cls, config: Any, d_model: int) -> int:
+        """Tokens that are enough for its calibrator, where the user names no number."""
+        return CALIBRATION_TOKENS
 
     def notes(self) -> tuple[str, ...]:
         """Sentences for the plan about this mechanism in this slot; empty when there is nothing to note."""

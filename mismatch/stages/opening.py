@@ -302,16 +302,19 @@ class Opened(Generic[C]):
         self.texts[role] = Text(documents, made)
         return made
 
-    def calibration(self, documents: Documents | None = None) -> Windows:
+    def calibration(self, wanted: int, documents: Documents | None = None) -> Windows | None:
         """Windows that mechanisms set themselves from.
 
         Args:
+            wanted: tokens, where the settings name no number; 0: nothing calibrates.
             documents: of the role; None reads them.
 
         Raises:
             DataError: as `documents` and `cut`.
         """
-        tokens = self.config.calibration_tokens
+        if wanted == 0:
+            return None
+        tokens = self.config.calibration_tokens or wanted
         length = min(self.config.seq_len, tokens)
         text = self.documents("calibration") if documents is None else documents
         return self.cut("calibration", text, tokens, seq_len=length)

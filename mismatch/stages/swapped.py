@@ -33,12 +33,16 @@ def warned(plan: SwapPlan, seq_len: int, controls: Sequence[str] = ()) -> SwapPl
     return dataclasses.replace(plan, warnings=(*plan.warnings, *found))
 
 
-def calibrates(clauses: Iterable[spec.Clause], controls: Iterable[str] = ()) -> bool:
-    """Whether anything in a swap, or a control, sets itself from calibration text."""
-    calls = [call for clause in clauses for call in clause.call.nested()]
-    calls += [spec.Call(control) for control in controls]
-    found = (configured(call) for call in calls)
-    return any(cls.calibrator(config) is not None for cls, config in found)
+def calibration_tokens(
+    calls: Iterable[spec.Call], controls: Iterable[str] = (), *, d_model: int
+) -> int:
+    """Tokens that the largest fit among mechanisms and controls needs; 0: none sets itself from calibration text."""
+    every = [inner for call in calls for inner in call.nested()]
+    found = [configured(call) for call in (*every, *map(spec.Call, controls))]
+    needs = [
+        cls.calibration_tokens(config, d_model) for cls, config in found if cls.calibrator(config)
+    ]
+    return max(needs, default=0)
 
 
 def swap_texts(opened: Opened[Any]) -> tuple[Windows | None, Documents]:
@@ -47,14 +51,16 @@ def swap_texts(opened: Opened[Any]) -> tuple[Windows | None, Documents]:
     Raises:
         DataError: text that is missing, unreadable, empty, too short, or in both.
     """
-    wanted = swap_calibrates(opened)
-    calibration, held_out = opened.apart(calibrates=wanted)
-    return opened.calibration(calibration) if wanted else None, held_out
+    wanted = swap_calibration(opened)
+    calibration, held_out = opened.apart(calibrates=wanted > 0)
+    return opened.calibration(wanted, calibration), held_out
 
 
-def swap_calibrates(opened: Opened[Any]) -> bool:
-    """Whether the swap of a command or one of its controls sets itself from calibration text."""
+def swap_calibration(opened: Opened[Any]) -> int:
+    """Calibration tokens that the swap of a command and its controls need; 0: none of them calibrates."""
     # The swap of a student exists already; only the controls may still calibrate.
     clauses = () if opened.has_student else spec.check(opened.swap_config.swap_spec).clauses
+    calls = [clause.call for clause in clauses]
     plan = opened.planned()[0].plan
-    return calibrates(clauses, opened.config.controls if plan.clauses else ())
+    controls = opened.config.controls if plan.clauses else ()
+    return calibration_tokens(calls, controls, d_model=opened.skeleton.d_model)

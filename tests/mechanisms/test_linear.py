@@ -13,6 +13,7 @@ from mismatch.forward.sites import massive
 from mismatch.mechanisms.base import Context, Host
 from mismatch.mechanisms.linear import Linear, LinearConfig, Moments
 from mismatch.models.layout import Layout
+from mismatch.stages.swapped import calibration_tokens
 from mismatch.surgery.controls import control_specs
 
 TEXT = tokens(2, 24, seed=99)  # what `swap` calibrates on
@@ -37,16 +38,20 @@ def sample(n=200, d_in=7, d_out=5):
     return x, torch.tanh(x @ torch.randn(d_in, d_out)) + 3
 
 
-def filled(x, y, keep=None):
+def fitted(x, y, ridge, **options):
     moments = Moments()
-    moments.update(x[None], y[None], torch.ones(1, len(x), dtype=bool) if keep is None else keep)
-    return moments
+    moments.update(x[None], y[None], torch.ones(1, len(x), dtype=bool))
+    return parts_of(moments.fit(ridge, **options))
+
+
+def parts_of(fit):
+    return fit.weight, fit.bias, fit.explained
 
 
 @pytest.mark.parametrize("ridge", [1e-8, 0.1, 1.0, 30.0])
 def test_it_is_least_squares_with_the_ridge_as_a_share_of_each_inputs_variance(ridge):
     x, y = sample()
-    weight, bias, explained = filled(x, y).fit(ridge)
+    weight, bias, explained = fitted(x, y, ridge)
     wanted, offset, share = lstsq(x, y, ridge)
     np.testing.assert_allclose(weight, wanted, rtol=1e-6, atol=1e-9)
     np.testing.assert_allclose(bias, offset, rtol=1e-6, atol=1e-9)
@@ -56,7 +61,7 @@ def test_it_is_least_squares_with_the_ridge_as_a_share_of_each_inputs_variance(r
 def test_an_update_is_fitted_without_seeing_it():
     x, _ = sample(d_in=5)
     y = x + torch.tanh(x)
-    weight, bias, explained = filled(x, y).fit(0.1, update=True)
+    weight, bias, explained = fitted(x, y, 0.1, update=True)
     wanted, offset, share = lstsq(x, y.double() - x.double(), 0.1)
     np.testing.assert_allclose(weight, wanted, rtol=1e-6, atol=1e-9)
     np.testing.assert_allclose(bias, offset, rtol=1e-6, atol=1e-9)
@@ -66,7 +71,7 @@ def test_an_update_is_fitted_without_seeing_it():
 def test_a_linear_part_is_found_exactly():
     x, _ = sample()
     true = torch.randn(5, 7)
-    weight, bias, explained = filled(x.double(), (x @ true.T + 2).double()).fit(1e-12)
+    weight, bias, explained = fitted(x.double(), (x @ true.T + 2).double(), 1e-12)
     torch.testing.assert_close(weight, true.double(), atol=1e-3, rtol=0)
     torch.testing.assert_close(bias, torch.full((5,), 2.0).double(), atol=1e-3, rtol=0)
     assert explained == pytest.approx(1)
@@ -75,7 +80,7 @@ def test_a_linear_part_is_found_exactly():
 def test_a_channel_that_never_moves_does_no_harm():
     x, y = sample()
     x[:, 2] = 1e3 / 3
-    weight = filled(x, y).fit(0.1)[0]
+    weight = fitted(x, y, 0.1)[0]
     assert weight.isfinite().all()
     rest = [0, 1, 3, 4, 5, 6]
     wanted, _, _ = lstsq(x[:, rest], y, 0.1)
@@ -90,11 +95,43 @@ def test_batches_add_up_and_masked_tokens_are_not_seen():
     whole.update(x, y, keep)
     for rows in ([0, 1, 2], [3], [4, 5, 6, 7, 8, 9]):
         parts.update(x[rows], torch.where(keep[rows][..., None], y[rows], torch.nan), keep[rows])
-    for a, b in zip(whole.fit(0.1), parts.fit(0.1), strict=True):
+    for a, b in zip(parts_of(whole.fit(0.1)), parts_of(parts.fit(0.1)), strict=True):
         assert b == pytest.approx(a, rel=1e-8)
     wanted, _, _ = lstsq(x[keep], y[keep], 0.1)
-    np.testing.assert_allclose(whole.fit(0.1)[0], wanted, rtol=1e-6, atol=1e-9)
-    assert whole.count == keep.sum()
+    np.testing.assert_allclose(whole.fit(0.1).weight, wanted, rtol=1e-6, atol=1e-9)
+    assert whole.fit(0.1).tokens == keep.sum()
+
+
+def test_the_ridge_is_the_one_that_does_best_on_windows_that_were_not_fitted():
+    """Few tokens and much noise want a large ridge, many tokens a small one."""
+    torch.manual_seed(0)
+    true, chosen = torch.randn(5, 7), []
+    for windows in (8, 800):
+        x = torch.randn(windows, 6, 7)
+        y = x @ true.T + 6 * torch.randn(windows, 6, 5)
+        moments, held = Moments(), torch.arange(windows) % 4 == 3
+        moments.update(x, y, torch.ones(windows, 6, dtype=bool))
+        fit = moments.fit()
+        shares = {}
+        for ridge in (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0):
+            weight, bias, _ = lstsq(x[~held].flatten(0, 1), y[~held].flatten(0, 1), ridge)
+            left = y[held].flatten(0, 1).double().numpy()
+            off = left - x[held].flatten(0, 1).double().numpy() @ weight.T - bias
+            shares[ridge] = 1 - (off**2).sum() / ((left - left.mean(0)) ** 2).sum()
+        assert fit.ridge == max(shares, key=shares.get)
+        assert fit.held_out == pytest.approx(shares[fit.ridge], rel=1e-6)
+        chosen.append(fit.ridge)
+        whole, *_ = lstsq(x.flatten(0, 1), y.flatten(0, 1), fit.ridge)
+        np.testing.assert_allclose(fit.weight, whole, rtol=1e-5, atol=1e-8)
+    assert chosen[0] > chosen[1]
+
+
+def test_it_asks_for_as_much_text_as_its_size_needs():
+    calls = [spec.Call("mean"), spec.Call("zero")]
+    assert calibration_tokens([spec.Call("zero")], d_model=576) == 0
+    assert calibration_tokens(calls, d_model=576) == 2048
+    assert calibration_tokens(calls, ["linear"], d_model=576) == 32 * 576
+    assert calibration_tokens(calls, ["linear"], d_model=24) == 2048
 
 
 @pytest.mark.parametrize("slot", ["attn", "mlp", "block", "norm2", "final_norm"])
@@ -163,7 +200,7 @@ def test_the_plan_says_how_much_it_explains():
     (note,) = swap(model, "layer1.mlp:linear").plan.clauses[0].notes
     assert note.startswith("explains ")
     assert note.endswith(
-        "% of the variance of the output on the 46 calibration tokens it was fitted to"
+        "% of the variance of the output on the 46 calibration tokens it was fitted to (ridge 1)"
     )
     (note,) = swap(model, "layer1.block:linear").plan.clauses[0].notes
     assert "variance of the update" in note

@@ -33,7 +33,7 @@ from mismatch.stages.diagnose.verdict import headline, verdicts
 from mismatch.stages.opening import Opened
 from mismatch.stages.repair.config import STAGES
 from mismatch.stages.repair.forecast import Foretold, Swap, foretell
-from mismatch.stages.swapped import swap_calibrates, warned
+from mismatch.stages.swapped import swap_calibration, warned
 from mismatch.surgery.operate import Student
 from mismatch.texts.windows import Windows
 
@@ -92,7 +92,7 @@ class Diagnose(Stage[DiagnoseConfig, Prepared]):
                 "or more",
                 hint="give more calibration text, or a shorter --seq-len",
             )
-        windows = opened.calibration(calibration) if swap_calibrates(opened) else None
+        windows = opened.calibration(swap_calibration(opened), calibration)
         return Prepared(cut, fit, windows, earlier)
 
     def announce(self, opened: Opened[DiagnoseConfig], prepared: Prepared) -> str:

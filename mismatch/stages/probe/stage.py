@@ -12,7 +12,7 @@ from mismatch.stages.opening import Opened
 from mismatch.stages.probe.config import ProbeConfig
 from mismatch.stages.probe.questions import Questions, answers, needs_text, questions
 from mismatch.stages.probe.result import Probed
-from mismatch.stages.swapped import swap_calibrates, swap_texts, warned
+from mismatch.stages.swapped import swap_calibration, swap_texts, warned
 from mismatch.texts.windows import Windows
 
 
@@ -39,7 +39,7 @@ class Probe(Stage[ProbeConfig, Prepared]):
         config = opened.config
         opened.planned()  # refuses what model, swap and controls do not allow
         if not needs_text(config):
-            calibration = opened.calibration() if swap_calibrates(opened) else None
+            calibration = opened.calibration(swap_calibration(opened))
             return Prepared(questions(config, opened, None), calibration)
         calibration, held_out = swap_texts(opened)
         cut = opened.cut("evaluation", held_out, config.tokens)

@@ -44,7 +44,7 @@ from mismatch.stages.repair.texts import RepairTexts, read_texts
 from mismatch.stages.repair.trainable import trainable
 from mismatch.stages.repair.trained_controls import TrainedControl
 from mismatch.stages.repair.training_text import training_text
-from mismatch.stages.swapped import calibrates, warned
+from mismatch.stages.swapped import calibration_tokens, warned
 from mismatch.surgery.operate import Student
 from mismatch.surgery.students import students_of
 from mismatch.texts.windows import Windows
@@ -84,8 +84,9 @@ class Repair(Stage[RepairConfig, Prepared]):
         asked, unasked = before_after.asked(opened, texts)
         controls = (*opened.config.controls, *opened.config.trained_controls)
         clauses = spec.check(opened.config.swap_spec).clauses  # also a student's: it is built again
-        wanted = calibrates(clauses, controls)
-        calibration = opened.calibration(texts.documents) if wanted else None
+        calls = [clause.call for clause in clauses]
+        wanted = calibration_tokens(calls, controls, d_model=opened.skeleton.d_model)
+        calibration = opened.calibration(wanted, texts.documents)
         return Prepared(texts, calibration, asked, tuple(unasked))
 
     def announce(self, opened: Opened[RepairConfig], prepared: Prepared) -> str:

@@ -6,15 +6,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from mismatch import spec
-from mismatch.mechanisms.parts.user_module import configured
 from mismatch.models.layout import Layout
-from mismatch.spec import Call
 from mismatch.stages.estimate import BYTES, EFFICIENCY, Estimate, speed
 from mismatch.stages.opening import Opened
-from mismatch.stages.scan.cells import Cell, Column, calibrators, cells, columns, refused
+from mismatch.stages.scan.cells import Cell, Column, cells, columns, refused
 from mismatch.stages.scan.config import TASKS, ScanConfig
 from mismatch.stages.scan.sweep import HELD
 from mismatch.stages.scan.tasks import Task, tasks
+from mismatch.stages.swapped import calibration_tokens
 from mismatch.texts.windows import Windows
 
 
@@ -97,7 +96,8 @@ def prepare(opened: Opened[ScanConfig], beside: Iterable[str] = ()) -> Prepared:
     every = cells(made, layers, skeleton)
     not_here = refused(every, skeleton)
     able = tuple(cell for cell in every if cell not in not_here)
-    wanted = bool(calibrators(able)) or any(map(_calibrates, beside))
+    calls = [placement.call for cell in able for placement in cell.placements]
+    wanted = calibration_tokens(calls, beside, d_model=skeleton.d_model)
     calibration, cut = _text(opened, wanted)
     asked, left_out = tasks(config, config.tasks, cut, opened.tokenizer, opened.model_config)
     return Prepared(
@@ -106,21 +106,14 @@ def prepare(opened: Opened[ScanConfig], beside: Iterable[str] = ()) -> Prepared:
     )  # fmt: skip
 
 
-def _calibrates(name: str) -> bool:
-    cls, config = configured(Call(name))
-    return cls.calibrator(config) is not None
-
-
-def _text(opened: Opened[ScanConfig], calibrates: bool) -> tuple[Windows | None, Windows | None]:
+def _text(opened: Opened[ScanConfig], wanted: int) -> tuple[Windows | None, Windows | None]:
     """Windows of calibration and evaluation text, each where it is wanted."""
     config, calibration, cut = opened.config, None, None
     if "text" in (config.tasks or TASKS):
         opened.check_context()
-        calibration, held_out = opened.apart(calibrates=calibrates)
+        calibration, held_out = opened.apart(calibrates=wanted > 0)
         cut = opened.cut("evaluation", held_out, config.tokens)
-    if not calibrates:
-        return None, cut
-    return opened.calibration(calibration), cut
+    return opened.calibration(wanted, calibration), cut
 
 
 def estimate(
