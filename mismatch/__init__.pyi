@@ -50,7 +50,7 @@ def trace(
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
     data: Any = 'wiki',
-    calibration_tokens: int = 2048,
+    calibration_tokens: int | None = None,
     seq_len: int = 1024,
     batch_size: int = 4,
     controls: Sequence[str] = ('zero', 'mean'),
@@ -79,7 +79,7 @@ def trace(
         trust_remote_code: Run Python code that comes with a model.
         allow_pickle: Load pickled weights, which can run code.
         data: Evaluation text, behind every reported number: a fetched name, a .txt or .jsonl file, or a folder. Or a list of strings.
-        calibration_tokens: Tokens that mechanisms and controls set themselves from, where they do.
+        calibration_tokens: Tokens that mechanisms and controls set themselves from, where they do; default: enough for the largest fit among them, 2048 for a mean, 32 a channel for the control `linear`.
         seq_len: Tokens per window. A window never mixes documents.
         batch_size: Windows per forward pass.
         controls: Controls that are measured on the same tokens; none for no control.
@@ -115,7 +115,7 @@ def probe(
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
     data: Any = 'wiki',
-    calibration_tokens: int = 2048,
+    calibration_tokens: int | None = None,
     seq_len: int = 160,
     batch_size: int = 4,
     controls: Sequence[str] = ('zero',),
@@ -144,7 +144,7 @@ def probe(
         trust_remote_code: Run Python code that comes with a model.
         allow_pickle: Load pickled weights, which can run code.
         data: Evaluation text, behind every reported number: a fetched name, a .txt or .jsonl file, or a folder. Or a list of strings.
-        calibration_tokens: Tokens that mechanisms and controls set themselves from, where they do.
+        calibration_tokens: Tokens that mechanisms and controls set themselves from, where they do; default: enough for the largest fit among them, 2048 for a mean, 32 a channel for the control `linear`.
         seq_len: Tokens per window of evaluation text.
         batch_size: Windows per forward pass.
         controls: Controls that get the same inputs; none for no control.
@@ -180,7 +180,7 @@ def diagnose(
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
     data: Any = 'wiki',
-    calibration_tokens: int = 2048,
+    calibration_tokens: int | None = None,
     seq_len: int = 384,
     batch_size: int = 2,
     controls: Sequence[str] = ('zero',),
@@ -208,7 +208,7 @@ def diagnose(
         trust_remote_code: Run Python code that comes with a model.
         allow_pickle: Load pickled weights, which can run code.
         data: Evaluation text, behind every reported number: a fetched name, a .txt or .jsonl file, or a folder. Or a list of strings.
-        calibration_tokens: Tokens that mechanisms and controls set themselves from, where they do.
+        calibration_tokens: Tokens that mechanisms and controls set themselves from, where they do; default: enough for the largest fit among them, 2048 for a mean, 32 a channel for the control `linear`.
         seq_len: Tokens per window. A window never mixes documents.
         batch_size: Windows per forward pass.
         controls: Controls in the same layers and slots, which the damage is compared with; none for no control.
@@ -243,7 +243,7 @@ def scan(
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
     data: Any = 'wiki',
-    calibration_tokens: int = 2048,
+    calibration_tokens: int | None = None,
     seq_len: int = 512,
     batch_size: int = 4,
     controls: Sequence[str] = ('zero',),
@@ -272,7 +272,7 @@ def scan(
         trust_remote_code: Run Python code that comes with a model.
         allow_pickle: Load pickled weights, which can run code.
         data: Evaluation text, behind every reported number: a fetched name, a .txt or .jsonl file, or a folder. Or a list of strings.
-        calibration_tokens: Tokens that mechanisms and controls set themselves from, where they do.
+        calibration_tokens: Tokens that mechanisms and controls set themselves from, where they do; default: enough for the largest fit among them, 2048 for a mean, 32 a channel for the control `linear`.
         seq_len: Tokens per window. A window never mixes documents.
         batch_size: Windows per forward pass.
         controls: Controls in the same layers and slots; none for no control.
@@ -308,7 +308,7 @@ def plan(
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
     data: Any = 'wiki',
-    calibration_tokens: int = 2048,
+    calibration_tokens: int | None = None,
     seq_len: int = 512,
     batch_size: int = 4,
     controls: Sequence[str] = ('zero',),
@@ -343,7 +343,7 @@ def plan(
         trust_remote_code: Run Python code that comes with a model.
         allow_pickle: Load pickled weights, which can run code.
         data: Evaluation text, behind every reported number: a fetched name, a .txt or .jsonl file, or a folder. Or a list of strings.
-        calibration_tokens: Tokens that mechanisms and controls set themselves from, where they do.
+        calibration_tokens: Tokens that mechanisms and controls set themselves from, where they do; default: enough for the largest fit among them, 2048 for a mean, 32 a channel for the control `linear`.
         seq_len: Tokens per window. A window never mixes documents.
         batch_size: Windows per forward pass.
         controls: Controls in the same layers and slots; none for no control.
@@ -385,7 +385,7 @@ def repair(
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
     data: Any = 'wiki',
-    calibration_tokens: int = 2048,
+    calibration_tokens: int | None = None,
     seq_len: int = 1024,
     batch_size: int = 1,
     controls: Sequence[str] = ('zero', 'linear'),
@@ -428,7 +428,7 @@ def repair(
         trust_remote_code: Run Python code that comes with a model.
         allow_pickle: Load pickled weights, which can run code.
         data: Evaluation text, behind every reported number: a fetched name, a .txt or .jsonl file, or a folder. Or a list of strings.
-        calibration_tokens: Tokens that mechanisms and controls set themselves from, where they do.
+        calibration_tokens: Tokens that mechanisms and controls set themselves from, where they do; default: enough for the largest fit among them, 2048 for a mean, 32 a channel for the control `linear`.
         seq_len: Tokens per window. A window never mixes documents.
         batch_size: Windows per training step. Small steps learn more from the same tokens; a GPU wants more windows at once.
         controls: Controls that are measured beside the repair: zero deletes the module, linear is its best linear map; none for no control.
