@@ -42,6 +42,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
         **_OWN_HEADS, "query_pre_attn_scalar": 12, "sliding_window": 16, "layer_types": _MIXED
     },
     "olmo2": {},
+    "olmo3": {"sliding_window": 16, "layer_types": _MIXED},
+    "qwen3_moe": {
+        **_OWN_HEADS, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 20
+    },
     "phi3": {},
     "smollm3": {"no_rope_layers": [1, 1, 0]},  # 0: the layer has no RoPE
     "gpt2": {

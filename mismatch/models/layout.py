@@ -5,7 +5,7 @@ binds it to a loaded model. Nothing is guessed: an unknown `model_type` is an er
 `mismatch.forward.verify` proves the binding on the loaded model by a forward pass.
 
 Words: `attn_out` and `mlp_out` are what is ADDED to the stream, so in a family that normalises the output of its
-attention (gemma, olmo2) they are the outputs of that norm, not of the attention.
+attention (gemma, olmo) they are the outputs of that norm, not of the attention.
 """
 
 from __future__ import annotations
@@ -77,6 +77,23 @@ def _llama_like(name: str, *model_types: str, **changes: Any) -> Family:
     return Family(name, model_types, **(facts | changes))
 
 
+def _olmo_like(name: str) -> Family:
+    return _llama_like(
+        name,
+        name,
+        slots={
+            "attn": "self_attn",
+            "norm1": "post_attention_layernorm",
+            "mlp": "mlp",
+            "norm2": "post_feedforward_layernorm",
+            **LLAMA_PROJECTIONS,
+        },
+        attn_out="post_attention_layernorm",
+        resid_mid="mlp",
+        mlp_out="post_feedforward_layernorm",
+    )
+
+
 _GEMMA_SLOTS = {
     "norm1": "input_layernorm",
     "attn": "self_attn",
@@ -128,19 +145,23 @@ FAMILIES: tuple[Family, ...] = (
         resid_mid="pre_feedforward_layernorm",
         mlp_out="post_feedforward_layernorm",
     ),
+    _olmo_like("olmo2"),
+    _olmo_like("olmo3"),
     _llama_like(
-        "olmo2",
-        "olmo2",
+        "qwen3_moe",
+        "qwen3_moe",
         slots={
+            "norm1": "input_layernorm",
             "attn": "self_attn",
-            "norm1": "post_attention_layernorm",
+            "norm2": "post_attention_layernorm",
             "mlp": "mlp",
-            "norm2": "post_feedforward_layernorm",
-            **LLAMA_PROJECTIONS,
+            **{name: path for name, path in LLAMA_PROJECTIONS.items() if "attn" in path},
         },
-        attn_out="post_attention_layernorm",
-        resid_mid="mlp",
-        mlp_out="post_feedforward_layernorm",
+        lacks={
+            "gate_proj": "the MLP is a mixture of experts",
+            "up_proj": "the MLP is a mixture of experts",
+            "down_proj": "the MLP is a mixture of experts",
+        },
     ),
     Family(
         "gpt2",

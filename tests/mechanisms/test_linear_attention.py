@@ -15,7 +15,7 @@ from mismatch.mechanisms.parts.feature_maps import ACTIVATIONS, FeatureMap
 from mismatch.models.layout import Layout
 
 LENGTHS = (1, 2, 4, 5, 13, 22)
-OWN = ("mistral_window", "gemma2", "gemma3", "qwen2", "phi3")
+OWN = ("mistral_window", "gemma2", "gemma3", "qwen2", "phi3", "olmo3")
 
 
 @pytest.fixture(params=[4, 64], ids=lambda size: f"chunks-of-{size}")

@@ -9,7 +9,7 @@ import peft
 import pytest
 import torch
 from peft.tuners.lora import Linear
-from tiny_models import FAMILIES, in_chunks, part, swap, tiny, tokens
+from tiny_models import DENSE, FAMILIES, in_chunks, part, swap, tiny, tokens
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -63,8 +63,10 @@ def merged(model, student, slot, *, scale, dora=False):
     return twin, leaves
 
 
-@pytest.mark.parametrize("slot", ["attn", "mlp", "block"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "slot"),
+    [(f, s) for f in FAMILIES for s in ("attn", "mlp", "block") if s != "mlp" or f in DENSE],
+)
 def test_it_is_the_model_with_merged_weights_in_outputs_and_gradients(family, slot):
     model = tiny(family)
     student = swap(model, f"layer1.{slot}:lora(r=3, alpha=5)")
@@ -150,6 +152,12 @@ def test_it_is_what_get_peft_model_makes_of_one_layer(options):
 )
 def test_what_is_adapted_when_nothing_is_said(family, slot, found):
     assert list(adapters(swap(tiny(family), f"layer1.{slot}:lora"), slot)) == found
+
+
+@pytest.mark.parametrize("name", ["lora", "qlora", "low_rank_mlp"])
+def test_experts_have_no_layer_to_adapt(name):
+    with pytest.raises(SurgeryError, match="Qwen3MoeSparseMoeBlock has no linear layer to"):
+        swap(tiny("qwen3_moe"), f"layer1.mlp:{name}")
 
 
 @pytest.mark.parametrize(

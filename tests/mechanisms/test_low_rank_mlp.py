@@ -7,7 +7,7 @@ import copy
 import numpy as np
 import pytest
 import torch
-from tiny_models import FAMILIES, part, swap, tiny, tokens
+from tiny_models import DENSE, part, swap, tiny, tokens
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -22,7 +22,7 @@ def truncated(weight, rank):
     return (u[:, :rank] * s[:rank]) @ vt[:rank], s
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", DENSE)
 def test_it_is_the_model_with_truncated_matrices(family):
     model = tiny(family)
     student = swap(model, "layer1:low_rank_mlp(rank=5)")
@@ -40,7 +40,7 @@ def test_it_is_the_model_with_truncated_matrices(family):
     assert all("bias" in name for name in clause.inherited)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", DENSE)
 def test_at_full_rank_it_is_the_mlp(family):
     model = tiny(family)
     student = swap(model, "layer1:low_rank_mlp(rank=999)")

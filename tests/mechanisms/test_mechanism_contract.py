@@ -7,7 +7,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from tiny_models import FAMILIES, N_LAYERS, in_chunks, part, positions, swap, tiny, tokens
+from tiny_models import DENSE, FAMILIES, N_LAYERS, in_chunks, part, positions, swap, tiny, tokens
 
 from mismatch.mechanisms import MECHANISMS
 from mismatch.models.private import same_memory
@@ -92,6 +92,8 @@ def slot(name: str) -> str:
 
 
 def fits(family: str, name: str, layer: int = 1) -> bool:
+    if name == "low_rank_mlp":
+        return family in DENSE
     if name not in ROTARY:
         return True
     return family != "gpt2" and not (family == "smollm3" and layer == 1)
@@ -160,7 +162,9 @@ def test_causal(teacher, family, name):
     other = ids.clone()
     other[:, 13:] = tokens(2, LENGTH, seed=5)[:, 13:]
     a, b = model(ids).logits, model(other).logits
-    assert torch.equal(a[:, :13], b[:, :13])
+    # An expert multiplies the tokens that came to it, later ones too: rounding depends on how many.
+    apart = 0.0 if family in DENSE else 1e-5
+    torch.testing.assert_close(a[:, :13], b[:, :13], atol=apart, rtol=0)
     assert (a[:, 13:] - b[:, 13:]).abs().max() > 1e-2
 
 
@@ -337,6 +341,8 @@ def test_weights_survive_a_save_and_a_load(family, name):
 )
 @pytest.mark.parametrize("family", FAMILIES)
 def test_at_its_identity_limit_the_student_is_the_teacher_to_the_bit(teacher, family, limit):
+    if family not in DENSE and "mlp:lora" in limit:
+        pytest.skip("refused: experts have no linear layer")
     model = teacher(family)
     ids = tokens(2, LENGTH)
     assert torch.equal(swap(model, limit).model(ids).logits, model(ids).logits)

@@ -8,7 +8,7 @@ from tiny_models import FAMILIES, in_chunks, positions, swap, tiny, tokens
 
 from mismatch.errors import SurgeryError
 
-OWN_WINDOW = ("mistral_window", "gemma2", "gemma3", "qwen2", "phi3")
+OWN_WINDOW = ("mistral_window", "gemma2", "gemma3", "qwen2", "phi3", "olmo3")
 
 
 def window_mask(length, window, sinks, every=0):

@@ -51,6 +51,11 @@ EXTRA: dict[str, dict[str, Any]] = {
         "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
     },
     "olmo2": {},
+    "olmo3": {
+        "sliding_window": 7,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    },
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24},
     "phi3": {"partial_rotary_factor": 0.5, "sliding_window": 8},
     "smollm3": {"no_rope_layers": [1, 0, 1]},
     "gpt2": {"scale_attn_by_inverse_layer_idx": True, "attn_pdrop": 0.0, "resid_pdrop": 0.0},
@@ -60,6 +65,8 @@ EXTRA: dict[str, dict[str, Any]] = {
 }
 MODEL_TYPE = {"gemma3": "gemma3_text", "mistral_window": "mistral"}
 FAMILIES = tuple(EXTRA)
+DENSE = tuple(family for family in FAMILIES if "moe" not in family)
+"""Families whose MLP is made of linear layers."""
 
 
 def tiny(family: str, attn: str = "sdpa", seed: int = 0, **changes: Any) -> nn.Module:
@@ -69,7 +76,8 @@ def tiny(family: str, attn: str = "sdpa", seed: int = 0, **changes: Any) -> nn.M
     )
     torch.manual_seed(seed)
     attn = "eager" if family == "gemma2" else attn
-    model = AutoModelForCausalLM.from_config(config, attn_implementation=attn).eval()
+    experts = {"experts_implementation": "eager"} if "moe" in family else {}  # float64 too
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attn, **experts).eval()
     with torch.no_grad():  # norms and biases are born as ones and zeros, and would hide a lost one
         for weight in model.parameters():
             if weight.ndim == 1:

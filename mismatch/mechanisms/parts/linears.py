@@ -50,9 +50,15 @@ def targets(tree: nn.Module, wanted: Sequence[str], context: Context) -> dict[st
     `mlp.c_proj`), or `all`.
 
     Raises:
-        SurgeryError: a name that no linear layer of this module has.
+        SurgeryError: a name that no linear layer of this module has, or a module without any (experts keep
+            their matrices stacked in one tensor).
     """
     layers = linear_layers(tree)
+    if not layers:
+        raise SurgeryError(
+            f"{context.where}: {type(tree).__name__} has no linear layer to adapt",
+            hint="put it into the `attn` slot",
+        )
     if tuple(wanted) == (ALL,):
         return layers
     found: dict[str, LinearLayer] = {}

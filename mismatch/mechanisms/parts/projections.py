@@ -16,7 +16,7 @@ them and compares it with the original, for every family.
 
 | modules | families |
 |---|---|
-| `q_proj k_proj v_proj o_proj` | llama mistral qwen2 qwen3 gemma2 gemma3 olmo2 smollm3 |
+| `q_proj k_proj v_proj o_proj` | llama mistral qwen2 qwen3 gemma2 gemma3 olmo2 olmo3 smollm3 qwen3_moe |
 | `qkv_proj o_proj`: [all q, all k, all v] | phi3 |
 | `query_key_value dense`: per head [q, k, v] | gpt_neox |
 | `c_attn c_proj`: [all q, all k, all v], no rotary | gpt2 |
@@ -228,8 +228,8 @@ def _refuse_unknown(original: nn.Module, parts: nn.Module, context: Context) -> 
         raise SurgeryError(
             f"{context.where}: {type(original).__name__} has parameters this mechanism would drop: "
             + ", ".join(lost),
-            hint="supported: llama mistral qwen2 qwen3 gemma2 gemma3 olmo2 phi3 smollm3 gpt2 "
-            "gpt_neox",
+            hint="supported: llama mistral qwen2 qwen3 gemma2 gemma3 olmo2 olmo3 phi3 smollm3 gpt2 "
+            "gpt_neox qwen3_moe",
         )
     if getattr(original, "is_causal", True) is not True or getattr(
         original, "is_cross_attention", False
