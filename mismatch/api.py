@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mismatch import spec
+from mismatch.forward.measured import measured
 from mismatch.models import generate as generating
 from mismatch.models.generate import Generated
 from mismatch.stages.functions import opened_for
@@ -74,7 +75,9 @@ def check(*args: Any, **settings: Any) -> Check:
     Raises:
         MismatchError: whatever a trace would refuse of model, swap and controls.
     """
-    return checked(opened_for(stage_of("trace"), args, settings))
+    opened = opened_for(stage_of("trace"), args, settings)
+    with measured(*opened.models):
+        return checked(opened)
 
 
 def swap(
@@ -87,7 +90,10 @@ def swap(
     batch_size: int = 4,
     seed: int = 0,
 ) -> Student:
-    """Replace parts of a model. The teacher stays as it is; both share every tensor that was not swapped.
+    """Replace parts of a model. The teacher stays as it is, whatever is done to the student later.
+
+    Both share the memory of every tensor that neither writes to, so a student costs what is new in it; one that is
+    trained costs what is trained.
 
     Args:
         teacher: from `load`, or what `load` takes.
@@ -97,7 +103,7 @@ def swap(
         seed: of every new tensor.
 
     Returns:
-        The student: `.model` is an ordinary transformers model, `.undo()` puts the originals back.
+        The student: `.model` is an ordinary transformers model, `.undo()` makes it the teacher again.
 
     Raises:
         SpecError: the text is wrong, or does not fit the model.
@@ -109,7 +115,8 @@ def swap(
         tokens = calibration_tokens or wanted
         text = read(calibration_data)
         cut = windows(text, loaded.tokenizer, min(seq_len, tokens), tokens, seed)
-    return calibrated_swap(loaded, parsed, cut, batch_size=batch_size, seed=seed)
+    with measured(loaded.model):
+        return calibrated_swap(loaded, parsed, cut, batch_size=batch_size, seed=seed)
 
 
 def generate(
@@ -139,15 +146,16 @@ def generate(
     """
     generating.check(max_new_tokens, temperature)
     speaker = model if isinstance(model, Student) else load(model, **options)
-    return generating.generate(
-        speaker.model,
-        speaker.tokenizer,
-        prompt,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        seed=seed,
-        chat=chat,
-    )
+    with measured(speaker.model):
+        return generating.generate(
+            speaker.model,
+            speaker.tokenizer,
+            prompt,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            seed=seed,
+            chat=chat,
+        )
 
 
 def open_nnsight(student: Student | Teacher) -> Any:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from mismatch.errors import LayoutError
 from mismatch.forward import hooks
+from mismatch.forward.shared_prefix import check_finite
 from mismatch.forward.sites import Tap, leaving, taps, tensor_of
 from mismatch.models.layout import Layout
 
@@ -124,6 +125,7 @@ def prove_student(teacher: Layout, student: Layout, first: int | None) -> None:
 
     Raises:
         LayoutError: a site before the swap differs.
+        NumericsError: the student's final states are NaN or infinite.
         SurgeryError: as the mechanism raises it.
     """
     ids = _few(teacher)
@@ -142,6 +144,7 @@ def prove_student(teacher: Layout, student: Layout, first: int | None) -> None:
             return
         suffix = hooks.run(student, ids, start=first, stream=streams[0])
         if not torch.equal(suffix, whole):
+            check_finite(whole, "student", "final states")
             raise LayoutError(
                 f"the swapped model run from block {first} differs from its whole run by "
                 f"{(suffix - whole).abs().max():.3g}: a mechanism carries state from one call to the next"

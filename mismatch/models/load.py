@@ -32,6 +32,7 @@ from mismatch.models.folder import (
     refuse_quantised,
     refuse_remote_code,
 )
+from mismatch.models.private import for_reading
 from mismatch.models.quantised import bits, numbers, quantised, settle, values
 from mismatch.models.resolve import Located, from_hub, locate
 
@@ -148,7 +149,7 @@ def check_loaded(
         ModelError: a RoPE base that did not arrive, token ids that the embedding does not have.
     """
     _check_rope(model, folder)
-    _check_vocabulary(model, tokenizer, folder)
+    check_vocabulary(model, tokenizer, str(folder))
     return ModelInfo(
         name=source.name,
         path=str(folder),
@@ -169,7 +170,7 @@ def describe(model: CausalLM, name: str = "a loaded model") -> ModelInfo:
     for key, tensor in sorted(model.named_parameters(), key=lambda item: item[0]):
         if bits(tensor):  # codes alone name no weight: their scales lie beside them
             continue
-        plain = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
+        plain = for_reading(tensor.detach()).cpu().contiguous().view(-1).view(torch.uint8)
         whole.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
         whole.update(plain.numpy().data)
     for path, layer in quantised(model):
@@ -351,13 +352,15 @@ def _thetas(config: dict[str, Any]) -> Iterator[float]:
             yield from _thetas(value)
 
 
-def _check_vocabulary(model: CausalLM, tokenizer: Any, folder: Path) -> None:
+def check_vocabulary(model: CausalLM, tokenizer: Any, name: str) -> None:
+    """Whether the embedding has a row for every token. Raises ModelError when it has not."""
     embedding: Any = model.get_input_embeddings()
     rows, ids = embedding.weight.shape[0], len(tokenizer)
     if ids > rows:
         raise ModelError(
-            f"{folder}: the tokenizer has {ids:,} tokens, the embedding {rows:,} rows",
-            hint="is this the tokenizer of this model?",
+            f"{name}: the tokenizer has {ids:,} tokens, the embedding {rows:,} rows",
+            hint="is this the tokenizer of this model? If it was given new tokens: "
+            "model.resize_token_embeddings(len(tokenizer))",
         )
 
 

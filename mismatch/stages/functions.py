@@ -13,6 +13,7 @@ from torch import nn
 
 from mismatch.config import C, fields
 from mismatch.errors import ConfigError, UsageError
+from mismatch.forward.measured import measured
 from mismatch.registry import did_you_mean
 from mismatch.runs.folder import check_output
 from mismatch.stages.base import Result, Stage
@@ -39,11 +40,12 @@ def function(name: str) -> Callable[..., Any]:
         if config.folder is not None:
             check_output(config.folder)
         stage.check(config)
-        prepared = stage.prepare(opened)
-        started = time.monotonic()
-        opened.load()
-        spent = time.monotonic() - started
-        return work(stage, opened, prepared, write=config.folder is not None, spent=spent)
+        with measured(*opened.models):
+            prepared = stage.prepare(opened)
+            started = time.monotonic()
+            opened.load()
+            spent = time.monotonic() - started
+            return work(stage, opened, prepared, write=config.folder is not None, spent=spent)
 
     call.__name__ = call.__qualname__ = name
     call.__module__ = "mismatch"

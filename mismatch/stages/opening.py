@@ -19,8 +19,10 @@ from tqdm import tqdm
 from mismatch import spec
 from mismatch.config import SwapConfig
 from mismatch.errors import UsageError
+from mismatch.forward.measured import measured
 from mismatch.models.layout import Layout, family_of
 from mismatch.models.load import ModelInfo, load_tokenizer, read_config
+from mismatch.models.resolve import Located
 from mismatch.models.skeleton import skeleton_of
 from mismatch.runs.folder import RunFolder
 from mismatch.runs.ranks import ALONE, Ranks
@@ -156,6 +158,12 @@ class Opened(Generic[C]):
         if self._teacher is None:
             raise RuntimeError("the weights are not loaded yet")
         return self._teacher
+
+    @property
+    def models(self) -> tuple[Any, ...]:
+        """Those that were handed over: they are the caller's, too."""
+        given = None if self._elsewhere is None else self._elsewhere.given
+        return tuple(one.model for one in (self._teacher, given) if one is not None)
 
     def take(self, teacher: Teacher) -> None:
         """A teacher that another command loaded."""
@@ -365,14 +373,24 @@ def load(source: Any, **options: Any) -> Teacher:
             allow_pickle.
 
     Raises:
+        UsageError: none of these.
         ModelError: no such model, no weights, weights of a refused kind.
         LayoutError: an unknown family, or a model that does not fit its family's layout.
     """
     if isinstance(source, Teacher):
         return source
-    if isinstance(source, tuple):
+    if isinstance(source, (tuple, list)) and len(source) == 2:
         return Teacher(*loading.of_loaded(*source))
-    return Teacher(*loading.load(source, **options))
+    if not isinstance(source, (str, Path, Located)):
+        what = "a student" if isinstance(source, Student) else f"{type(source).__name__}"
+        raise UsageError(
+            f"a model is given as a name, a folder, or (model, tokenizer), got {what}",
+            hint="pass (student.model, student.tokenizer)"
+            if isinstance(source, Student)
+            else "pass (model, tokenizer), both as transformers loads them",
+        )
+    with measured():
+        return Teacher(*loading.load(source, **options))
 
 
 def _same(one: Any, other: Any) -> bool:

@@ -23,7 +23,8 @@ import torch
 import transformers
 
 from mismatch import spec
-from mismatch.errors import MismatchError, ModelError
+from mismatch.errors import MismatchError, ModelError, UsageError
+from mismatch.forward.measured import measured
 from mismatch.forward.verify import prove, prove_student
 from mismatch.models import load as models
 from mismatch.models.folder import check_weights, read_config_file, refuse_quantised
@@ -40,6 +41,10 @@ from mismatch.surgery.saving import Swapped
 
 if TYPE_CHECKING:
     from mismatch.models.layout import CausalLM
+
+
+LOADED = "the model that was handed over"
+"""For errors."""
 
 
 class Measurable(NamedTuple):
@@ -111,19 +116,45 @@ def load(
 
 
 def of_loaded(model: CausalLM, tokenizer: Any) -> Measurable:
-    """A model that the caller loaded, in eval mode, its layout proven by a forward pass.
+    """A model that the caller loaded, its layout proven by a forward pass. Its mode stays.
 
     Raises:
+        UsageError: something else than a model and its tokenizer.
+        ModelError: it has no weights, returns tuples, or has fewer rows than its tokenizer has tokens.
         LayoutError: an unknown family, or a model that does not fit its family's layout.
     """
-    refuse_quantised(model.config.to_dict(), "this model")
-    settle(model)
-    info = models.describe(model)
-    model.eval()
-    layout = layout_of(model)
-    if not isinstance(model, Swapped):  # the layout of a swapped model was proven before the swap
-        prove(layout)
+    _check_loaded(model, tokenizer)
+    refuse_quantised(model.config.to_dict(), LOADED)
+    with measured(model):
+        settle(model)
+        info = models.describe(model)
+        layout = layout_of(model)
+        if not isinstance(model, Swapped):  # that of a swapped model was proven before the swap
+            prove(layout)
     return Measurable(model, tokenizer, layout, info)
+
+
+def _check_loaded(model: Any, tokenizer: Any) -> None:
+    fits = isinstance(model, transformers.PreTrainedModel)
+    if not fits or not callable(tokenizer) or isinstance(tokenizer, torch.nn.Module):
+        given = ", ".join("None" if x is None else type(x).__name__ for x in (model, tokenizer))
+        raise UsageError(
+            f"a loaded model is given as (model, tokenizer), got ({given})",
+            hint="the model is a transformers model, the tokenizer the one it was trained with: "
+            "AutoTokenizer.from_pretrained(...)",
+        )
+    if any(parameter.device.type == "meta" for parameter in model.parameters()):
+        raise ModelError(
+            f"{LOADED} has tensors without values: they lie on the meta device, or were offloaded",
+            hint="load it with its weights: AutoModelForCausalLM.from_pretrained(...)",
+        )
+    if not model.config.return_dict:
+        raise ModelError(
+            f"{LOADED} returns tuples, and what stands where in them differs between families",
+            hint="set model.config.return_dict = True",
+        )
+    if hasattr(tokenizer, "__len__"):
+        models.check_vocabulary(model, tokenizer, LOADED)
 
 
 def skeleton(

@@ -22,6 +22,7 @@ import torch
 from torch import nn
 
 from mismatch.errors import MismatchError, SurgeryError
+from mismatch.forward.measured import measured, share_lock
 from mismatch.mechanisms.base import Calibrator, Context, Host, Mechanism, Wrapper
 from mismatch.mechanisms.parts.user_module import configured
 from mismatch.models import quantised
@@ -70,7 +71,8 @@ class Student:
                 "this student came as it is, so there is nothing to go back to",
                 hint="undo() is for a student that mismatch.swap made",
             )
-        _become(self.model, self.teacher, self.host)
+        with measured(self.teacher):
+            _become(self.model, self.teacher, self.host)
         self._undo.clear()
         self.plan = SwapPlan(spec="", clauses=())
 
@@ -147,6 +149,7 @@ def blank(layout: Layout, *, name: str = "swap", tokenizer: Any = None) -> Stude
     student = Student(model, own, SwapPlan(spec="", clauses=()), tokenizer, name)
     student.teacher = layout.model
     _pass_mask(model, student.host)
+    share_lock(model, layout.model)
     return student
 
 
