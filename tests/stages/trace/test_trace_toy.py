@@ -97,7 +97,8 @@ def test_python(teacher, tmp_path, monkeypatch):
 
 
 def test_a_student_of_another_teacher_is_refused(teacher, tiny, toy):
-    student = mismatch.swap((tiny("llama"), toy.tokenizer), "layer1:zero")
+    other = tiny("llama", vocab_size=len(toy.tokenizer))
+    student = mismatch.swap((other, toy.tokenizer), "layer1:zero")
     with pytest.raises(
         ModelError, match="is not of the teacher's shape: layers 3, the teacher's is 4"
     ):
