@@ -28,7 +28,14 @@ def plan_lines(plan: SwapPlan) -> list[str]:
             )
         )
         lines.append(f"{where} {clause.slot}: {clause.old} -> {clause.mechanism}({args})  {counts}")
+    if plan.apart is not None and not plan.clauses:
+        lines.append(f"no module was replaced; not the teacher's own: {plan.apart.text()}")
     return lines
+
+
+def subject(plan: SwapPlan) -> str:
+    """What a run calls the student: a swap, or a student, where nothing was swapped in it."""
+    return "swap" if plan.clauses else "student"
 
 
 def total(sizes: Mapping[str, int]) -> int:

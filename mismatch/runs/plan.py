@@ -54,6 +54,22 @@ class Apart:
     front: bool = False
     end: bool = False
 
+    def text(self) -> str:
+        """`the embedding, blocks 0-3, the final norm or head`; "nothing" where nothing differs."""
+        runs: list[list[int]] = []
+        for layer in self.blocks:
+            if runs and runs[-1][-1] == layer - 1:
+                runs[-1].append(layer)
+            else:
+                runs.append([layer])
+        layers = ", ".join(f"{run[0]}-{run[-1]}" if run[1:] else str(run[0]) for run in runs)
+        parts = (
+            "the embedding" if self.front else "",
+            f"block{'s' * bool(self.blocks[1:])} {layers}" if runs else "",
+            "the final norm or head" if self.end else "",
+        )
+        return ", ".join(filter(None, parts)) or "nothing"
+
 
 @dataclass(frozen=True, kw_only=True)
 class SwapPlan:

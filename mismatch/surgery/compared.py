@@ -40,6 +40,11 @@ def compared(teacher: Layout, student: Student) -> Student:
     found, layout = _of_tensors(teacher, student.layout), student.layout
     every = Apart(tuple(range(teacher.n_layers)), front=True, end=True)
     warnings = []
+    if found != Apart(student.plan.layers, end=student.plan.end) and student.plan.clauses:
+        warnings.append(
+            f"not only what was swapped differs from the teacher: {found.text()}; what is measured is the work of all "
+            "that was trained"
+        )
     if settings := sorted(_settings(teacher.config, layout.config)):
         warnings.append(
             f"the student's config differs from the teacher's in {', '.join(settings)}: every layer may differ"
@@ -89,10 +94,10 @@ def _named(module: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def _alike(ours: dict[str, Any], theirs: dict[str, Any]) -> bool:
-    return ours.keys() == theirs.keys() and all(_same(one, theirs[n]) for n, one in ours.items())
+    return ours.keys() == theirs.keys() and all(same(one, theirs[n]) for n, one in ours.items())
 
 
-def _same(ours: Any, theirs: Any) -> bool:
+def same(ours: Any, theirs: Any) -> bool:
     """One class, or tensors that are equal to the bit (a zero has two, and NaN equals nothing)."""
     if ours is theirs:
         return True

@@ -21,7 +21,9 @@ def earlier_run(config: DiagnoseConfig) -> Run | None:
     if config.earlier_run is None:
         return None
     run = load_run(config.earlier_run)
-    theirs, ours = run.config.get("swap") or [], spec.format(config.swap_spec)
+    if config.student is not None and run.config.get("student") is not None:
+        return run  # whether it is this student its weights tell
+    theirs, ours = run.config.get("swap") or [], config.subject
     if not theirs or spec.format(spec.parse(theirs)) != ours:
         raise UsageError(
             f"the run in {config.earlier_run} is of another swap: {'; '.join(theirs) or 'none'}; this one is {ours}",
@@ -30,21 +32,29 @@ def earlier_run(config: DiagnoseConfig) -> Run | None:
     return run
 
 
-def readings_of(run: Run | None, sha256: str) -> tuple[dict[str, Any], ...]:
+def readings_of(
+    run: Run | None, sha256: str, student: str | None = None
+) -> tuple[dict[str, Any], ...]:
     """For each probe that was asked, the paired difference to the teacher where it is worst.
 
     Args:
         run: from `earlier_run`.
         sha256: of the teacher's weights.
+        student: of the weights of one that was trained elsewhere; None: it was swapped here.
 
     Returns:
         probe, what (`passkey logprob, length 256, depth 0.1`), teacher, value, lo, hi: the difference and its interval.
 
     Raises:
-        UsageError: it is of another model.
+        UsageError: it is of another model, or of another student.
     """
     if run is None:
         return ()
+    if student is not None and run.manifest.get("student_info", {}).get("sha256") != student:
+        raise UsageError(
+            f"the run in {run.path} is of another student",
+            hint="give a trace or probes of this very student, or leave --earlier-run out",
+        )
     if run.manifest.get("model_info", {}).get("sha256") != sha256:
         raise UsageError(
             f"the run in {run.path} is of another model",

@@ -17,11 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from mismatch.forward import hooks
-from mismatch.forward.sites import massive, taps
+from mismatch.forward.sites import leaving, massive, taps
 from mismatch.mechanisms.parts.calling import first_of, hidden_in, with_first
 from mismatch.models.layout import Layout
 from mismatch.stages.diagnose.fits import Known
 from mismatch.stages.diagnose.places import Place
+from mismatch.surgery.compared import same
 
 
 @dataclass
@@ -59,6 +60,7 @@ def teacher_sides(
     *,
     whole: bool = False,
     behind: int | None = None,
+    entering: int = 0,
 ) -> tuple[dict[Place, Side], Tensor, dict[int, Tensor]]:
     """Run the teacher once.
 
@@ -68,6 +70,7 @@ def teacher_sides(
         ids: int64 `batch pos`.
         whole: run to the end.
         behind: also keep the stream leaving every block from this one on.
+        entering: also keep the stream that enters this block.
 
     Returns:
         The sides; the final states, `batch pos d` (without meaning unless `whole`); the streams by layer.
@@ -77,8 +80,10 @@ def teacher_sides(
     wanted = [tap for layer in sorted({p.layer for p in places}) for tap in taps(teacher, layer)]
     if behind is not None:
         there = set(wanted)
-        rest = (taps(teacher, layer)[-1] for layer in range(behind, teacher.n_layers))
+        rest = (leaving(layer) for layer in range(behind, teacher.n_layers))
         wanted += [tap for tap in rest if tap not in there]
+    if entering > 0 and leaving(entering - 1) not in wanted:
+        wanted.append(leaving(entering - 1))
     inputs: dict[Place, Tensor] = {}
     with ExitStack() as stack:
         for place in places:
@@ -169,7 +174,7 @@ def head_given(
 def heads_shared(teacher: Layout, student: Layout, place: Place) -> int:
     """Heads that can be restored one by one; 0 where student and teacher do not share the output projection."""
     theirs, ours = _projection(teacher, place), _projection(student, place)
-    if theirs is None or getattr(ours, "weight", None) is not theirs.weight:
+    if theirs is None or not same(getattr(ours, "weight", None), theirs.weight):
         return 0
     return int(teacher.config.num_attention_heads)
 

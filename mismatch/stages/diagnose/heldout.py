@@ -35,6 +35,7 @@ class CorrectedHeldOut(HeldOut):
         teacher: layout.
         places: the swapped places.
         windows: of held-out text.
+        first: the student's first block that is not the teacher's own.
         batch_size: windows per forward.
         scored: share of the tokens whose predictions are compared.
         seed: of which.
@@ -52,6 +53,7 @@ class CorrectedHeldOut(HeldOut):
         teacher: Layout,
         places: Sequence[Place],
         windows: Windows,
+        first: int,
         *,
         batch_size: int,
         scored: float,
@@ -67,7 +69,7 @@ class CorrectedHeldOut(HeldOut):
         super().__init__(
             teacher,
             windows,
-            places[0].layer,
+            first,
             batch_size,
             scored=scored,
             seed=seed,
@@ -78,12 +80,13 @@ class CorrectedHeldOut(HeldOut):
 
     def run_teacher(self, ids: Tensor) -> tuple[Tensor, Stored[int]]:
         sides, final, theirs = teacher_sides(
-            self.teacher, self.places, ids, whole=True, behind=self.last
+            self.teacher, self.places, ids, whole=True, behind=self.last, entering=self.first
         )
         self.complete(ids, sides)
         self.sides.append(sides)
         streams: Stored[int] = Stored()
-        streams.keep(self.first, sides[self.places[0]].stream)
+        if self.first > 0:
+            streams.keep(self.first, theirs[self.first - 1])
 
         def compare(tap: Tap, value: Tensor) -> None:
             t = theirs[tap.layer].to(value.device)
@@ -91,6 +94,6 @@ class CorrectedHeldOut(HeldOut):
             self._apart[tap.layer - self.last] += error.double().sum().cpu()
 
         wanted = [leaving(layer) for layer in range(self.last, self.student.n_layers)]
-        entering = streams[self.first]
+        entering = streams.get(self.first)
         hooks.run(self.student, ids, wanted, compare, start=self.first, stream=entering)
         return final, streams

@@ -53,7 +53,12 @@ def places_of(plan: SwapPlan) -> tuple[Place, ...]:
         site = "resid_post" if clause.layer in whole else site
         found.setdefault((clause.layer, SITES.index(site)), []).append(clause)
     if not found:
-        names = ", ".join(f"`{c.mechanism}` at {c.slot}" for c in plan.clauses) or "nothing"
+        if not plan.clauses:
+            raise SurgeryError(
+                "nothing was swapped in this student, so there is no module to correct",
+                hint="`mismatch trace` measures a fine-tune layer by layer",
+            )
+        names = ", ".join(f"`{c.mechanism}` at {c.slot}" for c in plan.clauses)
         raise SurgeryError(
             f"{names}: nothing to diagnose stands inside a block",
             hint="a diagnosis corrects what attention, an MLP or a block adds to the stream",

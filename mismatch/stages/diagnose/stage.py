@@ -12,7 +12,6 @@ from typing import Any
 
 import pandas as pd
 
-from mismatch import spec
 from mismatch.errors import DataError, NumericsError
 from mismatch.forward.heldout import Evaluated, Trial
 from mismatch.report.words import plan_lines
@@ -105,7 +104,7 @@ class Diagnose(Stage[DiagnoseConfig, Prepared]):
         return "\n".join(lines)
 
     def loaded(self, opened: Opened[DiagnoseConfig], prepared: Prepared) -> None:
-        readings_of(prepared.earlier, opened.teacher.info.sha256)
+        readings_of(prepared.earlier, *_fingerprints(opened))
 
     def run(self, opened: Opened[DiagnoseConfig], prepared: Prepared) -> Outcome:
         config, teacher, cut = opened.config, opened.teacher, prepared.cut
@@ -118,6 +117,7 @@ class Diagnose(Stage[DiagnoseConfig, Prepared]):
                 teacher.layout,
                 places,
                 cut,
+                swap.plan.first or 0,
                 batch_size=config.batch_size,
                 scored=config.scored,
                 seed=config.seed,
@@ -143,7 +143,7 @@ class Diagnose(Stage[DiagnoseConfig, Prepared]):
                 bar.total += len(held_out.batches) * len(trials)
                 bar.refresh()
                 evaluated |= held_out.evaluate_all(trials)
-        readings = readings_of(prepared.earlier, teacher.info.sha256)
+        readings = readings_of(prepared.earlier, *_fingerprints(opened))
         found = _found(config, readings, swap, evaluated, apart, held_out)
         base = warned(swap.plan, cut.seq_len)
         few = []
@@ -156,9 +156,13 @@ class Diagnose(Stage[DiagnoseConfig, Prepared]):
             spec=base.spec,
             clauses=base.clauses,
             warnings=(*base.warnings, *few),
+            apart=base.apart,
             diagnosis=found,
             verdict=headline(found),
-            forecast=_foretold(opened, found, swap) if found.places else None,
+            # Those of the record began at a swap that was not trained.
+            forecast=_foretold(opened, found, swap)
+            if found.places and opened.student_info is None
+            else None,
         )
         return Outcome(rows_of(found), plan)
 
@@ -166,7 +170,13 @@ class Diagnose(Stage[DiagnoseConfig, Prepared]):
         self, opened: Opened[DiagnoseConfig], outcome: Outcome, table: pd.DataFrame
     ) -> Sequence[Finding]:
         plan: DiagnosisPlan = outcome.plan
-        return verdicts(plan.diagnosis, opened.config, plan.clauses)
+        return verdicts(plan.diagnosis, opened.config, plan.clauses, plan.apart)
+
+
+def _fingerprints(opened: Opened[DiagnoseConfig]) -> tuple[str, str | None]:
+    """Of the teacher, and of a student that was trained elsewhere."""
+    student = opened.student_info
+    return opened.teacher.info.sha256, None if student is None else student.sha256
 
 
 def _found(
@@ -187,7 +197,7 @@ def _found(
         else math.nan,
     }
     shared: dict[str, Any] = {
-        "swap": spec.format(config.swap_spec),
+        "swap": swap.plan.spec,
         "damage": kl_of(damage, seed),
         "nll": Share(*damage.nll.mean(seed)[:3]),
         "controls": {name: kl_of(evaluated[name], seed) for name in config.controls},

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from mismatch import registry, spec
-from mismatch.runs.plan import Replaced
+from mismatch.runs.plan import Apart, Replaced
 from mismatch.stages.base import SEVERITIES, Finding
 from mismatch.stages.diagnose.config import DiagnoseConfig
 from mismatch.stages.diagnose.figure import CAUSES, percent
@@ -26,15 +26,21 @@ SMALL_STEP = 0.3
 """||update|| / ||stream||: a larger one is no small correction to the stream."""
 
 
-def verdicts(found: Found, config: DiagnoseConfig, clauses: Sequence[Replaced]) -> list[Finding]:
+def verdicts(
+    found: Found,
+    config: DiagnoseConfig,
+    clauses: Sequence[Replaced],
+    apart: Apart | None = None,
+) -> list[Finding]:
     """Everything that the numbers say, worst first.
 
     Args:
         found: the numbers.
         config: for the next commands.
         clauses: what was replaced.
+        apart: what else differs in a student that was trained elsewhere.
     """
-    ask = _Next(config, clauses)
+    ask = _Next(config, found, clauses, apart)
     said = [
         finding
         for rule in (_damage, _leading, _causes, _parts, _behind, _premise, _elsewhere)
@@ -136,8 +142,12 @@ def _causes(found: Found, ask: _Next) -> Iterator[Finding]:
             "medium" if rest.value >= MUCH else "low",
             f"unexplained: {_percent(rest)}",
             f"All corrections of the three causes together leave {_percent(rest)}{_band(rest, 100)} of the KL. It is "
-            "neither a shift of the vectors, nor the tokens' places, nor their sizes: what the part knew is gone, and "
-            "has to be trained again.",
+            "neither a shift of the vectors, nor the tokens' places, nor their sizes: "
+            + (
+                "what the part knew is gone, and has to be trained again."
+                if ask.apart is None
+                else f"what else differs from the teacher ({ask.apart.text()}), or what the part knew."
+            ),
             _numbers("unexplained", rest),
             ask.repair(),
         )
@@ -234,9 +244,15 @@ def _elsewhere(found: Found, ask: _Next) -> Iterator[Finding]:
 class _Next:
     """Commands that go on from here."""
 
-    def __init__(self, config: DiagnoseConfig, clauses: Sequence[Replaced]) -> None:
-        self.model, self.swap = config.model, spec.format(config.swap_spec)
-        self.clauses, self.evidence = clauses, config.earlier_run
+    def __init__(
+        self,
+        config: DiagnoseConfig,
+        found: Found,
+        clauses: Sequence[Replaced],
+        apart: Apart | None,
+    ) -> None:
+        self.model, self.flag, self.swap = config.model, config.flag, found.swap
+        self.apart, self.evidence = apart, config.earlier_run
         self.slots = {c.mechanism: c.slot for c in clauses}
 
     def cure(self, one: Correction) -> str | None:
@@ -266,7 +282,7 @@ class _Next:
         if text is not None:
             return self._trace(text)
         return (
-            f'mismatch probe --model {self.model} --swap "{self.swap}" '
+            f"mismatch probe --model {self.model} {self.flag} "
             "--probes order_sensitivity,induction,passkey"
         )
 
@@ -278,7 +294,7 @@ class _Next:
 
     def repair(self, stages: str | None = None) -> str:
         more = f" --stages {stages}" if stages else ""
-        return f'mismatch repair --model {self.model} --swap "{self.swap}"{more}'
+        return f"mismatch repair --model {self.model} {self.flag}{more}"
 
     def _trace(self, swap: str) -> str:
         return f'mismatch trace --model {self.model} --swap "{swap}"'

@@ -11,7 +11,7 @@ import pandas as pd
 from mismatch import registry
 from mismatch.report import quantity as q
 from mismatch.report import style
-from mismatch.report.words import columns, plan_lines
+from mismatch.report.words import columns, plan_lines, subject
 from mismatch.runs.plan import SwapPlan
 from mismatch.runs.table import conditions
 
@@ -92,7 +92,7 @@ def probe_summary(
     dictionary: Mapping[str, Any] | None = None,
 ) -> str:
     """The end of `mismatch probe` in a terminal; readable without colour."""
-    parts = ["swap", *(f"  {line}" for line in plan_lines(plan))]
+    parts = [subject(plan), *(f"  {line}" for line in plan_lines(plan))]
     parts += [f"  warning: {text}" for text in plan.warnings]
     return "\n".join([*parts, *answer_lines(table, dictionary)])
 

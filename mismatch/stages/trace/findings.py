@@ -10,6 +10,7 @@ excludes zero, and never from a value at or below the floor.
 | `scale` | is the update of another size? |
 | `depth` | does the shift grow or heal behind the swap? |
 | `late_tokens` | does it hurt more the later the token, more than deleting the module (`zero`) does? |
+| `most_changed` | of a fine-tune, in which nothing was swapped: which block changed most? |
 | `premise` | is this layer's update a small correction to the stream, as deep models expect? |
 """
 
@@ -23,7 +24,7 @@ import numpy as np
 import pandas as pd
 
 from mismatch import registry
-from mismatch.runs.plan import Replaced
+from mismatch.runs.plan import Apart, Replaced
 from mismatch.stages.base import SEVERITIES, Finding
 
 Profile = dict[int, pd.Series]
@@ -42,6 +43,8 @@ class Evidence:
     n_layers: int
     model: str
     clauses: tuple[Replaced, ...]
+    apart: Apart | None = None
+    """What else differs in a student that was trained elsewhere."""
 
     def row(self, **where: Any) -> pd.Series | None:
         """The single row with these values, or None. `layer=None` asks for rows without a layer."""
@@ -96,7 +99,8 @@ class Evidence:
 
 def findings_of(evidence: Evidence) -> list[Finding]:
     """Every finding of the rules above, worst first."""
-    found = [finding for rule in RULES if (finding := rule(evidence)) is not None]
+    rules = RULES if evidence.clauses else OF_A_FINE_TUNE
+    found = [finding for rule in rules if (finding := rule(evidence)) is not None]
     return sorted(found, key=lambda f: -SEVERITIES.index(f.severity))
 
 
@@ -124,7 +128,9 @@ def worth_it(e: Evidence) -> Finding | None:
         return Finding(
             "medium",
             "the output shifts",
-            f"{said}; no deletion control was measured to compare it with.",
+            f"{said}; no deletion control was measured to compare it with."
+            if e.clauses
+            else f"{said}, against the model that it was made from.",
             numbers,
         )
     share = swap.value / zero.value
@@ -144,7 +150,7 @@ def worth_it(e: Evidence) -> Finding | None:
         return Finding(
             "high",
             "worse than deleting the module",
-            f"{said}; deleting the module costs {zero.value:.3g} ({paired}). What was put in does harm.",
+            f"{said}; deleting the module costs {zero.value:.3g} ({paired}). {_blamed(e)}",
             numbers,
             _parallel(e),
         )
@@ -295,6 +301,34 @@ def premise(e: Evidence) -> Finding | None:
     )
 
 
+def most_changed(e: Evidence) -> Finding | None:
+    """Of the blocks of a fine-tune, each on the teacher's own input: whose update moved most."""
+    rows = e.table
+    rows = rows[
+        (rows["student"] == "swap")
+        & (rows["mode"] == "forced")
+        & (rows["metric"] == "rel_l2")
+        & (rows["stat"] == "mean")
+        & (rows["position"] == "all")
+        & rows["site"].isin(("attn_out", "mlp_out"))
+    ]
+    if rows.empty or not rows["value"].max() > 0:
+        return None
+    worst, middle = rows.loc[rows["value"].idxmax()], rows["value"].median()
+    return Finding(
+        "info",
+        f"layer {worst.layer:.0f} changed most: {worst.site} is off by {worst.value:.0%} of its norm",
+        f"Each block that differs was run on the teacher's own input. {worst.site} of layer {worst.layer:.0f} is off "
+        f"by {worst.value:.3f} times its norm; the middle one of {len(rows)} updates by {middle:.3f}.",
+        {
+            "layer": float(worst.layer),
+            "site": str(worst.site),
+            "rel_l2_forced": worst.value,
+            "median": middle,
+        },
+    )
+
+
 RULES: tuple[Callable[[Evidence], Finding | None], ...] = (
     worth_it,
     local_error,
@@ -303,6 +337,20 @@ RULES: tuple[Callable[[Evidence], Finding | None], ...] = (
     late_tokens,
     premise,
 )
+
+
+OF_A_FINE_TUNE: tuple[Callable[[Evidence], Finding | None], ...] = (
+    worth_it,
+    most_changed,
+    late_tokens,
+)
+"""Where nothing was swapped: no module to blame, and none to delete for comparison."""
+
+
+def _blamed(e: Evidence) -> str:
+    if e.apart is None:
+        return "What was put in does harm."
+    return f"It is not the work of the swap alone: {e.apart.text()} differ from the teacher's."
 
 
 def _parallel(e: Evidence) -> str | None:

@@ -114,7 +114,14 @@ class Trace(Stage[TraceConfig, Prepared]):
         swap: Student = outcome.memory["swap"]
         n_layers = opened.teacher.layout.n_layers
         return findings_of(
-            Evidence(table, swap.plan.layers, n_layers, opened.config.model, swap.plan.clauses)
+            Evidence(
+                table,
+                swap.plan.layers,
+                n_layers,
+                opened.config.model,
+                swap.plan.clauses,
+                swap.plan.apart,
+            )
         )
 
     def exit_code(self, config: TraceConfig, result: Traced) -> int:

@@ -15,7 +15,7 @@ from mismatch.report import heatmap, heatmap_cells, style
 from mismatch.report import quantity as q
 from mismatch.report.figures import inline
 from mismatch.report.page import Cell, Html, document, grid, join, picture, reading, tag
-from mismatch.report.words import kind
+from mismatch.report.words import kind, subject
 from mismatch.runs.files import write_atomic
 from mismatch.runs.folder import Run, load_run
 from mismatch.stages.trace.report.position_figure import by_position
@@ -152,7 +152,7 @@ def page(runs: Sequence[Run], *, same_data: bool = True) -> str:
         Html("") if same_data else warning,
         _outputs(runs, names),
         *(
-            tag("p", tag("b", name), ": ", verdict(run.table, run.dictionary))
+            tag("p", tag("b", name), ": ", verdict(run.table, run.dictionary, subject(run.plan)))
             for run, name in zip(runs, names, strict=True)
         ),
         tag("h2", "Figures"),

@@ -12,6 +12,7 @@ from mismatch.report import quantity as q
 from mismatch.report.figures import ReportFigure
 from mismatch.report.page import Html, grid, join, reading, tag, whole
 from mismatch.report.sections import Section, findings, replaced
+from mismatch.report.words import subject
 from mismatch.runs.folder import Run
 from mismatch.stages.probe import report as probes
 from mismatch.stages.trace.report.controls_figure import output_data, output_shift
@@ -76,7 +77,13 @@ def figures(run: Run) -> tuple[ReportFigure, ...]:
 def sections(run: Run) -> list[Section]:
     """The verdict first, then what it rests on."""
     return [
-        Section("", (tag("p", verdict(run.table, run.dictionary), class_="verdict"), _output(run))),
+        Section(
+            "",
+            (
+                tag("p", verdict(run.table, run.dictionary, subject(run.plan)), class_="verdict"),
+                _output(run),
+            ),
+        ),
         replaced(run),
         findings(run),
         Section("Figures", figures(run)),

@@ -12,7 +12,7 @@ import pandas as pd
 from mismatch.errors import UsageError
 from mismatch.report import quantity as q
 from mismatch.report.style import interval, number
-from mismatch.report.words import columns, plan_lines
+from mismatch.report.words import columns, plan_lines, subject
 from mismatch.runs.plan import SwapPlan
 from mismatch.stages.trace.report.controls_figure import output_data
 
@@ -20,8 +20,16 @@ WORST = ("rel_l2", "cka_minibatch", "norm_ratio")
 """The columns of the table of worst sites; the first one ranks them."""
 
 
-def verdict(table: pd.DataFrame, dictionary: Mapping[str, Any] | None = None) -> str:
-    """One or two sentences: how far the output moved, and against what that is much or little."""
+def verdict(
+    table: pd.DataFrame, dictionary: Mapping[str, Any] | None = None, who: str = "swap"
+) -> str:
+    """One or two sentences: how far the output moved, and against what that is much or little.
+
+    Args:
+        table: the long table.
+        dictionary: the run's metrics.json.
+        who: what moves it, as `mismatch.report.words.subject` calls it.
+    """
     try:
         data = output_data(table, dictionary=dictionary)
     except UsageError:
@@ -32,9 +40,9 @@ def verdict(table: pd.DataFrame, dictionary: Mapping[str, Any] | None = None) ->
     swap = means.loc["swap"]
     floor = float(means.loc["floor", "value"]) if "floor" in means.index else 0.0
     if swap["value"] == 0:
-        return "The swap changes nothing: the output KL is exactly 0."
+        return f"The {who} changes nothing: the output KL is exactly 0."
     said = (
-        f"The swap moves the output by {interval(swap['value'], swap['lo'], swap['hi'])} "
+        f"The {who} moves the output by {interval(swap['value'], swap['lo'], swap['hi'])} "
         "nats per token"
     )
     if swap["value"] <= floor:
@@ -109,9 +117,9 @@ def summary(
         path: of the run folder; the last line, if given.
         dictionary: the run's metrics.json; default: the cards of the installed metrics.
     """
-    parts = ["swap", *(f"  {line}" for line in plan_lines(plan))]
+    parts = [subject(plan), *(f"  {line}" for line in plan_lines(plan))]
     parts += [f"  warning: {text}" for text in plan.warnings]
-    parts += ["", *_output_lines(table, dictionary)]
+    parts += ["", *_output_lines(table, dictionary, subject(plan))]
     worst = worst_sites(table, dictionary=dictionary)
     if len(worst):
         parts += ["", "worst sites, free running (* swapped layer)", columns(_worst_rows(worst))]
@@ -121,14 +129,16 @@ def summary(
     return "\n".join(parts)
 
 
-def _output_lines(table: pd.DataFrame, dictionary: Mapping[str, Any] | None) -> list[str]:
+def _output_lines(table: pd.DataFrame, dictionary: Mapping[str, Any] | None, who: str) -> list[str]:
     try:
         data = output_data(table, dictionary=dictionary)
     except UsageError:
         return ["output shift: not measured"]
     rows = [["", "KL", "95 % interval"]]
     for row in data.itertuples():
-        name = f"swap - {row.against}" if row.against else row.student
+        name = (
+            f"swap - {row.against}" if row.against else {"swap": who}.get(row.student, row.student)
+        )
         sign = "+" if row.against and row.value > 0 else ""
         known = not (pd.isna(row.lo) or pd.isna(row.hi))
         band = f"[{number(row.lo)}, {number(row.hi)}]" if known else "-"
