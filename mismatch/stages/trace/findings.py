@@ -342,7 +342,6 @@ RULES: tuple[Callable[[Evidence], Finding | None], ...] = (
 OF_A_FINE_TUNE: tuple[Callable[[Evidence], Finding | None], ...] = (
     worth_it,
     most_changed,
-    late_tokens,
 )
 """Where nothing was swapped: no module to blame, and none to delete for comparison."""
 
