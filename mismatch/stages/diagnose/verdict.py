@@ -251,7 +251,8 @@ class _Next:
         clauses: Sequence[Replaced],
         apart: Apart | None,
     ) -> None:
-        self.model, self.flag, self.swap = config.model, config.flag, found.swap
+        self.model, self.flag = config.model, config.flag
+        self.swap = found.swap if config.student else spec.format(config.swap_spec)
         self.apart, self.evidence = apart, config.earlier_run
         self.slots = {c.mechanism: c.slot for c in clauses}
 
