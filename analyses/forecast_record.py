@@ -153,7 +153,7 @@ def one_cell(bench: Bench, layer: int, name: str) -> dict[str, Any]:
     stages = STAGES if layer in BLOCK_LAYERS else STAGES[:2]
     config = _config(swap_text, stages)
     swap = _swap(bench, swap_text)
-    mine = trainable(teacher, config, swap, bench.read.train)
+    mine = trainable(teacher.layout, config, swap)
     known |= before(bench, mine.parts[0])
     ladder = Ladder(
         config, teacher.layout, mine, held_out, bench.texts, folder=bench.folder, state=None,

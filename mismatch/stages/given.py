@@ -60,13 +60,14 @@ class GivenStudent:
         given, trusted = self.given, self.config.trust_remote_code
         if given is None:
             folder = self.source[1].folder
-            elsewhere.check_tokens(tokenizer, _tokenizer(folder, trusted), self.name)
             plain, found = loading.plain_skeleton(self.source, trust_remote_code=trusted)
-            return elsewhere.foreseen(teacher, plain, found, self.name, folder)
-        elsewhere.check_tokens(tokenizer, given.tokenizer, self.name)
+            made = elsewhere.foreseen(teacher, plain, found, self.name, folder)
+            elsewhere.check_tokens(tokenizer, _tokenizer(folder, trusted), self.name)
+            return made
         found = elsewhere.record_of(given.model)
         plain = skeleton_of(given.layout) if found is None else loading.bare(given.model.config)
         made = elsewhere.foreseen(teacher, plain, found, self.name, self.name)
+        elsewhere.check_tokens(tokenizer, given.tokenizer, self.name)
         if isinstance(given, Student) and given.plan.spec == made.plan.spec:
             return replace(made, plan=replace(given.plan, apart=made.plan.apart))
         return made

@@ -27,6 +27,7 @@ from mismatch.surgery.students import Teacher
 FITTED = 8192
 """Tokens that fit the linear map: as many as in the record."""
 NONE_GENERATED = "the repairs of the record trained on given text alone, none of it self-generated"
+TRAINED = "the repairs of the record began at a swap that was not trained"
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 """Towards the map that leaves the output as it is, in means of the diagonal; held-out text chooses."""
 
@@ -42,6 +43,8 @@ def foretell(
         ladder: that has begun, and has not run a stage.
         controls: on the same held-out text, in the same slot; what is missing is not used.
     """
+    if config.student is not None:
+        return Foretold({}, {}, "", TRAINED)
     layout, part = teacher.layout, ladder.parts[0]
     call = spec.format(config.swap_spec).partition(":")[2]
     swap = Swap(call, part.slot, len(ladder.parts), layout.n_layers, layout.d_model, {})

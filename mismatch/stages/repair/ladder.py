@@ -89,6 +89,8 @@ class Ladder:
         self.config, self.teacher, self.student = config, teacher, learner.student
         self.parts, self.companions = learner.parts, learner.companions
         self.neighbours = learner.neighbours
+        self.first = learner.student.plan.first or 0
+        """The first block that is not the teacher's own."""
         self.held_out, self.texts = held_out, texts
         self.folder, self.state, self.fingerprint = folder, state, fingerprint
         self.stopping, self.say = stopping, say
@@ -227,10 +229,7 @@ class Ladder:
         return self._through_blocks(name, loss)
 
     def _end_to_end(self, name: str) -> StageResult:
-        entering, leaving = (
-            block(self.teacher, self.parts[0].layer),
-            final(self.teacher),
-        )
+        entering, leaving = block(self.teacher, self.first), final(self.teacher)
         store, held = self.stores([], [entering, leaving])
         loss = EndToEndLoss(self.teacher, self.student.layout, store, held, entering, leaving)
         return self._through_blocks(name, loss)
@@ -318,7 +317,7 @@ class Ladder:
     def _span(self) -> tuple[ModulePair, ModulePair]:
         """The blocks whose input and output the stage `window` matches."""
         last = min(self.parts[-1].layer + self.config.window_blocks, self.teacher.n_layers - 1)
-        return block(self.teacher, self.parts[0].layer), block(self.teacher, last)
+        return block(self.teacher, self.first), block(self.teacher, last)
 
     def stores(
         self, own: Sequence[ModulePair], modules: Sequence[ModulePair]
@@ -351,7 +350,10 @@ class Ladder:
 
     def _fresh(self) -> dict[str, set[str]]:
         """By path, the parameters that the teacher did not have."""
-        return {clause.path: set(clause.new_parameters) for clause in self.student.plan.clauses}
+        fresh: dict[str, set[str]] = {}
+        for clause in self.student.plan.clauses:
+            fresh.setdefault(clause.path, set()).update(clause.new_parameters)
+        return fresh
 
     # ---- weights --------------------------------------------------------------------------------
 

@@ -83,7 +83,7 @@ class Repair(Stage[RepairConfig, Prepared]):
         texts = read_texts(opened)
         asked, unasked = before_after.asked(opened, texts)
         controls = (*opened.config.controls, *opened.config.trained_controls)
-        clauses = spec.check(opened.config.swap_spec).clauses  # also a student's: it is built again
+        clauses = () if opened.has_student else spec.check(opened.config.swap_spec).clauses
         calls = [clause.call for clause in clauses]
         wanted = calibration_tokens(calls, controls, d_model=opened.skeleton.d_model)
         calibration = opened.calibration(wanted, texts.documents)
@@ -111,7 +111,7 @@ def _run(
     config, teacher, texts = opened.config, opened.teacher, prepared.texts
     calibration = prepared.calibration
     swap, *controls = opened.students(calibration)
-    mine = trainable(teacher, config, swap, calibration)
+    mine = trainable(teacher.layout, config, swap)
     student, parts = mine.student, mine.parts
     start = standing(parts)
     trained_on = training_text(
@@ -125,7 +125,8 @@ def _run(
     )
     device = teacher.layout.embedding_device
     opened.say(f"the teacher runs over {texts.evaluation.tokens:,} evaluation tokens, once")
-    held_out = HeldOut(teacher.layout, texts.evaluation, parts[0].layer, config.batch_size)
+    first = swap.plan.first or 0
+    held_out = HeldOut(teacher.layout, texts.evaluation, first, config.batch_size)
     key = {"model": teacher.info.sha256, "train": trained_on.windows.fingerprint}
     batches = Texts(
         _batches(trained_on.windows, config.batch_size, device),
@@ -150,7 +151,7 @@ def _run(
     opened.say("branches are evaluated")
     for control in _trained_controls(opened, swap, calibration):
         opened.say(f"the control {control.name} is trained for the same steps")
-        other = trainable(teacher, config, control, calibration)
+        other = trainable(teacher.layout, config, control)
         like = TrainedControl(
             config, teacher.layout, other, held_out, batches, state=None, **shared
         )
@@ -166,6 +167,7 @@ def _run(
         spec=base.spec,
         clauses=base.clauses,
         warnings=base.warnings,
+        apart=base.apart,
         stages=tuple(stages),
         students=_readings(evaluated, config.seed),
         branches=tuple(branches),

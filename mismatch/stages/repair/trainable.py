@@ -6,16 +6,16 @@ Built beside the swap and over the same teacher, so that the swap stays as it ca
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 
 from mismatch import spec
+from mismatch.forward.verify import prove_student
+from mismatch.models.layout import Layout
 from mismatch.stages.repair.config import RepairConfig
 from mismatch.stages.repair.ladder_stages.module_pair import ModulePair, pairs_of
-from mismatch.surgery.operate import Student
-from mismatch.surgery.students import Teacher, calibrated_swap
-from mismatch.texts.windows import Windows
+from mismatch.surgery.operate import SEED_STEP, Student, blank, layout_of, operate, placed
 
 
 @dataclass(frozen=True)
@@ -35,40 +35,51 @@ class Trainable:
     neighbours: dict[str, nn.Parameter]
 
 
-def trainable(
-    teacher: Teacher, config: RepairConfig, swap: Student, calibration: Windows | None
-) -> Trainable:
+def trainable(teacher: Layout, config: RepairConfig, swap: Student) -> Trainable:
     """The same as a swap (or a control), to learn; at the start it gives what the swap gives.
 
     Args:
-        teacher: the untouched model.
+        teacher: layout of the untouched model.
         config: which stages run says what trains.
-        swap: the student that stays as it is.
-        calibration: windows for mechanisms that set themselves from them.
+        swap: the student that stays as it is, trained before or not.
 
     Raises:
-        MismatchError: as `calibrated_swap`; a module that cannot be repaired.
+        MismatchError: a module that cannot be repaired.
     """
     swapped = {clause.path for clause in swap.plan.clauses}
-    last = pairs_of(teacher.layout, swap)[-1].layer
-    text = [swap.plan.spec]
-    end = min(last + config.lora_blocks, teacher.layout.n_layers - 1)
-    if config.behind and end > last:
-        lora = f"lora(r={config.lora_rank}, alpha={float(config.lora_rank)}, targets=all)"
-        text += [f"layers{last + 1}-{end}.{slot}:{lora}" for slot in ("attn", "mlp")]
-    student = calibrated_swap(
-        teacher,
-        spec.parse(text),
-        calibration,
-        batch_size=config.batch_size,
-        seed=config.seed,
-    )
-    parts = tuple(part for part in pairs_of(teacher.layout, student) if part.path in swapped)
-    for part in parts:
-        # A student that was handed over may have been trained: the repair starts from its own tensors.
-        part.student.load_state_dict(swap.model.get_submodule(part.path).state_dict())
+    last = pairs_of(teacher, swap)[-1].layer
+    end = min(last + config.lora_blocks, teacher.n_layers - 1)
+    student = _with_lora(config, swap, last + 1, end) if config.behind else _copy(swap)
+    prove_student(teacher, student.layout, student.plan.first)
+    parts = tuple(part for part in pairs_of(teacher, student) if part.path in swapped)
     companions = _companions(student, parts) if config.around else {}
     return Trainable(student, parts, companions, _neighbours(student, swapped))
+
+
+def _copy(swap: Student) -> Student:
+    """A student that trains without moving the swap."""
+    student = blank(layout_of(swap.model), tokenizer=swap.tokenizer)
+    student.plan = swap.plan
+    return student
+
+
+def _with_lora(config: RepairConfig, swap: Student, first: int, last: int) -> Student:
+    """The copy with LoRA in the attention and the MLP of these layers; none where `first` is behind `last`."""
+    if first > last:
+        return _copy(swap)
+    call = f"lora(r={config.lora_rank}, alpha={float(config.lora_rank)}, targets=all)"
+    parsed = spec.parse([f"layers{first}-{last}.{slot}:{call}" for slot in ("attn", "mlp")])
+    layout, text, plan = layout_of(swap.model), spec.format(parsed), swap.plan
+    student = operate(
+        layout,
+        placed(parsed, layout),
+        spec=text,
+        seed=config.seed + SEED_STEP * len(plan.clauses),  # as behind the swap in one text
+        tokenizer=swap.tokenizer,
+    )
+    clauses = (*plan.clauses, *student.plan.clauses)
+    student.plan = replace(plan, spec=f"{plan.spec}; {text}", clauses=clauses)
+    return student
 
 
 def _companions(

@@ -13,7 +13,7 @@ from wonderland import command, documents, jsonl
 import mismatch
 import mismatch.cli.parser
 from mismatch import cli, config, registry
-from mismatch.errors import ConfigError, DataError, OutputError, UsageError
+from mismatch.errors import ConfigError, DataError, ModelError, OutputError, UsageError
 from mismatch.models import load as models
 from mismatch.probes import PROBES
 from mismatch.runs import folder as run
@@ -165,7 +165,7 @@ def test_a_student_that_is_there_already(toy):
         mismatch.probe(teacher, **given)
     stranger = mismatch.load((build("llama"), Letters()))
     with pytest.raises(
-        UsageError, match=r"not made from this teacher[\s\S]*hand to mismatch\.probe"
+        ModelError, match=r"not of the teacher's shape[\s\S]*made from this teacher"
     ):
         mismatch.probe(stranger, student, **given)
 

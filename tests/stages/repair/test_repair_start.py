@@ -104,12 +104,12 @@ def test_a_repair_of_a_student_starts_from_its_own_weights(toy_teacher):
     assert result.plan.spec in result.run.manifest["swap"]
 
 
-def test_a_student_of_another_teacher_is_refused(toy, toy_teacher):
+def test_a_student_without_a_swap_is_refused(toy, toy_teacher):
     other = mismatch.load((copy.deepcopy(toy.model), toy.tokenizer))
+    with pytest.raises(SurgeryError, match="nothing was swapped in this student") as error:
+        mismatch.repair(toy_teacher, other, **CLOSED_FORM)
+    assert "mismatch trace" in error.value.hint
     student = mismatch.swap(other, SWAP)
-    with pytest.raises(UsageError, match="not made from this teacher") as error:
-        mismatch.repair(toy_teacher, student, **CLOSED_FORM)
-    assert "mismatch.repair" in error.value.hint
     student.undo()
     with pytest.raises(UsageError, match="holds no swap any more"):
         mismatch.repair(other, student, **CLOSED_FORM)

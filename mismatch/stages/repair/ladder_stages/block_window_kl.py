@@ -1,7 +1,7 @@
 """The stages `block`, `window` and `end-to-end`: what the blocks behind make of the repaired layer.
 
-All run the student from the first swapped block on, on the teacher's stream entering it, with gradients; the blocks in
-front are the teacher's own and never run twice.
+All run the student from its first block that is not the teacher's own, on the teacher's stream entering it, with
+gradients; the blocks in front never run twice. From block 0 on the student runs whole, behind its own embedding.
 
     block, window  the student's stream behind the block, or some blocks further, is matched to the teacher's: the
                    relative error of what was ADDED since the swap, so that what is the same in both does not hide it
@@ -62,7 +62,7 @@ class WindowLoss(Loss):
             lambda _tap, value: found.__setitem__("stream", value),
             start=first,
             stop=last + 1,
-            stream=stream,
+            stream=stream if first else None,
         )
         return relative_error(found["stream"] - stream, target - stream)
 
@@ -94,5 +94,5 @@ class EndToEndLoss(Loss):
         stream = store.batch(self.entering, index).x[:rows]
         reference = store.batch(self.leaving, index).y[:rows]
         ids, start = store.batches[index][:rows], self.entering.layer
-        states = hooks.run(self.student, ids, start=start, stream=stream)
+        states = hooks.run(self.student, ids, start=start, stream=stream if start else None)
         return mean_kl(self.teacher, reference.flatten(0, 1), self.student, states.flatten(0, 1))

@@ -62,8 +62,13 @@ def pairs_of(teacher: Layout, student: Student) -> tuple[ModulePair, ...]:
     """The swapped modules in depth order, each once however many wrappers stand there.
 
     Raises:
-        SurgeryError: a module outside the blocks, which has no layer to repair.
+        SurgeryError: nothing was swapped; a module outside the blocks, which has no layer to repair.
     """
+    if not student.plan.clauses:
+        raise SurgeryError(
+            "nothing was swapped in this student, so there is no module to repair",
+            hint="`mismatch trace` measures a fine-tune layer by layer",
+        )
     found: dict[str, ModulePair] = {}
     for clause in student.plan.clauses:
         if clause.layer is None:
