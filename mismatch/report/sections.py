@@ -7,7 +7,7 @@ from typing import Any
 
 from mismatch.report.figures import ReportFigure
 from mismatch.report.page import Cell, Html, grid, join, pairs, tag, whole
-from mismatch.report.words import count, kind, total
+from mismatch.report.words import count, kind, text_line, text_lines, total
 from mismatch.runs.folder import Run
 from mismatch.runs.plan import Replaced, SwapPlan
 
@@ -92,16 +92,27 @@ def _tensors(clause: Replaced) -> Html:
 
 
 def state(run: Run) -> Html:
-    """A warning where the run is not finished."""
+    """Warnings: where the run is not finished, and where there was less text than one would think."""
     status = run.manifest.get("status")
-    if status == "done":
-        return Html("")
-    return tag("p", f"This run is not finished: its status is {status}.", class_="warning")
+    parts = [] if status == "done" else [f"This run is not finished: its status is {status}."]
+    parts += _little_text(run)
+    return join([tag("p", part, class_="warning") for part in parts])
+
+
+def _little_text(run: Run) -> list[str]:
+    """A warning where the text behind the numbers is not what one would think: less than asked, or few of its documents."""
+    text = run.manifest.get("texts", {}).get("evaluation")
+    if text is None or "asked" not in text:
+        return []
+    less = text["tokens"] < text["asked"] // text["seq_len"] * text["seq_len"]
+    few = 2 * text["left_out"] > text["documents_seen"]
+    return [f"The evaluation text: {text_line(text)}."] if less or few else []
 
 
 def closing(run: Run) -> tuple[Section, ...]:
     """The end of every report."""
     return (
+        Section("Text", tuple(tag("p", line) for line in text_lines(run)) or (tag("p", "None."),)),
         Section("What each metric is, and what it cannot see", (_glossary(run),)),
         Section("How to do it again", (_again(run),)),
         Section("Environment", (_environment(run),)),

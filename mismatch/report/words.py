@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from mismatch.runs.folder import Run
 from mismatch.runs.plan import SwapPlan
@@ -36,6 +37,35 @@ def plan_lines(plan: SwapPlan) -> list[str]:
 def subject(plan: SwapPlan) -> str:
     """What a run calls the student: a swap, or a student, where nothing was swapped in it."""
     return "swap" if plan.clauses else "student"
+
+
+def text_lines(run: Run) -> list[str]:
+    """One line for each text of a run: how much of it there was, and what was left out."""
+    return [f"{role}: {text_line(text)}" for role, text in run.manifest.get("texts", {}).items()]
+
+
+def text_line(text: Mapping[str, Any]) -> str:
+    """A text as the manifest has it: documents and tokens behind the numbers, what was asked for, what was left out."""
+    tokens, seq_len = text["tokens"], text.get("seq_len", 1)
+    asked = text.get("asked", tokens)
+    short = tokens < asked // seq_len * seq_len
+    parts = [
+        f"{text['source']}, {text['documents']:,} of {text.get('documents_read', text['documents']):,} documents",
+        f"{tokens:,} of {asked:,} tokens asked" if short else f"{tokens:,} tokens",
+    ]
+    if text.get("scored", tokens) < tokens:
+        parts.append(f"of which {text['scored']:,} predict an answer and count")
+    if text.get("left_out"):
+        parts.append(
+            f"{text['left_out']:,} of {text['documents_seen']:,} documents looked at fill no window of {seq_len} tokens"
+        )
+    if text.get("copies"):
+        parts.append(f"copies left out: {text['copies']:,}")
+    if text.get("more"):
+        parts.append("what is behind the first 256 MB was not read")
+    if text.get("revision"):
+        parts.append(f"revision {text['revision']}")
+    return ", ".join(parts)
 
 
 def total(sizes: Mapping[str, int]) -> int:

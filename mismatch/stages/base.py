@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 import pandas as pd
 
 from mismatch.config import RunConfig
+from mismatch.report.words import text_lines
 from mismatch.runs.folder import Run
 
 if TYPE_CHECKING:
@@ -95,12 +96,20 @@ class Result:
         return self.run.path
 
     def summary(self) -> str:
-        """What the command prints at its end."""
+        """What the command prints at its end: the texts behind the numbers, then what the stage says."""
+        texts = [f"text    {line}" for line in text_lines(self.run)]
+        return "\n".join([*texts, "", self.words()] if texts else [self.words()])
+
+    def words(self) -> str:
+        """What the stage says of its numbers."""
         raise NotImplementedError
 
     def as_dict(self) -> dict[str, Any]:
         """What the command prints with --json."""
-        return {"run": None if self.run_dir is None else str(self.run_dir)}
+        return {
+            "run": None if self.run_dir is None else str(self.run_dir),
+            "texts": self.run.manifest.get("texts", {}),
+        }
 
     def __repr__(self) -> str:
         where = "" if self.run_dir is None else f", {self.run_dir}"

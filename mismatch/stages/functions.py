@@ -23,6 +23,7 @@ from mismatch.surgery.loading import of_loaded
 from mismatch.surgery.operate import Student
 from mismatch.surgery.students import Teacher
 from mismatch.texts.demo.fetch import SOURCES
+from mismatch.texts.documents import held
 
 STUDENTS = (
     "a student: from `mismatch.swap`; or trained elsewhere: from `mismatch.load`, the folder of a checkpoint or of a "
@@ -148,7 +149,7 @@ def opened_for(stage: Stage[C, Any], args: Sequence[Any], kwargs: Mapping[str, A
     elif isinstance(student, Teacher):
         given["student"] = student.info.name
     texts = {
-        name: given.pop(name)
+        name: held(given.pop(name))
         for name in FIELDS.values()
         if name in given and not isinstance(given[name], (str, Path))
     }

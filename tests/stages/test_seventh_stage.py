@@ -58,7 +58,7 @@ class Counted(Result):
     def new(self) -> int:
         return int(self.table.set_index("stat")["value"]["new"])
 
-    def summary(self) -> str:
+    def words(self) -> str:
         return f"the swap has {self.new} new numbers"
 
 

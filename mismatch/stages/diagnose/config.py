@@ -21,7 +21,7 @@ class DiagnoseConfig(CalibratedConfig, SwapConfig):
         "swap": ("swap", "student", "controls"),
         "diagnosis": ("fit_tokens", "scored", "heads", "earlier_run"),
         "text": (
-            *("data", "tokens", "calibration_data", "calibration_tokens"),
+            *("data", "text_field", "tokens", "calibration_data", "calibration_tokens"),
             *("seq_len", "batch_size", "seed"),
         ),
         "output": OUTPUT,

@@ -42,7 +42,7 @@ class Diagnosed(Result):
         """What is drawn: a row for each cause and each correction."""
         return diagnosis_data(self.run.table, plan=self.run.plan)
 
-    def summary(self) -> str:
+    def words(self) -> str:
         return "\n".join([self.verdict, "", diagnosis_summary(self.run.plan, self.run.findings)])
 
     def as_dict(self) -> dict[str, Any]:

@@ -24,7 +24,8 @@ class PlanConfig(SweepConfig):
         ),
         "tasks": ("scored", "samples", "length", "depth"),
         "text": (
-            *("data", "tokens", "selection_tokens", "calibration_data", "calibration_tokens"),
+            *("data", "text_field", "answers_only", "tokens", "selection_tokens"),
+            *("calibration_data", "calibration_tokens"),
             *("seq_len", "batch_size", "seed"),
         ),
         "output": OUTPUT,

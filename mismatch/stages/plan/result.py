@@ -30,7 +30,7 @@ class Planned(Result):
         """Each layer alone, their sum, all together, and the controls, on each task."""
         return plan_data(self.run.table)
 
-    def summary(self) -> str:
+    def words(self) -> str:
         return plan_summary(self.run.table, self.plan, str(self.run.manifest.get("model", "MODEL")))
 
     def as_dict(self) -> dict[str, Any]:

@@ -100,14 +100,21 @@ class Plan(Stage[PlanConfig, Prepared]):
         config, held_out = opened.config, scanning.texts["evaluation"].documents
         used = 0 if selection is None else len(selection)
         tokens = used * config.seq_len + config.tokens
-        whole = windows(held_out, opened.tokenizer, config.seq_len, tokens, config.seed)
+        whole = windows(
+            held_out,
+            opened.tokenizer,
+            config.seq_len,
+            tokens,
+            config.seed,
+            answers=config.answers_only,
+        )
         if len(whole) <= used:
             raise DataError(
                 f"{held_out.source} has {len(whole)} windows of --seq-len {config.seq_len}; the "
                 f"choice is made from {used} of them, and none is left to evaluate it on",
                 hint="take fewer --selection-tokens, a shorter --seq-len, or longer text",
             )
-        rest = whole.behind(used)
+        rest = whole.part(slice(used, None))
         opened.texts |= {k: v for k, v in scanning.texts.items() if k == "calibration"}
         if selection is not None:
             opened.texts["selection"] = Text(held_out, selection)
@@ -197,7 +204,14 @@ def _selection(scanning: Opened[ScanConfig], scan: Run | None) -> Windows | None
     there = scan.manifest["texts"]["evaluation"]
     seq_len, seed = int(theirs["seq_len"]), int(theirs["seed"])
     try:
-        cut = windows(held_out, scanning.tokenizer, seq_len, int(there["tokens"]), seed)
+        cut = windows(
+            held_out,
+            scanning.tokenizer,
+            seq_len,
+            int(there["tokens"]),
+            seed,
+            answers=mine.answers_only,
+        )
     except DataError:  # too little text for such windows
         cut = None
     same = cut is not None and cut.fingerprint == there["fingerprint"]

@@ -26,7 +26,8 @@ class ProbeConfig(CalibratedConfig, SwapConfig):
             *("planned_gate_lr", "planned_gate_steps"),
         ),
         "text": (
-            *("data", "calibration_data", "calibration_tokens", "seq_len", "batch_size", "seed"),
+            *("data", "text_field", "calibration_data", "calibration_tokens"),
+            *("seq_len", "batch_size", "seed"),
         ),
         "output": OUTPUT,
         "dangerous": DANGEROUS,

@@ -25,7 +25,7 @@ class Probed(Result):
         """The headline of every probe: teacher, each student, and their paired difference."""
         return headlines(self.table, self.run.dictionary)
 
-    def summary(self) -> str:
+    def words(self) -> str:
         return probe_summary(self.table, self.plan, self.run.dictionary)
 
     def as_dict(self) -> dict[str, Any]:

@@ -105,11 +105,7 @@ def shift_rows(
 
 def few(cut: Windows, tokens: int) -> Windows:
     """The first windows, of at most so many tokens but at least one."""
-    n = max(1, tokens // cut.seq_len)
-    docs = cut.doc[:n]  # numbered in order of first appearance
-    return dataclasses.replace(
-        cut, ids=cut.ids[:n], doc=docs, names=cut.names[: int(docs.max()) + 1]
-    )
+    return cut.part(slice(max(1, tokens // cut.seq_len)))
 
 
 def _beside(swap: Student, repaired: Student) -> list[Student]:

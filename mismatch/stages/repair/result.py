@@ -50,7 +50,7 @@ class Repaired(Result):
         """KL against tokens and against time, one colour a stage."""
         return repair_curve(self.plan)
 
-    def summary(self) -> str:
+    def words(self) -> str:
         plan: RepairPlan = self.plan
         parts = [self._stage_lines(), self._control_lines()]
         parts.append(probe_lines(self.table, plan, self.run.dictionary))

@@ -103,16 +103,20 @@ def training_text(
         read,
         ids=ids,
         doc=np.zeros(len(ids), np.int64),
+        offset=np.arange(len(ids)) * ids.shape[1],
+        scored=np.ones(ids.shape, bool),
         names=("self-generated",),
         asked=config.to_generate,
     )
     known = np.any([repeats(own, windows) for windows in held_out], axis=0)
-    ids = ids[~known]
+    own = own.part(~known)
     both = replace(
         read,
-        ids=np.concatenate([read.ids, ids]),
-        doc=np.concatenate([read.doc, np.full(len(ids), read.n_docs)]),
+        ids=np.concatenate([read.ids, own.ids]),
+        doc=np.concatenate([read.doc, read.n_docs + own.doc]),
+        offset=np.concatenate([read.offset, own.offset]),
+        scored=np.concatenate([read.scored, own.scored]),
         names=(*read.names, *own.names),
         asked=read.asked + own.asked,
     )
-    return TrainingText(both, read.tokens, ids.size, int(known.sum()) * config.seq_len, seconds)
+    return TrainingText(both, read.tokens, own.tokens, int(known.sum()) * config.seq_len, seconds)

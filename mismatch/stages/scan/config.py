@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from mismatch import spec
-from mismatch.config import DANGEROUS, MODEL, OUTPUT, CalibratedConfig, RunConfig
+from mismatch.config import DANGEROUS, MODEL, OUTPUT, CalibratedConfig, RunConfig, ScoredConfig
 from mismatch.errors import ConfigError
 from mismatch.registry import did_you_mean
 
@@ -16,7 +16,7 @@ TASKS = ("text", "induction", "passkey")
 
 
 @dataclass(frozen=True, kw_only=True)
-class SweepConfig(CalibratedConfig):
+class SweepConfig(CalibratedConfig, ScoredConfig):
     """What is measured of every cell, by a scan and by a plan."""
 
     controls: tuple[str, ...] = ("zero",)
@@ -44,7 +44,7 @@ class ScanConfig(SweepConfig):
         "cells": ("swap", "among", "controls"),
         "tasks": ("tasks", "scored", "samples", "length", "depth"),
         "text": (
-            *("data", "tokens", "calibration_data", "calibration_tokens"),
+            *("data", "text_field", "answers_only", "tokens", "calibration_data", "calibration_tokens"),
             *("seq_len", "batch_size", "seed"),
         ),
         "output": OUTPUT,

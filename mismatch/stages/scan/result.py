@@ -35,7 +35,7 @@ class Scanned(Result):
         """Whether every activation of every cell was a number."""
         return not self.run.manifest.get("not_finite")
 
-    def summary(self) -> str:
+    def words(self) -> str:
         return scan_summary(self.run.table, self.run.plan)
 
     def as_dict(self) -> dict[str, Any]:

@@ -81,7 +81,7 @@ def text_task(cut: Windows, share: float = 1.0, seed: int = 0) -> Task:
         torch.rand(cut.seq_len, generator=torch.Generator().manual_seed(1_000_003 * seed + number))
         for number in range(len(cut))
     ]
-    asked = torch.stack(drawn).numpy() < share
+    asked = (torch.stack(drawn).numpy() < share) & cut.scored
     return Task("text", cut.ids, asked, cut.doc)
 
 

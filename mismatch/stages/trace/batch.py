@@ -1,8 +1,9 @@
 """One batch: teacher and student at each site as pairs of the metrics, final states as logits. Lives for one batch.
 
-Masks. `valid`: every token, for windows are full. `bulk`: without position 0 and without massive tokens of the teacher
-at that site, for they would rule every second moment. `sample`: a seeded part of bulk, so that second moments cost the
-same whatever the length of the run: some tokens of every window, or of long runs `TOGETHER` tokens of some windows.
+Masks. `valid`: every token that counts; of a plain text all do, for windows are full. `bulk`: without position 0 and
+without massive tokens of the teacher at that site, for they would rule every second moment. `sample`: a seeded part of
+bulk, so that second moments cost the same whatever the length of the run: some tokens of every window, or of long runs
+`TOGETHER` tokens of some windows.
 
 Logits are never kept: the final states go through the head in chunks of tokens, the teacher's chunk once for all
 students; a few tokens of each window go through it at every layer (logit lens, with the model's own final norm).
@@ -40,6 +41,7 @@ class Batch:
         ids: Tensor,
         docs: Tensor,
         numbers: Sequence[int],
+        scored: Tensor | None,
         teacher: Layout,
     ) -> None:
         self.collector, self.ids, self.docs, self.teacher = collector, ids, docs, teacher
@@ -54,7 +56,10 @@ class Batch:
         drawn[:, 0] = 1.0  # position 0 is never chosen
         self.drawn = (taken & (drawn < collector.sample / windows)).to(ids.device)
         # The smallest draws of each window are its lens tokens: also independent of the batching.
-        self.lens_at = drawn.argsort(1)[:, :LENS_TOKENS].to(ids.device)
+        self.scored = torch.ones_like(ids, dtype=torch.bool) if scored is None else scored
+        drawn = drawn.to(ids.device).where(self.scored, 1.0)
+        self.lens_at = drawn.argsort(1)[:, :LENS_TOKENS]
+        self.lens_kept = drawn.gather(1, self.lens_at).flatten() < 1
 
     def met(self, pair: SitePair) -> None:
         """One site of one student."""
@@ -87,14 +92,20 @@ class Batch:
         if own not in self.pairs:
             # Kept with the teacher on both sides: a kept student would live until the end of the batch.
             entering = (stream[0], stream[0]) if added else None
-            self.pairs[own] = self._teacher_pair(pair.teacher, entering)
+            self.pairs[own] = self._teacher_pair(pair.teacher, entering, self._counts(address.scope))
             self.collector.teacher_meter(own, pair.value.shape[-1]).update(self.pairs[own])
         return self.pairs[own].with_student(pair.value, stream[1] if added else None)
 
-    def _teacher_pair(self, teacher: Tensor, entering: tuple[Tensor, Tensor] | None) -> Pair:
+    def _counts(self, scope: str) -> Tensor:
+        """bool `batch pos`, the tokens that count. The floor is of a few tokens, and counts all of them."""
+        return torch.ones_like(self.scored) if scope == FLOOR else self.scored
+
+    def _teacher_pair(
+        self, teacher: Tensor, entering: tuple[Tensor, Tensor] | None, counts: Tensor
+    ) -> Pair:
         rows, pos, _ = teacher.shape
-        valid = torch.ones(rows, pos, dtype=torch.bool, device=teacher.device)
-        bulk = ~massive(teacher, valid)
+        valid = counts[:rows, :pos].to(teacher.device)
+        bulk = valid & ~massive(teacher, torch.ones_like(valid))
         bulk[:, 0] = False
         sample = bulk & self.drawn[:rows, :pos].to(teacher.device)
         docs = self.docs[:rows].to(teacher.device)
@@ -102,7 +113,8 @@ class Batch:
 
     def _lens_rows(self, stream: Tensor) -> Tensor:
         at = self.lens_at.to(stream.device)
-        return stream.gather(1, at[..., None].expand(-1, -1, stream.shape[-1])).flatten(0, 1)
+        rows = stream.gather(1, at[..., None].expand(-1, -1, stream.shape[-1])).flatten(0, 1)
+        return rows[self.lens_kept.to(stream.device)]
 
     def finish(self) -> None:
         """The logits of every student, then the lens, then nothing of this batch is left."""
@@ -118,16 +130,19 @@ class Batch:
     def _logits(self, scope: str, finals: Mapping[str, Tensor]) -> None:
         rows, pos, _ = finals[TEACHER].shape
         # Of the whole windows: the last token has no next one, unless the window was cropped.
-        every = torch.arange(self.ids.numel()).view(self.ids.shape)
-        predictions = Predictions.of(self.ids, self.docs, every[:rows, :pos].flatten())
-        flat = {name: final.flatten(0, 1) for name, final in finals.items()}
+        every = torch.arange(self.ids.numel(), device=self.ids.device).view(self.ids.shape)
+        counts = self._counts(scope)[:rows, :pos]
+        predictions = Predictions.of(self.ids, self.docs, every[:rows, :pos][counts])
+        flat = {name: final[counts.to(final.device)] for name, final in finals.items()}
         for name, pair in self._compare(flat, predictions, CHUNK):
             self.collector.meter(Address(scope, name, "free", NO_LAYER, "logits")).update(pair)
 
     def _lens(self) -> None:
         """Several layers at a time: a few rows a layer would leave the head's large matrix idle."""
-        docs = self.docs[:, None].expand_as(self.lens_at).flatten()
-        positions = self.lens_at.flatten()
+        docs = self.docs[:, None].expand_as(self.lens_at).flatten()[self.lens_kept]
+        positions = self.lens_at.flatten()[self.lens_kept]
+        if not len(docs):
+            return
         together = max(1, CHUNK // len(docs))
         alike: dict[tuple[str, ...], list[int]] = {}  # layers that the same students reached
         for layer, kept in sorted(self.lens.items()):

@@ -83,7 +83,8 @@ def measure(
             # The floor rides on the first batch: its first window once more, alone and shorter.
             floor = index == 0 and reference is None
             others = [Runner(FLOOR, teacher, 0, crop=(1, FLOOR_TOKENS))] if floor else []
-            with _naming(index, numbers), collector.batch(ids, docs, numbers) as met:
+            scored = on_device(teacher, batch.scored)
+            with _naming(index, numbers), collector.batch(ids, docs, numbers, scored) as met:
                 stream(teacher, [*runners, *others], ids, met, run=run)
             if index == 0 and reference is not None:
                 _format_floor(teacher, reference, collector, ids[:1], docs[:1], run)

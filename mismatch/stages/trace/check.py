@@ -30,7 +30,7 @@ class Check:
         lines = [
             f"model   {c.model} ({c.dtype})",
             *(f"swap    {line}" for line in plan_lines(self.plan)),
-            f"text    {c.data}, {c.tokens} tokens in windows of {c.seq_len}{controls}",
+            f"text    {c.data}, up to {c.tokens:,} tokens in windows of {c.seq_len}{controls}",
             *self.estimate.lines(),
             *(f"warning: {text}" for text in self.plan.warnings),
         ]
@@ -48,12 +48,17 @@ class Check:
         return f"<pre>{html.escape(self.text())}</pre>"
 
 
-def checked(opened: Opened[TraceConfig]) -> Check:
+def checked(opened: Opened[TraceConfig], tokens: int | None = None) -> Check:
     """Resolve the swap on the model's config and build it, and its controls, on the meta device.
+
+    Args:
+        opened: its command.
+        tokens: that there are; None: as many as were asked for.
 
     Raises:
         MismatchError: whatever a trace would refuse of model, swap and controls.
     """
     config, students = opened.config, opened.planned()
-    needs = estimate(opened.skeleton, [student.plan.first for student in students], config)
+    told = config if tokens is None else dataclasses.replace(config, tokens=tokens)
+    needs = estimate(opened.skeleton, [student.plan.first for student in students], told)
     return Check(warned(students[0].plan, config.seq_len, config.controls), needs, config)

@@ -5,20 +5,21 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from mismatch.config import DANGEROUS, MODEL, OUTPUT, CalibratedConfig, SwapConfig
+from mismatch.config import DANGEROUS, MODEL, OUTPUT, CalibratedConfig, ScoredConfig, SwapConfig
 from mismatch.errors import ConfigError
 from mismatch.registry import metrics, probes
 
 
 @dataclass(frozen=True, kw_only=True)
-class TraceConfig(CalibratedConfig, SwapConfig):
+class TraceConfig(CalibratedConfig, ScoredConfig, SwapConfig):
     """Settings of `mismatch trace`."""
 
     groups = {
         "model": MODEL,
         "swap": ("swap", "student"),
         "text": (
-            *("data", "tokens", "calibration_data", "calibration_tokens", "seq_len", "batch_size"),
+            *("data", "text_field", "answers_only", "tokens", "calibration_data", "calibration_tokens"),
+            *("seq_len", "batch_size"),
         ),
         "measurement": ("controls", "metrics", "moment_tokens", "probes", "backend", "seed"),
         "output": (*OUTPUT, "fail_on"),

@@ -41,7 +41,7 @@ class Collector:
         students: layout of each student by name (swap, controls).
         plans: of each student: sites in front of its first block that differs read exactly the null.
         metrics: names.
-        n_docs, n_pos, n_tokens: documents of the run, tokens per window, tokens in all.
+        n_docs, n_pos, n_tokens: documents of the run, tokens per window, tokens in all that count.
         sample: share of the tokens that feed the metrics of second moments.
         seed: of the sample, of the lens tokens and of the bootstrap.
         everywhere: metrics of covariances behind every block.
@@ -73,6 +73,7 @@ class Collector:
         ids: Tensor,
         docs: Tensor,
         numbers: Sequence[int],
+        scored: Tensor | None = None,
         *,
         teacher: Layout | None = None,
     ) -> Iterator[Callable[[SitePair], None]]:
@@ -82,9 +83,10 @@ class Collector:
             ids: int64 `batch pos`.
             docs: int64 `batch`, document of each window.
             numbers: of the windows in the whole run; they seed the sample, so batching does not matter.
+            scored: bool `batch pos`, the tokens that count; None: all. The floor counts all.
             teacher: another teacher than the run's (the floor of a low-precision run).
         """
-        batch = Batch(self, ids, docs, numbers, teacher or self.teacher)
+        batch = Batch(self, ids, docs, numbers, scored, teacher or self.teacher)
         yield batch.met
         batch.finish()
 

@@ -27,7 +27,7 @@ class Traced(Result):
 
     swap: Student | None = None
 
-    def summary(self) -> str:
+    def words(self) -> str:
         text = summary(self.table, self.plan, self.run.findings, dictionary=self.run.dictionary)
         lines = [text, *answer_lines(self.table, self.run.dictionary)]
         if self.run_dir is not None and self.plan.layers:

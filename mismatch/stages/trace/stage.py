@@ -53,10 +53,10 @@ class Trace(Stage[TraceConfig, Prepared]):
     distributed = True
 
     def prepare(self, opened: Opened[TraceConfig]) -> Prepared:
-        check = checked(opened)
+        opened.planned()  # refuses what model, swap and controls do not allow
         calibration, held_out = swap_texts(opened)
         cut = opened.cut("evaluation", held_out, opened.config.tokens)
-        return Prepared(check, cut, calibration, questions_behind(opened))
+        return Prepared(checked(opened, cut.tokens), cut, calibration, questions_behind(opened))
 
     def announce(self, opened: Opened[TraceConfig], prepared: Prepared) -> str:
         return prepared.check.text()
@@ -64,7 +64,7 @@ class Trace(Stage[TraceConfig, Prepared]):
     def run(self, opened: Opened[TraceConfig], prepared: Prepared) -> Outcome | None:
         config, teacher, cut = opened.config, opened.teacher, prepared.cut
         students = opened.students(prepared.calibration)
-        swap = students[0]
+        swap, counted = students[0], int(cut.scored.sum())
         collector = Collector(
             teacher.layout,
             {s.name: s.layout for s in students},
@@ -72,8 +72,8 @@ class Trace(Stage[TraceConfig, Prepared]):
             config.metrics or default_metrics(),
             n_docs=cut.n_docs,
             n_pos=cut.seq_len,
-            n_tokens=cut.tokens,
-            sample=min(1.0, config.moment_tokens / cut.tokens),
+            n_tokens=counted,
+            sample=min(1.0, config.moment_tokens / counted),
             seed=config.seed,
             everywhere=config.metrics is not None,
         )

@@ -150,7 +150,7 @@ def test_greedy_stops_at_the_budget(teacher):
 
 def test_evaluated_windows_are_none_of_those_that_chose():
     whole = cut(9)
-    rest = whole.behind(4)
+    rest = whole.part(slice(4, None))
     np.testing.assert_array_equal(rest.ids, whole.ids[4:])
     # Documents 1, 2, 0, 1, 2 of the whole are 0, 1, 2, 0, 1 in order of appearance.
     assert rest.doc.tolist() == [0, 1, 2, 0, 1]

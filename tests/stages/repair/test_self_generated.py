@@ -22,7 +22,7 @@ from mismatch.stages.repair import training_text as module
 from mismatch.stages.repair.config import RepairConfig
 from mismatch.stages.repair.self_generated import Writer, _Draw
 from mismatch.stages.repair.training_text import training_text
-from mismatch.texts.windows import Windows
+from mismatch.texts.windows import Source, Windows
 
 SPECIAL = (0, 1, 2)
 
@@ -201,7 +201,16 @@ def test_a_share_of_one_is_refused():
 
 
 def windows(ids: np.ndarray, name: str) -> Windows:
-    return Windows(ids, np.zeros(len(ids), np.int64), (name,), ids.size, ())
+    return Windows(
+        ids=ids,
+        doc=np.zeros(len(ids), np.int64),
+        offset=np.arange(len(ids)),
+        scored=np.ones(ids.shape, bool),
+        names=(name,),
+        asked=ids.size,
+        prefix=(),
+        source=Source(documents=1),
+    )
 
 
 @pytest.fixture
