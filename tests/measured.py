@@ -66,7 +66,7 @@ def collector_of(
         metrics or tuple(registry.metrics().names()),
         n_docs=windows.n_docs,
         n_pos=windows.seq_len,
-        n_tokens=windows.tokens,
+        n_tokens=int(windows.scored.sum()),
         sample=sample,
     )
 

@@ -100,7 +100,7 @@ def state(run: Run) -> Html:
 
 
 def _little_text(run: Run) -> list[str]:
-    """A warning where the text behind the numbers is not what one would think: less than asked, or few of its documents."""
+    """A warning where there was less text than asked, or where most documents were left out."""
     text = run.manifest.get("texts", {}).get("evaluation")
     if text is None or "asked" not in text:
         return []

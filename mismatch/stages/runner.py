@@ -84,7 +84,9 @@ def run(stage: Stage[C, P], opened: Opened[C], *, resume: Path | None = None) ->
     stage.check(config, overwrite=opened.overwrite)
     prepared = stage.prepare(opened)
     if opened.progress and opened.ranks.first:
-        texts = (f"text    {role}: {text_line(text.as_dict())}" for role, text in opened.texts.items())
+        texts = (
+            f"text    {role}: {text_line(text.as_dict())}" for role, text in opened.texts.items()
+        )
         print("\n".join([stage.announce(opened, prepared), *texts]), file=sys.stderr)
     started = time.monotonic()
     opened.load()

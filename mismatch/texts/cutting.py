@@ -87,12 +87,12 @@ class Cutter:
         while order:
             for at in order:
                 if at not in left:
-                    left[at] = self._cut(*pieces[at], draw)
+                    left[at] = self._cut(draw, *pieces[at])
                 if left[at]:
                     yield left[at].pop()
             order = [at for at in order if left[at]]
 
-    def _cut(self, start: int, piece: Content, draw: np.random.Generator) -> list[Window]:
+    def _cut(self, draw: np.random.Generator, start: int, piece: Content) -> list[Window]:
         ids, scored = encode(piece, self.name, self.tokenizer, answers=self.answers)
         self.tokens += len(ids)
         opening = len(self.prefix)

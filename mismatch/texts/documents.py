@@ -85,7 +85,10 @@ class Documents:
         """
         full = [not is_empty(text) for text in self.texts]
         first = dict(zip(reversed(self.hashes), reversed(range(len(self))), strict=True))
-        keep = [ok and first[key] == at for at, (ok, key) in enumerate(zip(full, self.hashes, strict=True))]
+        keep = [
+            ok and first[key] == at
+            for at, (ok, key) in enumerate(zip(full, self.hashes, strict=True))
+        ]
         if not any(keep):
             raise DataError(f"{self.source} holds no text", hint="is it the right file?")
         if all(keep):
@@ -94,7 +97,7 @@ class Documents:
 
     def _kept(self, keep: Iterable[bool], **changes: Any) -> Documents:
         at = [i for i, kept in zip(range(len(self)), keep, strict=True) if kept]
-        names, texts = (tuple(of[i] for i in at) for of in (self.names, self.texts))
+        names, texts = tuple(self.names[i] for i in at), tuple(self.texts[i] for i in at)
         return dataclasses.replace(self, names=names, texts=texts, **changes)
 
 
@@ -128,7 +131,9 @@ def held(data: Any) -> Any:
 
 def _documents(source: str, found: Iterable[tuple[str, Content]], **facts: Any) -> Documents:
     """As many documents as `LIMIT` allows."""
-    names, texts, total = [], [], 0
+    names: list[str] = []
+    texts: list[Content] = []
+    total = 0
     for name, content in found:
         total += size(content)
         if total > LIMIT and texts:
@@ -158,7 +163,7 @@ def _from_python(data: Any, asked: Asked) -> Iterator[tuple[str, Content]]:
             yield from readers.read(item, str(item), asked)
         elif isinstance(item, Mapping):
             yield f"row {i}", rows.content_of(item, where, asked)
-        elif getattr(item, "dtype", None) is not None and getattr(item, "ndim", 0):
+        elif getattr(item, "dtype", None) is not None and getattr(item, "ndim", None):
             yield f"ids {i}", token_ids(np.asarray(item), where)
         else:
             yield f"text {i}", as_content(item, where)
@@ -178,14 +183,18 @@ def _existing(source: str) -> Path | None:
     try:
         path = Path(source).expanduser()
         return path if path.exists() else None
-    except (OSError, RuntimeError, ValueError):  # too long, a user that is not there, not a name at all
+    except (
+        OSError,
+        RuntimeError,
+        ValueError,
+    ):  # too long, a user that is not there, not a name at all
         return None
 
 
 def _from_standard_input(asked: Asked) -> Iterator[tuple[str, Content]]:
     """Lines that are JSON objects, or else one text."""
     data = _piped()
-    reader = plain.read
+    reader: readers.Reader = plain.read
     start = data.lstrip()[:1]
     if start == b"{":
         first = data.lstrip().split(b"\n", 1)[0]

@@ -8,6 +8,7 @@ of an answer.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -37,7 +38,7 @@ def encode(
     if answers and not isinstance(content, Chat):
         raise DataError(
             f"{name} is no chat, so it holds no answers to score",
-            hint="score all tokens: --score all; or give rows with messages (see --text-field)",
+            hint="leave out --answers-only, or give rows with messages (see --text-field)",
         )
     if isinstance(content, TokenIds):
         return _known(content.ids, name, tokenizer), None
@@ -89,32 +90,53 @@ def _written(
 def _answered(chat: Chat, name: str, tokenizer: Any) -> tuple[np.ndarray, np.ndarray]:
     """Ids, and bool: part of an answer."""
     text = _written(chat.messages, name, tokenizer)
-    if re.search(r"{%-?\s*generation", tokenizer.get_chat_template()):
-        found = tokenizer.apply_chat_template(
-            list(chat.messages), return_dict=True, return_assistant_tokens_mask=True
-        )
-        return np.array(found["input_ids"], np.int64), np.array(found["assistant_masks"], bool)
     found = tokenizer(
         text, add_special_tokens=False, verbose=False, return_offsets_mapping=tokenizer.is_fast
     )
     if "offset_mapping" not in found:
         raise DataError(
-            "--score answers needs a tokenizer that knows where its tokens stand in the text, and "
-            "this one does not",
-            hint="score all tokens: --score all",
+            "--answers-only needs a tokenizer that knows where its tokens stand in the text, and this one does not",
+            hint="count all tokens: leave out --answers-only",
         )
-    spans = np.array(found["offset_mapping"], np.int64).reshape(-1, 2)
-    answer = np.zeros(len(spans), bool)
-    for at, message in enumerate(chat.messages):
+    places = np.array(found["offset_mapping"], np.int64).reshape(-1, 2)
+    answer = np.zeros(len(places), bool)
+    marked = re.search(r"{%-?\s*generation", tokenizer.get_chat_template())
+    for start, end in (_marked if marked else _behind_openings)(chat.messages, name, tokenizer):
+        answer |= (places[:, 0] >= start) & (places[:, 1] <= end)
+    return np.array(found["input_ids"], np.int64), answer
+
+
+Spans = Iterable[tuple[int, int]]
+"""Where answers begin and end in the text of a chat."""
+
+
+def _marked(messages: tuple[dict[str, Any], ...], _name: str, tokenizer: Any) -> Spans:
+    """What the template says that the assistant generates."""
+    # Not `apply_chat_template`, whose mask goes on to the end of the chat where an answer ends in a space.
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    rendered: Any = render_jinja_template(
+        [list(messages)],
+        chat_template=tokenizer.get_chat_template(),
+        return_assistant_tokens_mask=True,
+        **tokenizer.special_tokens_map,
+    )
+    spans: Spans = rendered[1][0]
+    return spans
+
+
+def _behind_openings(messages: tuple[dict[str, Any], ...], name: str, tokenizer: Any) -> Spans:
+    """What the template adds behind its own opening of an answer."""
+    text = _written(messages, name, tokenizer)
+    for at, message in enumerate(messages):
         if message["role"] == "assistant":
-            before = _written(chat.messages[:at], name, tokenizer, opening=True)
-            behind = _written(chat.messages[: at + 1], name, tokenizer)
+            before = _written(messages[:at], name, tokenizer, opening=True)
+            behind = _written(messages[: at + 1], name, tokenizer)
             if not (behind.startswith(before) and text.startswith(behind)):
                 raise DataError(
                     f"{name}: where an answer begins cannot be told: the chat template writes its "
                     "beginning otherwise once more follows",
-                    hint="score all tokens: --score all; or give a template that marks answers "
-                    "with {% generation %}",
+                    hint="count all tokens: leave out --answers-only; or give the tokenizer a template that marks "
+                    "answers with {% generation %}",
                 )
-            answer |= (spans[:, 0] >= len(before)) & (spans[:, 1] <= len(behind))
-    return np.array(found["input_ids"], np.int64), answer
+            yield len(before), len(behind)

@@ -198,16 +198,14 @@ def _counts(window: Window, prefix: int, seq_len: int) -> np.ndarray:
     return scored
 
 
-def _nothing(
-    source: str, cutters: Mapping[int, Cutter], seq_len: int, prefix: int
-) -> DataError:
+def _nothing(source: str, cutters: Mapping[int, Cutter], seq_len: int, prefix: int) -> DataError:
     """Why there is not one window."""
     likely = heapq.nlargest(100, cutters.values(), key=lambda cutter: cutter.bound)
     longest = prefix + max(cutter.measure() for cutter in likely)
     if longest >= seq_len:
         return DataError(
             f"{source}: no window of --seq-len {seq_len} holds a token of an answer",
-            hint="take a longer --seq-len, or score all tokens: --score all",
+            hint="take a longer --seq-len, or count all tokens: leave out --answers-only",
         )
     return DataError(
         f"{source}: no document fills a window of --seq-len {seq_len}; the longest has {longest} tokens",

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import pytest
 
 from mismatch.errors import DataError
@@ -58,7 +62,97 @@ def test_strings(tmp_path):
 
 
 def test_empty_documents_are_left_out():
-    assert data.read(["one", "  \n", "two"]).names == ("text 0", "text 2")
+    assert data.read(["one", "  \n", None, float("nan"), "two"]).names == ("text 0", "text 4")
+
+
+def test_a_copy_of_a_document_is_no_second_one(tmp_path):
+    found = data.read(["one", "two", "one", " ", "one"])
+    assert found.texts == ("one", "two")
+    assert found.copies == 2
+    assert data.read(Documents("own", ("a", "b"), ("x", "x"))).names == ("a",)
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text("the same")
+    assert data.read(tmp_path).names == ("a.txt",)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        (text for text in ("one", "two")),
+        pd.Series(["one", "two"]),
+        np.array(["one", "two"]),
+        np.array(["one", "two"], dtype=object),
+        pd.DataFrame({"text": ["one", "two"], "id": [1, 2]}),
+        [{"text": "one"}, {"text": "two"}],
+    ],
+    ids=["generator", "series", "array", "objects", "frame", "rows"],
+)
+def test_what_python_holds_text_in(given):
+    found = data.read(given)
+    assert found.texts == ("one", "two")
+    assert {type(text) for text in found.texts} == {str}
+
+
+def test_paths_in_a_list(tmp_path):
+    (tmp_path / "a.TXT").write_text("one")
+    (tmp_path / "b.jsonl").write_text('{"text": "two"}')
+    assert data.read([tmp_path / "a.TXT", tmp_path / "b.jsonl"]).texts == ("one", "two")
+    assert data.read(tmp_path / "a.TXT").texts == ("one",)
+
+
+def test_hidden_files_and_checkpoints_are_not_read(tmp_path):
+    for name in ("a.txt", ".hidden.txt", ".ipynb_checkpoints/a-checkpoint.txt", ".git/x.txt"):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(name)
+    assert data.read(tmp_path).names == ("a.txt",)
+
+
+def test_the_card_beside_the_rows_of_a_data_set_is_no_document(tmp_path):
+    (tmp_path / "README.md").write_text("card")
+    assert data.read(tmp_path).texts == ("card",)
+    (tmp_path / "a.jsonl").write_text('{"text": "row"}')
+    assert data.read(tmp_path).texts == ("row",)
+
+
+@pytest.mark.parametrize(
+    ("piped", "texts"),
+    [
+        (b"one text\nof two lines", ("one text\nof two lines",)),
+        (b'{"text": "a"}\n{"text": "b"}\n', ("a", "b")),
+        (b"{ no json\n", ("{ no json\n",)),
+    ],
+)
+def test_standard_input(monkeypatch, piped, texts):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(piped)))
+    data._piped.cache_clear()
+    assert data.read("-").texts == texts
+    assert data.read("-").source == "standard input"  # again, though it is gone
+    data._piped.cache_clear()
+
+
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "fifo.txt")
+    assert "--data -" in failed(tmp_path / "fifo.txt", "no ordinary file").hint
+    failed("/dev/zero", "is a file without suffix")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["~nobody-of-this-name/a.txt", "a" * 5000, "a\0b", "x/" * 3000],
+    ids=["user", "long", "nul", "deep"],
+)
+def test_names_that_cannot_be(name):
+    assert len(failed(name, "no text ").message) < 400
+
+
+def test_a_source_is_read_up_to_a_limit_which_is_told(monkeypatch, tmp_path):
+    monkeypatch.setattr(data, "LIMIT", 100)
+    (tmp_path / "a.jsonl").write_text("".join(f'{{"text": "{n:030}"}}\n' for n in range(9)))
+    found = data.read(tmp_path / "a.jsonl")
+    assert len(found) == 3
+    assert found.more
+    assert not data.read(["one"]).more
 
 
 @pytest.fixture
@@ -127,19 +221,23 @@ def test_jsonl_errors_name_the_line(tmp_path):
     path.write_text('{"text": "ok"}\n{"text": \n')
     failed(path, "line 2 is not JSON")
     path.write_text('{"text": "ok"}\n\n{"body": "x", "id": 3}\n')
-    failed(path, 'line 3 has no string "text"; it has: body, id')
+    missing = failed(path, "line 3 has no `text`, `messages`, .*; it has: body, id")
+    assert "--text-field" in missing.hint
     path.write_text('["text"]\n')
-    failed(path, "it has: list")
+    failed(path, "line 1 is a list, not a row with names")
 
 
 def test_a_folder_without_text_and_a_file_of_another_kind(tmp_path):
-    (tmp_path / "a.csv").write_text("x")
-    failed(tmp_path, "holds no .txt or .jsonl file")
-    assert "jsonl" in failed(tmp_path / "a.csv", r"is a \.csv; text is read from").hint
+    (tmp_path / "a.docx").write_text("x")
+    failed(tmp_path, r"holds no text; it is read from: \.txt, \.md, \.jsonl")
+    assert "jsonl" in failed(tmp_path / "a.docx", r"is a \.docx; text is read from: \.txt").hint
 
 
 def test_something_that_is_no_text():
-    failed([1, 2], "document 0 is a int, not a string")
+    failed([1, 2], "document 0 is a int: neither text, nor messages, nor token ids")
+    failed({"train": ["a"]}, "text is a path or name, or a list of documents; got a dict")
+    failed(b"text", "got a bytes")
+    failed(7, "got a int")
 
 
 # two disjoint sets

@@ -68,7 +68,9 @@ def test_few_windows_come_from_anywhere_in_their_documents():
     again = windows(corpus(*[95] * 8), word_tokenizer(), seq_len=10, tokens=80)
     assert (again.ids == cut.ids).all()
     whole = windows(corpus(*[95] * 8), word_tokenizer(), seq_len=10, tokens=10_000)
-    assert sorted(whole.ids[:, 0] % 100 // 10) == sorted([*range(9)] * 8)  # all of it, where it is asked for
+    assert sorted(whole.ids[:, 0] % 100 // 10) == sorted(
+        [*range(9)] * 8
+    )  # all of it, where it is asked for
 
 
 def test_the_offset_is_the_place_of_a_window_in_its_document():
@@ -92,7 +94,9 @@ def test_a_long_text_is_tokenised_only_where_windows_are_taken(monkeypatch):
     assert len(whole) > 960  # but for the ends of the pieces
     order = np.argsort(whole.offset)
     ids = whole.ids[order]
-    assert (np.diff(ids, axis=1) % 900 == 1).all()  # in a piece nothing is lost, at a border nothing is broken
+    assert (
+        np.diff(ids, axis=1) % 900 == 1
+    ).all()  # in a piece nothing is lost, at a border nothing is broken
     seen = (ids[:, 0] - 2) % 900
     assert (np.diff(seen) % 900 < 20).all()  # offsets are in the order of the text
 

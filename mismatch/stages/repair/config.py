@@ -25,7 +25,15 @@ class RepairConfig(SwapConfig):
             *("lora_blocks", "lora_rank", "order", "min_gain"),
         ),
         "text": (
-            *("data", "text_field", "tokens", "train_data", "train_tokens", "self_generated", "val_tokens"),
+            *(
+                "data",
+                "text_field",
+                "tokens",
+                "train_data",
+                "train_tokens",
+                "self_generated",
+                "val_tokens",
+            ),
             *("calibration_tokens", "seq_len", "batch_size", "seed"),
         ),
         "before and after": ("probes", "trace_tokens"),

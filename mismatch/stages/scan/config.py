@@ -44,7 +44,14 @@ class ScanConfig(SweepConfig):
         "cells": ("swap", "among", "controls"),
         "tasks": ("tasks", "scored", "samples", "length", "depth"),
         "text": (
-            *("data", "text_field", "answers_only", "tokens", "calibration_data", "calibration_tokens"),
+            *(
+                "data",
+                "text_field",
+                "answers_only",
+                "tokens",
+                "calibration_data",
+                "calibration_tokens",
+            ),
             *("seq_len", "batch_size", "seed"),
         ),
         "output": OUTPUT,

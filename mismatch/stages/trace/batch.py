@@ -92,7 +92,9 @@ class Batch:
         if own not in self.pairs:
             # Kept with the teacher on both sides: a kept student would live until the end of the batch.
             entering = (stream[0], stream[0]) if added else None
-            self.pairs[own] = self._teacher_pair(pair.teacher, entering, self._counts(address.scope))
+            self.pairs[own] = self._teacher_pair(
+                pair.teacher, entering, self._counts(address.scope)
+            )
             self.collector.teacher_meter(own, pair.value.shape[-1]).update(self.pairs[own])
         return self.pairs[own].with_student(pair.value, stream[1] if added else None)
 

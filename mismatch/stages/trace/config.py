@@ -18,7 +18,14 @@ class TraceConfig(CalibratedConfig, ScoredConfig, SwapConfig):
         "model": MODEL,
         "swap": ("swap", "student"),
         "text": (
-            *("data", "text_field", "answers_only", "tokens", "calibration_data", "calibration_tokens"),
+            *(
+                "data",
+                "text_field",
+                "answers_only",
+                "tokens",
+                "calibration_data",
+                "calibration_tokens",
+            ),
             *("seq_len", "batch_size"),
         ),
         "measurement": ("controls", "metrics", "moment_tokens", "probes", "backend", "seed"),

@@ -5,7 +5,7 @@
 | .txt .md | the file | `plain` |
 | .jsonl .csv .tsv .parquet | one a row | `rows` |
 | .npy .bin | token ids: a row of the array, or the parts between ends of text | `ids` |
-| .gz .zst behind any of these | the same | pyarrow |
+| .gz .zst behind any of these | the same | gzip, pyarrow |
 | a folder that `datasets` saved, `hf:NAME` | one a row | `hub` |
 
 A reader is a function of an open file (binary), what to call it in errors, and what was asked: it yields the name of
@@ -14,13 +14,15 @@ each document within the file, and what it holds.
 
 from __future__ import annotations
 
+import gzip
 import io
 import os
 import stat
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, cast
 
 import pyarrow as pa
 
@@ -41,7 +43,7 @@ READERS: dict[str, Reader] = {
     ".npy": ids.array,
     ".bin": ids.raw,
 }
-COMPRESSED = {".gz": "gzip", ".zst": "zstd"}
+COMPRESSED = (".gz", ".zst")
 ROWS = (".jsonl", ".csv", ".tsv", ".parquet")
 SEEKING = (".parquet", ".npy", ".bin")
 """Kinds that are not read from front to back."""
@@ -86,20 +88,26 @@ def opened(path: Path, suffix: str) -> Iterator[BinaryIO]:
                 f"{path} is no ordinary file (a pipe or a device)",
                 hint="hand a stream over as standard input: ... | mismatch ... --data -",
             )
-        packed = COMPRESSED.get(path.suffix.lower())
-        if packed is None:
-            with open(path, "rb") as file:
-                yield file
-            return
-        # pyarrow reads both kinds; the buffer gives `peek` and `readline`.
-        with pa.input_stream(str(path), compression=packed) as unpacked:
-            stream: BinaryIO = io.BufferedReader(_Raw(unpacked), 2**20)
-            if suffix in SEEKING:
-                stream = io.BytesIO(plain.bounded(stream, str(path)))
-            yield stream
-    except (OSError, pa.ArrowException) as error:
+        with _unpacked(path) as stream:
+            packed = path.suffix.lower() in COMPRESSED
+            seek = packed and suffix in SEEKING
+            yield io.BytesIO(plain.bounded(stream, str(path))) if seek else stream
+    except (OSError, EOFError, zlib.error, pa.ArrowException) as error:
         said = getattr(error, "strerror", None) or error
         raise DataError(f"{path} cannot be read: {said}") from error
+
+
+@contextmanager
+def _unpacked(path: Path) -> Iterator[BinaryIO]:
+    if path.suffix.lower() == ".gz":
+        with gzip.open(path) as stream:
+            yield cast(BinaryIO, stream)
+    elif path.suffix.lower() == ".zst":
+        with pa.input_stream(str(path), compression="zstd") as frames:
+            yield io.BufferedReader(_Raw(frames), 2**20)
+    else:
+        with open(path, "rb") as file:
+            yield file
 
 
 class _Raw(io.RawIOBase):

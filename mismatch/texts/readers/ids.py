@@ -28,8 +28,14 @@ def array(stream: BinaryIO, where: str, asked: Asked) -> Iterator[tuple[str, Con
         found = np.load(stream, allow_pickle=False)
     except (ValueError, EOFError, OSError, SyntaxError, TypeError) as error:
         raise DataError(f"{where} is no array of numbers: {error}") from error
-    if not isinstance(found, np.ndarray) or found.ndim not in (1, 2) or found.dtype.kind not in "iu":
-        got = f"{found.dtype} of shape {found.shape}" if isinstance(found, np.ndarray) else "several"
+    if (
+        not isinstance(found, np.ndarray)
+        or found.ndim not in (1, 2)
+        or found.dtype.kind not in "iu"
+    ):
+        got = (
+            f"{found.dtype} of shape {found.shape}" if isinstance(found, np.ndarray) else "several"
+        )
         raise DataError(
             f"{where}: token ids are whole numbers of one or two axes, got {got}",
             hint="one axis: a stream of documents; two: a document in each row",

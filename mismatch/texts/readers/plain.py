@@ -58,7 +58,9 @@ def lines(stream: BinaryIO, where: str) -> Iterator[tuple[int, str]]:
             try:
                 line = text.readline(LIMIT)
             except UnicodeDecodeError as error:
-                raise _undecoded(f"{where}, line {number} or behind", error.object, error) from error
+                raise _undecoded(
+                    f"{where}, line {number} or behind", error.object, error
+                ) from error
             if not line:
                 return
             if len(line) == LIMIT:
@@ -70,7 +72,7 @@ def lines(stream: BinaryIO, where: str) -> Iterator[tuple[int, str]]:
 @contextmanager
 def as_text(stream: BinaryIO) -> Iterator[io.TextIOWrapper]:
     """A stream decoded; lines end at line feeds alone, for others may stand in a text."""
-    buffered: Any = stream if hasattr(stream, "peek") else io.BufferedReader(stream)  # type: ignore[type-var]
+    buffered: Any = stream if hasattr(stream, "peek") else io.BufferedReader(stream)
     text = io.TextIOWrapper(buffered, _encoding(buffered.peek(4)[:4]), newline="\n")
     try:
         yield text

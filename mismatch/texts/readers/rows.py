@@ -84,7 +84,12 @@ def _separated(
     try:
         with plain.as_text(stream) as text:
             table = pd.read_csv(
-                text, sep=sep, dtype=str, keep_default_na=False, chunksize=BATCH, encoding_errors="strict"
+                text,
+                sep=sep,
+                dtype=str,
+                keep_default_na=False,
+                chunksize=BATCH,
+                encoding_errors="strict",
             )
             for chunk in table:
                 field = field_of(chunk.columns, where, asked)
