@@ -68,7 +68,17 @@ class Diagnose(Stage[DiagnoseConfig, Prepared]):
     report = "mismatch.stages.diagnose.report"
     plan = "mismatch.stages.diagnose.plan:DiagnosisPlan"
     starts_from = ("trace", "probe")
-    takes = ("model", "revision", "dtype", "swap", "student", "data", "text_field", "calibration_data", "seed")
+    takes = (
+        "model",
+        "revision",
+        "dtype",
+        "swap",
+        "student",
+        "data",
+        "text_field",
+        "calibration_data",
+        "seed",
+    )
     run_setting = "earlier_run"
 
     def prepare(self, opened: Opened[DiagnoseConfig]) -> Prepared:

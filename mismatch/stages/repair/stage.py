@@ -73,7 +73,17 @@ class Repair(Stage[RepairConfig, Prepared]):
     plan = "mismatch.stages.repair.plan:RepairPlan"
     resumable = True
     starts_from = ("trace",)
-    takes = ("model", "revision", "dtype", "swap", "student", "data", "text_field", "seed", "seq_len")
+    takes = (
+        "model",
+        "revision",
+        "dtype",
+        "swap",
+        "student",
+        "data",
+        "text_field",
+        "seed",
+        "seq_len",
+    )
 
     def prepare(self, opened: Opened[RepairConfig]) -> Prepared:
         swap, *_ = opened.planned()  # refuses what model, swap and controls do not allow
