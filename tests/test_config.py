@@ -361,6 +361,7 @@ def test_fingerprint():
         "device": "cpu",
         "device_map": "auto",
         "data": "x",
+        "text_field": "x",
         "calibration_data": "x",
         "controls": (),
         "metrics": ("kl",),

@@ -34,13 +34,19 @@ class Estimate:
         ]
 
 
-def estimate(skeleton: Layout, first_layers: Sequence[int | None], config: TraceConfig) -> Estimate:
+def estimate(
+    skeleton: Layout,
+    first_layers: Sequence[int | None],
+    config: TraceConfig,
+    tokens: int | None = None,
+) -> Estimate:
     """Estimate a trace.
 
     Args:
         skeleton: layout of the model on the meta device.
         first_layers: the first swapped layer of each student (None: only the final norm).
         config: tokens, batch size, dtype.
+        tokens: that there are; None: as many as are asked for.
     """
     size = BYTES[config.dtype]
     layers, d, vocab = skeleton.n_layers, skeleton.d_model, skeleton.vocab
@@ -51,7 +57,7 @@ def estimate(skeleton: Layout, first_layers: Sequence[int | None], config: Trace
     block = (2 * inside + 2 * attention) / layers
     starts = [layers if first is None else first for first in first_layers]
     per_token = layers * block + 2 * head + sum((layers - s) * block + 2 * head for s in starts)
-    flops = per_token * config.tokens * 1.25
+    flops = per_token * (tokens or config.tokens) * 1.25
     shown = layers - min(starts, default=0)
     batch = config.batch_size * config.seq_len * d * 4
     sums = shown * len(BLOCK_SITES) * d * d * 8 * 2 * (1 + len(starts))

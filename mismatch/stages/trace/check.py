@@ -59,6 +59,6 @@ def checked(opened: Opened[TraceConfig], tokens: int | None = None) -> Check:
         MismatchError: whatever a trace would refuse of model, swap and controls.
     """
     config, students = opened.config, opened.planned()
-    told = config if tokens is None else dataclasses.replace(config, tokens=tokens)
-    needs = estimate(opened.skeleton, [student.plan.first for student in students], told)
+    first = [student.plan.first for student in students]
+    needs = estimate(opened.skeleton, first, config, tokens)
     return Check(warned(students[0].plan, config.seq_len, config.controls), needs, config)

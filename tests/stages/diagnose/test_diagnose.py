@@ -316,7 +316,7 @@ def test_few_documents_are_said(toy_teacher, texts):
         "3 evaluation documents: intervals over so few are too narrow; take --tokens 512 or more, or text of more "
         "documents",
     )
-    assert made.summary().splitlines()[2].startswith("warning: 3 evaluation documents")
+    assert made.words().splitlines()[2].startswith("warning: 3 evaluation documents")
 
 
 def test_what_is_not_a_number_ends_it(toy_teacher, texts, monkeypatch):

@@ -178,7 +178,7 @@ def test_from_python(toy, texts):
     assert made.plan.predicted_by_scan.kl == pytest.approx(
         sum(scores[best[at], at] for at in cheapest)
     )
-    text = made.summary()
+    text = made.words()
     assert text.startswith(
         f"{made.swap}   (3 of 4 layers, milp)\n  the scan that chose them predicted "
     )
