@@ -362,6 +362,7 @@ def test_fingerprint():
         "device_map": "auto",
         "data": "x",
         "text_field": "x",
+        "calibration_tokens": 5,
         "calibration_data": "x",
         "controls": (),
         "metrics": ("kl",),

@@ -144,7 +144,10 @@ def test_a_command_with_manifest_report_and_figure(words, tmp_path, capsys):
     assert cli.main(words) == 0
     out, err = capsys.readouterr()
     texts, _, said = out.partition("\n\n")
-    assert [line.split(":")[0] for line in texts.splitlines()] == ["text    calibration", "text    evaluation"]
+    assert [line.split(":")[0] for line in texts.splitlines()] == [
+        "text    calibration",
+        "text    evaluation",
+    ]
     assert said == f"the swap has 4 new numbers\n{tmp_path / 'run'}\n"
     assert "model   " in err
     run = load_run(tmp_path / "run")

@@ -82,7 +82,7 @@ def test_the_result(scanned):
     assert set(cells["task"]) == {"text", "induction", "passkey"}
     assert set(cells["student"]) == {"infini(segment=16)", "nope", "mean", "zero"}
     assert (cells["kind"] != "missing").all()
-    text = scanned.summary()
+    text = scanned.words()
     assert text.startswith(
         "Text: output KL, nats per token\n  infini(segment=16)\n    worst layers  "
     )
