@@ -3,9 +3,9 @@
 The student is a second module tree whose tensors are copies on write of the teacher's (`mismatch.models.private`): both
 run side by side, a weight that neither writes to exists once, and whatever is done to one leaves the other as it is.
 A mechanism is built from such a copy of the module it replaces, so the module that `undo` puts back is untouched too.
-Surgery replaces modules and never adds a
-hook that changes a value (nnsight reads values before hooks). The one hook it adds passes the 2-D padding mask to the
-mechanisms, because transformers passes none to the layers of an unpadded batch.
+Surgery replaces modules and never adds a hook that changes a value (nnsight reads values before hooks). Of the two it
+adds, one passes the 2-D padding mask to the mechanisms, because transformers passes none to the layers of an unpadded
+batch; one warns of what transformers cannot record.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from mismatch.models.swap_record import Base, Swap
 from mismatch.runs.plan import Replaced, SwapPlan
 from mismatch.spec import Call, Clause, Placement, Spec, parse, resolve
 from mismatch.surgery import saving
+from mismatch.surgery.recorded import warn_of_records
 
 if TYPE_CHECKING:
     from mismatch.models.layout import CausalLM
@@ -72,7 +73,9 @@ class Student:
                 hint="undo() is for a student that mismatch.swap made",
             )
         with measured(self.teacher):
-            _become(self.model, self.teacher, self.host)
+            fresh = private_copy(self.teacher)
+            self.model.__class__, self.model.__dict__ = type(fresh), fresh.__dict__
+            _listen(self)
         self._undo.clear()
         self.plan = SwapPlan(spec="", clauses=())
 
@@ -148,16 +151,15 @@ def blank(layout: Layout, *, name: str = "swap", tokenizer: Any = None) -> Stude
     own = Layout(model, layout.family, layout.whole_blocks)
     student = Student(model, own, SwapPlan(spec="", clauses=()), tokenizer, name)
     student.teacher = layout.model
-    _pass_mask(model, student.host)
+    _listen(student)
     share_lock(model, layout.model)
     return student
 
 
-def _become(model: CausalLM, teacher: CausalLM, host: Host) -> None:
-    """Turn a model into a fresh copy of the teacher, in place."""
-    fresh = private_copy(teacher)
-    model.__class__, model.__dict__ = type(fresh), fresh.__dict__
-    _pass_mask(model, host)
+def _listen(student: Student) -> None:
+    """The hooks of every forward; they change nothing."""
+    _pass_mask(student.model, student.host)
+    warn_of_records(student.layout.decoder)
 
 
 @contextmanager
@@ -193,7 +195,8 @@ def replace(
     restoring: bool = False,
 ) -> tuple[Replaced, ...]:
     """Put mechanisms into a student's tree, in the order of `placements`; see `operate`."""
-    model, layout = student.model, student.layout
+    # Mechanisms keep `build`; it must not keep the student, and with it the teacher.
+    model, layout, host = student.model, student.layout, student.host
     replaced = []
     for index, placement in enumerate(placements):
         path = layout.slot_path(placement.layer, placement.slot)
@@ -211,7 +214,7 @@ def replace(
                 d_model=layout.d_model,
                 model_config=model.config,
                 family=layout.family,
-                host=student.host,
+                host=host,
                 seed=seed + SEED_STEP * at,
                 calibration=(calibrations or {}).get((where.layer, where.slot, call)),
                 build=build,

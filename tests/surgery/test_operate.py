@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 
@@ -111,3 +114,14 @@ def test_a_mechanism_that_fails_is_named_with_its_place(tiny, monkeypatch):
 def test_a_mechanism_that_wants_calibration_asks_for_it(tiny):
     with pytest.raises(SurgeryError, match="built from a calibration pass"):
         operate(tiny("llama"), "layer1:mean")
+
+
+def test_the_model_of_a_student_does_not_keep_its_teacher(tiny):
+    """A checkpoint is a swap over a model that nobody wants any more."""
+    teacher = tiny("llama")
+    student = operate(teacher, "layer1:parallel(infini(segment=4)); layer2.mlp:zero")
+    kept, gone = student.model, weakref.ref(teacher)
+    del teacher, student
+    gc.collect()
+    assert gone() is None
+    assert kept(IDS).logits.isfinite().all()
