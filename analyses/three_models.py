@@ -1,0 +1,242 @@
+"""What generalises, and what was one model alone? The same questions to every trained model at hand.
+
+    python analyses/three_models.py scan MODEL       about 10 minutes of CPU for smollm2 and gemma3-270m, one thread
+    python analyses/three_models.py repair MODEL     about 5 minutes of CPU
+    python analyses/three_models.py draw             the table and the figure, from what was kept
+
+Models: smollm2 (Llama, 30 layers), gemma3-270m (Gemma 3, 18 layers, five of six with a window of 512; fetched by
+whoever accepts its terms) and glassllm, a toy trained on one author (Llama, 4 layers, context 128). Two of them are
+dequantised 4-bit models, so this is about those, not about the families.
+
+`scan` puts infini, nope and a window with and without the first token into every layer, one at a time, beside deleting
+the attention (`zero`), on text and on a passkey; and looks for massive tokens in the teacher. `repair` closes what
+Infini-attention opens at one layer with the two cheap stages, and asks the behaviour before and after.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from matplotlib.figure import Figure
+
+import mismatch
+from mismatch.stages.scan.words import can_do
+
+LAYER = {"smollm2": 12, "gemma3-270m": 8, "glassllm": 2}
+"""Models, and the layer that is repaired."""
+SHORT = {
+    "glassllm": {"segment": 16, "seq_len": 64, "length": 120, "tokens": 768, "train_tokens": 8192},
+}
+"""Where a context of 128 asks for less."""
+USUAL = {"segment": 64, "seq_len": 192, "length": 256, "tokens": 768, "train_tokens": 16384}
+SAMPLES = 4
+HERE = Path(__file__).resolve().parent.parent / "figures" / "three_models"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("part", choices=("scan", "repair", "draw"))
+    parser.add_argument("model", nargs="?", choices=tuple(LAYER), help="for scan and repair")
+    parser.add_argument("--output", type=Path, default=HERE, help="folder of the results")
+    args = parser.parse_args()
+    args.output.mkdir(parents=True, exist_ok=True)
+    if args.part == "draw":
+        draw(args.output)
+        return
+    if args.model is None:
+        parser.error("name a model")
+    torch.set_num_threads(1)
+    teacher = mismatch.load(args.model)
+    rows, made = {"scan": scanned, "repair": repaired}[args.part](args.model, teacher)
+    place = args.output / f"{args.part}-{args.model}"
+    rows.to_csv(place.with_suffix(".csv"), index=False, float_format="%.6g", lineterminator="\n")
+    made |= {"versions": mismatch.versions()}
+    place.with_suffix(".json").write_text(json.dumps(made, indent=2) + "\n")
+    print(rows.to_string(index=False))
+
+
+def sizes(model: str) -> dict[str, int]:
+    return SHORT.get(model, USUAL)
+
+
+def scanned(model: str, teacher: Any) -> tuple[pd.DataFrame, dict[str, Any]]:
+    """Every cell; and the massive tokens of the teacher."""
+    size = sizes(model)
+    wide = size["segment"]
+    swap = f"infini(segment={wide}); nope; sliding_window({wide}); sliding_window({wide}, 1)"
+    settings = {name: size[name] for name in ("tokens", "seq_len", "length")}
+    found = mismatch.scan(
+        teacher, swap, tasks=("text", "passkey"), samples=SAMPLES, batch_size=4, progress=True, **settings
+    )  # fmt: skip
+    cells = found.cells[["task", "student", "layer", "value", "lo", "hi", "kind"]]
+    return cells, {
+        "settings": settings,
+        "swap": swap,
+        "massive": massive(teacher),
+        "finds_the_passkey": bool(can_do(found.table, "passkey", found.plan)),
+    }
+
+
+@torch.no_grad()
+def massive(teacher: Any) -> dict[str, Any]:
+    """Share of tokens that are massive in some block's output, and how many times its median the largest is."""
+    text = mismatch.read_documents("wiki")
+    length = min(256, teacher.layout.config.max_position_embeddings)
+    cut = mismatch.windows(text, teacher.tokenizer, length, 4 * length, 0)
+    states = teacher.model(torch.from_numpy(cut.ids), output_hidden_states=True).hidden_states[1:-1]
+    ratio = torch.stack([h.abs().amax(-1) / h.abs().median(-1).values for h in states])
+    peak = torch.stack([h.abs().amax(-1) for h in states])
+    hit = ((ratio >= 1000) & (peak > 100)).any(0)
+    return {
+        "first_token": float(hit[:, 0].double().mean()),
+        "other_tokens": float(hit[:, 1:].double().mean()),
+        "largest_over_median_first": float(ratio[:, :, 0].max()),
+        "largest_over_median_other": float(ratio[:, :, 1:].max()),
+        "largest": float(peak.max()),
+    }
+
+
+def repaired(model: str, teacher: Any) -> tuple[pd.DataFrame, dict[str, Any]]:
+    """KL and behaviour before and after the cheap stages of a repair, without and with the first token kept."""
+    size, rows, made = sizes(model), [], {}
+    for sinks in (0, 1):
+        swap = f"layer{LAYER[model]}:infini(segment={size['segment']}, sinks={sinks})"
+        done = mismatch.repair(
+            teacher, swap, stages=("closed-form", "local"), seq_len=min(256, 2 * size["seq_len"]), tokens=4096,
+            train_tokens=size["train_tokens"], self_generated=0.0, val_tokens=1024, trace_tokens=0, epochs=4,
+            max_minutes=None, controls=("zero",), probes=("generation",), progress=True,
+        )  # fmt: skip
+        plan = done.plan
+        for name in ("zero", "swap", "repaired"):
+            one = plan.students[name]
+            rows.append((swap, name, "kl", *one.kl))
+            if name == "repaired":
+                rows.append((swap, name, "gap_closed", *one.gap_closed))
+        for stage, told in plan.forecast.stages.items():
+            rows.append((swap, stage, "forecast", told.value, told.lo, told.hi))
+        mine = done.table[(done.table.metric == "generation") & (done.table.stat == "agreed")]
+        for row in mine.itertuples():
+            who = (
+                row.student
+                if row.student == "teacher"
+                else {"surgery": "swap"}.get(row.stage, "repaired")
+            )
+            rows.append((swap, who, "agreed", row.value, row.lo, row.hi))
+        made[swap] = done.summary()
+    columns = ["swap", "student", "reading", "value", "lo", "hi"]
+    return pd.DataFrame(rows, columns=columns), {"settings": size, "summary": made}
+
+
+def summary(folder: Path) -> pd.DataFrame:
+    """One row a question, one column a model."""
+    rows: dict[str, dict[str, str]] = {}
+    for model in LAYER:
+        place = folder / f"scan-{model}.csv"
+        if not place.exists():
+            continue
+        cells = pd.read_csv(place)
+        facts = json.loads(place.with_suffix(".json").read_text())
+        rows[model] = answers(cells, facts) | mended(folder / f"repair-{model}.csv")
+    return pd.DataFrame(rows)
+
+
+def answers(cells: pd.DataFrame, facts: dict[str, Any]) -> dict[str, str]:
+    """What a scan says of a model, in words and numbers."""
+    real = cells[cells.kind != "missing"]
+    text = real[real.task == "text"].pivot(index="layer", columns="student", values="value")
+    plain, kept = window_names(text.columns)
+    tokens = facts["massive"]
+    order = text.median().sort_values()
+    said = {
+        "order of mechanisms, median KL over layers": " < ".join(
+            f"{n} {v:.3g}" for n, v in order.items()
+        ),
+        "median share of `zero`, infini": f"{(text[infini(text.columns)] / text['zero']).median():.2f}",
+        "median share of `zero`, nope": f"{(text['nope'] / text['zero']).median():.2f}",
+        "the first token: window without over with it": f"{(text[plain] / text[kept]).median():.1f} times",
+        "worst layer on text, infini": str(text[infini(text.columns)].idxmax()),
+        "massive tokens: first, others": f"{tokens['first_token']:.0%}, {tokens['other_tokens']:.2%}",
+        "largest activation over its token's median": f"{tokens['largest_over_median_first']:.0f} at the first token, "
+        f"{tokens['largest_over_median_other']:.0f} elsewhere",
+    }
+    where = "layer that loses the passkey, window with the first token"
+    said[where] = "the teacher does not find it"
+    asked = real[real.task == "passkey"]
+    if facts["finds_the_passkey"]:
+        lost = asked.pivot(index="layer", columns="student", values="value")[kept].nlargest(2)
+        said[where] = (
+            f"{lost.index[0]} ({lost.iloc[0]:.2f} nats; next {lost.index[1]}: {lost.iloc[1]:.2f})"
+        )
+    return said
+
+
+def window_names(names: Any) -> tuple[str, str]:
+    """The windows without and with the first token."""
+    found = sorted((name for name in names if name.startswith("sliding_window")), key=len)
+    return found[0], found[1]
+
+
+def infini(names: Any) -> str:
+    return next(name for name in names if name.startswith("infini"))
+
+
+def mended(place: Path) -> dict[str, str]:
+    """What a repair says of a model."""
+    if not place.exists():
+        return {}
+    found, said = pd.read_csv(place), {}
+    for swap, mine in found.groupby("swap", sort=False):
+        at = mine.set_index(["student", "reading"])
+        kind = "with the first token" if "sinks=1" in swap else "as published"
+        kl = {name: at.loc[(name, "kl"), "value"] for name in ("swap", "repaired", "zero")}
+        gap = at.loc[("repaired", "gap_closed")]
+        said[f"repair, {kind}: KL"] = (
+            f"{kl['swap']:.3g} -> {kl['repaired']:.3g} of {kl['zero']:.3g} (zero)"
+        )
+        said[f"repair, {kind}: gap closed"] = f"{gap.value:.0%} [{gap.lo:.0%}, {gap.hi:.0%}]"
+        if ("local", "forecast") in at.index:
+            told = at.loc[("local", "forecast")]
+            inside = told.lo <= gap.value <= told.hi
+            said[f"repair, {kind}: forecast"] = (
+                f"{told.value:.0%} [{told.lo:.0%}, {told.hi:.0%}]: {'inside' if inside else 'outside'}"
+            )
+        if ("swap", "agreed") in at.index:
+            said[f"repair, {kind}: tokens generated alike"] = (
+                f"{at.loc[('swap', 'agreed'), 'value']:.1f} -> {at.loc[('repaired', 'agreed'), 'value']:.1f} of 48"
+            )
+    return said
+
+
+def draw(folder: Path) -> None:
+    """The table as csv and markdown, and a figure: KL over depth of every mechanism, a panel a model."""
+    table = summary(folder)
+    table.to_csv(folder / "three_models.csv", lineterminator="\n")
+    models = list(table.columns)
+    figure = Figure(figsize=(4 * len(models), 3.4), layout="constrained")
+    for ax, model in zip(np.atleast_1d(figure.subplots(1, len(models))), models, strict=True):
+        cells = pd.read_csv(folder / f"scan-{model}.csv")
+        text = cells[(cells.task == "text") & (cells.kind != "missing")]
+        for (name, mine), colour in zip(text.groupby("student", sort=False), COLOURS, strict=False):
+            style = {"color": "black", "linestyle": "--"} if name == "zero" else {"color": colour}
+            ax.plot(mine.layer, mine.value.clip(lower=1e-6), label=name, linewidth=1.4, **style)
+        ax.set(yscale="log", xlabel="layer", title=model)
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.legend(frameon=False, fontsize=7)
+    figure.axes[0].set_ylabel("KL to the teacher, nats per token")
+    figure.savefig(folder / "three_models.png", dpi=200)
+    print(table.to_string())
+
+
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#666666")
+
+
+if __name__ == "__main__":
+    main()
