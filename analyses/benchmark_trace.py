@@ -78,18 +78,14 @@ def times(tokens: int, seq_len: int, rounds: int) -> dict[str, list[float]]:
     teacher = mismatch.load("smollm2")
     text = mismatch.read_documents("wiki")
     cut = mismatch.windows(text, teacher.tokenizer, seq_len, tokens, 0)
-    options = {
-        "calibration": "sotu",
-        "tokens": 2048,
-        "seq_len": seq_len,
-        "batch_size": 4,
-        "seed": 0,
-    }
+    set_from = mismatch.windows(
+        mismatch.read_documents("sotu"), teacher.tokenizer, seq_len, 2048, 0
+    )
     swap = mismatch.swap(teacher, SWAP)
     controls = control_specs(("zero", "mean"), swap.plan)
     students = [
         swap,
-        *(calibrated_swap(teacher, s, name=n, **options) for n, s in controls.items()),
+        *(calibrated_swap(teacher, s, set_from, name=n) for n, s in controls.items()),
     ]
     batches = [torch.from_numpy(batch.ids) for batch in cut.batches(4)]
     ways: dict[str, Callable[[], object]] = {
