@@ -12,15 +12,38 @@ import json
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Required, TypedDict
+
+from safetensors import SafetensorError, safe_open
 
 from mismatch.errors import ModelError
+from mismatch.reading import json_of, typed
 
 CONFIG = "config.json"
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 BITSANDBYTES = "bitsandbytes"
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+
+
+class Config(TypedDict, total=False):
+    """config.json, as far as it is read here; transformers checks the rest."""
+
+    model_type: Required[str]
+    auto_map: dict[str, Any]
+
+
+class Index(TypedDict):
+    """model.safetensors.index.json."""
+
+    weight_map: dict[str, str]
+
+
+class Stored(NamedTuple):
+    """A tensor in a file: safetensors' name of its dtype, and its shape."""
+
+    dtype: str
+    shape: list[int]
 
 
 def read_config_file(folder: Path) -> dict[str, Any]:
@@ -33,14 +56,12 @@ def read_config_file(folder: Path) -> dict[str, Any]:
             f"{', '.join(found) or 'nothing'}",
             hint=_hint_for(folder),
         )
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ModelError(f"{path} is not valid JSON: {error}") from error
+    config = json_of(path, ModelError)
     if not isinstance(config, dict) or "model_type" not in config:
         raise ModelError(
             f"{path} names no model_type", hint="is this the config of a transformers model?"
         )
+    typed(Config, config, lambda reason: ModelError(f"{path}: {reason}"))
     return config
 
 
@@ -122,12 +143,18 @@ def check_weights(folder: Path, allow_pickle: bool = False) -> list[Path]:
 
 
 def _check_shards(folder: Path) -> list[Path]:
-    try:
-        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-        weight_map: dict[str, str] = index["weight_map"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"{folder / INDEX} is not a safetensors index: {error!r}") from error
+    path = folder / INDEX
+    index: Index = typed(
+        Index,
+        json_of(path, ModelError),
+        lambda reason: ModelError(f"{path} is not a safetensors index: {reason}"),
+    )
+    weight_map = index["weight_map"]
     shards = sorted(set(weight_map.values()))
+    if outside := [name for name in shards if not name or Path(name).name != name]:
+        raise ModelError(
+            f"{path} is not a safetensors index: {outside[0]!r:.100} is not the name of a file beside it"
+        )
     if missing := [name for name in shards if not (folder / name).is_file()]:
         raise ModelError(
             f"{folder}: {len(missing)} of {len(shards)} shards of its index are missing: "
@@ -145,39 +172,58 @@ def _check_shards(folder: Path) -> list[Path]:
     return [folder / shard for shard in shards]
 
 
-def check_safetensors(path: Path) -> dict[str, Any]:
-    """Header of a safetensors file (name -> dtype, shape, offsets), its length checked.
+def check_safetensors(path: Path) -> dict[str, Stored]:
+    """The tensors of a safetensors file by name, its header and its length checked.
 
     The format: 8 bytes little-endian header length, JSON header, then the tensors' bytes up to the
-    largest `data_offsets` (safetensors README, "Format").
+    largest `data_offsets` (safetensors README, "Format"). Its own reader checks types, shapes and offsets.
+
+    Raises:
+        ModelError: a Git LFS pointer, truncated, or broken.
     """
+    if not path.is_file():
+        raise ModelError(f"{path} is not an ordinary file")
     size = path.stat().st_size
     with path.open("rb") as file:
         start = file.read(8)
-        if start.startswith(b"version "):
-            raise ModelError(
-                f"{path} is a Git LFS pointer, not the weights", hint="git lfs pull in that folder"
-            )
-        length = int.from_bytes(start, "little")
-        if len(start) < 8 or length > size - 8:
-            raise ModelError(
-                f"{path} is truncated or not safetensors: {size:,} bytes, and its header alone "
-                f"should take {length:,}",
-                hint="get the file again",
-            )
-        try:
-            header = json.loads(file.read(length))
-            header.pop("__metadata__", None)
-            end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ModelError(f"{path} is not safetensors: its header is broken") from error
-    if size != 8 + length + end:
-        what = "truncated" if size < 8 + length + end else "too long"
+    if start.startswith(b"version "):
         raise ModelError(
-            f"{path} is {what}: {size:,} bytes, its header requires {8 + length + end:,}",
+            f"{path} is a Git LFS pointer, not the weights", hint="git lfs pull in that folder"
+        )
+    length = int.from_bytes(start, "little")
+    if len(start) < 8 or length > size - 8:
+        raise ModelError(
+            f"{path} is truncated or not safetensors: {size:,} bytes, and its header alone "
+            f"should take {length:,}",
             hint="get the file again",
         )
-    return header
+    try:
+        with safe_open(path, framework="numpy") as found:
+            names = found.keys()
+            slices = {name: found.get_slice(name) for name in names}
+            return {name: Stored(one.get_dtype(), one.get_shape()) for name, one in slices.items()}
+    except SafetensorError as error:
+        needed = _end(path, length)
+        if needed is not None and needed != size:
+            what = "truncated" if size < needed else "too long"
+            raise ModelError(
+                f"{path} is {what}: {size:,} bytes, its header requires {needed:,}",
+                hint="get the file again",
+            ) from error
+        raise ModelError(
+            f"{path} is not safetensors: {error}", hint="get the file again"
+        ) from error
+
+
+def _end(path: Path, length: int) -> int | None:
+    """How many bytes the header of a broken file asks for; None when it does not say."""
+    try:
+        with path.open("rb") as file:
+            header = json.loads(file.read(8 + length)[8:])
+        ends = [entry["data_offsets"][1] for name, entry in header.items() if name[:2] != "__"]
+        return 8 + length + int(max(ends, default=0))
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError):
+        return None
 
 
 def fingerprint(folder: Path, files: list[Path]) -> str:

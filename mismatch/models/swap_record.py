@@ -16,16 +16,15 @@ loading needs.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 from mismatch.errors import ModelError
 from mismatch.models.folder import read_config_file
+from mismatch.reading import json_of, shown, typed
 from mismatch.runs import environment
-from mismatch.runs.files import read_bytes
 
 FORMAT = 1
 KEY = MODEL_TYPE = "mismatch"
@@ -35,6 +34,25 @@ AUTO_MAP = {
     "AutoConfig": f"{CODE}.MismatchConfig",
     "AutoModelForCausalLM": f"{CODE}.MismatchForCausalLM",
 }
+
+
+class _SwapEntry(TypedDict):
+    swap: str
+    seed: int
+
+
+class _BaseEntry(TypedDict):
+    name: str
+    sha256: str
+
+
+class _Entry(TypedDict):
+    format: int
+    version: NotRequired[str]
+    model_type: str
+    base: _BaseEntry | None
+    swaps: list[_SwapEntry]
+    shared: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -107,22 +125,22 @@ def of_config(raw: Mapping[str, Any], where: Path | str) -> Record | None:
         raise _broken(where, f"config.json has no `{KEY}` entry with a format")
     if entry["format"] != FORMAT:
         raise ModelError(
-            f"{where} is a checkpoint of format {entry['format']!r}, written by mismatch "
-            f"{entry.get('version', '?')}; this is mismatch {environment.versions()['mismatch']}, which reads "
+            f"{where} is a checkpoint of format {shown(entry['format'])}, written by mismatch "
+            f"{entry.get('version', '?')!s:.40}; this is mismatch {environment.versions()['mismatch']}, which reads "
             f"format {FORMAT}",
             hint="load it with the version that wrote it",
         )
-    try:
-        base = entry["base"]
-        found = Record(
-            swaps=tuple(Swap(str(one["swap"]), int(one["seed"])) for one in entry["swaps"]),
-            base=None if base is None else Base(str(base["name"]), str(base["sha256"])),
-            shared={str(k): str(v) for k, v in entry["shared"].items()},
-            model_type=str(entry["model_type"]),
-            version=str(entry.get("version", "?")),
-        )
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise _broken(where, f"its `{KEY}` entry cannot be read ({error!r})") from error
+    known: _Entry = typed(
+        _Entry, entry, lambda reason: _broken(where, f"in its `{KEY}` entry {reason}")
+    )
+    base = known["base"]
+    found = Record(
+        swaps=tuple(Swap(one["swap"], one["seed"]) for one in known["swaps"]),
+        base=None if base is None else Base(base["name"], base["sha256"]),
+        shared=known["shared"],
+        model_type=known["model_type"],
+        version=known.get("version", "?"),
+    )
     if not found.swaps:
         raise _broken(where, "it names no swap")
     return found
@@ -132,16 +150,15 @@ def extra(folder: Path) -> dict[str, Any]:
     """The content of mismatch.json; empty when there is none.
 
     Raises:
-        RunError: it cannot be read.
-        ModelError: it is not JSON.
+        ModelError: it cannot be read, or is not JSON.
     """
     path = folder / EXTRA
     if not path.is_file():
         return {}
-    try:
-        return dict(json.loads(read_bytes(path)))
-    except (ValueError, TypeError) as error:
-        raise ModelError(f"{path} cannot be read: {error}") from error
+    found: dict[str, Any] = typed(
+        dict, json_of(path, ModelError), lambda reason: ModelError(f"{path}: {reason}")
+    )
+    return found
 
 
 def plain(raw: Mapping[str, Any], record: Record) -> dict[str, Any]:

@@ -37,13 +37,20 @@ from mismatch import registry
 from mismatch.errors import OutputError, RunError
 from mismatch.runs import environment
 from mismatch.runs import table as tables
+from mismatch.runs.entries import (
+    MANIFEST,
+    STATUSES,
+    Dictionary,
+    FindingEntry,
+    Settings,
+    read_entry,
+    read_manifest,
+)
 from mismatch.runs.files import guarded, json_text, read_bytes, write_atomic
 from mismatch.runs.plan import as_json, from_json
 from mismatch.runs.run_id import run_id
 from mismatch.runs.state import State
 
-MANIFEST = "manifest.json"
-STATUSES = ("running", "done", "failed", "interrupted")
 CONTENTS = (
     MANIFEST,
     "config.yaml",
@@ -270,7 +277,7 @@ def load_run(path: Path | str) -> Run:
         RunError: no run there, or it stopped before it had numbers.
     """
     path = Path(path)
-    manifest = _read_manifest(path)
+    manifest = read_manifest(path)
     if not (path / "metrics.parquet").exists():
         raise RunError(
             f"the run in {path} has no numbers yet (status: {manifest['status']})",
@@ -279,10 +286,10 @@ def load_run(path: Path | str) -> Run:
     return Run(
         path=path,
         manifest=manifest,
-        raw_plan=_load(path / "plan.json", {}),
-        findings=_load(path / "findings.json", []),
-        config=_load(path / "config.yaml", {}),
-        dictionary=_load(path / "metrics.json", {}),
+        raw_plan=read_entry(path / "plan.json", dict, {}),
+        findings=read_entry(path / "findings.json", list[FindingEntry], []),
+        config=read_entry(path / "config.yaml", Settings, {}),
+        dictionary=read_entry(path / "metrics.json", Dictionary, {}),
     )
 
 
@@ -320,7 +327,7 @@ def check_resume(path: Path | str) -> dict[str, Any]:
         OutputError: that run is done.
     """
     path = Path(path)
-    manifest = _read_manifest(path)
+    manifest = read_manifest(path)
     if manifest["status"] == "done":
         raise OutputError(
             f"the run in {path} is done: there is nothing to resume",
@@ -346,7 +353,7 @@ def made_by(path: Path | str) -> str | None:
         RunError: its manifest cannot be read.
     """
     path = Path(path)
-    return str(_read_manifest(path)["kind"]) if (path / MANIFEST).is_file() else None
+    return str(read_manifest(path)["kind"]) if (path / MANIFEST).is_file() else None
 
 
 def _finished_by(path: Path, manifest: Mapping[str, Any]) -> str:
@@ -354,35 +361,6 @@ def _finished_by(path: Path, manifest: Mapping[str, Any]) -> str:
     if manifest.get("resumable"):
         return f"finish it: mismatch {made} --resume {path}"
     return f"mismatch {made} begins anew; run it again with --overwrite: {manifest['command']}"
-
-
-def _read_manifest(path: Path) -> dict[str, Any]:
-    if not (path / MANIFEST).is_file():
-        raise RunError(
-            f"there is no run in {path}: {MANIFEST} is missing",
-            hint="give the path of a folder that `mismatch trace` or another command made",
-        )
-    manifest = _load(path / MANIFEST, None)
-    if not isinstance(manifest, dict) or not {"run_id", "status"} <= manifest.keys():
-        raise RunError(f"{path / MANIFEST} is not the manifest of a run")
-    if (schema := manifest.get("schema_version")) != tables.SCHEMA_VERSION:
-        by = manifest.get("versions", {}).get("mismatch", "of an unknown version")
-        raise RunError(
-            f"the run in {path} was made by mismatch {by} (schema {schema}); this version reads schema "
-            f"{tables.SCHEMA_VERSION}",
-            hint=f"make it again, or read it with that version; it was made by: {manifest.get('command')}",
-        )
-    return {"kind": "trace", **manifest}
-
-
-def _load(path: Path, default: Any) -> Any:
-    if not path.exists():
-        return default
-    data = read_bytes(path)
-    try:
-        return yaml.safe_load(data) if path.suffix == ".yaml" else json.loads(data)
-    except (ValueError, yaml.YAMLError) as cause:
-        raise RunError(f"{path} cannot be read: {cause}") from cause
 
 
 def _plain(settings: Mapping[str, Any]) -> Any:

@@ -15,16 +15,33 @@ import json
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import safetensors.numpy
 
 from mismatch.errors import OutputError, RunError
+from mismatch.reading import json_of, typed
 from mismatch.runs.files import guarded, read_bytes, write_atomic
 
 PART = 64 * 2**20
 """Bytes of arrays after which a part ends."""
+
+
+class Part(TypedDict):
+    """One file of arrays."""
+
+    file: str
+    sha256: str
+
+
+class Index(TypedDict):
+    """state.json."""
+
+    count: int
+    parts: list[Part]
+    fingerprint: dict[str, Any]
+    info: dict[str, Any]
 
 
 class State:
@@ -85,13 +102,14 @@ class State:
         self._compare(index["fingerprint"], _json_form(fingerprint))
         arrays: dict[str, np.ndarray] = {}
         for part in index["parts"]:
-            data = read_bytes(self.folder / part["file"])
+            path = self.folder / Path(part["file"]).name
+            data = read_bytes(path)
             if hashlib.sha256(data).hexdigest() != part["sha256"]:
-                raise RunError(
-                    f"{self.folder / part['file']} is damaged: its sha256 is not the one saved",
-                    hint="start the run again with --overwrite",
-                )
-            arrays.update(safetensors.numpy.load(data))
+                raise _damaged(path, "its sha256 is not the one saved")
+            try:
+                arrays.update(safetensors.numpy.load(data))
+            except (safetensors.SafetensorError, ValueError, KeyError, TypeError) as cause:
+                raise _damaged(path, cause) from cause
         return arrays, index["info"]
 
     def clear(self) -> None:
@@ -100,15 +118,13 @@ class State:
             with guarded("remove", self.folder):
                 shutil.rmtree(self.folder)
 
-    def _read_index(self) -> dict[str, Any] | None:
+    def _read_index(self) -> Index | None:
         if not self._index.exists():
             return None
-        try:
-            return json.loads(read_bytes(self._index))
-        except ValueError as cause:
-            raise RunError(
-                f"{self._index} is damaged: {cause}", hint="start the run again with --overwrite"
-            ) from cause
+        found: Index = typed(
+            Index, json_of(self._index, RunError), lambda reason: _damaged(self._index, reason)
+        )
+        return found
 
     def _compare(self, saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
         fields = [k for k in sorted(saved.keys() | now.keys()) if saved.get(k) != now.get(k)]
@@ -119,6 +135,10 @@ class State:
                 + "\n".join(lines),
                 hint="resume it with the same settings, or give --output another path",
             )
+
+
+def _damaged(path: Path, reason: object) -> RunError:
+    return RunError(f"{path} is damaged: {reason}", hint="start the run again with --overwrite")
 
 
 def _parts(arrays: Mapping[str, np.ndarray]) -> Iterator[dict[str, np.ndarray]]:

@@ -26,6 +26,11 @@ MAIN, FLOOR, SWAP = "main", "floor", "swap"
 SCHEMA_VERSION = 2
 """Goes up when a column, the plan, the manifest or a setting changes its name or its meaning."""
 
+MOST_ROWS = 2_000_000
+"""Rows of a table that is read; the largest run that was made has 60,000."""
+MOST_LAYERS = 4095
+"""Largest number of a layer or a head."""
+
 SITES = ("resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post", "final", "logits")
 """Where numbers are taken, in the order of computation."""
 
@@ -214,19 +219,39 @@ def from_parquet(data: bytes) -> pd.DataFrame:
     """What `to_parquet` wrote.
 
     Raises:
-        RunError: not a parquet file, or of another schema.
+        RunError: not a parquet file, of another schema, larger than any table, or with a layer or head that no model
+            has.
     """
     try:
-        arrow = pq.read_table(io.BytesIO(data))
-    except pa.ArrowException as cause:
-        raise RunError(f"metrics.parquet cannot be read: {cause}") from cause
-    found = (arrow.schema.metadata or {}).get(b"mismatch_schema", b"none").decode()
-    if found != str(SCHEMA_VERSION):
+        file = pq.ParquetFile(io.BytesIO(data))
+        _check_schema(file)
+        table = as_table(file.read().to_pandas())
+    except (pa.ArrowException, OSError, ValueError, TypeError, OverflowError) as cause:
+        reason = next(iter(str(cause).splitlines()), type(cause).__name__)
+        raise RunError(f"metrics.parquet cannot be read: {reason:.300}") from cause
+    for name in ("layer", "head"):
+        if not table[name].dropna().between(0, MOST_LAYERS).all():
+            raise RunError(f"metrics.parquet has a {name} outside 0..{MOST_LAYERS}")
+    return table
+
+
+def _check_schema(file: pq.ParquetFile) -> None:
+    found = (file.schema_arrow.metadata or {}).get(b"mismatch_schema", b"none")
+    if found != str(SCHEMA_VERSION).encode():
         raise RunError(
-            f"metrics.parquet has schema {found}, this version reads schema {SCHEMA_VERSION}",
+            f"metrics.parquet has schema {found.decode(errors='replace')}, this version reads schema {SCHEMA_VERSION}",
             hint="trace again, or read it with the version named in manifest.json",
         )
-    return as_table(arrow.to_pandas())
+    for column in COLUMNS:
+        at = file.schema_arrow.get_field_index(column.name)
+        if at >= 0 and (kind := file.schema_arrow.field(at).type) != column.arrow:
+            raise RunError(
+                f"metrics.parquet: `{column.name}` must be {column.arrow}, got {kind!s:.80}"
+            )
+    if file.metadata.num_rows > MOST_ROWS:
+        raise RunError(
+            f"metrics.parquet has {file.metadata.num_rows:,} rows, more than {MOST_ROWS:,}"
+        )
 
 
 def dictionary(metrics: Iterable[str]) -> dict[str, Any]:

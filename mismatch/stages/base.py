@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import html
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
@@ -88,7 +88,11 @@ class Result:
     @property
     def findings(self) -> list[Finding]:
         """What the run shows, in words, worst first."""
-        return [Finding(**found) for found in self.run.findings]
+        known = [field.name for field in fields(Finding)]
+        return [
+            Finding(**{name: found[name] for name in known if name in found})
+            for found in self.run.findings
+        ]
 
     @property
     def run_dir(self) -> Path | None:

@@ -54,7 +54,7 @@ def fill(
     """
     held = {name: (file, one) for file in files for name, one in check_safetensors(file).items()}
     state = model.state_dict(keep_vars=True)
-    _compare(state, {name: one["shape"] for name, (_, one) in held.items()}, found, folder)
+    _compare(state, {name: one.shape for name, (_, one) in held.items()}, found, folder)
     inside = tuple(f"{path}." for path in replaced)
     there: dict[str, Tensor] = {}
     used: set[int] = set()
@@ -71,7 +71,7 @@ def fill(
                     _put(model, name, there[source], paths)
                 continue
             file, entry = held[source]
-            other = exact and entry["dtype"] != FORMATS.get(tensor.dtype)
+            other = exact and entry.dtype != FORMATS.get(tensor.dtype)
             # The rebuilt model shares what the saved one no longer did.
             split = len(sources[id(tensor)]) > 1
             if id(tensor) in used:

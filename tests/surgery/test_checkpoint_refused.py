@@ -61,9 +61,9 @@ def test_another_format(saved_copy):
         ({"swaps": []}, "it names no swap"),
         (
             {"swaps": [{"swap": "all:zero"}]},
-            "its `mismatch` entry cannot be read (KeyError('seed'))",
+            "in its `mismatch` entry `swaps[0].seed` is missing",
         ),
-        ({"shared": None}, "its `mismatch` entry cannot be read"),
+        ({"shared": None}, "in its `mismatch` entry `shared` must be dict, got None"),
     ],
 )
 def test_a_broken_record(saved_copy, change, what):

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mismatch.errors import DataError, UsageError
+from mismatch.config import load as load_config
+from mismatch.errors import DataError, RunError, UsageError
 from mismatch.runs.folder import Run, check_output, load_run
 from mismatch.stages.base import Outcome, Stage
 from mismatch.stages.opening import Opened, Text
@@ -199,16 +200,21 @@ def _selection(scanning: Opened[ScanConfig], scan: Run | None) -> Windows | None
     """
     if scan is None:
         return scanning.texts["evaluation"].cut
-    mine, theirs = scanning.config, scan.config
+    assert scan.path is not None
+    mine = scanning.config
+    trusted = {"trust_remote_code": mine.trust_remote_code}
+    theirs = load_config(ScanConfig, scan.path / "config.yaml", trusted)
     held_out = scanning.texts["evaluation"].documents
-    there = scan.manifest["texts"]["evaluation"]
-    seq_len, seed = int(theirs["seq_len"]), int(theirs["seed"])
+    there = scan.manifest.get("texts", {}).get("evaluation")
+    if there is None:
+        raise RunError(f"the scan in {scan.path} does not say on which text it chose")
+    seq_len, seed = theirs.seq_len, theirs.seed
     try:
         cut = windows(
             held_out,
             scanning.tokenizer,
             seq_len,
-            int(there["tokens"]),
+            there["tokens"],
             seed,
             answers=mine.answers_only,
         )
@@ -217,7 +223,7 @@ def _selection(scanning: Opened[ScanConfig], scan: Run | None) -> Windows | None
     same = cut is not None and cut.fingerprint == there["fingerprint"]
     if same and (seq_len, seed) == (mine.seq_len, mine.seed):
         return cut
-    if same or ("data" not in scanning.given and theirs["data"] == mine.data):
+    if same or ("data" not in scanning.given and theirs.data == mine.data):
         raise UsageError(
             f"the scan in {scan.path} chose on {mine.data} too, cut in another way: the choice would be evaluated on "
             "text that made it",
