@@ -57,12 +57,14 @@ NASTY: tuple[Any, ...] = (
     *("planted.parts:Evil", "os:system", "layer0:zero", "layers[0-999999999]:zero", "%s%n{}", "nan", "1e999"),
 )  # fmt: skip
 SPECS = (
-    "layer1:infini(segment=16)", "layers[0-last/2].mlp:zero; final_norm:dyt", "norms:dyt", "layer2.attn:parallel(infini)",
+    "layer1:infini(segment=16)", "layers[0-last/2].mlp:zero; final_norm:dyt", "norms:dyt",
+    "layer2.attn:parallel(infini)",
     "layer1:sliding_window(window=8, sinks=1)", "layer1.heads[0,1]:nope", "all:nope", "layer1.mlp:lora(r=4)",
 )  # fmt: skip
 PIECES = (
     *("9" * 5000, "9" * 19, "-1", "1e30", "1e999", "nan", ";" * 50, "(" * 400, ")" * 400, "[" * 400, "layer", "last"),
-    *(":", "=", ",", "/", "-", ".", "'", '"', "\\", "\t", "\n", "\x00", "\udcff", "é", "none", "true", "parallel(" * 50),
+    *(":", "=", ",", "/", "-", ".", "'", '"', "\\", "\t", "\n", "\x00", "\udcff", "é", "none"),
+    *("true", "parallel(" * 50),
     *("layer0:zero;" * 9000, "a" * 60_000, "planted.parts:Evil", "os:system", "sys:exit", ".:x", "norms", "all"),
 )  # fmt: skip
 FLAGS = (
@@ -101,7 +103,14 @@ class Case:
         """Cut, doubled, flipped, or something in between."""
         at = self.draw.randrange(max(1, len(data)))
         junk = self.draw.randbytes(self.draw.choice((1, 8, 200)))
-        ways = (data[:at], data + junk, data[:at] + junk + data[at:], data[:at] + junk + data[at + len(junk) :], b"", junk)
+        ways = (
+            data[:at],
+            data + junk,
+            data[:at] + junk + data[at:],
+            data[:at] + junk + data[at + len(junk) :],
+            b"",
+            junk,
+        )
         return self.draw.choice(ways)
 
     def spoil(self, data: Any) -> Any:
@@ -124,7 +133,12 @@ class Case:
         if (way := self.draw.random()) < 0.15:
             self.write(path, self.spoil_bytes(data))
         elif way < 0.2:
-            self.write(path, self.draw.choice(("[" * 100_000, '{"a":' * 5000, "9" * 6000, "NaN", '"' + "a" * 10**7 + '"')))
+            self.write(
+                path,
+                self.draw.choice(
+                    ("[" * 100_000, '{"a":' * 5000, "9" * 6000, "NaN", '"' + "a" * 10**7 + '"')
+                ),
+            )
         else:
             self.write(path, json.dumps(self.spoil(json.loads(data))))
 
@@ -157,7 +171,9 @@ class Base:
         self.teacher = mismatch.load(self.model)
         mismatch.swap(self.teacher, SPECS[0]).save(folder / "checkpoint")
         shutil.copytree(self.model, folder / "sharded")
-        weights = (folder / "sharded" / "model.safetensors").rename(folder / "sharded" / "a.safetensors")
+        weights = (folder / "sharded" / "model.safetensors").rename(
+            folder / "sharded" / "a.safetensors"
+        )
         names = dict.fromkeys(self.teacher.model.state_dict(), weights.name)
         index = folder / "sharded" / "model.safetensors.index.json"
         index.write_text(json.dumps({"metadata": {}, "weight_map": names}))
@@ -168,12 +184,23 @@ class Base:
         # As a stopped run leaves it: the state of the last batch, and no table.
         shutil.copytree(folder / "run", folder / "stopped")
         manifest = json.loads((folder / "stopped" / "manifest.json").read_text())
-        case.write(folder / "stopped" / "manifest.json", json.dumps(manifest | {"status": "interrupted"}))
+        case.write(
+            folder / "stopped" / "manifest.json", json.dumps(manifest | {"status": "interrupted"})
+        )
 
     @property
     def words(self) -> tuple[str, ...]:
         """Flags of a small run."""
-        return ("--model", str(self.model), "--data", str(self.text), "--device", "cpu", "-q", *SMALL)
+        return (
+            "--model",
+            str(self.model),
+            "--data",
+            str(self.text),
+            "--device",
+            "cpu",
+            "-q",
+            *SMALL,
+        )
 
 
 KINDS: dict[str, Callable[[Case], None]] = {}
@@ -194,33 +221,79 @@ def swap_text(case: Case) -> None:
     text, draw = case.draw.choice(SPECS), case.draw
     for _ in range(draw.choice((1, 1, 2, 4))):
         at, piece = draw.randrange(len(text) + 1), draw.choice(PIECES)
-        text = draw.choice((text[:at] + piece + text[at:], text[:at] + text[at + 1 :], text[:at] + piece, piece + text))
+        text = draw.choice(
+            (
+                text[:at] + piece + text[at:],
+                text[:at] + text[at + 1 :],
+                text[:at] + piece,
+                piece + text,
+            )
+        )
     case.command("check", "--swap", text, *case.base.words)
 
 
 @kind("flags")
 def flags(case: Case) -> None:
     words = [word for name in case.draw.sample(FLAGS, 2) for word in (name, str(case.nasty()))]
-    verb = case.draw.choice(("check", "trace", "probe", "scan", "diagnose", "repair", "plan", "report", "compare", "x"))
-    case.command(verb, "--swap", SPECS[0], *case.base.words, *(word for word in words if word != "/dev/zero"))
+    verb = case.draw.choice(
+        ("check", "trace", "probe", "scan", "diagnose", "repair", "plan", "report", "compare", "x")
+    )
+    case.command(
+        verb, "--swap", SPECS[0], *case.base.words, *(word for word in words if word != "/dev/zero")
+    )
 
 
 @kind("YAML")
 def yaml_file(case: Case) -> None:
-    settings = {"model": str(case.base.model), "swap": [SPECS[0]], "data": str(case.base.text), "tokens": 64}
-    settings |= {"seq_len": 32, "controls": ["zero"], "metrics": ["kl"], "seed": 0, "device": "cpu", "dtype": "auto"}
+    settings = {
+        "model": str(case.base.model),
+        "swap": [SPECS[0]],
+        "data": str(case.base.text),
+        "tokens": 64,
+    }
+    settings |= {
+        "seq_len": 32,
+        "controls": ["zero"],
+        "metrics": ["kl"],
+        "seed": 0,
+        "device": "cpu",
+        "dtype": "auto",
+    }
     text = yaml.safe_dump(case.spoil(settings))
     if case.draw.random() < 0.4:
-        laughs = "a0: &a0 [x, x]\n" + "".join(f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}]\n" for n in range(1, 40))
-        harm = (laughs, "- " * 900, "a: " + "[" * 5000, "!!python/object/apply:os.system [ls]", "seed: 064", "seed: 1e3")
-        text = case.draw.choice((*harm, "? [a]\n: b", "%YAML 9.9", "\x00", "tokens: !!float x", "seed: &x\n  <<: *x", "a: " * 90))
+        laughs = "a0: &a0 [x, x]\n" + "".join(
+            f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}]\n" for n in range(1, 40)
+        )
+        harm = (
+            laughs,
+            "- " * 900,
+            "a: " + "[" * 5000,
+            "!!python/object/apply:os.system [ls]",
+            "seed: 064",
+            "seed: 1e3",
+        )
+        text = case.draw.choice(
+            (
+                *harm,
+                "? [a]\n: b",
+                "%YAML 9.9",
+                "\x00",
+                "tokens: !!float x",
+                "seed: &x\n  <<: *x",
+                "a: " * 90,
+            )
+        )
     file = case.write(case.folder / "c.yaml", text)
     case.command("check", "--config", str(file))
 
 
 @kind("Python settings")
 def python_settings(case: Case) -> None:
-    names = [flag[2:].replace("-", "_") for flag in FLAGS if flag not in ("--config", "--resume", "--model", "--data")]
+    names = [
+        flag[2:].replace("-", "_")
+        for flag in FLAGS
+        if flag not in ("--config", "--resume", "--model", "--data")
+    ]
     given = {case.draw.choice(names): case.nasty() for _ in range(2)}
     model: Any = case.base.teacher if case.draw.random() < 0.7 else case.nasty()
     mismatch.check(model, given.pop("swap", SPECS[0]), **given)
@@ -241,7 +314,16 @@ def tokenizer(case: Case) -> None:
     model = case.copy("model")
     file = case.draw.choice(sorted(model.glob("tokenizer*.json")))
     case.spoil_json(file)
-    case.command("trace", "--swap", "layer1:zero", *case.base.words, "--model", str(model), "--output", str(case.folder / "out"))
+    case.command(
+        "trace",
+        "--swap",
+        "layer1:zero",
+        *case.base.words,
+        "--model",
+        str(model),
+        "--output",
+        str(case.folder / "out"),
+    )
 
 
 @kind("safetensors")
@@ -285,15 +367,34 @@ def flipped(case: Case) -> None:
     file = model / "model.safetensors"
     data = bytearray(file.read_bytes())
     length = int.from_bytes(data[:8], "little")
-    value = case.draw.choice((b"\x00\x00\x80\x7f", b"\x00\x00\xc0\x7f", b"\xff\xff\x7f\x7f"))  # inf, NaN, 3e38
+    value = case.draw.choice(
+        (b"\x00\x00\x80\x7f", b"\x00\x00\xc0\x7f", b"\xff\xff\x7f\x7f")
+    )  # inf, NaN, 3e38
     for _ in range(case.draw.choice((1, 20))):
         at = 8 + length + 4 * case.draw.randrange((len(data) - 8 - length) // 4)
         data[at : at + 4] = value
     case.write(file, bytes(data))
     verb = case.draw.choice(("trace", "scan", "probe", "diagnose", "plan", "repair"))
-    words = {"scan": ("--swap", "nope"), "plan": ("--mechanism", "nope", "--layers", "1")}.get(verb, ("--swap", "layer1:zero"))
-    small = ("--model", str(model), "--data", str(case.base.text), "--device", "cpu", "-q", "--output", str(case.folder / "out"))
-    case.command(verb, *words, *small, *("--seq-len", "32", "--config", str(case.write(case.folder / "c.yaml", SHORT[verb]))))
+    words = {"scan": ("--swap", "nope"), "plan": ("--mechanism", "nope", "--layers", "1")}.get(
+        verb, ("--swap", "layer1:zero")
+    )
+    small = (
+        "--model",
+        str(model),
+        "--data",
+        str(case.base.text),
+        "--device",
+        "cpu",
+        "-q",
+        "--output",
+        str(case.folder / "out"),
+    )
+    case.command(
+        verb,
+        *words,
+        *small,
+        *("--seq-len", "32", "--config", str(case.write(case.folder / "c.yaml", SHORT[verb]))),
+    )
 
 
 SHORT = {
@@ -302,7 +403,8 @@ SHORT = {
     "probe": "samples: 2\nlengths: 64\nprobes: passkey",
     "diagnose": "fit_tokens: 512\ntokens: 128\ncontrols: none",
     "plan": "tokens: 64\nselection_tokens: 64\namong: '0,1'",
-    "repair": "tokens: 64\ntrain_tokens: 256\nval_tokens: 64\ntrace_tokens: 0\nstages: local\nepochs: 1\ncontrols: none\nself_generated: 0",
+    "repair": "tokens: 64\ntrain_tokens: 256\nval_tokens: 64\ntrace_tokens: 0\nstages: local\n"
+    "epochs: 1\ncontrols: none\nself_generated: 0",
 }
 """Settings of a small run of each command."""
 
@@ -310,7 +412,16 @@ SHORT = {
 @kind("run folder")
 def run_folder(case: Case) -> None:
     run = case.copy(case.draw.choice(("run", "scan")))
-    name = case.draw.choice(("manifest.json", "manifest.json", "plan.json", "findings.json", "metrics.json", "config.yaml"))
+    name = case.draw.choice(
+        (
+            "manifest.json",
+            "manifest.json",
+            "plan.json",
+            "findings.json",
+            "metrics.json",
+            "config.yaml",
+        )
+    )
     if name == "config.yaml":
         case.write(run / name, yaml.safe_dump(case.spoil(yaml.safe_load((run / name).read_text()))))
     else:
@@ -332,7 +443,13 @@ def parquet(case: Case) -> None:
             table = table.drop_columns([name])
         else:
             plain = [v for v in NASTY if not isinstance(v, (list, dict))]
-            other = draw.choice(([draw.choice(plain)] * len(table), draw.choices(range(40_000), k=len(table)), ["x:y"] * len(table)))
+            other = draw.choice(
+                (
+                    [draw.choice(plain)] * len(table),
+                    draw.choices(range(40_000), k=len(table)),
+                    ["x:y"] * len(table),
+                )
+            )
             with contextlib.suppress(pa.ArrowException, OverflowError):
                 kept = draw.random() < 0.7
                 array = pa.array(other, table.schema.field(name).type if kept else None)
@@ -346,10 +463,13 @@ def read_run(case: Case, run: Path) -> None:
     """Hand a run folder to one of what reads it."""
     ways: tuple[Callable[[], Any], ...] = (
         lambda: case.command("report", str(run), "--output", str(case.folder / "page.html")),
-        lambda: case.command("compare", str(run), str(case.base.folder / "run"), "--output", str(case.folder / "page.html")),
+        lambda: case.command(
+            "compare", str(run), str(case.base.folder / "run"), "--output", str(case.folder / "page.html")
+        ),
         lambda: case.command("diagnose", str(run), "--device", "cpu", "-q", "--output", "/dev/null/x"),
         lambda: case.command("trace", "--resume", str(run), "-q"),
-        lambda: case.command("plan", "--mechanism", "nope; mlp:zero", "--layers", "1", "--scan", str(run), "--output", "/dev/null/x",
+        lambda: case.command("plan", "--mechanism", "nope; mlp:zero", "--layers", "1", "--scan", str(run), "--output",
+                             "/dev/null/x",
                              "--among", "0,1", *case.base.words),
         lambda: [mismatch.load_run(run), mismatch.load_run(run).table, mismatch.load_run(run).plan],
     )  # fmt: skip
@@ -359,8 +479,19 @@ def read_run(case: Case, run: Path) -> None:
 @kind("text")
 def text(case: Case) -> None:
     file, draw = case.folder / draw_name(case.draw), case.draw
-    data = (case.base.text.read_bytes()[:20_000], b'{"text": "a b c"}\n' * 99, json.dumps({"text": NASTY[3]}).encode())
-    harm = (b"\xff\xfe" + "a b".encode("utf-16-le") * 99, b"\x00" * 9999, b"[" * 99_999, b'{"text": 3}\n', b'{"text": "a"', b"")
+    data = (
+        case.base.text.read_bytes()[:20_000],
+        b'{"text": "a b c"}\n' * 99,
+        json.dumps({"text": NASTY[3]}).encode(),
+    )
+    harm = (
+        b"\xff\xfe" + "a b".encode("utf-16-le") * 99,
+        b"\x00" * 9999,
+        b"[" * 99_999,
+        b'{"text": 3}\n',
+        b'{"text": "a"',
+        b"",
+    )
     case.write(file, draw.choice((*harm, case.spoil_bytes(draw.choice(data)))))
     where = draw.choice((file, file, file.parent, "x" * 5000, "a" * 300 + ".txt", "\udcff.txt"))
     case.command("check", "--swap", "layer1:zero", *case.base.words, "--data", str(where))
@@ -418,7 +549,9 @@ def unfinished(folder: Path) -> Iterator[Path]:
                 yield manifest
 
 
-def outcomes(model: Path, count: int, seed: int, only: Sequence[str]) -> tuple[pd.DataFrame, list[tuple[str, int, str, str]]]:
+def outcomes(
+    model: Path, count: int, seed: int, only: Sequence[str]
+) -> tuple[pd.DataFrame, list[tuple[str, int, str, str]]]:
     """A row a kind of input with how often it ended how, and each that ended badly."""
     names = list(only or KINDS)
     found: dict[str, Counter[str]] = {name: Counter() for name in names}
@@ -433,12 +566,16 @@ def outcomes(model: Path, count: int, seed: int, only: Sequence[str]) -> tuple[p
             if outcome not in ("refused", "taken"):
                 bad.append((name, seed + number, outcome, said))
                 print(f"{outcome}: {name}, seed {seed + number}: {said[:600]}\n", flush=True)
-    rows = [{"input": n, "tried": c.total(), **{o: c[o] for o in OUTCOMES}} for n, c in found.items()]
+    rows = [
+        {"input": n, "tried": c.total(), **{o: c[o] for o in OUTCOMES}} for n, c in found.items()
+    ]
     return pd.DataFrame(rows), bad
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--count", type=int, default=1000, help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     parser.add_argument("--only", choices=KINDS, nargs="+", default=(), help="some kinds of input")
