@@ -113,7 +113,7 @@ def swap(
     cut, calls = None, [clause.call for clause in spec.check(parsed).clauses]
     if wanted := tokens_for(calls, d_model=loaded.layout.d_model):
         tokens = calibration_tokens or wanted
-        text = read(calibration_data)
+        text = read(calibration_data, tokenizer=loaded.tokenizer)
         cut = windows(text, loaded.tokenizer, min(seq_len, tokens), tokens, seed)
     with measured(loaded.model):
         return calibrated_swap(loaded, parsed, cut, batch_size=batch_size, seed=seed)

@@ -62,7 +62,7 @@ def text_line(text: Mapping[str, Any]) -> str:
     if text.get("copies"):
         parts.append(f"copies left out: {text['copies']:,}")
     if text.get("more"):
-        parts.append("what is behind the first 256 MB was not read")
+        parts.append(f"what is behind the first {text['more'] >> 20} MB was not read")
     if text.get("revision"):
         parts.append(f"revision {text['revision']}")
     return ", ".join(parts)

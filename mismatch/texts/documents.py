@@ -32,7 +32,7 @@ from mismatch.texts import readers
 from mismatch.texts.contents import Content, as_content, digest, is_empty, size, token_ids
 from mismatch.texts.demo import fetch
 from mismatch.texts.readers import hub, plain, rows
-from mismatch.texts.readers.asked import LIMIT, Asked
+from mismatch.texts.readers.asked import HUB_LIMIT, LIMIT, Asked
 
 CALIBRATION_SHARE = 5  # one document in five, when one source has to serve for both
 STANDARD_INPUT = "-"
@@ -48,7 +48,7 @@ class Documents:
         texts: a string each, or what else a document can hold (`mismatch.texts.contents`).
         note: a description with the licence.
         copies: documents that were left out, for another one holds the same.
-        more: the source goes on: only its first `LIMIT` bytes were read.
+        more: where the source goes on behind what was read: the bytes up to which it was; else 0.
         revision: of a data set of the hub: the commit.
     """
 
@@ -57,7 +57,7 @@ class Documents:
     texts: tuple[Content, ...]
     note: str = ""
     copies: int = 0
-    more: bool = False
+    more: int = 0
     revision: str = ""
 
     def __len__(self) -> int:
@@ -129,15 +129,18 @@ def held(data: Any) -> Any:
     return list(data) if isinstance(data, Iterator) else data
 
 
-def _documents(source: str, found: Iterable[tuple[str, Content]], **facts: Any) -> Documents:
-    """As many documents as `LIMIT` allows."""
+def _documents(
+    source: str, found: Iterable[tuple[str, Content]], limit: int | None = None, **facts: Any
+) -> Documents:
+    """As many documents as the limit allows; None: `LIMIT`."""
+    limit = LIMIT if limit is None else limit
     names: list[str] = []
     texts: list[Content] = []
     total = 0
     for name, content in found:
         total += size(content)
-        if total > LIMIT and texts:
-            return Documents(source, tuple(names), tuple(texts), more=True, **facts)
+        if total > limit and texts:
+            return Documents(source, tuple(names), tuple(texts), more=limit, **facts)
         names.append(name)
         texts.append(content)
     return Documents(source, tuple(names), tuple(texts), **facts)
@@ -174,7 +177,7 @@ def _named(source: str, asked: Asked) -> Documents:
         return _documents("standard input", _from_standard_input(asked))
     if source.startswith(hub.HUB):
         revision, found = hub.on_hub(source, asked)
-        return _documents(source, found, revision=revision)
+        return _documents(source, found, HUB_LIMIT, revision=revision)
     path = _existing(source)
     return _from_name(source) if path is None else _from_path(path, source, asked)
 

@@ -40,7 +40,7 @@ class Source:
         copies: left out, for another document holds the same.
         seen: documents that were looked at until there were enough tokens.
         left_out: of those, documents without a window: too short for one, or without an answer where answers count.
-        more: the source goes on behind what was read.
+        more: where the source goes on behind what was read: the bytes up to which it was; else 0.
         revision: of a data set of the hub: the commit.
     """
 
@@ -48,7 +48,7 @@ class Source:
     copies: int = 0
     seen: int = 0
     left_out: int = 0
-    more: bool = False
+    more: int = 0
     revision: str = ""
 
 

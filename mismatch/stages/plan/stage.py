@@ -208,26 +208,22 @@ def _selection(scanning: Opened[ScanConfig], scan: Run | None) -> Windows | None
     there = scan.manifest.get("texts", {}).get("evaluation")
     if there is None:
         raise RunError(f"the scan in {scan.path} does not say on which text it chose")
-    seq_len, seed = theirs.seq_len, theirs.seed
+    seq_len, seed, answers = theirs.seq_len, theirs.seed, theirs.answers_only
     try:
         cut = windows(
-            held_out,
-            scanning.tokenizer,
-            seq_len,
-            there["tokens"],
-            seed,
-            answers=mine.answers_only,
+            held_out, scanning.tokenizer, seq_len, there["tokens"], seed, answers=answers
         )
     except DataError:  # too little text for such windows
         cut = None
     same = cut is not None and cut.fingerprint == there["fingerprint"]
-    if same and (seq_len, seed) == (mine.seq_len, mine.seed):
+    if same and (seq_len, seed, answers) == (mine.seq_len, mine.seed, mine.answers_only):
         return cut
     if same or ("data" not in scanning.given and theirs.data == mine.data):
+        only = "--answers-only" if answers else "--no-answers-only"
         raise UsageError(
             f"the scan in {scan.path} chose on {mine.data} too, cut in another way: the choice would be evaluated on "
             "text that made it",
-            hint=f"take --seq-len {seq_len} --seed {seed}, or other --data",
+            hint=f"take --seq-len {seq_len} --seed {seed} {only}, or other --data",
         )
     return None
 

@@ -7,6 +7,8 @@ from typing import Any
 
 LIMIT = 2**28
 """Bytes of one document, and of all documents of one source: some 60 million tokens. What is behind is not read."""
+HUB_LIMIT = 2**25
+"""The same of a data set of the hub, whose rows come over the network each time: some 8 million tokens."""
 
 
 @dataclass(frozen=True)
