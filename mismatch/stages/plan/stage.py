@@ -210,9 +210,7 @@ def _selection(scanning: Opened[ScanConfig], scan: Run | None) -> Windows | None
         raise RunError(f"the scan in {scan.path} does not say on which text it chose")
     seq_len, seed, answers = theirs.seq_len, theirs.seed, theirs.answers_only
     try:
-        cut = windows(
-            held_out, scanning.tokenizer, seq_len, there["tokens"], seed, answers=answers
-        )
+        cut = windows(held_out, scanning.tokenizer, seq_len, there["tokens"], seed, answers=answers)
     except DataError:  # too little text for such windows
         cut = None
     same = cut is not None and cut.fingerprint == there["fingerprint"]
