@@ -14,11 +14,16 @@ Three things that bitsandbytes does by itself would show as a difference that no
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+# Of an optional kernel that could not be fetched from the hub, and of every forward in 8 bits.
+for name in ("bitsandbytes.backends.cpu.ops", "bitsandbytes.autograd._functions"):
+    logging.getLogger(name).setLevel(logging.ERROR)
 
 FOUR, EIGHT = "Params4bit", "Int8Params"
 LEVELS_8BIT = 127  # the largest code stands for the row's scale

@@ -17,7 +17,6 @@ from mismatch.models.quantised import quantised as quantised_layers
 from mismatch.registry import mechanisms
 
 pytest.importorskip("bitsandbytes", reason="the extra `qlora` is not installed")
-pytestmark = pytest.mark.filterwarnings("ignore:.*inputs will be cast:UserWarning")
 
 CONTROLS = ("random", "zero", "mean", "skip", "linear", "identity")
 IDS = tokens(2, LENGTH)

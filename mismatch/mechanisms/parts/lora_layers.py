@@ -9,7 +9,6 @@ the teacher shares.
 
 from __future__ import annotations
 
-import logging
 from typing import Any, Literal
 
 import torch
@@ -29,10 +28,7 @@ from mismatch.mechanisms.parts.linears import (
 )
 from mismatch.models.quantised import bits, full
 
-# peft imports bitsandbytes where it is installed, which then warns that an optional kernel could not
-# be fetched from the hub.
-logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-
+# Behind `quantised`: peft imports bitsandbytes where it is installed.
 from peft import LoraConfig  # noqa: E402
 from peft.tuners.lora import Linear  # noqa: E402
 

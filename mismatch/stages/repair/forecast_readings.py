@@ -91,6 +91,5 @@ def errors(part: ModulePair, store: Store, held: Store) -> dict[str, float]:
 
 def _pair(part: ModulePair, example: Example) -> tuple[Tensor, Tensor]:
     """The part's output with a one behind it, for the bias, and the teacher's."""
-    dtype = next(p.dtype for p in part.teacher.parameters())
-    s = example.call(part.student, example.x.to(dtype)).to(example.y.dtype)
+    s = example.call(part.student, example.x).to(example.y.dtype)
     return torch.cat([s, torch.ones_like(s[..., :1])], dim=-1), example.y

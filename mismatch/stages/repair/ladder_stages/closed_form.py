@@ -120,7 +120,7 @@ def _fit_gates(part: ModulePair, gates: Sequence[Tensor], store: Store) -> None:
     def run(example: Example, shares: Tensor) -> Tensor:
         for gate, share in zip(gates, shares.split(sizes), strict=True):
             gate.copy_(torch.logit(share.view_as(gate), eps=1e-7))
-        return example.call(part.student, _as_model(part, example.x)).to(example.y.dtype)
+        return example.call(part.student, example.x).to(example.y.dtype)
 
     system, right = np.zeros((n, n)), np.zeros(n)
     for index in range(min(GATE_BATCHES, len(store.batches))):
@@ -156,7 +156,7 @@ def last_linear(part: ModulePair, example: Example) -> Linear | None:
         if isinstance(module, (nn.Linear, Conv1D))
     ]
     try:
-        output = example.call(part.student, _as_model(part, example.x[:1]))
+        output = example.call(part.student, example.x[:1])
     finally:
         for handle in handles:
             handle.remove()
@@ -187,7 +187,7 @@ def _summed(part: ModulePair, store: Store, linear: Linear) -> Sums:
     try:
         for example in store.batches_of(part):
             entering.clear()
-            example.call(part.student, _as_model(part, example.x))
+            example.call(part.student, example.x)
             h = entering[-1]
             if linear.bias is not None:
                 h = torch.cat([h, torch.ones_like(h[..., :1])], dim=-1)
@@ -202,15 +202,10 @@ def _error(part: ModulePair, store: Store) -> float:
     lost = whole = 0.0
     for example in store.batches_of(part):
         weight = weights(example.y)
-        output = example.call(part.student, _as_model(part, example.x)).to(example.y.dtype)
+        output = example.call(part.student, example.x).to(example.y.dtype)
         lost += float((weight * (output - example.y).square().sum(-1)).sum())
         whole += float((weight * example.y.square().sum(-1)).sum())
     return lost / whole
-
-
-def _as_model(part: ModulePair, x: Tensor) -> Tensor:
-    dtype = next((p.dtype for p in part.student.parameters() if p.is_floating_point()), x.dtype)
-    return x.to(dtype)
 
 
 def _matrix(linear: Linear) -> Tensor:

@@ -39,8 +39,6 @@ def groups(part: ModulePair, fresh: Iterable[str], rate: float, gate_rate: float
         "queries": {},
     }
     for name, parameter in part.student.named_parameters():
-        if not parameter.is_floating_point():
-            continue
         pieces = name.split(".")
         if pieces[-1] in GATES:
             kind = "gates"
@@ -72,5 +70,4 @@ class LocalLoss(Loss):
 
     def of(self, store: Store, index: int, rows: int) -> Tensor:
         example = store.batch(self.part, index)
-        x = example.x[:rows].to(next(self.part.student.parameters()).dtype)
-        return relative_error(example.call(self.part.student, x), example.y[:rows])
+        return relative_error(example.call(self.part.student, example.x[:rows]), example.y[:rows])

@@ -44,15 +44,17 @@ class ModulePair:
 
 @dataclass(frozen=True)
 class Call:
-    """How the host calls a module besides the stream: further positional and keyword arguments of one batch."""
+    """How the host calls a module: dtype of the stream, further positional and keyword arguments of one batch."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     by_keyword: bool
+    dtype: torch.dtype
 
     def __call__(self, module: nn.Module, x: Tensor) -> Tensor:
         """The module's output for the stream `x`, `batch pos d_model`."""
         args, kwargs = _rows(self.args, len(x)), _rows(self.kwargs, len(x))
+        x = x.to(self.dtype)
         if self.by_keyword:
             return first_of(module(*args, hidden_states=x, **kwargs))
         return first_of(module(x, *args, **kwargs))
@@ -110,7 +112,7 @@ def watch(
                 for name, value in kwargs.items()
                 if name != "hidden_states" and name not in CACHE_NAMES
             }
-            call = Call(args if by_keyword else args[1:], rest, by_keyword)
+            call = Call(args if by_keyword else args[1:], rest, by_keyword, x.dtype)
             seen[path] = (x, first_of(out), call)
 
         module = layout.model.get_submodule(path)
