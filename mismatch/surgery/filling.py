@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from mismatch.errors import ModelError
 from mismatch.models.folder import check_safetensors
 from mismatch.models.swap_record import Record
+from mismatch.surgery.codes import put_codes
 
 FORMATS = {
     torch.float64: "F64",
@@ -53,24 +54,32 @@ def fill(
         ModelError: names or shapes in the file are not those of the model; a replaced module lies on no device.
     """
     held = {name: (file, one) for file in files for name, one in check_safetensors(file).items()}
-    state = model.state_dict(keep_vars=True)
-    _compare(state, {name: one.shape for name, (_, one) in held.items()}, found, folder)
-    inside = tuple(f"{path}." for path in replaced)
-    there: dict[str, Tensor] = {}
-    used: set[int] = set()
-    sources: dict[int, set[str]] = {}
-    for name, tensor in state.items():
-        sources.setdefault(id(tensor), set()).add(found.shared.get(name, name))
-    paths = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
     with ExitStack() as stack:
         opened = {file: stack.enter_context(safe_open(file, framework="pt")) for file in files}
+
+        def read(name: str) -> Tensor:
+            source = found.shared.get(name, name)
+            return opened[held[source][0]].get_tensor(source)
+
+        in_place = put_codes(model, [*held, *found.shared], read)
+        state = model.state_dict(keep_vars=True)
+        _compare(state, {name: one.shape for name, (_, one) in held.items()}, found, folder)
+        inside = tuple(f"{path}." for path in replaced)
+        there: dict[str, Tensor] = {}
+        used: set[int] = set()
+        sources: dict[int, set[str]] = {}
         for name, tensor in state.items():
+            sources.setdefault(id(tensor), set()).add(found.shared.get(name, name))
+        paths = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
+        for name, tensor in state.items():
+            if name in in_place:
+                continue
             source = found.shared.get(name, name)
             if source in there:  # a second name of a tensor that is there
                 if there[source] is not tensor:
                     _put(model, name, there[source], paths)
                 continue
-            file, entry = held[source]
+            entry = held[source][1]
             other = exact and entry.dtype != FORMATS.get(tensor.dtype)
             # The rebuilt model shares what the saved one no longer did.
             split = len(sources[id(tensor)]) > 1
@@ -78,7 +87,7 @@ def fill(
                 tensor = _alike(tensor)
                 _put(model, name, tensor, paths)
             if name.startswith(inside) or other or split:
-                value = opened[file].get_tensor(source)
+                value = read(source)
                 _refuse_offloaded(tensor, name, folder)
                 dtype = value.dtype if exact else tensor.dtype
                 # A copy: not a view of the file, and aligned as any other tensor (sums round by alignment).

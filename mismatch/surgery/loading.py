@@ -35,6 +35,7 @@ from mismatch.models.resolve import Located, from_hub, locate
 from mismatch.models.skeleton import skeleton as of_config_alone
 from mismatch.models.swap_record import MODEL_TYPE, Record, of_config, read
 from mismatch.runs.plan import Replaced
+from mismatch.surgery.codes import without_codes
 from mismatch.surgery.filling import fill
 from mismatch.surgery.operate import layout_of, operate, placed
 from mismatch.surgery.saving import Swapped
@@ -276,6 +277,7 @@ def _local(name_or_path: str | Path, hub: dict[str, Any]) -> Path:
 
 def _plain(folder: Path, config: Any, target: Any = None, **options: Any) -> CausalLM:
     """The model that was swapped, from the checkpoint's folder: random where a module was replaced."""
+    config = without_codes(config, check_weights(folder))
     # Missing tensors are expected here, and drawn at random; `fill` checks them. The caller's random state stays.
     with _quiet(), torch.random.fork_rng(devices=[]):
         return models.pretrained(folder, config, target, ignore_mismatched_sizes=True, **options)[0]

@@ -12,6 +12,8 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
+from peft import LoraConfig
+from peft.tuners.lora import Linear
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -27,10 +29,6 @@ from mismatch.mechanisms.parts.linears import (
     targets,
 )
 from mismatch.models.quantised import bits, full
-
-# Behind `quantised`: peft imports bitsandbytes where it is installed.
-from peft import LoraConfig  # noqa: E402
-from peft.tuners.lora import Linear  # noqa: E402
 
 Init = bool | Literal["gaussian", "pissa", "olora"]
 """peft's `init_lora_weights`, as far as it is used here."""

@@ -55,64 +55,6 @@ def trainable(teacher: Layout, config: RepairConfig, swap: Student) -> Trainable
     parts = tuple(part for part in pairs_of(teacher, student) if part.path in swapped)
     for part in parts:
         _in_full(part.student, student)
-from mismatch.stages.repair.config import RepairConfig
-from mismatch.stages.repair.ladder_stages.module_pair import ModulePair, pairs_of
-from mismatch.surgery.operate import SEED_STEP, Student, blank, layout_of, operate, placed
-
-
-@dataclass(frozen=True)
-class Trainable:
-    """What a ladder trains.
-
-    Attributes:
-        student: the model.
-        parts: the swapped modules in depth order.
-        companions: by layer and name, the matrices of each swapped block outside of its parts.
-        neighbours: what LoRA added in the blocks behind, by name.
-    """
-
-    student: Student
-    parts: tuple[ModulePair, ...]
-    companions: dict[int, dict[str, nn.Parameter]]
-    neighbours: dict[str, nn.Parameter]
-
-
-def trainable(teacher: Layout, config: RepairConfig, swap: Student) -> Trainable:
-    """The same as a swap (or a control), to learn; at the start it gives what the swap gives.
-
-    Args:
-        teacher: layout of the untouched model.
-        config: which stages run says what trains.
-        swap: the student that stays as it is, trained before or not.
-
-    Raises:
-        MismatchError: a module that cannot be repaired.
-    """
-    swapped = {clause.path for clause in swap.plan.clauses}
-    last = pairs_of(teacher, swap)[-1].layer
-    end = min(last + config.lora_blocks, teacher.n_layers - 1)
-    student = _with_lora(config, swap, last + 1, end) if config.behind else _copy(swap)
-    prove_student(teacher, student.layout, student.plan.first)
-    parts = tuple(part for part in pairs_of(teacher, student) if part.path in swapped)
-    last = pairs_of(teacher.layout, swap)[-1].layer
-    text = [swap.plan.spec]
-    end = min(last + config.lora_blocks, teacher.layout.n_layers - 1)
-    if config.behind and end > last:
-        lora = f"lora(r={config.lora_rank}, alpha={float(config.lora_rank)}, targets=all)"
-        text += [f"layers{last + 1}-{end}.{slot}:{lora}" for slot in ("attn", "mlp")]
-    student = calibrated_swap(
-        teacher,
-        spec.parse(text),
-        calibration,
-        batch_size=config.batch_size,
-        seed=config.seed,
-    )
-    parts = tuple(part for part in pairs_of(teacher.layout, student) if part.path in swapped)
-    for part in parts:
-        _in_full(part.student, student)
-        # A student that was handed over may have been trained: the repair starts from its own tensors.
-        start = _in_full(copy.deepcopy(swap.model.get_submodule(part.path)), student)
-        part.student.load_state_dict(start.state_dict())
     companions = _companions(student, parts) if config.around else {}
     return Trainable(student, parts, companions, _neighbours(student, swapped))
 
@@ -156,12 +98,13 @@ def _companions(
     inside = tuple(f"{part.path}." for part in parts)
     for layer in dict.fromkeys(part.layer for part in parts):
         path = student.layout.slot_path(layer, "block")
-        block = student.model.get_submodule(path)
-        _in_full(block, student)
+        block = _in_full(student.model.get_submodule(path), student)
         found[layer] = {
             name: parameter
             for inner, parameter in block.named_parameters()
-            if parameter.ndim > 1 and not (name := f"{path}.{inner}").startswith(inside)
+            if parameter.ndim > 1
+            and parameter.is_floating_point()
+            and not (name := f"{path}.{inner}").startswith(inside)
         }
     return found
 

@@ -1,0 +1,85 @@
+"""Whether a swapped model can be loaded again: refused when it is saved, not noticed when it is loaded.
+
+A checkpoint holds the swaps and the tensors; loading makes the swaps again on the plain model of the config. So the
+model must have exactly the tensors that come of that, and nothing that is in no tensor. Others change it after the
+swap: peft puts adapters in, `merge_and_unload` takes them out.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from mismatch.errors import SurgeryError
+from mismatch.models.layout import Layout
+from mismatch.models.quantised import quantised
+from mismatch.models.skeleton import skeleton
+from mismatch.surgery.loading import rebuilt
+
+if TYPE_CHECKING:
+    from mismatch.surgery.saving import Swapped
+
+PLAIN = "for the plain model with its adapters merged: student.merged(), or `mismatch merge`"
+
+
+def check_loadable(model: Swapped, state: Mapping[str, Tensor]) -> None:
+    """Refuse what loading would refuse, or load as something else.
+
+    Args:
+        model: a swapped model.
+        state: the tensors that will be written, by name.
+
+    Raises:
+        SurgeryError: it has other tensors than its swaps make, or adapters that are merged or switched off.
+    """
+    _check_adapters(model)
+    plain = Layout.of(skeleton(copy.deepcopy(model.config)))
+    wanted = rebuilt(plain, model.swap_record, "this model").layout.model.state_dict()
+    # What quantised layers hold beside their codes is theirs; the shape of the codes is none of a matrix.
+    codes = {path for path, _ in quantised(model)}
+    own = {name for name in state if name in wanted or not _beside(name, codes)}
+    for what, names, hint in (
+        (
+            "holds {} tensors that its swaps do not make",
+            own - wanted.keys(),
+            f"merge what peft put into it (`merge_and_unload`), or save that with peft; {PLAIN}",
+        ),
+        ("lacks {} tensors that its swaps make", wanted.keys() - own, PLAIN),
+        (
+            "holds {} tensors of another shape than its config says",
+            {
+                name
+                for name in own & wanted.keys()
+                if state[name].shape != wanted[name].shape and not _beside(name, codes)
+            },
+            "set the config to what was done to the model",
+        ),
+    ):
+        if names:
+            raise SurgeryError(
+                f"this model cannot be saved: it {what.format(len(names))}, first {min(names)}, so it could not be "
+                "loaded again",
+                hint=hint,
+            )
+
+
+def _beside(name: str, codes: set[str]) -> bool:
+    """Whether it is the codes of a quantised layer, or what says how to read them."""
+    owner = name.partition(".weight")[0].removesuffix(".SCB")
+    return owner in codes and not name.endswith(".bias")
+
+
+def _check_adapters(model: Any) -> None:
+    for path, layer in model.named_modules():
+        if not isinstance(getattr(layer, "merged_adapters", None), list):
+            continue
+        for what, found in (("merged", layer.merged), ("switched off", layer.disable_adapters)):
+            if found:
+                raise SurgeryError(
+                    f"this model cannot be saved: the adapter of {path} is {what}, and loaded again it would be "
+                    "added to what is there",
+                    hint=f"unmerge it, or switch it on; {PLAIN}",
+                )
