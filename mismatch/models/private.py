@@ -55,7 +55,9 @@ def private_copy(tree: Tree, keep: Iterable[Any] = ()) -> Tree:
     for tensor in chain(tree.parameters(), tree.buffers(), quantised.carried(tree)):
         if type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided:
             memo[id(tensor)] = _copied(tensor, storages)
-    return copy.deepcopy(tree, memo)
+    fresh = copy.deepcopy(tree, memo)
+    quantised.settle(fresh)
+    return fresh
 
 
 def same_memory(a: Tensor, b: Tensor) -> bool:

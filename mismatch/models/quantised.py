@@ -95,6 +95,7 @@ def settle(model: nn.Module) -> None:
         known: Any = layer
         if bits(layer.weight) == 4:
             known.support_avx512bf16_for_cpu = False
+            known.weight.module = known  # of a copied weight it is the layer of the first one
             if getattr(known.weight.quant_state, "packing_format_for_cpu", False):
                 known.state_dict()  # unpacks in place
         elif known.weight.CB is not None:

@@ -49,6 +49,13 @@ def in_codes(names: Iterable[str]) -> set[str]:
     }
 
 
+def of_codes(names: Iterable[str]) -> set[str]:
+    """Which of these names are of quantised layers: the codes, and what says how to read them."""
+    names = set(names)
+    held = in_codes(names)
+    return {n for n in names if n.partition(".weight")[0].removesuffix(SCALES) in held}
+
+
 def put_codes(
     model: nn.Module,
     names: Iterable[str],
@@ -75,11 +82,7 @@ def put_codes(
                 made[layer] = _quantised(layer, model.config, tensors)
             put(model, path, made[layer])
     settle(model)
-    return {n for n in names if n.rpartition(".")[2] != "bias" and _owner(n) in held}
-
-
-def _owner(name: str) -> str:
-    return name.partition(".weight")[0].removesuffix(SCALES)
+    return of_codes(names)
 
 
 def _quantised(layer: nn.Linear | Conv1D, config: Any, tensors: dict[str, Tensor]) -> nn.Module:

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from mismatch.errors import SurgeryError
 from mismatch.models.layout import Layout
-from mismatch.models.quantised import quantised
 from mismatch.models.skeleton import skeleton
+from mismatch.surgery.codes import of_codes
 from mismatch.surgery.loading import rebuilt
 
 if TYPE_CHECKING:
@@ -38,9 +38,8 @@ def check_loadable(model: Swapped, state: Mapping[str, Tensor]) -> None:
     _check_adapters(model)
     plain = Layout.of(skeleton(copy.deepcopy(model.config)))
     wanted = rebuilt(plain, model.swap_record, "this model").layout.model.state_dict()
-    # What quantised layers hold beside their codes is theirs; the shape of the codes is none of a matrix.
-    codes = {path for path, _ in quantised(model)}
-    own = {name for name in state if name in wanted or not _beside(name, codes)}
+    codes = of_codes(state)  # not of the shape of a matrix, and more of them
+    own = {name for name in state if name in wanted or name not in codes}
     for what, names, hint in (
         (
             "holds {} tensors that its swaps do not make",
@@ -53,7 +52,7 @@ def check_loadable(model: Swapped, state: Mapping[str, Tensor]) -> None:
             {
                 name
                 for name in own & wanted.keys()
-                if state[name].shape != wanted[name].shape and not _beside(name, codes)
+                if name not in codes and state[name].shape != wanted[name].shape
             },
             "set the config to what was done to the model",
         ),
@@ -64,12 +63,6 @@ def check_loadable(model: Swapped, state: Mapping[str, Tensor]) -> None:
                 "loaded again",
                 hint=hint,
             )
-
-
-def _beside(name: str, codes: set[str]) -> bool:
-    """Whether it is the codes of a quantised layer, or what says how to read them."""
-    owner = name.partition(".weight")[0].removesuffix(".SCB")
-    return owner in codes and not name.endswith(".bias")
 
 
 def _check_adapters(model: Any) -> None:

@@ -93,6 +93,7 @@ class Swapped(_Model):
                     else None,
                 )
         if is_main_process:
+            _check(self, state_dict)
             folder = Path(save_directory)
             with guarded("make the folder", folder):
                 folder.mkdir(parents=True, exist_ok=True)
@@ -156,6 +157,7 @@ def save(
             f"nothing is swapped in this {type(model).__name__}, so there is no checkpoint to write",
             hint="save_pretrained saves a plain model",
         )
+    _check(model, None)
     _check_free(path, overwrite)
     with whole_folder(path) as folder:
         if tokenizer is not None:
@@ -164,6 +166,21 @@ def save(
             (folder / record.EXTRA).write_text(json_text(dict(extra)), encoding="utf-8")
         _write(model, folder, None, SHARD)
     return path
+
+
+def _check(model: Swapped, state_dict: Mapping[str, Tensor] | None) -> None:
+    # Loading makes swaps, which mark their models: these files need one another.
+    from mismatch.surgery.loadable import check_loadable
+
+    own = model.state_dict(keep_vars=True)
+    shared = _shared(own)
+    given = own if state_dict is None else state_dict
+    if absent := sorted(own.keys() - given.keys() - shared.keys()):
+        raise UsageError(
+            f"`state_dict` lacks {len(absent)} tensors of this model, first {absent[0]}",
+            hint="leave it out to save all of them",
+        )
+    check_loadable(model, {name: own[name] for name in shared} | dict(given))
 
 
 def _check_free(path: Path, overwrite: bool) -> None:
@@ -193,11 +210,6 @@ def _write(
     own = model.state_dict(keep_vars=True)
     shared = _shared(own)
     given = own if state_dict is None else state_dict
-    if absent := sorted(own.keys() - given.keys() - shared.keys()):
-        raise UsageError(
-            f"`state_dict` lacks {len(absent)} tensors of this model, first {absent[0]}",
-            hint="leave it out to save all of them",
-        )
     _write_weights(_tensors(given, shared), folder, max_shard_size)
     known = model.swap_record
     code = CODE.format(version=known.entry()["version"])

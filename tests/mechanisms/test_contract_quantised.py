@@ -8,13 +8,15 @@ import pytest
 import torch
 from peft.tuners.lora.layer import LoraLayer
 from test_mechanism_contract import BEGINS_AS_TEACHER, CALLS, LENGTH, fits
-from tiny_models import in_numbers, part, quantised, swap, tokens
+from tiny_models import N_LAYERS, in_numbers, part, quantised, swap, tokens
 
 from mismatch.errors import ModelError, SurgeryError
 from mismatch.models.folder import refuse_quantised
 from mismatch.models.load import describe
 from mismatch.models.quantised import quantised as quantised_layers
 from mismatch.registry import mechanisms
+from mismatch.surgery import saving
+from mismatch.surgery.loading import MismatchForCausalLM
 
 pytest.importorskip("bitsandbytes", reason="the extra `qlora` is not installed")
 
@@ -199,3 +201,27 @@ def test_other_ways_to_quantise_are_refused_and_what_is_missing_is_named(monkeyp
         == "here: its weights are quantised by bitsandbytes, which is not installed here"
     )
     assert caught.value.hint == "pip install 'llm-mismatch[qlora]'"
+
+
+def one_a_layer() -> list[str]:
+    """Swaps of every mechanism in its own slot, each at a layer of its own, as many in one model as it has layers."""
+    slots = {name: mechanisms().card(name).facts["slots"][0] for name in CALLS}
+    found = []
+    for slot in dict.fromkeys(slots.values()):
+        names = [name for name in CALLS if slots[name] == slot]
+        for at in range(0, len(names), N_LAYERS):
+            found.append("; ".join(map(text, names[at : at + N_LAYERS], range(N_LAYERS))))
+    return found
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("call", one_a_layer())
+def test_a_checkpoint_comes_back_to_the_bit(teacher, tmp_path, call, bits):
+    """Whatever is in codes, in full, or both inside one module."""
+    student = swap(teacher(bits)[0], call)
+    saving.save(student.model, tmp_path / "saved")
+    again = MismatchForCausalLM.from_pretrained(tmp_path / "saved")
+    assert torch.equal(logits(again), logits(student.model))
+    assert [p for p, _ in quantised_layers(again)] == [
+        p for p, _ in quantised_layers(student.model)
+    ]
