@@ -18,7 +18,9 @@ from mismatch.metrics.sums.logits import LogitPair, kl_per_token
 from mismatch.models.layout import Layout
 
 CHUNK = 256
-"""Tokens that go through the head at once."""
+"""Tokens that go through the head at once, at most."""
+LOGITS = 2**24
+"""Logits that are made at once, of one model: 64 MB. A vocabulary of 262k words gets 64 tokens."""
 ROWS = 16
 """Tokens whose logits fit into a processor's cache."""
 
@@ -63,6 +65,11 @@ class Predictions:
         return Predictions(*(fact.to(device) for fact in astuple(self)))
 
 
+def chunk_of(layout: Layout) -> int:
+    """Tokens that go through this model's head at once."""
+    return max(ROWS, min(CHUNK, LOGITS // layout.vocab))
+
+
 def log_probs(layout: Layout, final: Tensor) -> Tensor:
     """Float32 log-probabilities, `... vocab`, of final states, `... d_model`."""
     logits = layout.head(final).float()
@@ -80,7 +87,7 @@ def compare(
     students: Iterable[tuple[Key, Layout, Tensor]],
     predictions: Predictions,
     *,
-    chunk: int = CHUNK,
+    chunk: int | None = None,
 ) -> Iterator[tuple[Key, LogitPair]]:
     """Every student beside the teacher, chunk after chunk.
 
@@ -89,7 +96,7 @@ def compare(
         reference: its final states, `tokens d_model`.
         students: name, layout and final states, `tokens d_model` each.
         predictions: of the same tokens.
-        chunk: tokens that go through a head at once.
+        chunk: tokens that go through a head at once; None: as `chunk_of` the teacher.
 
     Yields:
         The name of a student and its pair with the teacher. Pairs of one chunk share what is the teacher's alone.
@@ -97,6 +104,7 @@ def compare(
     students = list(students)
     if not students:
         return
+    chunk = chunk or chunk_of(teacher)
     for start in range(0, len(reference), chunk):
         part = slice(start, start + chunk)
         theirs = log_probs(teacher, reference[part])
@@ -127,7 +135,8 @@ def scores(layout: Layout, final: Tensor, ids: Tensor, scored: Tensor) -> tuple[
     targets = ids[row, at].to(final.device)
     states = final[row.to(final.device), (at - 1).to(final.device)]
     found, hit = [], []
-    for part, target in zip(states.split(CHUNK), targets.split(CHUNK), strict=True):
+    chunk = chunk_of(layout)
+    for part, target in zip(states.split(chunk), targets.split(chunk), strict=True):
         logp = log_probs(layout, part)
         target = target.to(logp.device)
         found.append(logp.gather(1, target[:, None])[:, 0].double().cpu())
@@ -158,8 +167,9 @@ class _HeadKL(torch.autograd.Function):
     ) -> Tensor:
         total = torch.zeros((), device=states.device, dtype=torch.float64)
         gradient = torch.empty_like(states) if states.requires_grad else None
-        for start in range(0, len(states), CHUNK):
-            at = slice(start, start + CHUNK)
+        chunk = chunk_of(teacher)
+        for start in range(0, len(states), chunk):
+            at = slice(start, start + chunk)
             with torch.no_grad():
                 p = log_probs(teacher, reference[at].to(states.dtype))
             with torch.enable_grad():

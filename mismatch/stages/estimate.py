@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from mismatch.forward.head import chunk_of
 from mismatch.models.layout import Layout
 from mismatch.runs.table import BLOCK_SITES
 from mismatch.stages.trace.config import TraceConfig
@@ -61,7 +62,12 @@ def estimate(
     shown = layers - min(starts, default=0)
     batch = config.batch_size * config.seq_len * d * 4
     sums = shown * len(BLOCK_SITES) * d * d * 8 * 2 * (1 + len(starts))
-    peak = parameters * size + shown * len(BLOCK_SITES) * batch + 5 * 256 * vocab * 4 + sums
+    peak = (
+        parameters * size
+        + shown * len(BLOCK_SITES) * batch
+        + 5 * chunk_of(skeleton) * vocab * 4
+        + sums
+    )
     return Estimate(parameters * size, peak, flops, flops / (speed() * EFFICIENCY))
 
 

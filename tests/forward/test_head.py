@@ -7,9 +7,10 @@ import torch
 from asking import log_softmax, subjects
 from random_models import build
 
-from mismatch.forward.head import CHUNK, Predictions, compare, log_probs, scores
+from mismatch.forward.head import CHUNK, Predictions, chunk_of, compare, log_probs, scores
 from mismatch.forward.shared_prefix import finals
 from mismatch.metrics.sums.logits import LogitPair, kl_float64, kl_per_token
+from mismatch.models.layout import Layout
 
 
 def batch(rows=3, length=20, seed=0):
@@ -105,3 +106,8 @@ def test_a_pair_in_parts_is_the_pair():
     parts = LogitPair(p, q, *facts).split(4)
     assert torch.equal(torch.cat([part.kl for part in parts]), kl_per_token(p, q))
     assert torch.equal(torch.cat([part.docs for part in parts]), facts[1])
+
+
+def test_a_large_vocabulary_goes_through_the_head_in_smaller_chunks(tiny):
+    small, large = (Layout.of(tiny("llama", vocab_size=n)) for n in (101, 2**19))
+    assert (chunk_of(small), chunk_of(large)) == (256, 32)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from mismatch.forward.head import CHUNK, Predictions, compare
+from mismatch.forward.head import Predictions, chunk_of, compare
 from mismatch.forward.paired_sites import SitePair
 from mismatch.forward.sites import before, massive
 from mismatch.metrics.base import LogitPair, Pair
@@ -136,7 +136,7 @@ class Batch:
         counts = self._counts(scope)[:rows, :pos]
         predictions = Predictions.of(self.ids, self.docs, every[:rows, :pos][counts])
         flat = {name: final[counts.to(final.device)] for name, final in finals.items()}
-        for name, pair in self._compare(flat, predictions, CHUNK):
+        for name, pair in self._compare(flat, predictions):
             self.collector.meter(Address(scope, name, "free", NO_LAYER, "logits")).update(pair)
 
     def _lens(self) -> None:
@@ -145,7 +145,7 @@ class Batch:
         positions = self.lens_at.flatten()[self.lens_kept]
         if not len(docs):
             return
-        together = max(1, CHUNK // len(docs))
+        together = max(1, chunk_of(self.teacher) // len(docs))
         alike: dict[tuple[str, ...], list[int]] = {}  # layers that the same students reached
         for layer, kept in sorted(self.lens.items()):
             alike.setdefault(tuple(kept), []).append(layer)
@@ -167,7 +167,7 @@ class Batch:
                         )
 
     def _compare(
-        self, states: Mapping[str, Tensor], predictions: Predictions, chunk: int
+        self, states: Mapping[str, Tensor], predictions: Predictions, chunk: int | None = None
     ) -> Iterator[tuple[str, LogitPair]]:
         """Every student beside the teacher, from final states by name, `tokens d_model`."""
         students = [
