@@ -5,7 +5,8 @@ module was called and returns the same structure, so that the rest of the model 
 *original* is the module that is replaced. There are two kinds:
 
     Mechanism   a replacement: builds its own forward, and inherits what it can of the original. An inherited tensor IS
-                the original's Parameter (the same object), never a copy; a new one takes its dtype and device
+                the original's Parameter (the same object), never a copy; a new one takes its dtype and device. The
+                original is the mechanism's to keep: surgery passes a private copy, which costs no memory
     Wrapper     keeps the original inside, calls it, and changes its input or its output
 
 A mechanism file reads alone: equation, source, what is inherited / new / dropped, identity limit, state. Mechanism

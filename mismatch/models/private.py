@@ -12,9 +12,10 @@ So the copy is on write: both read the same memory until either writes, whoever 
 | in memory that processes share; a subclass (quantised weights); sparse | at once: its memory twice |
 | without values (meta) | another one without values |
 
-What asks for a writable pointer although it only reads (`data_ptr()`: numpy, safetensors, bitsandbytes, compiled code)
-makes the copy then: more memory, the same values. Tensors that share memory inside the first tree (tied weights, views)
-share it inside the copy.
+What asks for a writable pointer although it only reads (`data_ptr()`: numpy, pickle, safetensors, bitsandbytes,
+compiled code) makes the copy then: more memory, the same values. Tensors that share memory inside the first tree (tied
+weights, views) share it inside the copy. A raw pointer that was taken before (a numpy view of a weight) writes past
+all this.
 """
 
 from __future__ import annotations
@@ -61,13 +62,18 @@ def private_copy(tree: Tree, keep: Iterable[Any] = ()) -> Tree:
 
 
 def same_memory(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors of one shape and dtype read the same memory, so that neither was written to since one was
-    copied from the other."""
+    """Whether two tensors read the same memory in the same way: neither was written to since one was copied from the
+    other."""
     return (
         a.device == b.device != torch.device("meta")
-        and (a.shape, a.dtype, a.stride()) == (b.shape, b.dtype, b.stride())
+        and _place(a) == _place(b)
         and torch._C._data_address(a) == torch._C._data_address(b)  # type: ignore[attr-defined]
     )
+
+
+def _place(tensor: Tensor) -> tuple[Any, ...]:
+    """Where in its storage a tensor lies, and what it is read as."""
+    return tensor.dtype, tensor.shape, tensor.stride(), tensor.storage_offset()
 
 
 def for_reading(tensor: Tensor) -> Tensor:
