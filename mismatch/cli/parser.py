@@ -78,6 +78,11 @@ def read(words: Sequence[str]) -> argparse.Namespace:
                 if flag.startswith("--")
             ]
             near = difflib.get_close_matches(word, flags, n=1)
+            if word == "--student" and args.command in _stages():
+                raise UsageError(
+                    f"`mismatch {args.command}` tries mechanisms, and takes no student",
+                    hint="`mismatch trace --student` measures a model that was trained elsewhere",
+                )
             raise UsageError(
                 f"`mismatch {args.command}` has no flag `{word}`",
                 hint=f"did you mean `{near[0]}`?"

@@ -19,7 +19,6 @@ from mismatch.runs.folder import check_output
 from mismatch.stages.base import Result, Stage
 from mismatch.stages.opening import FIELDS, Opened, load
 from mismatch.stages.runner import stage_of, work
-from mismatch.surgery.loading import of_loaded
 from mismatch.surgery.operate import Student
 from mismatch.surgery.students import Teacher
 from mismatch.texts.demo.fetch import SOURCES
@@ -199,19 +198,12 @@ def _student_in(given: dict[str, Any], stage: Stage[Any, Any]) -> Student | Teac
     if isinstance(student, (str, Path)):
         given["student"] = str(student)
         return None
-    if isinstance(student, (Student, Teacher)):
-        return student
-    if not _is_model(student):
-        raise UsageError(
-            f"a student cannot be {type(student).__name__}", hint=f"give {STUDENTS.rstrip('.')}"
-        )
-    # A model alone is given the teacher's tokenizer: both must have the same.
-    return load(student) if isinstance(student, tuple) else Teacher(*of_loaded(student, None))
+    return student if isinstance(student, Student) else load(student)
 
 
 def _is_model(value: Any) -> bool:
     """A model that is in memory, alone or with its tokenizer."""
-    if isinstance(value, tuple) and value and not all(isinstance(one, str) for one in value):
+    if isinstance(value, (tuple, list)) and any(isinstance(one, nn.Module) for one in value):
         return True
     return isinstance(value, (Teacher, nn.Module))
 

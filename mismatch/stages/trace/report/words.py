@@ -122,7 +122,8 @@ def summary(
     parts += ["", *_output_lines(table, dictionary, subject(plan))]
     worst = worst_sites(table, dictionary=dictionary)
     if len(worst):
-        parts += ["", "worst sites, free running (* swapped layer)", columns(_worst_rows(worst))]
+        starred = " (* swapped layer)" if plan.clauses else ""
+        parts += ["", f"worst sites, free running{starred}", columns(_worst_rows(worst))]
     parts += ["", "findings", *_finding_lines(findings)]
     if path is not None:
         parts += ["", str(path)]
