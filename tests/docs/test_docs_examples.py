@@ -73,6 +73,20 @@ def test_the_metric_of_the_guide_works(written, monkeypatch, toy_folder):
     assert found[found.layer >= 2].value.gt(0).all()
 
 
+def test_the_student_of_the_guide_is_measured(written, monkeypatch, toy_folder, tmp_path, capsys):
+    """Every command and every block of the page, in its order."""
+    monkeypatch.chdir(tmp_path)
+    page = written["docs/guides/trained-elsewhere.md"]
+    made, *more = blocks(page, "python")
+    names: dict = {}
+    exec(made, names)
+    for words in command_lines(page):
+        assert parser.read(words) and main([*words, "--quiet"]) == 0, words
+    for code in more:
+        exec(code, names)
+    assert "layer 1 changed most: mlp_out" in capsys.readouterr().out
+
+
 @pytest.mark.pages
 def test_the_stage_of_the_guide_works(written, monkeypatch, toy_folder, tmp_path, capsys):
     (tmp_path / "guide_stage.py").write_text(
