@@ -38,7 +38,7 @@ from mismatch.stages.repair.config import RepairConfig
 from mismatch.stages.repair.ladder_stages.activation_store import Example, Store
 from mismatch.stages.repair.ladder_stages.local import LocalLoss, groups
 from mismatch.stages.repair.ladder_stages.loss import relative_error
-from mismatch.stages.repair.ladder_stages.module_pair import own, pairs_of, watch
+from mismatch.stages.repair.ladder_stages.module_pair import pairs_of, watch
 from mismatch.stages.repair.ladder_stages.training import Trainer
 from mismatch.stages.repair.self_generated import Writer
 
@@ -87,7 +87,6 @@ def times(config: RepairConfig, rounds: int) -> dict[str, list[float]]:
     batches = [torch.from_numpy(b.ids) for b in cut.batches(1)]
     student = mismatch.swap(teacher, *config.swap)
     part = pairs_of(layout, student)[0]
-    own(part.student, teacher.model)
     fresh = {clause.path: set(clause.new_parameters) for clause in student.plan.clauses}
     writer = Writer(teacher.model, teacher.tokenizer, seq_len, seed=config.seed)
     found: dict[str, list[float]] = {way: [] for way in WORDS}
