@@ -57,9 +57,9 @@ class Batch:
         self.drawn = (taken & (drawn < collector.sample / windows)).to(ids.device)
         # The smallest draws of each window are its lens tokens: also independent of the batching.
         self.scored = torch.ones_like(ids, dtype=torch.bool) if scored is None else scored
-        drawn = drawn.to(ids.device).where(self.scored, 1.0)
+        drawn = drawn.to(ids.device).where(self.scored, 2.0)
         self.lens_at = drawn.argsort(1)[:, :LENS_TOKENS]
-        self.lens_kept = drawn.gather(1, self.lens_at).flatten() < 1
+        self.lens_kept = self.scored.gather(1, self.lens_at).flatten()
 
     def met(self, pair: SitePair) -> None:
         """One site of one student."""
