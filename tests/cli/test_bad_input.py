@@ -162,7 +162,7 @@ def test_model_that_is_not_there(say, tmp_path, monkeypatch):
     assert say(model="./nothing") == (
         2,
         "error: no model folder ./nothing\n\n"
-        "hint: a folder, a hub id such as `owner/name`, or one to fetch: smollm2, glassllm\n",
+        "hint: a folder, a hub id such as `owner/name`, or one to fetch: smollm2, glassllm, gemma3-270m\n",
     )
     code, err = say(model="smolm2")
     assert (code, err) == (
@@ -264,8 +264,8 @@ def test_texts_that_are_refused(say, tmp_path):
     broken.write_text('{"text": "a"}\n{"text": 3}\n')
     assert say(data=broken) == (
         2,
-        f'error: {broken}, line 2 has no string "text"; it has: text\n\n'
-        'hint: each line is a JSON object such as {"text": "..."}\n',
+        f"error: {broken}, line 2, `text` is a int: neither text, nor messages, nor token ids\n\n"
+        "hint: text is a string, a chat a list of messages, token ids a list of whole numbers\n",
     )
 
 

@@ -6,6 +6,7 @@ import codecs
 import io
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, BinaryIO
 
 from mismatch.errors import DataError
@@ -26,7 +27,7 @@ def read(stream: BinaryIO, where: str, _asked: Asked) -> Iterator[tuple[str, Con
     try:
         text = data.decode(_encoding(data[:4]))
     except UnicodeDecodeError as error:
-        raise _undecoded(where, data, error) from error
+        raise _undecoded(where, "", data, error) from error
     yield "", checked(text.replace("\r\n", "\n"), where)
 
 
@@ -59,7 +60,7 @@ def lines(stream: BinaryIO, where: str) -> Iterator[tuple[int, str]]:
                 line = text.readline(LIMIT)
             except UnicodeDecodeError as error:
                 raise _undecoded(
-                    f"{where}, line {number} or behind", error.object, error
+                    where, f", line {number} or behind", error.object, error
                 ) from error
             if not line:
                 return
@@ -84,11 +85,11 @@ def _encoding(start: bytes) -> str:
     return next((name for mark, name in MARKS.items() if start.startswith(mark)), "utf-8-sig")
 
 
-def _undecoded(where: str, data: bytes, error: UnicodeDecodeError) -> DataError:
+def _undecoded(where: str, place: str, data: bytes, error: UnicodeDecodeError) -> DataError:
     name = "UTF-8" if error.encoding.startswith("utf-8") else error.encoding.upper()
     utf16 = data[:1000].count(0) > 100
     guess = "UTF-16LE" if utf16 else "LATIN1"
     return DataError(
-        f"{where} is not {name}: byte {error.start} is 0x{data[error.start]:02x}",
-        hint=f"convert it: iconv -f {guess} -t UTF-8 (if that is what it is)",
+        f"{where}{place} is not {name}: byte {error.start} is 0x{data[error.start]:02x}",
+        hint=f"convert it: iconv -f {guess} -t UTF-8 {Path(where).name} (if that is what it is)",
     )
