@@ -53,7 +53,7 @@ def trace(
     text_field: str | None = None,
     calibration_tokens: int | None = None,
     seq_len: int = 1024,
-    batch_size: int = 4,
+    batch_size: int = 1,
     controls: Sequence[str] = ('zero', 'mean'),
     seed: int = 0,
     output: str | None = None,
@@ -84,7 +84,7 @@ def trace(
         text_field: Column or key of rows that holds the text, the messages of a chat, or token ids. When not given the first that is there of text, messages, conversations, input_ids.
         calibration_tokens: Tokens that mechanisms and controls set themselves from, where they do; default: enough for the largest fit among them, 2048 for a mean, 32 a channel for the control `linear`.
         seq_len: Tokens per window. A window never mixes documents.
-        batch_size: Windows per forward pass.
+        batch_size: Windows per forward pass. More need more memory, and are no faster on a CPU.
         controls: Controls that are measured on the same tokens; none for no control.
         seed: Random seed.
         output: Run folder to make. By default a new folder under runs/.

@@ -110,7 +110,8 @@ def questions_behind(opened: Opened[TraceConfig]) -> Questions | None:
     """
     if not opened.config.probes:
         return None
-    own = light(opened.config, opened.config.probes, samples=LIGHT, lengths=("256",))
+    # batch_size: prompts are much shorter than the windows of a trace.
+    own = light(opened.config, opened.config.probes, samples=LIGHT, lengths=("256",), batch_size=4)
     held_out = opened.texts["evaluation"].documents
     cut = (
         opened.cut("evaluation of probes", held_out, own.tokens, seq_len=own.seq_len)

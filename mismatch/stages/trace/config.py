@@ -35,6 +35,8 @@ class TraceConfig(CalibratedConfig, ScoredConfig, SwapConfig):
 
     tokens: Annotated[int, ">= 1"] = 8192
     """Evaluation tokens."""
+    batch_size: Annotated[int, ">= 1"] = 1
+    """Windows per forward pass. More need more memory, and are no faster on a CPU."""
     metrics: tuple[str, ...] | None = None
     """Metrics to compute; all but js when not given. Named metrics of covariances are taken behind every block."""
     moment_tokens: Annotated[int, ">= 1"] = 2048
