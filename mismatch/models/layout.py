@@ -211,6 +211,13 @@ FAMILIES: tuple[Family, ...] = (
 )
 
 
+UNABLE = {
+    "qwen3_5_text": "some of its layers hold a linear attention in place of `self_attn`, and the others gate their output",
+    "gemma4_text": "its blocks multiply the stream and add an input of their own to it",
+}
+"""Model types that a `Family` cannot name yet: why not."""
+
+
 def family_of(config: Any) -> Family:
     """The family of a transformers config.
 
@@ -223,7 +230,8 @@ def family_of(config: Any) -> Family:
             return family
     known = ", ".join(kind for family in FAMILIES for kind in family.model_types)
     raise LayoutError(
-        f"model family `{kind}` is not known: no layout names its blocks, attention, MLP and norms",
+        f"model family `{kind}` is not known: "
+        + UNABLE.get(str(kind), "no layout names its blocks, attention, MLP and norms"),
         hint=f"known families: {known}. A new one is one entry in `mismatch/models/layout.py`",
     )
 

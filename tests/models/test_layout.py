@@ -44,6 +44,15 @@ def test_unknown_family_says_what_is_known():
     assert "llama" in caught.value.hint
 
 
+@pytest.mark.parametrize(
+    ("kind", "why"),
+    [("qwen3_5_text", "hold a linear attention"), ("gemma4_text", "multiply the stream")],
+)
+def test_what_no_family_can_name_says_why(kind, why):
+    with pytest.raises(LayoutError, match=f"model family `{kind}` is not known: .*{why}"):
+        family_of(transformers.AutoConfig.for_model(kind))
+
+
 def test_slot_that_the_family_lacks(tiny):
     layout = Layout.of(tiny("gpt2"))
     with pytest.raises(LayoutError) as caught:
