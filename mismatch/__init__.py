@@ -19,6 +19,7 @@ _PLACES = {
     "load": "mismatch.api",
     "generate": "mismatch.api",
     "save_checkpoint": "mismatch.api",
+    "save_merged": "mismatch.api",
     "swap": "mismatch.api",
     "check": "mismatch.api",
     "open_nnsight": "mismatch.api",

@@ -8,6 +8,7 @@ from mismatch.api import generate as generate
 from mismatch.api import load as load
 from mismatch.api import open_nnsight as open_nnsight
 from mismatch.api import save_checkpoint as save_checkpoint
+from mismatch.api import save_merged as save_merged
 from mismatch.api import swap as swap
 from mismatch import errors as errors
 from mismatch.forward.heldout import HeldOut as HeldOut

@@ -20,7 +20,7 @@ from mismatch.stages.opening import load
 from mismatch.stages.runner import stage_of
 from mismatch.stages.swapped import calibration_tokens as tokens_for
 from mismatch.stages.trace.check import Check, checked
-from mismatch.surgery import saving
+from mismatch.surgery import merging, saving
 from mismatch.surgery.operate import Student
 from mismatch.surgery.students import Teacher, calibrated_swap
 from mismatch.texts.documents import read
@@ -35,6 +35,7 @@ __all__ = [
     "load",
     "open_nnsight",
     "save_checkpoint",
+    "save_merged",
     "swap",
 ]
 
@@ -67,6 +68,21 @@ def save_checkpoint(
     return saving.save(
         student.model, path, tokenizer=student.tokenizer, extra=extra, overwrite=overwrite
     )
+
+
+def save_merged(student: Student | Teacher, path: str | Path) -> Path:
+    """Merge a swapped model and write the plain model as a Hugging Face folder, which loads without mismatch.
+
+    Args:
+        student: from `swap`, or a checkpoint that was loaded.
+        path: the folder to make.
+
+    Raises:
+        SurgeryError: nothing is swapped; a mechanism that is no change of the model's own matrices.
+        OutputError: the folder exists and is not empty.
+        RunError: it cannot be written.
+    """
+    return merging.save(student.model, path, tokenizer=student.tokenizer)
 
 
 def check(*args: Any, **settings: Any) -> Check:

@@ -22,6 +22,7 @@ FACTS = {
     "identity": "equals the teacher when",
     "state": "state",
     "stacks": "may stand on another mechanism",
+    "merges": "merges into the model's own matrices",
     "headline": "headline",
     "unit": "unit",
     "range": "range",

@@ -129,6 +129,18 @@ def generate(args: Namespace) -> int:
     return 0
 
 
+def merge(args: Namespace) -> int:
+    from mismatch import api
+
+    loaded = api.load(args.model, dtype="auto", trust_remote_code=args.trust_remote_code)
+    path = str(api.save_merged(loaded, args.output))
+    if args.json:
+        _print_json({"model": args.model, "output": path})
+    else:
+        print(path)
+    return 0
+
+
 def fetch(args: Namespace) -> int:
     from mismatch.texts.demo.fetch import cached, check_terms, named
     from mismatch.texts.demo.fetch import fetch as get

@@ -25,6 +25,10 @@ EXAMPLES = {
         'mismatch check --model smollm2 --swap "layer12:infini(segment=64)"',
         'mismatch check --model smollm2 --swap "norms:dyt" --json',
     ),
+    "merge": (
+        "mismatch merge CHECKPOINT plain-model",
+        "mismatch merge CHECKPOINT plain-model --json",
+    ),
     "generate": (
         'mismatch generate CHECKPOINT "Once upon a time"',
         'mismatch generate smollm2 "Name three colours." --chat --temperature 0.7 --seed 1',
@@ -144,6 +148,14 @@ def _tree() -> tuple[Parser, dict[str, Parser]]:
 
     _generate(
         other("generate", "Continue a text with a model, or with a checkpoint of a swapped one.")
+    )
+    merge = other(
+        "merge", "Write a checkpoint as a plain model: adapters and factors become matrices."
+    )
+    merge.add_argument("model", metavar="CHECKPOINT", help="of a swapped model")
+    merge.add_argument("output", metavar="FOLDER", help="the folder to make")
+    merge.add_argument(
+        "--trust-remote-code", action="store_true", help="run Python code that comes with the model"
     )
     fetch = other("fetch", "Get demo models and texts: pinned by hash, converted, kept in a cache.")
     fetch.add_argument(

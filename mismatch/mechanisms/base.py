@@ -134,6 +134,7 @@ class Mechanism(nn.Module):
     state: ClassVar[str]  # what generate() carries
     source: ClassVar[str]
     stacks: ClassVar[bool] = False  # True: may go on top of another mechanism in the same slot
+    merges: ClassVar[bool] = False  # True: it becomes a module of the model's own; see `merged`
     branch_names: tuple[str, ...] = ()  # paths whose outputs it adds up; see `branches`
     silent: frozenset[str] = frozenset()  # branches that are switched off at this moment
 
@@ -155,6 +156,10 @@ class Mechanism(nn.Module):
     def notes(self) -> tuple[str, ...]:
         """Sentences for the plan about this mechanism in this slot; empty when there is nothing to note."""
         return ()
+
+    def merged(self) -> nn.Module:
+        """The module of the model's own class that computes the same, where it `merges`. This one is used up."""
+        raise NotImplementedError
 
     def branches(self) -> dict[str, AbstractContextManager[None]]:
         """A context for each branch, by name, inside which the branch contributes nothing.

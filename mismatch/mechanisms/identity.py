@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from torch import nn
+
 from mismatch.mechanisms.base import Wrapper
 
 
@@ -30,3 +32,7 @@ class Identity(Wrapper):
     state = "the original's"
     source = "control"
     stacks = True
+    merges = True
+
+    def merged(self) -> nn.Module:
+        return self.original

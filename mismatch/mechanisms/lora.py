@@ -4,7 +4,7 @@
     dora:  y = m * (W + s B A) x / ||W + s B A||     m: one length per output, from W at the start
 
 Sources: LoRA arXiv 2106.09685 (section 4.1), DoRA 2402.09353 (eq. 5), rsLoRA 2312.03732, PiSSA
-2404.02948, OLoRA 2406.01775. The layers are peft's. No dropout, no merging.
+2404.02948, OLoRA 2406.01775. The layers are peft's. No dropout.
 
 | init | A | B | W |
 |---|---|---|---|
@@ -64,6 +64,7 @@ class LoRA(LowRankAdapted):
     state = "the original's"
     source = "arXiv 2106.09685; layers: peft"
     stacks = True
+    merges = True
 
     def adapted(self, layer: LinearLayer, path: str) -> nn.Module:
         init = PEFT_INIT[self.settings.init]

@@ -12,7 +12,7 @@ and the nonlinearity. New: the two factors of each matrix. Dropped: the matrices
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
@@ -43,6 +43,7 @@ class LowRankMLP(Wrapper):
     slots = ("mlp",)
     identity = "rank >= the smaller side of every matrix"
     state = "none"
+    merges = True
     source = "truncated singular value decomposition (Eckart and Young, 1936)"
 
     def __init__(self, original: nn.Module, config: LowRankMLPConfig, context: Context) -> None:
@@ -63,6 +64,12 @@ class LowRankMLP(Wrapper):
             m, n = matrix(layer).shape
             if config.rank * (m + n) > m * n:
                 self._larger.append(f"`{path}` ({m} x {n})")
+
+    def merged(self) -> nn.Module:
+        for path, layer in list(self.original.named_modules()):
+            if isinstance(layer, Factored):
+                put(self.original, path, layer.product())
+        return self.original
 
     def notes(self) -> tuple[str, ...]:
         if not self._larger:
@@ -97,6 +104,13 @@ class Factored(nn.Module):
             up = (u[:, :rank] * half).to(full.dtype)
         self.down, self.up = nn.Parameter(down), nn.Parameter(up.contiguous())
         self.register_parameter("bias", layer.bias)
+
+    def product(self) -> nn.Linear:
+        """One matrix in place of the two; it shares the bias."""
+        full = (self.up.detach().double() @ self.down.detach().double()).to(self.up.dtype)
+        layer: Any = nn.Linear(full.shape[1], full.shape[0], bias=False, device="meta")
+        layer.weight, layer.bias = nn.Parameter(full, requires_grad=False), self.bias
+        return layer
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(F.linear(x, self.down), self.up, self.bias)

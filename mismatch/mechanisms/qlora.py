@@ -57,6 +57,7 @@ class QLoRA(LowRankAdapted):
     state = "the original's"
     source = "arXiv 2305.14314; layers: bitsandbytes, peft"
     stacks = True
+    merges = True
 
     def __init__(self, original: nn.Module, config: QLoRAConfig, context: Context) -> None:
         """Raises:

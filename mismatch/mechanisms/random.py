@@ -39,6 +39,7 @@ class Random(Wrapper):
     identity = "none: the learned weights are gone"
     state = "as the original's"
     source = "control (random weights)"
+    merges = True
 
     def __init__(self, original: nn.Module, config: RandomConfig, context: Context) -> None:
         super().__init__(
@@ -46,6 +47,9 @@ class Random(Wrapper):
             config,
             context,
         )
+
+    def merged(self) -> nn.Module:
+        return self.original
 
 
 def redraw(original: nn.Module, context: Context, key: str) -> nn.Module:

@@ -15,11 +15,13 @@ Three things that bitsandbytes does by itself would show as a difference that no
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import BitsAndBytesConfig
+from transformers.pytorch_utils import Conv1D
 
 # Of an optional kernel that could not be fetched from the hub, and of every forward in 8 bits.
 for name in ("bitsandbytes.backends.cpu.ops", "bitsandbytes.autograd._functions"):
@@ -70,12 +72,21 @@ def numbers(layer: nn.Module) -> Tensor:
     return weight.data.float() * (scales.float() / LEVELS_8BIT)[:, None]
 
 
-def full(layer: nn.Module, dtype: torch.dtype) -> nn.Linear:
-    """An ordinary layer with a copy of the numbers; it shares the bias."""
+def full(layer: nn.Module, dtype: torch.dtype) -> nn.Linear | Conv1D:
+    """An ordinary layer with a copy of the numbers, of the class that was quantised; it shares the bias."""
     known: Any = layer
     new = nn.Linear(known.in_features, known.out_features, bias=False, device="meta")
     new.weight = nn.Parameter(numbers(layer).to(dtype, copy=True), requires_grad=False)
     new.bias = known.bias
+    new.train(layer.training)
+    return as_conv1d(new) if getattr(known, "source_cls", None) is Conv1D else new
+
+
+def as_conv1d(layer: nn.Linear) -> Conv1D:
+    """The same layer as gpt2 has them: with its weight as `in out`."""
+    new = Conv1D(layer.out_features, layer.in_features).to("meta")
+    new.weight = nn.Parameter(layer.weight.detach().T.contiguous(), requires_grad=False)
+    new.bias = layer.bias
     return new.train(layer.training)
 
 
@@ -100,6 +111,13 @@ def settle(model: nn.Module) -> None:
                 known.state_dict()  # unpacks in place
         elif known.weight.CB is not None:
             known.init_8bit_state()
+
+
+def settings_of(config: Any) -> BitsAndBytesConfig:
+    """How a model is quantised, by its config; a change of it is one of the config."""
+    if isinstance(config.quantization_config, Mapping):  # as it stands in config.json
+        config.quantization_config = BitsAndBytesConfig.from_dict(config.quantization_config)
+    return config.quantization_config
 
 
 def carried(model: nn.Module) -> Iterator[Tensor]:

@@ -8,17 +8,17 @@ the swaps are made again, and what the file holds in codes becomes a quantised l
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import BitsAndBytesConfig, PretrainedConfig
+from transformers import PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from mismatch.mechanisms.parts.linears import linear_layers, put
 from mismatch.models.folder import check_safetensors
-from mismatch.models.quantised import settle
+from mismatch.models.quantised import settings_of, settle
 from mismatch.models.skeleton import skeleton
 
 STATE = ".weight.quant_state."
@@ -29,14 +29,12 @@ SCALES = ".SCB"
 
 def without_codes(config: PretrainedConfig, files: Iterable[Path]) -> PretrainedConfig:
     """The config of the plain model, in which only those layers are quantised whose codes are in the files."""
-    settings = getattr(config, "quantization_config", None)
-    if settings is None:
+    if not getattr(config, "quantization_config", None):
         return config
     held = in_codes(name for file in files for name in check_safetensors(file))
     full = [path for path in linear_layers(skeleton(config)) if path not in held]
     config = copy.deepcopy(config)
-    known = settings if isinstance(settings, Mapping) else settings.to_dict()
-    config.quantization_config = {**known, "llm_int8_skip_modules": full}
+    settings_of(config).llm_int8_skip_modules = full
     return config
 
 
@@ -92,7 +90,7 @@ def _quantised(layer: nn.Linear | Conv1D, config: Any, tensors: dict[str, Tensor
 
     holder: Any = nn.Module()
     holder.layer = layer
-    replace_with_bnb_linear(holder, [], _settings(config), pre_quantized=True)
+    replace_with_bnb_linear(holder, [], settings_of(config), pre_quantized=True)
     new, device = holder.layer, layer.weight.device
     weight = tensors["weight"].to(device)
     if (scales := tensors.get(SCALES[1:])) is not None:
@@ -104,8 +102,3 @@ def _quantised(layer: nn.Linear | Conv1D, config: Any, tensors: dict[str, Tensor
         )
     new.bias = layer.bias
     return new.train(layer.training)
-
-
-def _settings(config: Any) -> BitsAndBytesConfig:
-    known = config.quantization_config
-    return BitsAndBytesConfig.from_dict(known) if isinstance(known, Mapping) else known

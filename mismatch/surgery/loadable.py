@@ -22,7 +22,9 @@ from mismatch.surgery.loading import rebuilt
 if TYPE_CHECKING:
     from mismatch.surgery.saving import Swapped
 
-PLAIN = "for the plain model with its adapters merged: student.merged(), or `mismatch merge`"
+PLAIN = (
+    "student.merged() makes a plain model of one with adapters, `mismatch merge` of a checkpoint"
+)
 
 
 def check_loadable(model: Swapped, state: Mapping[str, Tensor]) -> None:

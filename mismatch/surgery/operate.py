@@ -31,7 +31,7 @@ from mismatch.models.private import configs_of, private_copy
 from mismatch.models.swap_record import Base, Swap
 from mismatch.runs.plan import Replaced, SwapPlan
 from mismatch.spec import Call, Clause, Placement, Spec, parse, resolve
-from mismatch.surgery import saving
+from mismatch.surgery import merging, saving
 from mismatch.surgery.recorded import warn_of_records
 
 if TYPE_CHECKING:
@@ -100,6 +100,17 @@ class Student:
         return saving.save(
             self.model, path, tokenizer=self.tokenizer, extra=extra, overwrite=overwrite
         )
+
+    def merged(self) -> CausalLM:
+        """The plain transformers model that computes the same: adapters and factors multiplied into the matrices.
+
+        `student.merged().save_pretrained(path)` writes a folder that loads without mismatch. The student stays as it
+        is.
+
+        Raises:
+            SurgeryError: a mechanism that cannot be merged.
+        """
+        return merging.merged(self.model)
 
     def whole_blocks(self) -> frozenset[int]:
         """Layers whose block was replaced as a whole: the modules inside them no longer add to the stream."""

@@ -117,6 +117,12 @@ def mark(model: CausalLM, swap: Swap, base: record.Base | None = None) -> None:
     model.swap_record = Record(base=base).then(swap)
 
 
+def unmark(model: Swapped) -> None:
+    """Forget the swaps: the class is the plain model's again."""
+    del model.swap_record
+    model.__class__ = type(model).__mro__[2]
+
+
 @functools.cache
 def _swapped(cls: type[CausalLM]) -> type[Swapped]:
     # transformers decides by the name and the module of a class (loss, pipelines, kernels): they stay.
@@ -158,7 +164,7 @@ def save(
             hint="save_pretrained saves a plain model",
         )
     _check(model, None)
-    _check_free(path, overwrite)
+    check_free(path, overwrite)
     with whole_folder(path) as folder:
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
@@ -183,7 +189,7 @@ def _check(model: Swapped, state_dict: Mapping[str, Tensor] | None) -> None:
     check_loadable(model, {name: own[name] for name in shared} | dict(given))
 
 
-def _check_free(path: Path, overwrite: bool) -> None:
+def check_free(path: Path, overwrite: bool) -> None:
     if path.exists() and not path.is_dir():
         raise OutputError(f"{path} is a file, not a folder", hint="give another path")
     if not path.exists() or not any(path.iterdir()):

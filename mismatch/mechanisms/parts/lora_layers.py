@@ -56,6 +56,7 @@ class Adapted(Linear):
             self._below = (base,)
             adapter: Any = self.lora_A[ADAPTER]
             self.base_layer = full(base, adapter.weight.dtype)
+            self.fan_in_fan_out = isinstance(self.base_layer, Conv1D)
         super().merge(safe_merge, adapter_names)
 
     def unmerge(self) -> None:
@@ -63,6 +64,7 @@ class Adapted(Linear):
         if self._below:
             base: Any = self.base_layer
             self.base_layer, self._below = self._below[0].to(base.weight.device), ()
+            self.fan_in_fan_out = False
 
 
 def in_few_bits(layer: Any) -> bool:
@@ -86,6 +88,17 @@ class LowRankAdapted(Wrapper):
         super().__init__(tree, config, context)
         for path, layer in targets(tree, wanted, context).items():
             put(tree, path, self.adapted(layer, path))
+
+    def merged(self) -> nn.Module:
+        for path, layer in list(self.original.named_modules()):
+            if isinstance(layer, Adapted):
+                if not layer.merged:
+                    layer.merge()
+                base: Any = layer.get_base_layer()
+                if "weight" in base._buffers:  # a residual, which was not to be trained
+                    base.weight = nn.Parameter(base._buffers.pop("weight"), requires_grad=False)
+                put(self.original, path, base)
+        return self.original
 
     def adapted(self, layer: LinearLayer, path: str) -> nn.Module:
         """peft's layer around this mechanism's stand-in for `layer`."""
