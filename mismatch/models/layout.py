@@ -212,7 +212,7 @@ FAMILIES: tuple[Family, ...] = (
 
 
 UNABLE = {
-    "qwen3_5_text": "some of its layers hold a linear attention in place of `self_attn`, and the others gate their output",
+    "qwen3_5_text": "some of its layers hold a linear attention in place of `self_attn`, the others gate their output",
     "gemma4_text": "its blocks multiply the stream and add an input of their own to it",
 }
 """Model types that a `Family` cannot name yet: why not."""
