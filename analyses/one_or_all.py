@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 import mismatch
 from mismatch import spec
-from mismatch.metrics.sums.per_document import bootstrap
+from mismatch.metrics.base import PerDocument
 from mismatch.report import style
 from mismatch.stages.scan.batches import measure, prove_restored
 from mismatch.stages.scan.cells import joint
@@ -155,9 +155,7 @@ def ratios(found: pd.DataFrame) -> pd.DataFrame:
         pairs = [(kl[name].to_numpy(), kl[name.split()].to_numpy().sum(axis=1)) for name in names]
         pooled = tuple(np.mean(side, axis=0) for side in zip(*pairs, strict=True))
         for name, (together, alone) in [*zip(names, pairs, strict=True), ("pooled", pooled)]:
-            ratio, lo, hi = bootstrap(
-                lambda total, a=together, b=alone: total(a) / total(b), len(n)
-            )
+            ratio, lo, hi = PerDocument(together, n).over(PerDocument(alone, n))[:3]
             rows.append(
                 {
                     "k": k, "layers": name, "together": together.sum() / n.sum(),

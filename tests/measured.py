@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from mismatch import registry, spec
+from mismatch.metrics.sums.per_document import Units
 from mismatch.models.layout import Layout
 from mismatch.runs.table import as_table
 from mismatch.stages.trace.batches import measure
@@ -18,11 +19,11 @@ from mismatch.surgery.controls import control_specs
 from mismatch.surgery.operate import Student, placed
 from mismatch.texts.windows import Source, Windows
 
-SEQ_LEN, N_DOCS = 24, 3
+SEQ_LEN, N_DOCS = 24, 4
 
 
 def cut(n: int = 6, seq_len: int = SEQ_LEN, vocab: int = 101, seed: int = 0) -> Windows:
-    """`n` windows of random tokens, of three documents in turn."""
+    """`n` windows of random tokens, of four documents in turn."""
     ids = np.random.default_rng(seed).integers(3, vocab, (n, seq_len))
     docs = np.arange(n) % N_DOCS
     return Windows(
@@ -64,7 +65,7 @@ def collector_of(
         {s.name: s.layout for s in students},
         {s.name: s.plan for s in students},
         metrics or tuple(registry.metrics().names()),
-        n_docs=windows.n_docs,
+        units=Units.by(windows.doc, windows.offset),
         n_pos=windows.seq_len,
         n_tokens=int(windows.scored.sum()),
         sample=sample,

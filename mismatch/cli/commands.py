@@ -5,7 +5,6 @@ What is heavy is imported inside the function that needs it.
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 from argparse import Namespace
@@ -18,6 +17,7 @@ from mismatch.errors import UsageError
 from mismatch.registry import explain as catalog
 from mismatch.registry import stages
 from mismatch.registry.card import Card
+from mismatch.runs.files import json_text
 
 
 def stage(args: Namespace) -> int:
@@ -255,7 +255,7 @@ def _resume(args: Namespace, card: Card) -> Path | None:
 
 
 def _print_json(data: Any) -> None:
-    print(json.dumps(data, indent=2, ensure_ascii=False))
+    print(json_text(data), end="")
 
 
 def _print_file(path: Path, args: Namespace) -> None:

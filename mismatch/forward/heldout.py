@@ -1,4 +1,4 @@
-"""How far students are from the teacher on held-out text: KL and NLL difference, with intervals over documents.
+"""How far students are from the teacher on held-out text: KL and NLL difference, with intervals.
 
 The teacher runs once. Of each batch its stream entering the first swapped block and its final states are kept
 (2 d_model numbers a token), so that a student costs its own blocks from there on and the head. Where a share of the
@@ -18,7 +18,7 @@ from mismatch.forward.head import Predictions, compare
 from mismatch.forward.hooks import on_device
 from mismatch.forward.shared_prefix import Stored, run_prefix, run_suffix
 from mismatch.metrics.sums.meter import StudentMeter
-from mismatch.metrics.sums.per_document import PerDocument
+from mismatch.metrics.sums.per_document import PerDocument, Units
 from mismatch.models.layout import Layout
 from mismatch.texts.windows import Windows
 
@@ -96,10 +96,13 @@ class HeldOut:
     ) -> None:
         self.teacher, self.windows, self.first = teacher, windows, first
         self.progress = progress
+        self.units = Units.by(windows.doc, windows.offset)
         self.batches: list[Batch] = []
         generator = torch.Generator().manual_seed(seed)
         for number, part in enumerate(windows.batches(batch_size)):
-            ids, docs = on_device(teacher, part.ids), on_device(teacher, part.doc)
+            start = number * batch_size
+            ids = on_device(teacher, part.ids)
+            docs = on_device(teacher, self.units.of[start : start + len(part.ids)])
             at = None if scored >= 1 else _drawn(ids, scored, generator)
             with torch.no_grad():
                 final, streams = self.run_teacher(ids)
@@ -128,7 +131,10 @@ class HeldOut:
         """
         found = {
             trial.name: StudentMeter(
-                ("kl", "nll"), n_docs=self.windows.n_docs, n_pos=self.windows.seq_len
+                ("kl", "nll"),
+                n_docs=self.units.count,
+                n_pos=self.windows.seq_len,
+                units=self.units.over,
             )
             for trial in trials
         }

@@ -35,6 +35,7 @@ from mismatch.metrics.sums.pairs import Pair, TeacherSide, massive_tokens
 from mismatch.metrics.sums.per_document import PerDocument
 from mismatch.metrics.sums.readings import Reading
 from mismatch.metrics.sums.tokens import Kept, TokenSums
+from mismatch.runs.intervals import DOCUMENTS
 
 __all__ = [
     "GROUP",
@@ -83,8 +84,8 @@ class Metric:
 class TokenMetric(Metric):
     """A metric that is a number per token.
 
-    `stats`: stat -> (column, how), with how one of mean, max, p5, p50, p95. Means get an interval
-    over documents, and at the logits one row per position bin as well; quantiles and maxima none.
+    `stats`: stat -> (column, how), with how one of mean, max, p5, p50, p95. Means get an interval, and at the logits
+    one row per position bin as well; quantiles and maxima none. A range that begins at 0 says that no number is below.
     """
 
     state = "tokens"
@@ -94,14 +95,21 @@ class TokenMetric(Metric):
         """Column -> number per token (`batch pos`, or `tokens` for a `LogitPair`)."""
         raise NotImplementedError
 
-    def sums(self, n_docs: int, n_pos: int) -> TokenSums:
+    def sums(self, n_docs: int, n_pos: int, units: str = DOCUMENTS) -> TokenSums:
         """An empty accumulator for this metric."""
         columns = tuple(dict.fromkeys(column for column, _ in self.stats.values()))
         histogram = tuple(
             dict.fromkeys(column for column, how in self.stats.values() if how in QUANTILES)
         )
-        by_position = self.at == "logits"
-        return TokenSums(n_docs, n_pos, columns, by_position=by_position, histogram=histogram)
+        return TokenSums(
+            n_docs,
+            n_pos,
+            columns,
+            by_position=self.at == "logits",
+            histogram=histogram,
+            units=units,
+            positive=self.range.startswith("[0"),
+        )
 
     def update(self, sums: TokenSums, pair: Pair | LogitPair) -> None:
         """Adds the tokens of `pair` that this metric uses."""

@@ -5,8 +5,8 @@ g of sampled tokens of one window, 256 or more where it has as many: sums first,
 mean of the groups' CKAs is another, worse number.) Stats: value, shift = 1 - value.
 Unit: none. Range: value at most about 1. Null: value 1, shift 0.
 Leaves out position 0 and massive tokens, uses a sample of the rest, and the few that do not fill
-a group. Interval: bootstrap over documents. nan where a side is constant. Groups are windows, not
-batches: the number does not depend on --batch-size, but on --seq-len.
+a group. Interval: over documents. nan where a side is constant. Groups are windows, not batches: the
+number does not depend on --batch-size, but on --seq-len.
 Source: Nguyen et al. 2020 (arXiv 2010.15327), section 3.1; Song et al. 2012, eq. 5.
 """
 
@@ -32,8 +32,6 @@ class MinibatchCKA(Metric):
     state = "minibatch"
 
     def read(self, state: Groups) -> list[Reading]:
-        value, lo, hi = state.cka()
-        return [
-            Reading("value", value, lo, hi, state.n),
-            Reading("shift", 1 - value, 1 - hi, 1 - lo, state.n),
-        ]
+        found = state.cka()
+        shift = found._replace(value=1 - found.value, lo=1 - found.hi, hi=1 - found.lo)
+        return [Reading.of("value", found), Reading.of("shift", shift)]

@@ -12,6 +12,7 @@ from mismatch.metrics import load_metric
 from mismatch.metrics.base import GROUP, LogitPair, Pair, PairMoments, Reading, massive_tokens
 from mismatch.metrics.sums.meter import StudentMeter, TeacherMeter
 from mismatch.metrics.sums.pairs import wide
+from mismatch.metrics.sums.per_document import Units
 
 
 def measure(
@@ -56,8 +57,11 @@ def measure(
     valid = torch.ones(batch, pos, dtype=torch.bool) if valid is None else _plain(valid)
     valid = valid.bool().reshape(batch, pos)
     docs = torch.arange(batch) if docs is None else _plain(docs).long()
-    n_docs = int(docs.max()) + 1 if batch else 1
-    out = StudentMeter([name], d, n_docs=n_docs, n_pos=max(pos, 1), group=group)
+    units = Units.by(docs.cpu().numpy())
+    docs = torch.from_numpy(units.of).to(docs.device)
+    out = StudentMeter(
+        [name], d, n_docs=units.count, n_pos=max(pos, 1), units=units.over, group=group
+    )
     if metric.at in ("logits", "lens"):
         out.update(_logit_pair(teacher, student, docs, valid, targets))
         return [reading for _, reading in out.read()]

@@ -3,7 +3,7 @@
 A probe is built from a `Setting` before any weight is loaded, so that what cannot be asked is refused early; `run`
 runs every `Subject` on its inputs (teacher first, then swap and controls). Its answers are `Measure`s: numerators and
 denominators per sample, so that each mean, and each difference between two models on the same inputs, gets a
-bootstrap interval over samples. A sample is a prompt, a window of text or a random sequence.
+interval over samples. A sample is a prompt, a window of text or a random sequence.
 
 Rows of the table: metric = the probe, student = `teacher`, `swap` or a control; stat = what was measured.
 `X_minus_teacher` is the paired difference of a student to the teacher, `X_minus_C` of the swap to the control C.
@@ -28,15 +28,16 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Any, ClassVar
 
 import numpy as np
 
 from mismatch.errors import UsageError
-from mismatch.metrics.sums.per_document import Total, bootstrap
+from mismatch.metrics.sums.per_document import Total, Units, estimate
 from mismatch.models.layout import Layout
+from mismatch.runs.intervals import SAMPLES
 from mismatch.runs.plan import Replaced
 from mismatch.runs.table import SWAP, conditions, under
 from mismatch.surgery.operate import Student
@@ -51,7 +52,7 @@ class Setting:
     Attributes:
         words: int64, the ids that random tokens are drawn from: no special ones.
         text: int64 `windows pos`, held-out text, one window a row.
-        docs: int64 `windows`, the document of each.
+        docs, offset: int64 `windows`, the document of each and its place there; offset None: in order.
         tokenizer: of the model; None where no probe needs one.
         opening: ids in front of random tokens and prompts: those that the tokenizer itself puts there.
         bos: the first token of random sequences where `opening` is empty; the attention sink. None: none.
@@ -67,6 +68,7 @@ class Setting:
     words: np.ndarray
     text: np.ndarray
     docs: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    offset: np.ndarray | None = None
     tokenizer: Any = None
     opening: tuple[int, ...] = ()
     bos: int | None = None
@@ -96,15 +98,21 @@ class Setting:
         """The first `count` windows of text (default: `samples`); fewer when there are not so many.
 
         Raises:
-            UsageError: fewer than an interval needs.
+            UsageError: fewer than two.
         """
         found = self.text[: count or self.samples]
         if len(found) < 2:
             raise UsageError(
-                f"{what} needs at least 2 windows of text for an interval, and there is {len(found)}",
+                f"{what} needs at least 2 windows of text, and there is {len(found)}",
                 hint="give longer text, or a smaller --seq-len",
             )
         return found
+
+    @property
+    def units(self) -> Units:
+        """What the windows of text belong to."""
+        offset = None if self.offset is None else self.offset[: self.samples]
+        return Units.by(self.docs[: self.samples], offset)
 
     def draw(self, name: str) -> np.random.Generator:
         """The random generator of one probe: it depends on the seed and the name, not on what else runs."""
@@ -170,6 +178,7 @@ class Measure:
             is left out.
         n: tokens behind it.
         site, layer, head, position, mode: its address in the table.
+        over: what the samples are.
     """
 
     stat: str
@@ -181,6 +190,7 @@ class Measure:
     head: int | None = None
     position: str = "all"
     mode: str = "free"
+    over: str = SAMPLES
 
     @classmethod
     def mean(cls, stat: str, values: Any, each: int = 1, **address: Any) -> Measure:
@@ -205,12 +215,20 @@ class Measure:
         """What it must share with the measure of another model to be compared with it."""
         return (self.stat, self.site, self.layer, self.head, self.position, self.mode)
 
+    def by(self, units: Units | None) -> Measure:
+        """The same by document (or window after window), where the samples are windows of text."""
+        if units is None or len(units.of) != len(self.top):
+            return self
+        top, bottom = (np.bincount(units.of, x, units.count) for x in (self.top, self.bottom))
+        return replace(self, top=top, bottom=bottom, over=units.over)
+
     def value(self) -> float:
         """The number; nan where every sample is left out."""
-        return bootstrap(self.ratio, 0)[0]
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return float(self.ratio(np.sum))
 
     def ratio(self, total: Total) -> Any:
-        """The number as a statistic of the bootstrap, whose documents are the samples."""
+        """The number as a statistic of its samples."""
         return total(self.top) / total(self.bottom)
 
 
@@ -256,7 +274,10 @@ class Probe:
 
 
 def rows(
-    probe: str, answers: Answers, swapped: Mapping[str, frozenset[int]], seed: int = 0
+    probe: str,
+    answers: Answers,
+    swapped: Mapping[str, frozenset[int]],
+    units: Units | None = None,
 ) -> list[dict[str, Any]]:
     """The table's rows of one probe, without run id: each model, and the paired differences.
 
@@ -264,18 +285,19 @@ def rows(
         probe: its name.
         answers: of `Probe.run`.
         swapped: replaced layers of each subject.
-        seed: of the bootstrap.
+        units: of the samples, where they are windows of text.
     """
+    answers = {name: [m.by(units) for m in measures] for name, measures in answers.items()}
     found: list[dict[str, Any]] = []
     by_address = {name: {m.address: m for m in measures} for name, measures in answers.items()}
     for name, measures in answers.items():
         for measure in measures:
-            found.append(_row(probe, name, measure.stat, measure, None, swapped, seed))
+            found.append(_row(probe, name, measure.stat, measure, None, swapped))
             for other in _compared(name, by_address):
                 base = by_address[other].get(measure.address)
                 if base is not None and measure.n and base.n:
                     stat = minus(measure.stat, other)
-                    found.append(_row(probe, name, stat, measure, base, swapped, seed))
+                    found.append(_row(probe, name, stat, measure, base, swapped))
     return found
 
 
@@ -300,14 +322,13 @@ def _row(
     measure: Measure,
     base: Measure | None,
     swapped: Mapping[str, frozenset[int]],
-    seed: int,
 ) -> dict[str, Any]:
     # Measures of other samples than the base's are not paired: no interval.
     paired = base is None or len(base.top) == len(measure.top)
-    value, lo, hi = bootstrap(
+    found = estimate(
         lambda total: measure.ratio(total) - (0.0 if base is None else base.ratio(total)),
-        len(measure.top) if paired else 0,
-        seed,
+        measure.bottom if paired else measure.bottom[:1],  # one sample: no interval
+        measure.over,
     )
     return {
         "mode": measure.mode,
@@ -318,9 +339,10 @@ def _row(
         "position": measure.position,
         "metric": probe,
         "stat": stat,
-        "value": value,
-        "lo": lo,
-        "hi": hi,
+        "value": found.value,
+        "lo": found.lo,
+        "hi": found.hi,
+        "over": found.over,
         "n": measure.n,
         "swapped": measure.layer in swapped.get(student, ()),
     }

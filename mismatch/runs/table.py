@@ -1,6 +1,6 @@
 """The one long table: its columns, its order, its bytes, and the dictionary that explains it.
 
-One number a row. The address of a number is every column but `value lo hi n swapped`; no address
+One number a row. The address of a number is every column but `value lo hi over n swapped`; no address
 occurs twice. Rows are sorted and typed before they are written, so the same numbers give the same
 bytes, in whatever order they were measured.
 """
@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 
 from mismatch import registry
 from mismatch.errors import RunError
+from mismatch.runs.intervals import BLOCKS, DOCUMENTS, DOCUMENTS_NEEDED, FORMER, SAMPLES
 
 MAIN, FLOOR, SWAP = "main", "floor", "swap"
 """Students that the table knows by name."""
@@ -95,13 +96,21 @@ COLUMNS = (
         "teacher); X[a=1,b=2] was measured under these conditions",
     ),
     Column("value", pa.float64(), "float64", True, "in the unit of the metric; empty: not defined"),
-    Column("lo", pa.float64(), "float64", True, "2.5 % by bootstrap over documents; empty: none"),
-    Column("hi", pa.float64(), "float64", True, "97.5 % by bootstrap over documents; empty: none"),
+    Column("lo", pa.float64(), "float64", True, "lower end of the 95 % interval; empty: none"),
+    Column("hi", pa.float64(), "float64", True, "upper end of the 95 % interval; empty: none"),
+    Column(
+        "over",
+        pa.string(),
+        "str",
+        False,
+        f"what the interval is over: {DOCUMENTS}; {BLOCKS}, in a text of fewer than {DOCUMENTS_NEEDED} documents; "
+        f"{SAMPLES} of a probe; empty: no interval, or a number that is exact",
+    ),
     Column("n", pa.int64(), "int64", False, "tokens behind the number"),
     Column("swapped", pa.bool_(), "bool", False, "the layer holds a swapped module"),
 )
 
-ADDRESS = [c.name for c in COLUMNS if c.name not in ("value", "lo", "hi", "n", "swapped")]
+ADDRESS = [c.name for c in COLUMNS if c.name not in ("value", "lo", "hi", "over", "n", "swapped")]
 """The columns that together name a number."""
 
 _DEFAULTS = {
@@ -174,6 +183,9 @@ def as_table(rows: pd.DataFrame | Iterable[Mapping[str, Any]]) -> pd.DataFrame:
             frame[name] = default
         elif name not in ("layer", "head", "lo", "hi"):
             frame[name] = frame[name].where(frame[name].notna(), default)
+    if "over" not in frame:
+        frame["over"] = DOCUMENTS
+    frame["over"] = frame["over"].where(frame["lo"].notna(), "").fillna("")
     missing = [n for n in names if n not in frame]
     unknown = [str(n) for n in frame if n not in names]
     if missing or unknown:
@@ -225,7 +237,8 @@ def from_parquet(data: bytes) -> pd.DataFrame:
     try:
         file = pq.ParquetFile(io.BytesIO(data))
         _check_schema(file)
-        table = as_table(file.read().to_pandas())
+        frame = file.read().to_pandas()
+        table = as_table(frame if "over" in frame else frame.assign(over=FORMER))
     except (pa.ArrowException, OSError, ValueError, TypeError, OverflowError) as cause:
         reason = next(iter(str(cause).splitlines()), type(cause).__name__)
         raise RunError(f"metrics.parquet cannot be read: {reason:.300}") from cause

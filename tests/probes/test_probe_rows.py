@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from mismatch.metrics.sums.per_document import resamples
+from mismatch.metrics.sums.per_document import PerDocument, Units
 from mismatch.probes.base import TEACHER, Measure, minus, rows
 from mismatch.runs.table import as_table, conditions, under
 
@@ -40,12 +40,29 @@ def test_rows():
     assert got["swap", "x"].value == pytest.approx(swap.mean(), rel=1e-12)
     row = got["swap", "x_minus_teacher"]
     assert row.value == pytest.approx((swap - teacher).mean(), rel=1e-12)
-    draws = resamples(6, 0) @ (swap - teacher) / 6  # paired: the same samples on both sides
-    assert (row.lo, row.hi) == pytest.approx(tuple(np.quantile(draws, [0.025, 0.975])), rel=1e-9)
+    paired = PerDocument(swap - teacher, np.ones(6)).mean()  # the same samples on both sides
+    assert (row.lo, row.hi) == pytest.approx((paired.lo, paired.hi), rel=1e-9)
+    assert row.over == "samples"
     assert got["swap", "y[a=1]"].swapped and not got["swap", "x"].swapped
     assert not got[TEACHER, "y[a=1]"].swapped
     nothing = got["zero", "y[a=1]"]
     assert math.isnan(nothing.value) and nothing.n == 0
+
+
+def test_windows_of_text_count_by_document_or_in_blocks():
+    """Eight windows of four documents are four units; eight of one document stand in blocks."""
+    given = {
+        TEACHER: [],
+        "swap": [Measure.mean("x", np.arange(8.0)), Measure.mean("y", [1.0, 2.0])],
+    }
+    by_document, other = rows("p", given, SWAPPED, Units.by(np.arange(8) % 4))
+    four = PerDocument(np.array([4.0, 6.0, 8.0, 10.0]), np.full(4, 2)).mean()
+    assert [by_document[k] for k in ("value", "lo", "hi", "over")] == [*four[:3], "documents"]
+    assert other["over"] == "" and math.isnan(other["lo"])  # two samples that are no windows
+    in_blocks, _ = rows("p", given, SWAPPED, Units.by(np.zeros(8, int)))
+    assert in_blocks["over"] == "moving blocks of windows" and in_blocks["value"] == 3.5
+    few = {TEACHER: [], "swap": [Measure.mean("x", np.arange(6.0))]}
+    assert math.isnan(rows("p", few, SWAPPED, Units.by(np.zeros(6, int)))[0]["lo"])
 
 
 def test_a_ratio_is_of_sums_and_leaves_samples_out():

@@ -170,6 +170,10 @@ def test_the_verdict_follows_the_interval_of_the_difference():
     assert "not told apart from deleting the module (0.0537), worse than replacing" in verdict(
         table
     )
+    table.loc[at, ["lo", "hi"]] = [float("nan")] * 2
+    assert "no interval of the difference to deleting the module (0.0537), worse than" in verdict(
+        table
+    )
     table.loc[at, ["lo", "hi"]] = [-0.02, -0.01]
     assert "better than deleting the module (0.0537)" in verdict(table)
 

@@ -32,6 +32,7 @@ from mismatch.metrics.base import (
     TeacherView,
     TokenMetric,
 )
+from mismatch.runs.intervals import DOCUMENTS
 
 
 class _Meter:
@@ -95,7 +96,10 @@ class TeacherMeter(_Meter):
 
 
 class StudentMeter(_Meter):
-    """One student at one site. For logits and lens, which have no channels, leave `d` out."""
+    """One student at one site. For logits and lens, which have no channels, leave `d` out.
+
+    `n_docs`, `units`: how many units sums are kept by, and what they are: `Units`.
+    """
 
     def __init__(
         self,
@@ -104,16 +108,17 @@ class StudentMeter(_Meter):
         *,
         n_docs: int,
         n_pos: int,
+        units: str = DOCUMENTS,
         group: int = GROUP,
     ) -> None:
         super().__init__(names)
         for name, metric in self.metrics.items():
             if isinstance(metric, TokenMetric):
-                self.parts[name] = metric.sums(n_docs, n_pos)
+                self.parts[name] = metric.sums(n_docs, n_pos, units)
         if self.needs("moments"):
             self.parts["moments"] = PairMoments(d)
         if self.needs("minibatch"):
-            self.parts["minibatch"] = PairGroups(group)
+            self.parts["minibatch"] = PairGroups(group, units)
 
     def update(self, pair: Pair | LogitPair) -> None:
         """Adds one batch (or one chunk of logits)."""

@@ -1,8 +1,8 @@
 """HSIC summed over groups of tokens of one window: `TeacherGroups`, `PairGroups`; for wide layers.
 
 A group of m tokens costs m^2 d instead of the m d^2 of the moments, and its memory is O(1): three
-sums per bucket of documents (those with the same number modulo `BUCKETS`), which are what the interval
-resamples.
+sums per bucket of documents (those with the same number modulo `MOST`; of few long documents, of
+windows: `Units`), which are what the interval is over.
 
 Groups never cross windows, so they are the same however windows are batched, resumed or split among
 processes: the sampled tokens of a window are dealt out to equal groups of at least `GROUP`, or form
@@ -20,10 +20,10 @@ from torch import Tensor
 
 from mismatch.errors import RunError
 from mismatch.metrics.sums.pairs import Pair, TeacherSide
-from mismatch.metrics.sums.per_document import bootstrap
+from mismatch.metrics.sums.per_document import MOST, Estimate, estimate
+from mismatch.runs.intervals import DOCUMENTS
 
 GROUP = 256
-BUCKETS = 512
 SMALLEST_GROUP = 4  # HSIC_u is not defined below
 
 
@@ -32,7 +32,7 @@ class TeacherGroups:
 
     def __init__(self, group: int = GROUP) -> None:
         self.group = group
-        self.own = np.zeros(BUCKETS)
+        self.own = np.zeros(MOST)
 
     def update(self, side: TeacherSide) -> None:
         """Adds the sampled tokens of one batch; call once per batch, not once per student."""
@@ -52,12 +52,12 @@ class TeacherGroups:
 
 
 class PairGroups:
-    """Sums of HSIC_u(teacher, student) and HSIC_u(student, student) per bucket, and the tokens."""
+    """Sums of HSIC_u(teacher, student) and HSIC_u(student, student) per bucket, and the tokens; `units`: of what."""
 
-    def __init__(self, group: int = GROUP) -> None:
-        self.group = group
-        self.sums = np.zeros((2, BUCKETS))
-        self.tokens = np.zeros(BUCKETS, np.int64)
+    def __init__(self, group: int = GROUP, units: str = DOCUMENTS) -> None:
+        self.group, self.units = group, units
+        self.sums = np.zeros((2, MOST))
+        self.tokens = np.zeros(MOST, np.int64)
         self.equal = True
 
     def update(self, pair: Pair) -> None:
@@ -99,15 +99,21 @@ class Groups:
         self.n = int(pair.tokens.sum())
         self.equal = pair.equal and self.n > 0
 
-    def cka(self, seed: int = 0) -> tuple[float, float, float]:
-        """Value, lo, hi of sum HSIC_u(x, y) / sqrt(sum HSIC_u(x, x) sum HSIC_u(y, y))."""
+    def cka(self) -> Estimate:
+        """sum HSIC_u(x, y) / sqrt(sum HSIC_u(x, x) sum HSIC_u(y, y)), with its interval."""
         used = self.pair.tokens > 0
-        if self.equal:
-            return (1.0, 1.0, 1.0) if used.sum() > 1 else (1.0, math.nan, math.nan)
         xy, xx, yy = (
             part[used] for part in (self.pair.sums[0], self.teacher.own, self.pair.sums[1])
         )
-        return bootstrap(lambda total: _cka(total(xy), total(xx), total(yy)), len(xy), seed)
+        found = estimate(
+            lambda total: _cka(total(xy), total(xx), total(yy)),
+            self.pair.tokens[used],
+            self.pair.units,
+        )
+        if not self.equal:
+            return found
+        end = 1.0 if found.over else math.nan  # bit-equal sides are 1, not 1 within rounding
+        return found._replace(value=1.0, lo=end, hi=end)
 
 
 @dataclass(frozen=True)
@@ -141,7 +147,7 @@ def groups_of(side: TeacherSide, size: int) -> list[Group]:
                 continue
             for index in even.view(-1, count).T:
                 kernel = centred_kernel(side.rows[index])
-                one = Group(doc % BUCKETS, index, kernel, hsic(kernel, kernel))
+                one = Group(doc % MOST, index, kernel, hsic(kernel, kernel))
                 side.cache[key].append(one)
     return side.cache[key]
 

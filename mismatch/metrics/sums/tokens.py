@@ -1,11 +1,11 @@
 """`TokenSums`: everything that is kept of a number per token. Sums, so parts merge in any order.
 
 Kept per column (a metric may have several numbers per token): the sum per document (for the mean
-and its bootstrap interval), the sum per document and position bin where asked for, the largest
-value, and where asked for a histogram with fixed edges for p5, p50, p95. The edges are spaced by
-2 % on a signed logarithmic axis from 1e-12 to 1e6, so a quantile is right to 1 %; smaller values
-count as 0. Memory: O(documents + edges), at most `MAX_BLOCKS` documents: beyond that, documents
-with the same number modulo `MAX_BLOCKS` are resampled together.
+and its interval; of few long documents per window), the sum per document and position bin where
+asked for, the largest value, and where asked for a histogram with fixed edges for p5, p50, p95. The
+edges are spaced by 2 % on a signed logarithmic axis from 1e-12 to 1e6, so a quantile is right to
+1 %; smaller values count as 0. Memory: O(documents + edges), at most `MOST` documents: beyond that,
+documents with the same number modulo `MOST` are one.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ import numpy as np
 from torch import Tensor
 
 from mismatch.errors import RunError
-from mismatch.metrics.sums.per_document import PerDocument
+from mismatch.metrics.sums.per_document import MOST, PerDocument
 from mismatch.metrics.sums.readings import Reading
+from mismatch.runs.intervals import DOCUMENTS
 
-MAX_BLOCKS = 1024
 FIRST_BINS = (0, 1, 4, 16, 64)  # then doubling: 128, 256, ...
 SMALLEST, LARGEST, STEP = 1e-12, 1e6, math.log(1.02)
 SIDE = math.ceil(math.log(LARGEST / SMALLEST) / STEP)  # histogram bins on either side of 0
@@ -66,11 +66,13 @@ class TokenSums:
     """Sums of one or more numbers per token.
 
     Args:
-        n_docs: number of documents of the whole run; document numbers are 0..n_docs-1.
+        n_docs: number of documents (or windows: `Units`) of the whole run, numbered 0..n_docs-1.
         n_pos: longest window; positions are 0..n_pos-1.
         columns: names of the numbers.
         by_position: keep sums per position bin too.
         histogram: columns whose quantiles will be asked for.
+        units: what the sums are kept by.
+        positive: whether the numbers cannot be negative.
     """
 
     def __init__(
@@ -81,11 +83,14 @@ class TokenSums:
         *,
         by_position: bool = False,
         histogram: tuple[str, ...] = (),
+        units: str = DOCUMENTS,
+        positive: bool = False,
     ) -> None:
         self.columns = columns
+        self.units, self.positive = units, positive
         self.histogram = histogram
         self.n_pos = n_pos
-        self.blocks = max(1, min(n_docs, MAX_BLOCKS))
+        self.blocks = max(1, min(n_docs, MOST))
         self.starts = bin_starts(n_pos) if by_position else np.array([0])
         shape = (self.blocks, len(self.starts))
         self.counts = np.zeros(shape, np.int64)
@@ -150,23 +155,23 @@ class TokenSums:
     def per_document(self, column: str, at: int | None = None) -> PerDocument:
         """The sums of a column by document; with `at`, of one position bin alone."""
         sums = self.sums[self.columns.index(column)]
-        if at is None:
-            return PerDocument(sums.sum(1), self.counts.sum(1))
-        return PerDocument(sums[:, at], self.counts[:, at])
+        whole = at is None
+        sums, counts = (x.sum(1) if whole else x[:, at] for x in (sums, self.counts))
+        return PerDocument(sums, counts, self.units, self.positive)
 
-    def mean(self, column: str, stat: str = "mean", seed: int = 0) -> Reading:
-        """Mean over all kept tokens, with its interval over documents."""
-        return Reading(stat, *self.per_document(column).mean(seed))
+    def mean(self, column: str, stat: str = "mean") -> Reading:
+        """Mean over all kept tokens, with its interval."""
+        return Reading.of(stat, self.per_document(column).mean())
 
-    def by_position(self, column: str, stat: str = "mean", seed: int = 0) -> list[Reading]:
-        """Mean per position bin that holds tokens, each with its interval over documents."""
+    def by_position(self, column: str, stat: str = "mean") -> list[Reading]:
+        """Mean per position bin that holds tokens, each with its interval."""
         if len(self.starts) == 1:
             return []
         found = {
-            name: self.per_document(column, at).mean(seed)
+            name: self.per_document(column, at).mean()
             for at, name in enumerate(bin_names(self.n_pos))
         }
-        return [Reading(stat, *mean, name) for name, mean in found.items() if mean.n]
+        return [Reading.of(stat, mean, name) for name, mean in found.items() if mean.n]
 
     def largest(self, column: str, stat: str = "max") -> Reading:
         """The largest kept number; no interval."""

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from mismatch.errors import UsageError
-from mismatch.report import readout, style
+from mismatch.report import intervals, readout, style
 from mismatch.stages.diagnose.numbers import Kl, Share
 from mismatch.stages.diagnose.plan import DiagnosisPlan
 
@@ -112,9 +112,10 @@ def diagnosis_figure(
         figure,
         f"{found.swap}: how much of its damage, {style.number(found.damage.value)} nats per token, each "
         "correction recovers",
-        "Each bar: one thing corrected in what the swapped module adds, fitted on other text. Whiskers: 95 % over "
-        "documents. Bold: the leading one. Corrections overlap, so rows do not add up; the shares of the causes and "
-        "the unexplained rest do. Left of 0: worse than before. Hollow: takes values from the teacher."
+        "Each bar: one thing corrected in what the swapped module adds, fitted on other text. Whiskers: "
+        f"{intervals.named([found.over])}. Bold: the leading one. Corrections overlap, so rows do not add up; the "
+        "shares of the causes and the unexplained rest do. Left of 0: worse than before. Hollow: takes "
+        "values from the teacher."
         + (f" Not applicable: {'; '.join(skipped)}." if skipped else "")
         + f" Run {' '.join(table['run_id'].unique())}.",
     )

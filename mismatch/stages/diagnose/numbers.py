@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from mismatch.runs.intervals import FORMER
+
 SAYS = {
     "scale": "one scale",
     "mean": "the mean of each channel",
@@ -22,7 +24,7 @@ SAYS = {
 
 @dataclass(frozen=True)
 class Share:
-    """A share of the damage, 1 = all of it, with its interval over documents; nan where there is none."""
+    """A share of the damage, 1 = all of it, with its 95 % interval; nan where there is none."""
 
     value: float
     lo: float
@@ -31,7 +33,7 @@ class Share:
 
 @dataclass(frozen=True)
 class Kl:
-    """KL(teacher || student), nats per token, with its interval over documents."""
+    """KL(teacher || student), nats per token, with its 95 % interval."""
 
     value: float
     lo: float
@@ -99,6 +101,7 @@ class Found:
             the last.
         not_applicable: what could not be asked, and why.
         evidence: readings of an earlier run.
+        over: what the intervals are over.
     """
 
     swap: str
@@ -114,6 +117,7 @@ class Found:
     behind: dict[str, Any] = field(default_factory=dict)
     not_applicable: tuple[str, ...] = ()
     evidence: tuple[dict[str, Any], ...] = ()
+    over: str = FORMER
 
     @property
     def lead(self) -> Correction | None:

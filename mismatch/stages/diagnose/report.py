@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import pandas as pd
-
-from mismatch.report import style
+from mismatch.report import intervals, style
 from mismatch.report.figures import ReportFigure
 from mismatch.report.page import Cell, Html, grid, join, reading, tag
 from mismatch.report.sections import Section, findings, replaced, verdict
@@ -64,7 +62,10 @@ def damage(found: Found) -> Html:
         for name, kl in {"swap": found.damage, **found.controls}.items()
     ]
     return grid(
-        ("student", "output KL, nats per token, 95 % interval"), rows, numbers=(1,), marked=(0,)
+        ("student", f"output KL, nats per token, {intervals.named([found.over])}"),
+        rows,
+        numbers=(1,),
+        marked=(0,),
     )
 
 
@@ -77,7 +78,7 @@ def corrections(plan: DiagnosisPlan) -> Html:
             row.says,
             PANELS[row.panel],
             Cell(percent(row.share), row.share),
-            "no effect" if row.does_nothing else "-" if pd.isna(row.lo) else f"[{percent(row.lo)}, {percent(row.hi)}]",
+            "no effect" if row.does_nothing else intervals.band(row.lo, row.hi, percent),
             Cell(style.number(row.kl), row.kl),
         )
         for row in data.itertuples()
@@ -94,7 +95,7 @@ def corrections(plan: DiagnosisPlan) -> Html:
         "correction",
         "cause",
         "recovered, %",
-        "95 % interval",
+        intervals.named([plan.diagnosis.over]),
         "KL left, nats per token",
     )
     marked = [at for at, leading in enumerate(data["leading"]) if leading]

@@ -20,7 +20,7 @@ from mismatch.stages.diagnose.numbers import Found, Kl, Share
 
 def rows_of(found: Found) -> list[dict[str, Any]]:
     """Rows without run id."""
-    return list(_rows(found))
+    return [{"over": found.over, **row} for row in _rows(found)]
 
 
 def _rows(found: Found) -> Iterator[dict[str, Any]]:

@@ -1,9 +1,9 @@
 """From sums over documents to shares of the damage: what each correction recovers, and the three causes.
 
-A share is 1 - KL corrected / KL swapped, a ratio of sums, resampled by document on both sides at once. The share of a
-cause is its Shapley value (Shapley 1953): what it recovers on top of the others, averaged over all orders in which they
-can be corrected; with the remainder the shares add up to 1. Two causes whose corrections recover the same damage divide
-it between them.
+A share is 1 - KL corrected / KL swapped, a ratio of sums, whose interval leaves out documents on both sides at once.
+The share of a cause is its Shapley value (Shapley 1953): what it recovers on top of the others, averaged over all
+orders in which they can be corrected; with the remainder the shares add up to 1. Two causes whose corrections recover
+the same damage divide it between them.
 
 The leading correction is the simplest one that recovers nearly as much as any: a best linear map also repairs a wrong
 scale, and is not the name of it.
@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from mismatch.forward.heldout import Evaluated
-from mismatch.metrics.sums.per_document import Total, bootstrap
+from mismatch.metrics.sums.per_document import Total, estimate
 from mismatch.stages.diagnose.corrections import CAUSES
 from mismatch.stages.diagnose.numbers import Correction, Kl, Share
 
@@ -32,25 +32,24 @@ SIMPLEST = ("scale", "mean", "first", "delay", "affine", "position", "size", "ma
 RICHEST = ("rope", "linear")
 
 
-def kl_of(found: Evaluated, seed: int) -> Kl:
+def kl_of(found: Evaluated) -> Kl:
     """KL in nats per token."""
-    return Kl(*found.kl.mean(seed))
+    return Kl(*found.kl.mean()[:4])
 
 
-def share_of(found: Evaluated, swapped: Evaluated, seed: int) -> Share:
+def share_of(found: Evaluated, swapped: Evaluated) -> Share:
     """The share of the damage that a correction recovers."""
-    return Share(*found.kl.gap_closed(swapped.kl, seed)[:3])
+    return Share(*found.kl.gap_closed(swapped.kl)[:3])
 
 
 def causes_of(
-    joint: Mapping[tuple[str, ...], Evaluated], swapped: Evaluated, seed: int
+    joint: Mapping[tuple[str, ...], Evaluated], swapped: Evaluated
 ) -> tuple[dict[str, Share], Share]:
     """Shapley shares of the causes, and the remainder.
 
     Args:
         joint: by set of causes, in the order of `CAUSES`.
         swapped: with nothing corrected.
-        seed: of the resampling.
     """
     names = tuple(CAUSES)
     orders = list(permutations(names))
@@ -71,7 +70,7 @@ def causes_of(
         return found
 
     def share(statistic: Callable[[Total], Any]) -> Share:
-        return Share(*bootstrap(statistic, len(swapped.kl.sums), seed))
+        return Share(*estimate(statistic, swapped.kl.counts, swapped.kl.units)[:3])
 
     shares = {name: share(partial(added, name)) for name in names}
     return shares, share(lambda total: 1.0 - recovered(names, total))
@@ -83,7 +82,7 @@ def leading(corrections: Sequence[Correction]) -> str | None:
         r for r in corrections if np.isfinite(r.share.value) and not r.name.startswith("layer ")
     ]
     best = max(single, key=lambda r: r.share.value, default=None)
-    if best is None or best.share.value < LITTLE or best.share.lo <= 0:
+    if best is None or best.share.value < LITTLE or not best.share.lo > 0:
         return None
     near = [r for r in single if r.share.value >= NEARLY * best.share.value]
     return min(near, key=_order).name

@@ -14,8 +14,11 @@ import pandas as pd
 
 from mismatch.errors import DataError, NumericsError
 from mismatch.forward.heldout import Evaluated, Trial
+from mismatch.metrics.sums.per_document import Units
+from mismatch.report import intervals
 from mismatch.report.words import plan_lines
 from mismatch.runs.folder import Run
+from mismatch.runs.intervals import DOCUMENTS
 from mismatch.stages.base import Finding, Outcome, Stage
 from mismatch.stages.diagnose.config import WINDOWS, DiagnoseConfig
 from mismatch.stages.diagnose.corrections import SUBSETS
@@ -88,11 +91,11 @@ class Diagnose(Stage[DiagnoseConfig, Prepared]):
         calibration, held_out = opened.apart(calibrates=True)
         assert calibration is not None
         cut = opened.cut("evaluation", held_out, config.tokens)
-        if cut.n_docs < 2:
+        if not Units.by(cut.doc, cut.offset).enough:
             raise DataError(
-                f"{held_out.source}: the {cut.tokens} evaluation tokens are of one document, and intervals are over "
-                "documents",
-                hint="give text of several documents, or more --tokens, or a shorter --seq-len",
+                f"{held_out.source}: the evaluation tokens are {len(cut)} windows of {cut.n_docs} documents, and a "
+                f"diagnosis rests on intervals; {intervals.WHY_NONE}",
+                hint="give text of more documents, or more --tokens, or a shorter --seq-len",
             )
         fit = opened.cut("fit", calibration, config.fit_tokens)
         if len(fit) < WINDOWS:
@@ -145,7 +148,7 @@ class Diagnose(Stage[DiagnoseConfig, Prepared]):
                     "the KL of the swap is not a number: its activations are not finite",
                     hint="mismatch trace shows where they leave",
                 )
-            if kl_of(damage, config.seed).value > NOTHING:
+            if kl_of(damage).value > NOTHING:
                 bar.set_description("fits on calibration text")
                 apart.fit()
                 bar.set_description("corrections")
@@ -158,8 +161,10 @@ class Diagnose(Stage[DiagnoseConfig, Prepared]):
         base = warned(swap.plan, cut.seq_len)
         few = []
         if cut.n_docs < FEW:
+            over = Units.by(cut.doc, cut.offset).over
+            what = "wide" if over == DOCUMENTS else f"over {over}, and say nothing of other texts"
             few.append(
-                f"{cut.n_docs} evaluation documents: intervals over so few are too narrow; take --tokens "
+                f"{cut.n_docs} evaluation documents: intervals are {what}; take --tokens "
                 f"{FEW * cut.seq_len} or more, or text of more documents"
             )
         plan = DiagnosisPlan(
@@ -198,7 +203,7 @@ def _found(
     held_out: CorrectedHeldOut,
 ) -> Found:
     """Shares, causes, places: from sums to numbers."""
-    seed, damage = config.seed, evaluated[swap.name]
+    damage = evaluated[swap.name]
     behind = {
         "layers": list(held_out.behind.layers),
         "errors": list(held_out.behind.errors),
@@ -208,11 +213,12 @@ def _found(
     }
     shared: dict[str, Any] = {
         "swap": swap.plan.spec,
-        "damage": kl_of(damage, seed),
-        "nll": Share(*damage.nll.mean(seed)[:3]),
-        "controls": {name: kl_of(evaluated[name], seed) for name in config.controls},
+        "damage": kl_of(damage),
+        "nll": Share(*damage.nll.mean()[:3]),
+        "controls": {name: kl_of(evaluated[name]) for name in config.controls},
         "behind": behind,
         "evidence": readings,
+        "over": damage.kl.units,
     }
     if not apart.fitted:
         return Found(**shared)
@@ -222,19 +228,19 @@ def _found(
         share, kl = none
         after = evaluated.get(apart.trial_of(one.trial))
         if after is not None:
-            share, kl = share_of(after, damage, seed), kl_of(after, seed)
+            share, kl = share_of(after, damage), kl_of(after)
         corrections.append(
             Correction(one.name, one.group, share, kl, one.layer, one.head, after is None)
         )
     joint = {
         chosen: evaluated.get(apart.trial_of(joint_name(chosen)), damage) for chosen in SUBSETS
     }
-    causes, unexplained = causes_of(joint, damage, seed)
+    causes, unexplained = causes_of(joint, damage)
     return Found(
         **shared,
         corrections=tuple(corrections),
         causes=causes,
-        joint={"+".join(c): share_of(j, damage, seed) for c, j in joint.items()},
+        joint={"+".join(c): share_of(j, damage) for c, j in joint.items()},
         unexplained=unexplained,
         leading=leading(corrections),
         places=tuple(apart.facts(held_out.batches, held_out.sides)),

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from mismatch import registry, spec
+from mismatch.report import intervals
 from mismatch.runs.plan import Apart, Replaced
 from mismatch.stages.base import SEVERITIES, Finding
 from mismatch.stages.diagnose.config import DiagnoseConfig
@@ -333,10 +334,8 @@ def _percent(share: Share | float) -> str:
 
 
 def _band(number: Any, unit: float = 1.0) -> str:
-    if number.lo != number.lo:
-        return ""
-    lo, hi = (percent(v) if unit == 100 else f"{v:.3g}" for v in (number.lo, number.hi))
-    return f" [{lo}, {hi}]"
+    form = percent if unit == 100 else "{:.3g}".format
+    return f" {intervals.band(number.lo, number.hi, form)}"
 
 
 def _numbers(name: str, share: Share) -> dict[str, float | str]:

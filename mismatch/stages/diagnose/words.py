@@ -7,7 +7,7 @@ from typing import Any
 
 import pandas as pd
 
-from mismatch.report import style
+from mismatch.report import intervals, style
 from mismatch.report.words import columns
 from mismatch.stages.diagnose.figure import PANELS, diagnosis_data, percent
 from mismatch.stages.diagnose.plan import DiagnosisPlan
@@ -55,6 +55,6 @@ def _name(row: Any) -> str:
 def _cells(row: Any) -> list[str]:
     if row.does_nothing:
         return ["0", "no effect", ""]
-    band = "-" if pd.isna(row.lo) else f"[{percent(row.lo)}, {percent(row.hi)}]"
+    band = intervals.band(row.lo, row.hi, percent)
     kl = "" if pd.isna(row.kl) else f"KL {style.number(row.kl)}"
     return [percent(row.share), band, kl]

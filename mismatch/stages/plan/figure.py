@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from mismatch.errors import UsageError
-from mismatch.report import readout, style
+from mismatch.report import intervals, readout, style
 from mismatch.stages.plan.plan import ChoicePlan
 from mismatch.stages.scan.damage import PANELS, Panel
 
@@ -34,7 +34,7 @@ def plan_data(
         plan, dictionary: not needed; as the other figures take them.
 
     Returns:
-        Rows task, unit, kind (one of `KINDS`), name, layer, value, lo, hi, n.
+        Rows task, unit, kind (one of `KINDS`), name, layer, value, lo, hi, over, n.
 
     Raises:
         UsageError: the table is not that of a plan.
@@ -60,7 +60,7 @@ def plan_data(
     order = data["kind"].map({kind: at for at, kind in enumerate(KINDS)})
     tasks = data["task"].map({panel.task: at for at, panel in enumerate(PANELS)})
     data = data.assign(order=order, at=tasks).sort_values(["at", "order", "layer", "name"])
-    columns = ["task", "unit", "kind", "name", "layer", "value", "lo", "hi", "n"]
+    columns = ["task", "unit", "kind", "name", "layer", "value", "lo", "hi", "over", "n"]
     return data[columns].reset_index(drop=True)
 
 
@@ -95,8 +95,8 @@ def plan_figure(
         figure,
         f"{swap or 'the choice'}: together, and one layer at a time"
         + (f" ({model})" if model else ""),
-        "Dots with 95 % intervals, on text and keys that chose nothing. Sum: the layers alone, added up; where "
-        "`together` is to its right, the damage is more than the sum of its parts. "
+        f"On text and keys that chose nothing; whiskers: {intervals.named(data['over'])}. Sum: the layers alone, "
+        "added up; where `together` is to its right, the damage is more than the sum of its parts. "
         f"Run {' '.join(table['run_id'].unique())}.",
     )
     return figure

@@ -53,7 +53,7 @@ def greedy(
     size = config.batch_size * config.seq_len
     by_name = {task.name: task for task in tasks}
     while left and (config.layers is None or len(steps) < config.layers):
-        sums = measure(sweep, left, tasks, batch_tokens=size, progress=progress, seed=config.seed)
+        sums = measure(sweep, left, tasks, batch_tokens=size, progress=progress)
         found = []
         for cell in left:
             kl = sums.damage(cell, by_name["text"])

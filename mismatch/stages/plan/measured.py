@@ -94,7 +94,7 @@ def evaluate(
     sweep = sweep_of(teacher, config, every, calibration)
     prove(sweep, every)
     size = config.batch_size * config.seq_len
-    sums = measure(sweep, every, tasks, batch_tokens=size, progress=progress, seed=config.seed)
+    sums = measure(sweep, every, tasks, batch_tokens=size, progress=progress)
     prove_restored(sweep)
     return Measured(sums, together, parts, controls)
 
@@ -152,10 +152,7 @@ def _row(metric: str, stat: str, reading: Reading) -> dict[str, Any]:
         "layer": None,
         "site": "logits",
         "metric": metric,
+        **reading.as_row(),
         "stat": stat,
-        "value": reading.value,
-        "lo": reading.lo,
-        "hi": reading.hi,
-        "n": reading.n,
         "swapped": True,
     }

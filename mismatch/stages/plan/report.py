@@ -53,7 +53,7 @@ def _verdict(table: pd.DataFrame, plan: ChoicePlan) -> str:
     beside = [
         f"{name} there costs {style.number(band[0])}" for name, band in first.controls.items()
     ]
-    return "; ".join([text, *([first.verdict] if first.verdict else []), *beside]) + "."
+    return "; ".join([text, first.verdict, *beside]) + "."
 
 
 def costs(table: pd.DataFrame, plan: ChoicePlan) -> Html:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from mismatch.report import style
+from mismatch.report import intervals, style
 from mismatch.stages.plan.figure import plan_data
 from mismatch.stages.plan.plan import ChoicePlan
 from mismatch.stages.scan.damage import PANELS, Panel
@@ -30,15 +30,15 @@ class Outcome:
 
     @property
     def verdict(self) -> str:
-        """Whether the costs add up; empty where there is no interval."""
-        _, lo, hi = self.rest
-        if pd.isna(lo):
-            return ""
-        if lo <= 0 <= hi:
+        """Whether the costs add up, as far as the interval of the rest tells."""
+        side = intervals.side(*self.rest[1:])
+        if side == "none":
+            return f"{intervals.NONE}: whether costs add up is not known"
+        if side == "open":
             return "costs add up, as far as this shows"
         apart, both = self.added[0], self.together[0]
         times = f" ({style.number(both / apart)} times)" if apart > 0 and both > 0 else ""
-        return ("more" if lo > 0 else "less") + f" than the sum of its parts{times}"
+        return ("more" if side == "above" else "less") + f" than the sum of its parts{times}"
 
 
 def outcomes(table: pd.DataFrame) -> list[Outcome]:

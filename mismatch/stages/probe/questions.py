@@ -67,6 +67,7 @@ def questions(config: ProbeConfig, opened: Opened[Any], cut: Windows | None) -> 
         words=plain_tokens(model_config.vocab_size, tokenizer),
         text=np.zeros((0, config.seq_len), np.int64) if cut is None else cut.ids,
         docs=np.zeros(0, np.int64) if cut is None else cut.doc,
+        offset=None if cut is None else cut.offset,
         tokenizer=tokenizer,
         opening=() if tokenizer is None else prefix_ids(tokenizer),
         bos=getattr(tokenizer, "bos_token_id", None),
@@ -133,6 +134,8 @@ def answers(
         for name, probe in bar:
             bar.set_description(name)
             begun = time.monotonic()
-            found += rows(name, probe.run(subjects), swapped, asked.setting.seed)
+            of_text = probe.needs == "text"
+            units = asked.setting.units if of_text else None
+            found += rows(name, probe.run(subjects), swapped, units)
             seconds[name] = round(time.monotonic() - begun, 1)
     return found, seconds

@@ -9,8 +9,8 @@ import numpy as np
 import pandas as pd
 
 from mismatch import registry
+from mismatch.report import intervals, style
 from mismatch.report import quantity as q
-from mismatch.report import style
 from mismatch.report.words import columns, plan_lines, subject
 from mismatch.runs.plan import SwapPlan
 from mismatch.runs.table import conditions
@@ -131,11 +131,7 @@ def _lines(rows: pd.DataFrame) -> list[list[str]]:
             if not row.applies:
                 lines.append([name, teacher, "not applicable", "", ""])
                 continue
-            band = (
-                f"[{style.number(row.difference_lo)}, {style.number(row.difference_hi)}]"
-                if pd.notna(row.difference_lo)
-                else "-"
-            )
+            band = intervals.band(row.difference_lo, row.difference_hi)
             alone = pd.isna(row.difference)  # read of this student only: its own interval
             value = style.interval(row.value, row.lo, row.hi) if alone else style.number(row.value)
             lines.append([name, teacher, value, _signed(row.difference), band])

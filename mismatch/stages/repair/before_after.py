@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from mismatch.errors import MismatchError
+from mismatch.metrics.sums.per_document import Units
 from mismatch.runs.table import SWAP
 from mismatch.stages.opening import Opened
 from mismatch.stages.probe.questions import Questions, answers, light, needs_text, questions
@@ -94,7 +95,7 @@ def shift_rows(
         {s.name: s.layout for s in students},
         {s.name: s.plan for s in students},
         METRICS,
-        n_docs=cut.n_docs,
+        units=Units.by(cut.doc, cut.offset),
         n_pos=cut.seq_len,
         n_tokens=cut.tokens,
         seed=seed,

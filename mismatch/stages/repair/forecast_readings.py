@@ -53,7 +53,7 @@ def foretell(
             numbers = errors(part, *ladder.stores([part], [part]))
         if "zero" in controls:
             zero = controls["zero"].kl
-            numbers["of_zero"] = ladder.swapped.kl.over(zero, config.seed).value
+            numbers["of_zero"] = ladder.swapped.kl.over(zero).value
         swap = replace(swap, numbers=numbers)
     told = forecast.foretell(swap, config.stages, config.train_tokens * config.epochs)
     if told.why_not is not None or not config.to_generate:

@@ -2,11 +2,11 @@
 
 "Repaired" may mean "bypassed": in LoLCATs' hybrids the linear branch may contribute nothing (arXiv 2510.05901). Each
 branch that a mechanism names is taken out, one at a time, and the held-out KL is measured again on the same tokens: the
-difference is paired, with its interval over documents.
+difference is paired, with its interval.
 
     used       without it the KL grows by more than `MATTERS` of what the repair left, whole interval
     bypassed   it grows by less, whole interval (or falls): the repair does not need the branch
-    open       the interval holds that border: too few documents to say
+    open       the interval holds that border, or there is none: too little text to say
 
 What remains keeps its weight (`Mechanism.branches`), so the reading is what the branch adds to this student, not what a
 student trained without it would do.
@@ -16,10 +16,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-import numpy as np
-
 from mismatch.forward.heldout import Evaluated, HeldOut
 from mismatch.mechanisms.base import Mechanism
+from mismatch.report.intervals import side
 from mismatch.stages.repair.ladder_stages.module_pair import ModulePair
 from mismatch.stages.repair.plan import Branch
 from mismatch.surgery.operate import Student
@@ -33,7 +32,6 @@ def knocked_out(
     student: Student,
     parts: Sequence[ModulePair],
     repaired: Evaluated,
-    seed: int = 0,
 ) -> list[Branch]:
     """Every branch of every part taken out in turn; a part without branches is there as not applicable.
 
@@ -42,7 +40,6 @@ def knocked_out(
         student: the repaired model.
         parts: its swapped modules.
         repaired: the same model as it is, on that text.
-        seed: of the bootstrap.
     """
     found = []
     for part in parts:
@@ -50,9 +47,9 @@ def knocked_out(
         for name, mechanism in branches:
             with mechanism.branches()[name]:
                 without = held_out.evaluate(student.layout)
-            kl = without.kl.mean(seed)[:3]
-            more = (without.kl - repaired.kl).mean(seed)[:3]
-            said = verdict(more, MATTERS * repaired.kl.mean(seed).value)
+            kl = without.kl.mean()[:3]
+            more = (without.kl - repaired.kl).mean()[:3]
+            said = verdict(more, MATTERS * repaired.kl.mean().value)
             found.append(Branch(part.layer, part.where, name, *kl, *more, said))
         if not branches:
             found.append(Branch(part.layer, part.where, None))
@@ -60,11 +57,8 @@ def knocked_out(
 
 
 def verdict(more: tuple[float, float, float], border: float) -> str:
-    """`used`, `bypassed` or `open`, from the growth of the KL and its interval; without one, from the growth alone."""
-    lo, hi = (more[0] if np.isnan(x) else x for x in more[1:])
-    if lo > border:
-        return "used"
-    return "bypassed" if hi < border else "open"
+    """`used`, `bypassed` or `open`, from the interval of the growth of the KL."""
+    return {"above": "used", "below": "bypassed"}.get(side(*more[1:], border), "open")
 
 
 def _branches(part: ModulePair) -> Iterator[tuple[str, Mechanism]]:

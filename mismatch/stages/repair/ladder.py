@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from mismatch.forward.heldout import Evaluated, HeldOut
 from mismatch.models.layout import Layout
+from mismatch.report.intervals import band
 from mismatch.runs.plan import from_json
 from mismatch.runs.state import State
 from mismatch.stages.repair.config import RepairConfig
@@ -157,14 +158,12 @@ class Ladder:
             return self.held_out.evaluate(self.student.layout)
 
     def _report(self, stage: StageResult, found: Evaluated) -> None:
-        seed = self.config.seed
-        stage.kl, stage.lo, stage.hi, _ = found.kl.mean(seed)
-        stage.nll = found.nll.mean(seed).value
-        closed = found.kl.gap_closed(self.swapped.kl, seed)
-        stage.gap_closed, stage.gap_lo, stage.gap_hi, _ = closed
+        stage.kl, stage.lo, stage.hi = found.kl.mean()[:3]
+        stage.nll = found.nll.mean().value
+        stage.gap_closed, stage.gap_lo, stage.gap_hi = found.kl.gap_closed(self.swapped.kl)[:3]
         self.stages.append(stage)
         self.say(
-            f"{stage.name:12} KL {stage.kl:.4f} [{stage.lo:.4f}, {stage.hi:.4f}]  gap closed "
+            f"{stage.name:12} KL {stage.kl:.4f} {band(stage.lo, stage.hi, '{:.4f}'.format)}  gap closed "
             f"{100 * stage.gap_closed:.1f} %  {stage.tokens} tokens  {stage.seconds:.0f} s"
             + ("" if stage.kept else "  (undone)")
         )

@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from mismatch.runs.intervals import FORMER
 from mismatch.runs.plan import SwapPlan
 from mismatch.stages.repair.forecast import Foretold
 from mismatch.stages.repair.ladder_stages.stage_result import StageResult
 
 Reading = tuple[float, float, float]
-"""Value, and the ends of its 95 % interval over documents."""
+"""Value, and the ends of its 95 % interval."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Branch:
     Attributes:
         layer, where, branch: which.
         kl, lo, hi: of the repaired model without it, nats per token.
-        more, more_lo, more_hi: that minus the KL with it, paired over documents.
+        more, more_lo, more_hi: that minus the KL with it, paired.
         verdict: used, bypassed, open, or not applicable.
     """
 
@@ -66,6 +67,7 @@ class RepairPlan(SwapPlan):
         forecast: made before the first stage, with its score.
         notes: which text was trained on; probes that could not be asked.
         teacher: name and fingerprint of the model.
+        over: what the intervals are over.
     """
 
     stages: tuple[StageResult, ...]
@@ -75,3 +77,4 @@ class RepairPlan(SwapPlan):
     forecast: Foretold
     notes: tuple[str, ...]
     teacher: dict[str, Any]
+    over: str = FORMER

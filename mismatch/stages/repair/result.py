@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
+from mismatch.report.intervals import band, side
 from mismatch.stages.base import Result
 from mismatch.stages.repair.plan import RepairPlan
 from mismatch.stages.repair.report.curve_figure import branch_line, repair_curve, stage_table
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from mismatch.surgery.operate import Student
 
 
+NATS = "{:.4f}".format
 CHECKPOINT = "checkpoint"
 """The repaired model, inside the run folder."""
 
@@ -65,11 +67,11 @@ class Repaired(Result):
     def _stage_lines(self) -> list[str]:
         lines = []
         for row in self.stages.itertuples():
-            line = f"{row.stage:12}  KL {row.kl:.4f} [{row.lo:.4f}, {row.hi:.4f}] nats"
+            line = f"{row.stage:12}  KL {row.kl:.4f} {band(row.lo, row.hi, NATS)} nats"
             if row.Index:
                 line += (
                     f"   gap closed {100 * row.gap_closed:5.1f} % "
-                    f"[{100 * row.gap_lo:.1f}, {100 * row.gap_hi:.1f}]"
+                    f"{band(100 * row.gap_lo, 100 * row.gap_hi, '{:.1f}'.format)}"
                     f"   {row.tokens:,} tokens   {row.seconds:.0f} s"
                 )
                 said = score(self.plan.forecast, row.stage)
@@ -85,9 +87,9 @@ class Repaired(Result):
                 continue
             (kl, lo, hi), (less, less_lo, less_hi) = found.kl, found.repaired_minus
             line = (
-                f"{name:12}  KL {kl:.4f} [{lo:.4f}, {hi:.4f}] nats   control; repaired minus it "
-                f"{less:+.4f} [{less_lo:+.4f}, {less_hi:+.4f}]"
+                f"{name:12}  KL {kl:.4f} {band(lo, hi, NATS)} nats   control; repaired minus it "
+                f"{less:+.4f} {band(less_lo, less_hi, '{:+.4f}'.format)}"
             )
-            # NaN, with a single document, compares false: nothing can be said then.
-            lines.append(line + ("   no better than it" if less_hi >= 0 else ""))
+            worse = side(less_lo, less_hi) in ("open", "above")
+            lines.append(line + ("   no better than it" if worse else ""))
         return lines

@@ -7,7 +7,7 @@
     repair   swap       mean[without=W.B]                    as repaired, branch B at W taken out
                         mean_minus_whole[without=W.B]        that minus the repaired model, paired
 
-All at `logits`, in nats per token, intervals over documents.
+All at `logits`, in nats per token; `over` says what intervals are over.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mismatch.forward.heldout import Evaluated
+from mismatch.metrics.sums.per_document import Estimate
+from mismatch.metrics.sums.readings import Reading
 from mismatch.runs.table import under
 from mismatch.stages.repair.ladder_stages.stage_result import StageResult
 from mismatch.stages.repair.plan import Branch
@@ -23,21 +25,19 @@ from mismatch.stages.repair.plan import Branch
 AS_SWAPPED, AS_REPAIRED = "swap", "repaired"
 
 
-def stage_rows(stages: Sequence[StageResult], tokens: int) -> list[dict[str, Any]]:
+def stage_rows(stages: Sequence[StageResult], tokens: int, over: str) -> list[dict[str, Any]]:
     """KL and gap closed after each stage, on so many held-out tokens."""
     rows = []
     for number, stage in enumerate(stages):
-        for stat, value, lo, hi in (
-            ("mean", stage.kl, stage.lo, stage.hi),
-            ("gap_closed", stage.gap_closed, stage.gap_lo, stage.gap_hi),
+        for stat, found in (
+            ("mean", Estimate(stage.kl, stage.lo, stage.hi, tokens, over)),
+            ("gap_closed", Estimate(stage.gap_closed, stage.gap_lo, stage.gap_hi, tokens, over)),
         ):
-            rows.append(
-                _row("kl", under(stat, after=stage.name), value, lo, hi, tokens, step=number)
-            )
+            rows.append(_row("kl", under(stat, after=stage.name), found, step=number))
     return rows
 
 
-def student_rows(evaluated: Mapping[str, Evaluated], seed: int) -> list[dict[str, Any]]:
+def student_rows(evaluated: Mapping[str, Evaluated]) -> list[dict[str, Any]]:
     """KL and NLL of the swap, of the repaired model and of controls, and the repaired model minus each control."""
     rows = []
     repaired = evaluated[AS_REPAIRED]
@@ -45,35 +45,34 @@ def student_rows(evaluated: Mapping[str, Evaluated], seed: int) -> list[dict[str
         student = "swap" if name == AS_REPAIRED else name
         stage = "repair" if name == AS_REPAIRED else "surgery"
         for metric, stat, read in (
-            ("kl", "mean", found.kl.mean(seed)),
-            ("nll", "shift", found.nll.mean(seed)),
+            ("kl", "mean", found.kl.mean()),
+            ("nll", "shift", found.nll.mean()),
         ):
-            rows.append(_row(metric, stat, *read, stage=stage, student=student))
+            rows.append(_row(metric, stat, read, stage=stage, student=student))
         if name not in (AS_SWAPPED, AS_REPAIRED):
-            less = (repaired.kl - found.kl).mean(seed)
-            rows.append(_row("kl", f"mean_minus_{name}", *less))
+            less = (repaired.kl - found.kl).mean()
+            rows.append(_row("kl", f"mean_minus_{name}", less))
     return rows
 
 
-def branch_rows(knocked: Sequence[Branch], tokens: int) -> list[dict[str, Any]]:
+def branch_rows(knocked: Sequence[Branch], tokens: int, over: str) -> list[dict[str, Any]]:
     """KL without each branch. A part without branches is a row without a value: not applicable."""
     rows = []
     for at in knocked:
         given = {"without": f"{at.where}.{at.branch or 'none'}"}
         n = tokens if at.branch else 0
-        rows.append(_row("kl", under("mean", **given), at.kl, at.lo, at.hi, n))
-        more = (at.more, at.more_lo, at.more_hi)
-        rows.append(_row("kl", under("mean_minus_whole", **given), *more, n))
+        for stat, found in (
+            ("mean", Estimate(at.kl, at.lo, at.hi, n, over)),
+            ("mean_minus_whole", Estimate(at.more, at.more_lo, at.more_hi, n, over)),
+        ):
+            rows.append(_row("kl", under(stat, **given), found))
     return rows
 
 
 def _row(
     metric: str,
     stat: str,
-    value: float,
-    lo: float,
-    hi: float,
-    n: int,
+    found: Estimate,
     *,
     stage: str = "repair",
     student: str = "swap",
@@ -86,9 +85,5 @@ def _row(
         "student": student,
         "site": "logits",
         "metric": metric,
-        "stat": stat,
-        "value": value,
-        "lo": lo,
-        "hi": hi,
-        "n": n,
+        **Reading.of(stat, found).as_row(),
     }

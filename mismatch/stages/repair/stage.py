@@ -167,24 +167,26 @@ def _run(
         )
         beside[f"{control.name}-trained"] = like.run_like(stages)
     evaluated = {AS_SWAPPED: ladder.swapped, AS_REPAIRED: ladder.best, **beside}
-    branches = knocked_out(held_out, student, parts, ladder.best, config.seed)
+    branches = knocked_out(held_out, student, parts, ladder.best)
     for at in branches:
         opened.say(branch_line(at, ladder.best.kl.mean().value))
     began = time.monotonic()
     rows = _before_and_after(opened, prepared, swap, student)
     base = warned(student.plan, texts.evaluation.seq_len)
+    over = ladder.best.kl.mean().over
     plan = RepairPlan(
         spec=base.spec,
         clauses=base.clauses,
         warnings=base.warnings,
         apart=base.apart,
         stages=tuple(stages),
-        students=_readings(evaluated, config.seed),
+        students=_readings(evaluated),
         branches=tuple(branches),
         gates=Gates(weighing(parts), start, standing(parts)),
         forecast=foretold.scored(stages),
         notes=(*trained_on.lines(config.train_data), *prepared.unasked),
         teacher=teacher.info.as_dict(),
+        over=over,
     )
     if opened.folder is not None:
         extra = {"repair": as_json(plan)}
@@ -192,9 +194,9 @@ def _run(
     tokens = texts.evaluation.tokens
     return Outcome(
         [
-            *stage_rows(stages, tokens),
-            *student_rows(evaluated, config.seed),
-            *branch_rows(branches, tokens),
+            *stage_rows(stages, tokens, over),
+            *student_rows(evaluated),
+            *branch_rows(branches, tokens, over),
             *rows,
         ],
         plan,
@@ -204,14 +206,14 @@ def _run(
     )
 
 
-def _readings(evaluated: Mapping[str, Evaluated], seed: int) -> dict[str, StudentReading]:
+def _readings(evaluated: Mapping[str, Evaluated]) -> dict[str, StudentReading]:
     swapped, repaired = evaluated[AS_SWAPPED].kl, evaluated[AS_REPAIRED].kl
     return {
         name: StudentReading(
-            one.kl.mean(seed)[:3],
-            one.nll.mean(seed)[:3],
-            one.kl.gap_closed(swapped, seed)[:3],
-            (repaired - one.kl).mean(seed)[:3],
+            one.kl.mean()[:3],
+            one.nll.mean()[:3],
+            one.kl.gap_closed(swapped)[:3],
+            (repaired - one.kl).mean()[:3],
         )
         for name, one in evaluated.items()
     }

@@ -43,7 +43,6 @@ def measure(
     state: State | None = None,
     fingerprint: Mapping[str, Any] | None = None,
     progress: Callable[[int], None] = lambda runs: None,
-    seed: int = 0,
 ) -> Sums:
     """Ask every cell every task; on several ranks, each its share of the cells.
 
@@ -56,7 +55,6 @@ def measure(
         state: where to save, and what to go on from; None saves nothing.
         fingerprint: of all that must be equal when a scan goes on.
         progress: told how many runs (a cell on a batch) were done since it was last told.
-        seed: of the bootstrap.
 
     Returns:
         The sums of all cells on the first rank; elsewhere of this rank's.
@@ -66,7 +64,7 @@ def measure(
         NumericsError: the teacher is not finite.
     """
     mine = [cell for index, cell in enumerate(cells) if ranks.mine(index)]
-    sums = Sums(mine, tasks, seed)
+    sums = Sums(mine, tasks)
     where = _resume(sums, state, fingerprint)
     with polite() as stopping:
         saved = time.monotonic()
@@ -106,7 +104,7 @@ def measure(
     parts = ranks.to_first(sums.state())
     if parts is None or ranks.world == 1:
         return sums
-    whole = Sums(cells, tasks, seed)
+    whole = Sums(cells, tasks)
     for part in parts:
         whole.load(part)
     return whole

@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 
 from mismatch.errors import UsageError
+from mismatch.report import intervals
 from mismatch.stages.scan.plan import ScanPlan
 
 
@@ -57,9 +58,9 @@ def atlas_data(
         plan, dictionary: not needed; as the other figures take them.
 
     Returns:
-        Rows task, unit, student, layer, value, lo, hi, n, kind. `value` is the damage in nats, larger is worse; `kind`
-        is value, zero (exactly no change), unclear (its interval holds 0) or missing (not scanned, not applicable, or
-        not finite).
+        Rows task, unit, student, layer, value, lo, hi, over, n, kind. `value` is the damage in nats, larger is worse;
+        `kind` is value, zero (exactly no change), unclear (its interval holds 0) or missing (not scanned, not
+        applicable, or not finite).
 
     Raises:
         UsageError: the table is not that of a scan.
@@ -75,12 +76,13 @@ def atlas_data(
         ).to_frame(index=False)
         grid["layer"] = grid["layer"].astype("Int16")
         cells = grid.merge(
-            rows[["student", "layer", "value", "lo", "hi", "n"]],
+            rows[["student", "layer", "value", "lo", "hi", "over", "n"]],
             on=["student", "layer"],
             how="left",
         )
         if panel.sign < 0:
             cells["value"], cells["lo"], cells["hi"] = -cells["value"], -cells["hi"], -cells["lo"]
+        cells["over"] = cells["over"].fillna("")
         cells["value"] += 0.0  # no negative zero
         cells.insert(0, "task", panel.task)
         cells.insert(1, "unit", panel.unit)
@@ -143,10 +145,11 @@ def against(table: pd.DataFrame, panel: Panel) -> pd.DataFrame:
     """In how many layers a mechanism is better or worse than a control, as far as the paired intervals tell.
 
     Returns:
-        Rows student, control, better, worse, open (not told apart).
+        Rows student, control, better, worse, open (not told apart), none (no interval).
     """
     rows = paired(table, panel)
-    rows["better"], rows["worse"] = rows["hi"] < 0, rows["lo"] > 0
-    rows["open"] = ~(rows["better"] | rows["worse"])
-    sums = rows.groupby(["student", "control"], sort=False)[["better", "worse", "open"]].sum()
-    return sums.reset_index()
+    sides = [intervals.side(lo, hi) for lo, hi in zip(rows["lo"], rows["hi"], strict=True)]
+    kinds = {"better": "below", "worse": "above", "open": "open", "none": "none"}
+    for kind, name in kinds.items():
+        rows[kind] = [at == name for at in sides]
+    return rows.groupby(["student", "control"], sort=False)[list(kinds)].sum().reset_index()

@@ -6,6 +6,7 @@ from typing import Any
 
 import pandas as pd
 
+from mismatch.report import intervals
 from mismatch.report.figures import ReportFigure
 from mismatch.report.page import Cell, Html, grid, join, reading, tag, whole
 from mismatch.report.sections import Section, verdict
@@ -77,8 +78,8 @@ def every_layer(table: pd.DataFrame, plan: ScanPlan) -> Html:
                 marked.append(len(rows))
             rows.append((f"{name} (control)" if control else name, layer, *map(_cost, found)))
     words = (
-        "What the output or the answer loses where this layer alone is replaced, with its 95 % interval; larger is "
-        "worse. In colour: a layer on which a task hangs alone."
+        "What the output or the answer loses where this layer alone is replaced; "
+        f"{intervals.named(data['over'])}; larger is worse. In colour: a layer on which a task hangs alone."
     )
     told = [
         tag("p", f"{panel.title}{teacher_words(table, panel)}{_unable(table, panel, plan)}.")
@@ -109,7 +110,7 @@ def controls(table: pd.DataFrame, plan: ScanPlan) -> Html:
             row.student,
             panel.title.partition(":")[0],
             row.control,
-            *map(whole, (row.better, row.worse, row.open)),
+            *map(whole, (row.better, row.worse, row.open, row.none)),
         )
         for panel in _panels(atlas_data(table))
         for row in against(table, panel).itertuples()
@@ -120,5 +121,13 @@ def controls(table: pd.DataFrame, plan: ScanPlan) -> Html:
         "In how many layers a mechanism costs less (better) or more (worse) than the control in the same layer, as "
         "far as the interval of the paired difference tells."
     )
-    heads = ("mechanism", "task", "control", "better in", "worse in", "not told apart in")
-    return join([tag("p", words), grid(heads, rows, numbers=(3, 4, 5))])
+    heads = (
+        "mechanism",
+        "task",
+        "control",
+        "better in",
+        "worse in",
+        "not told apart in",
+        "no interval in",
+    )
+    return join([tag("p", words), grid(heads, rows, numbers=(3, 4, 5, 6))])

@@ -73,7 +73,6 @@ class Scan(Stage[ScanConfig, Prepared]):
                 state=opened.state(),
                 fingerprint=prints,
                 progress=bar.update,
-                seed=config.seed,
             )
         prove_restored(sweep)
         work = ranks.to_first(sweep.work.as_dict())

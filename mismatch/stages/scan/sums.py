@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import reduce
 from operator import add, sub
 from typing import Any
@@ -36,14 +37,13 @@ class Sums:
     Args:
         cells: whose.
         tasks: of which.
-        seed: of the bootstrap.
     """
 
-    def __init__(self, cells: Iterable[Cell], tasks: Iterable[Task], seed: int = 0) -> None:
-        self.cells, self.tasks, self.seed = tuple(cells), tuple(tasks), seed
+    def __init__(self, cells: Iterable[Cell], tasks: Iterable[Task]) -> None:
+        self.cells, self.tasks = tuple(cells), tuple(tasks)
         self.meters = {
             (cell.key, task.name): StudentMeter(
-                METRICS, n_docs=task.n_docs, n_pos=task.ids.shape[1]
+                METRICS, n_docs=task.n_docs, n_pos=task.ids.shape[1], units=task.units
             )
             for cell in self.cells
             for task in self.tasks
@@ -107,13 +107,13 @@ class Sums:
                     ours, theirs = (
                         self.part(one, task, metric).per_document(column) for one in (cell, control)
                     )
-                    less = (ours - theirs).mean(self.seed)
-                    yield metric, Reading(f"mean_minus_{control.name}", *less)
+                    less = (ours - theirs).mean()
+                    yield metric, Reading.of(f"mean_minus_{control.name}", less)
             return
         for stat, column in ((task.reading, "student"), (f"{task.reading}_minus_teacher", "shift")):
             yield task.name, self.loss(cell, task, column, stat)
-        yield task.name, self.part(cell, task, "kl").mean("kl", "kl", self.seed)
-        yield task.name, self.part(cell, task, "top1").mean("disagree", "disagree", self.seed)
+        yield task.name, self.part(cell, task, "kl").mean("kl", "kl")
+        yield task.name, self.part(cell, task, "top1").mean("disagree", "disagree")
         for control in fit:
             stat = f"{task.reading}_minus_{control.name}"
             yield task.name, self.loss(cell, task, "student", stat, control)
@@ -131,15 +131,16 @@ class Sums:
     def loss(
         self, cell: Cell, task: Task, column: str, stat: str, minus: Cell | None = None
     ) -> Reading:
-        """The log-loss of the right tokens (negative for a log-probability), with its interval over documents."""
+        """The log-loss of the right tokens (negative for a log-probability), with its interval."""
         lost = self.part(cell, task, "nll").per_document(column)
         if minus is not None:
             lost -= self.part(minus, task, "nll").per_document(column)
         sign = -1 if task.summed else 1
-        return self._reading(stat, PerDocument(sign * lost.sums, lost.counts), task)
+        signed = replace(lost, sums=sign * lost.sums, positive=False)
+        return self._reading(stat, signed, task)
 
     def total(self, cells: Sequence[Cell], task: Task) -> Reading:
-        """The sum of the damage of several cells (KL, or log-loss), resampled together."""
+        """The sum of the damage of several cells (KL, or log-loss), read together."""
         return self._linear(cells, (), task, "sum")
 
     def minus_total(self, cell: Cell, cells: Sequence[Cell], task: Task) -> Reading:
@@ -165,8 +166,8 @@ class Sums:
         counts = lost.counts
         if task.summed:
             counts = np.bincount(task.docs % len(counts), minlength=len(counts))
-        mean = PerDocument(lost.sums, counts).mean(self.seed)
-        return Reading(stat, mean.value, mean.lo, mean.hi, lost.n)
+        mean = replace(lost, counts=counts).mean()
+        return Reading.of(stat, mean._replace(n=lost.n))
 
 
 def _row(cell: Cell, metric: str, reading: Reading) -> dict[str, Any]:
@@ -176,12 +177,7 @@ def _row(cell: Cell, metric: str, reading: Reading) -> dict[str, Any]:
         "student": cell.name,
         "layer": cell.layer,
         "site": "logits",
-        "position": reading.position,
         "metric": metric,
-        "stat": reading.stat,
-        "value": reading.value,
-        "lo": reading.lo,
-        "hi": reading.hi,
-        "n": reading.n,
+        **reading.as_row(),
         "swapped": True,
     }

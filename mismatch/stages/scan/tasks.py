@@ -1,8 +1,8 @@
 """What each cell of a scan is asked: ids, and which predictions on them are scored.
 
-| task | ids | scored predictions | unit of resampling |
+| task | ids | scored predictions | interval over |
 |---|---|---|---|
-| `text` | windows of held-out text | a seeded share of all | document |
+| `text` | windows of held-out text | a seeded share of all | document, or block of windows |
 | `induction` | random tokens, twice (`mismatch.probes.induction`) | the second copy | sequence |
 | `passkey` | a key hidden in filler, asked for (`mismatch.probes.passkey`) | the key's digits | prompt |
 
@@ -21,8 +21,10 @@ import numpy as np
 import torch
 
 from mismatch.errors import UsageError
+from mismatch.metrics.sums.per_document import Units
 from mismatch.probes.base import Setting
 from mismatch.probes.inputs import passkeys, plain_tokens, repeated
+from mismatch.runs.intervals import SAMPLES
 from mismatch.stages.scan.config import TASKS, SweepConfig
 from mismatch.texts.windows import Windows, prefix_ids
 
@@ -38,10 +40,11 @@ class Task:
         name: one of `TASKS`.
         ids: int64 `rows pos`.
         asked: bool `rows pos`: the prediction made AT this position (of the next token) is scored.
-        docs: int64 `rows`: what is resampled.
+        docs: int64 `rows`: the unit of each row; intervals are over them.
         reading: how the table calls the log-loss of the right tokens; "" for text.
         summed: it is summed over the predictions of a row (nats per key), not averaged (nats per token).
         chance: the log-loss of a model that knows nothing: all tokens alike; None: text, of which that is not asked.
+        units: what `docs` numbers.
     """
 
     name: str
@@ -51,6 +54,7 @@ class Task:
     reading: str = ""
     summed: bool = False
     chance: float | None = None
+    units: str = SAMPLES
 
     @property
     def n_docs(self) -> int:
@@ -82,7 +86,8 @@ def text_task(cut: Windows, share: float = 1.0, seed: int = 0) -> Task:
         for number in range(len(cut))
     ]
     asked = (torch.stack(drawn).numpy() < share) & cut.scored
-    return Task("text", cut.ids, asked, cut.doc)
+    units = Units.by(cut.doc, cut.offset)
+    return Task("text", cut.ids, asked, units.of, units=units.over)
 
 
 def tasks(

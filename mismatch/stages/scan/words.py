@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pandas as pd
 
+from mismatch.report import intervals
 from mismatch.report.style import interval, number
 from mismatch.stages.scan.damage import PANELS, Panel, against, atlas_data, students
 from mismatch.stages.scan.plan import HasTasks, ScanPlan
@@ -154,6 +157,12 @@ def _against(table: pd.DataFrame, panel: Panel, name: str) -> list[str]:
     """In how many layers it is better or worse than a control."""
     rows = against(table, panel)
     return [
-        f"against {row.control}: better in {row.better} layers, worse in {row.worse}, not told apart in {row.open}"
-        for row in rows[rows["student"] == name].itertuples()
+        f"against {row.control}: {_told(row)}" for row in rows[rows["student"] == name].itertuples()
     ]
+
+
+def _told(row: Any) -> str:
+    if not (row.better or row.worse or row.open):
+        return intervals.WHY_NONE
+    words = f"better in {row.better} layers, worse in {row.worse}, not told apart in {row.open}"
+    return words + (f", {intervals.NONE} in {row.none}" if row.none else "")

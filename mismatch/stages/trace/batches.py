@@ -78,16 +78,16 @@ def measure(
         for index, batch in mine:
             if index < first:
                 continue
-            ids, docs = on_device(teacher, batch.ids), on_device(teacher, batch.doc)
+            ids = on_device(teacher, batch.ids)
             numbers = range(index * batch_size, index * batch_size + len(ids))
             # The floor rides on the first batch: its first window once more, alone and shorter.
             floor = index == 0 and reference is None
             others = [Runner(FLOOR, teacher, 0, crop=(1, FLOOR_TOKENS))] if floor else []
             scored = on_device(teacher, batch.scored)
-            with _naming(index, numbers), collector.batch(ids, docs, numbers, scored) as met:
+            with _naming(index, numbers), collector.batch(ids, numbers, scored) as met:
                 stream(teacher, [*runners, *others], ids, met, run=run)
             if index == 0 and reference is not None:
-                _format_floor(teacher, reference, collector, ids[:1], docs[:1], run)
+                _format_floor(teacher, reference, collector, ids[:1], run)
             progress(len(ids))
             due = stopping() or time.monotonic() - saved > SAVE_EVERY
             if state is not None and due:
@@ -121,11 +121,10 @@ def _format_floor(
     reference: Layout,
     collector: Collector,
     ids: torch.Tensor,
-    docs: torch.Tensor,
     run: Callable[..., torch.Tensor],
 ) -> None:
     """What the dtype alone brings: the float32 model as the teacher, the run's teacher as the student."""
-    with collector.batch(ids, docs, range(len(ids)), teacher=reference) as met:
+    with collector.batch(ids, range(len(ids)), teacher=reference) as met:
         stream(reference, [Runner(FLOOR, teacher, 0)], ids, met, run=run)
 
 

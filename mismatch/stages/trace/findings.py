@@ -5,7 +5,7 @@ excludes zero, and never from a value at or below the floor.
 
 | rule | question |
 |---|---|
-| `worth_it` | is the swap better than deleting the module (`zero`, `mean`)? paired bootstrap over documents |
+| `worth_it` | is the swap better than deleting the module (`zero`, `mean`)? paired interval |
 | `local_error` | how much of the module's update does the replacement get right, on the teacher's own input? |
 | `scale` | is the update of another size? |
 | `depth` | does the shift grow or heal behind the swap? |
@@ -20,10 +20,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from mismatch import registry
+from mismatch.report import intervals
 from mismatch.runs.plan import Apart, Replaced
 from mismatch.stages.base import SEVERITIES, Finding
 
@@ -123,7 +123,7 @@ def worth_it(e: Evidence) -> Finding | None:
             f"The output does not change: KL {swap.value:.2g} nats, at the floor.",
             numbers,
         )
-    said = f"KL {swap.value:.3g} nats per token [{swap.lo:.3g}, {swap.hi:.3g}]"
+    said = f"KL {intervals.said(swap.value, swap.lo, swap.hi)} nats per token"
     if zero is None or not zero.value > 0:
         return Finding(
             "medium",
@@ -136,16 +136,19 @@ def worth_it(e: Evidence) -> Finding | None:
     share = swap.value / zero.value
     difference = e.kl(stat="mean_minus_zero")
     numbers |= {"kl_zero": zero.value, "share_of_zero": share}
-    if difference is None or not np.isfinite(difference.lo):
+    if difference is None or intervals.side(difference.lo, difference.hi) == "none":
         return Finding(
-            "medium", "the output shifts", f"{said}; {share:.0%} of what deleting costs.", numbers
+            "info",
+            "the output shifts, and there is too little text to judge it",
+            f"{said}; deleting the module costs {zero.value:.3g}. Of the difference {intervals.WHY_NONE}.",
+            numbers,
         )
     numbers |= {
         "minus_zero": difference.value,
         "minus_zero_lo": difference.lo,
         "minus_zero_hi": difference.hi,
     }
-    paired = f"swap minus zero {difference.value:+.3g} [{difference.lo:+.3g}, {difference.hi:+.3g}]"
+    paired = f"swap minus zero {difference.value:+.3g} {intervals.band(difference.lo, difference.hi, '{:+.3g}'.format)}"
     if difference.lo > 0:
         return Finding(
             "high",

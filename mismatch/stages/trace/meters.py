@@ -14,12 +14,14 @@ from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from mismatch.forward.paired_sites import SitePair
 from mismatch.metrics import load_metric
 from mismatch.metrics.base import Reading
 from mismatch.metrics.sums.meter import StudentMeter, TeacherMeter
+from mismatch.metrics.sums.per_document import Units
 from mismatch.models.layout import Layout
 from mismatch.runs.plan import SwapPlan
 from mismatch.runs.table import BLOCK_SITES, FLOOR, MAIN, SWAP
@@ -41,9 +43,10 @@ class Collector:
         students: layout of each student by name (swap, controls).
         plans: of each student: sites in front of its first block that differs read exactly the null.
         metrics: names.
-        n_docs, n_pos, n_tokens: documents of the run, tokens per window, tokens in all that count.
+        units: of the run's windows: what sums are kept by.
+        n_pos, n_tokens: tokens per window, tokens in all that count.
         sample: share of the tokens that feed the metrics of second moments.
-        seed: of the sample, of the lens tokens and of the bootstrap.
+        seed: of the sample and of the lens tokens.
         everywhere: metrics of covariances behind every block.
     """
 
@@ -51,7 +54,7 @@ class Collector:
     students: Mapping[str, Layout]
     plans: Mapping[str, SwapPlan]
     metrics: Sequence[str]
-    n_docs: int
+    units: Units
     n_pos: int
     n_tokens: int
     sample: float = 1.0
@@ -71,7 +74,6 @@ class Collector:
     def batch(
         self,
         ids: Tensor,
-        docs: Tensor,
         numbers: Sequence[int],
         scored: Tensor | None = None,
         *,
@@ -81,12 +83,13 @@ class Collector:
 
         Args:
             ids: int64 `batch pos`.
-            docs: int64 `batch`, document of each window.
-            numbers: of the windows in the whole run; they seed the sample, so batching does not matter.
+            numbers: of the windows in the whole run; they name their units and seed the sample, so batching does not
+                matter.
             scored: bool `batch pos`, the tokens that count; None: all. The floor counts all.
             teacher: another teacher than the run's (the floor of a low-precision run).
         """
-        batch = Batch(self, ids, docs, numbers, scored, teacher or self.teacher)
+        units = torch.from_numpy(self.units.of[list(numbers)]).to(ids.device)
+        batch = Batch(self, ids, units, numbers, scored, teacher or self.teacher)
         yield batch.met
         batch.finish()
 
@@ -94,7 +97,9 @@ class Collector:
         """The sums at an address, made when first asked for."""
         if address not in self.meters:
             names = self.names(address.student, address.layer, address.site)
-            self.meters[address] = StudentMeter(names, d, n_docs=self.n_docs, n_pos=self.n_pos)
+            self.meters[address] = StudentMeter(
+                names, d, n_docs=self.units.count, n_pos=self.n_pos, units=self.units.over
+            )
         return self.meters[address]
 
     def teacher_meter(self, address: Address, d: int) -> TeacherMeter:
@@ -223,18 +228,13 @@ class Collector:
             "student": address.student,
             "layer": layer,
             "site": "resid_post" if address.site == "lens" else address.site,
-            "position": reading.position,
             "metric": metric,
-            "stat": reading.stat,
-            "value": reading.value,
-            "lo": reading.lo,
-            "hi": reading.hi,
-            "n": reading.n,
+            **reading.as_row(),
             "swapped": layer in self._swapped(address.student),
         }
 
     def _differences(self) -> Iterator[dict[str, Any]]:
-        """Swap minus each control on the same tokens, by paired bootstrap over documents."""
+        """Swap minus each control on the same tokens, by the paired interval."""
         place = {s: Address(MAIN, s, "free", NO_LAYER, "logits") for s in self.students}
         own = self.meters.get(place[SWAP])
         for control, address in place.items():
@@ -246,7 +246,7 @@ class Collector:
                         meter.parts[metric].per_document(column)
                         for meter in (own, self.meters[address])
                     )
-                    reading = Reading(f"mean_minus_{control}", *(ours - theirs).mean(self.seed))
+                    reading = Reading.of(f"mean_minus_{control}", (ours - theirs).mean())
                     yield self._row(place[SWAP], metric, reading)
 
 

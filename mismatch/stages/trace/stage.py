@@ -13,6 +13,7 @@ import torch
 from mismatch import registry
 from mismatch.errors import ModelError
 from mismatch.forward import hooks
+from mismatch.metrics.sums.per_document import Units
 from mismatch.models.layout import Layout
 from mismatch.stages.base import SEVERITIES, Finding, Outcome, Stage
 from mismatch.stages.opening import Opened
@@ -70,7 +71,7 @@ class Trace(Stage[TraceConfig, Prepared]):
             {s.name: s.layout for s in students},
             {s.name: s.plan for s in students},
             config.metrics or default_metrics(),
-            n_docs=cut.n_docs,
+            units=Units.by(cut.doc, cut.offset),
             n_pos=cut.seq_len,
             n_tokens=counted,
             sample=min(1.0, config.moment_tokens / counted),

@@ -247,7 +247,7 @@ FAST = [
 @pytest.mark.pages
 def test_the_command_goes_on_from_a_trace(toy_folder, tmp_path, capsys):
     traced, run = tmp_path / "trace", tmp_path / "why"
-    short = ("--tokens", "128", "--seq-len", "64", "--controls", "none", "--metrics", "kl")
+    short = ("--tokens", "256", "--seq-len", "64", "--controls", "none", "--metrics", "kl")
     begin = words(tmp_path, toy_folder, *short, "--probes", "induction")
     assert cli.main(["trace", *begin, "--output", str(traced)]) == 0
     out = capsys.readouterr().out.splitlines()
@@ -292,7 +292,11 @@ def test_bad_input(toy_teacher, texts):
         assert text in str(caught.value)
 
     refuse(SurgeryError, "nothing to diagnose stands inside a block", "final_norm:dyt")
-    refuse(DataError, "are of one document, and intervals are over documents", data=documents(1))
+    refuse(
+        DataError,
+        "a diagnosis rests on intervals; no interval: that takes 4",
+        data=documents(1, words=60),
+    )
     refuse(DataError, "share 1 document", calibration_data=texts["data"][:1] + documents(3, seed=9))
     refuse(
         ConfigError,
@@ -310,13 +314,12 @@ def test_bad_input(toy_teacher, texts):
 
 def test_few_documents_are_said(toy_teacher, texts):
     made = mismatch.diagnose(
-        toy_teacher, "layer2:mean", **texts, **SMALL | {"tokens": 192, "heads": 0}
+        toy_teacher, "layer2:mean", **texts, **SMALL | {"tokens": 256, "heads": 0}
     )
     assert made.plan.warnings == (
-        "3 evaluation documents: intervals over so few are too narrow; take --tokens 512 or more, or text of more "
-        "documents",
+        "4 evaluation documents: intervals are wide; take --tokens 512 or more, or text of more documents",
     )
-    assert made.words().splitlines()[2].startswith("warning: 3 evaluation documents")
+    assert made.words().splitlines()[2].startswith("warning: 4 evaluation documents")
 
 
 def test_what_is_not_a_number_ends_it(toy_teacher, texts, monkeypatch):

@@ -25,7 +25,7 @@ def folder(tmp_path_factory):
 def words(toy_folder, folder):
     return [
         *("diagnose", "--model", str(toy_folder), "--swap", "layer2:zero", "--device", "cpu", "--quiet"),
-        *("--data", str(folder / "held_out.jsonl"), "--tokens", "128", "--seq-len", "64"),
+        *("--data", str(folder / "held_out.jsonl"), "--tokens", "256", "--seq-len", "64"),
         *("--calibration-data", str(folder / "calibration.jsonl"), "--fit-tokens", "256"),
         *("--controls", "none", "--heads", "0"),
     ]  # fmt: skip
@@ -47,7 +47,7 @@ def probed(words, folder):
     [
         (["--fit-tokens", "128"], "corrections are fitted on 4 or more"),
         (["--tokens", "32"], "--tokens 32 is less than one window of --seq-len 64"),
-        (["--tokens", "64"], "are of one document, and intervals are over documents"),
+        (["--tokens", "64"], "a diagnosis rests on intervals; no interval: that takes"),
         (["--seq-len", "4096", "--tokens", "8192", "--fit-tokens", "16384"], "longer than the context of"),
         (["--controls", "zero,zero"], "the mechanism `zero` is named twice"),
         (["--data", "nowhere.txt"], "no text nowhere.txt"),
@@ -136,7 +136,7 @@ def test_every_text_is_named_and_hashed(words, folder, tmp_path):
     manifest = json.loads((run / "manifest.json").read_text())
     texts = manifest["texts"]
     assert {role: (text["source"], text["tokens"]) for role, text in texts.items()} == {
-        "evaluation": (str(folder / "held_out.jsonl"), 128),
+        "evaluation": (str(folder / "held_out.jsonl"), 256),
         "fit": (str(folder / "calibration.jsonl"), 256),
     }
     for role, text in texts.items():

@@ -72,11 +72,12 @@ def test_a_branch_taken_out_is_the_model_without_it_and_its_growth_is_paired(tin
         part.silent = frozenset()
         assert at.kl == pytest.approx(without.sum() / windows.tokens, rel=1e-4)
         assert at.more == pytest.approx((without - before).sum() / windows.tokens, rel=1e-3)
-        # The documents are equally long: all 27 resamples of the three, by hand.
-        draws = np.stack(np.meshgrid(*[range(3)] * 3), -1).reshape(-1, 3)
-        each = (without - before)[draws].sum(1) / windows.tokens
-        lo, hi = np.quantile(each, [0.025, 0.975], method="inverted_cdf")
-        assert (at.more_lo, at.more_hi) == pytest.approx((lo, hi), rel=1e-3)
+        # The documents are equally long: of four numbers, 3.182 standard errors with 3 in place of 4.
+        each = (without - before) / (3 * windows.seq_len)
+        reach = 3.182446 * each.std(ddof=1) / math.sqrt(3)
+        assert (at.more_lo, at.more_hi) == pytest.approx(
+            (at.more - reach, at.more + reach), rel=1e-2
+        )
     assert part.silent == frozenset()
 
 
@@ -109,7 +110,7 @@ def test_a_mechanism_without_branches_is_not_applicable_and_not_0(tiny):
     (at,) = knocked_out(held_out, student, pairs_of(Layout.of(model), student), whole)
     assert at.branch is None and at.verdict == "not applicable" and math.isnan(at.kl)
     assert branch_line(at, 0.1) == ("layer1.rope: branches not applicable, the mechanism has none")
-    rows = as_table([r | {"run_id": "test"} for r in branch_rows([at], 100)])
+    rows = as_table([r | {"run_id": "test"} for r in branch_rows([at], 100, "documents")])
     assert rows["value"].isna().all() and (rows["n"] == 0).all()
 
 
@@ -120,8 +121,7 @@ def test_a_mechanism_without_branches_is_not_applicable_and_not_0(tiny):
         ((0.005, -0.001, 0.009), "bypassed"),
         ((-0.02, -0.03, -0.01), "bypassed"),
         ((0.02, 0.005, 0.04), "open"),
-        ((0.02, math.nan, math.nan), "used"),  # one document: no interval
-        ((0.005, math.nan, math.nan), "bypassed"),
+        ((0.02, math.nan, math.nan), "open"),  # no interval
     ],
 )
 def test_a_verdict_needs_the_whole_interval(more, said):
@@ -137,8 +137,8 @@ def test_the_difference_of_two_students_is_paired_over_documents(tiny):
         evaluated(model, student_of(model, text), windows)[1] for text in (INFINI, "layer1:nope")
     )
     assert (one.kl - one.kl).mean()[:3] == (0.0, 0.0, 0.0)
-    value, lo, hi, n = (one.kl - other.kl).mean()
-    assert n == windows.tokens
+    value, lo, hi, n, over = (one.kl - other.kl).mean()
+    assert n == windows.tokens and over == "documents"
     assert value == pytest.approx(one.kl.mean().value - other.kl.mean().value)
     assert lo <= value <= hi
     back = (other.kl - one.kl).mean()
@@ -157,7 +157,7 @@ def test_rows_say_who_and_when(tiny):
         StageResult("inherit", kl=0.2, gap_closed=0.0),
         StageResult("local", kl=0.1, gap_closed=0.5),
     ]
-    rows = [*stage_rows(stages, windows.tokens), *student_rows(students, 0)]
+    rows = [*stage_rows(stages, windows.tokens, "documents"), *student_rows(students)]
     found = as_table([row | {"run_id": "test"} for row in rows])
     value = found.set_index(["stage", "student", "metric", "stat"])["value"].to_dict()
     assert value["surgery", "swap", "kl", "mean"] == pytest.approx(swap.kl.mean().value)

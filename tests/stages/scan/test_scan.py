@@ -12,6 +12,7 @@ from measured import cut, measured, student_of
 from mismatch import registry, spec
 from mismatch.errors import LayoutError, NumericsError, RunError, SurgeryError
 from mismatch.mechanisms.base import Mechanism
+from mismatch.metrics.base import PerDocument
 from mismatch.models.layout import Layout
 from mismatch.models.private import same_memory
 from mismatch.models.skeleton import skeleton_of
@@ -166,12 +167,11 @@ def test_a_task_reads_the_log_loss_of_the_tokens_it_asks_for(tiny):
         assert row["lo"] < row["value"] < row["hi"]
     teacher = table[(table["student"] == "teacher") & (table["metric"] == "passkey")].iloc[0]
     assert teacher["value"] == pytest.approx(float(means[None].mean()), rel=1e-5)
-    # The interval resamples rows: that of five numbers, by the house's own bootstrap.
-    from mismatch.metrics.sums.per_document import PerDocument
-
-    _, lo, hi, _ = PerDocument(own.numpy(), np.ones(5)).mean()
+    # The interval is over rows: that of five numbers.
+    _, lo, hi = PerDocument(own.numpy(), np.ones(5)).mean()[:3]
     row = value(table, "random", 2, "passkey", "logprob_minus_teacher")
     assert (row["lo"], row["hi"]) == pytest.approx((lo, hi), rel=1e-5)
+    assert row["over"] == "samples"
 
 
 def test_the_tree_is_the_teachers_again_and_holds_no_copy(llama, tiny):

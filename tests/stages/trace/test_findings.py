@@ -67,6 +67,18 @@ def test_a_shift_at_the_floor_is_none():
     assert titles(*rows) == ["no shift"]
 
 
+def test_without_an_interval_nothing_is_found():
+    nothing = float("nan")
+    finding = worth_it(evidence(*kl(0.0373, 0.0560, nothing, nothing)))
+    assert (finding.severity, finding.title) == (
+        "info",
+        "the output shifts, and there is too little text to judge it",
+    )
+    assert finding.text.endswith(
+        "deleting the module costs 0.056. Of the difference no interval: that takes 4 documents, or 8 windows of fewer."
+    )
+
+
 def test_without_controls_nothing_is_judged():
     assert titles(row("kl", 0.03)) == ["the output shifts"]
 

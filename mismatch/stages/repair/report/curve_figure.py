@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from mismatch.report import readout, style
+from mismatch.report import intervals, readout, style
 from mismatch.stages.repair.plan import Branch, RepairPlan
 
 COLUMNS = (
@@ -48,7 +48,7 @@ def branch_line(at: Branch, repaired: float) -> str:
     verdict = {
         "used": "",
         "bypassed": f": repaired by bypass, the {at.branch} branch is not used",
-        "open": ": whether it is used is open, the interval is too wide (give more --tokens)",
+        "open": ": whether it is used is open, there is too little text to tell (give more --tokens)",
     }[at.verdict]
     change = f"{at.more:+.4f} [{at.more_lo:+.4f}, {at.more_hi:+.4f}]"
     return (
@@ -117,7 +117,7 @@ def repair_curve(plan: RepairPlan) -> Figure:
     style.frame(
         figure,
         "What is left of the damage, on held-out text",
-        "Bars: 95 % interval over documents. Hollow: a stage that made it worse and was undone. Dashed: controls.",
+        f"Bars: {intervals.named([plan.over])}. Hollow: a stage that made it worse and was undone. Dashed: controls.",
     )
     edge = right.get_xlim()[1]
     style.label_ends(
@@ -146,7 +146,7 @@ def _text(row: Any, controls: Mapping[str, float]) -> str:
     closed, lo, hi = (100 * x for x in (row.gap_closed, row.gap_lo, row.gap_hi))
     said = {
         "KL left, nats per token": style.interval(row.kl, row.lo, row.hi),
-        "gap closed": f"{closed:.1f} %" + ("" if pd.isna(lo) else f" [{lo:.1f}, {hi:.1f}]"),
+        "gap closed": f"{closed:.1f} % {intervals.band(lo, hi, '{:.1f}'.format)}",
         "tokens": f"{row.tokens:,}",
         "seconds": f"{row.seconds:.0f}",
         **{f"control {name}": style.number(kl) for name, kl in controls.items()},

@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 
 from mismatch import registry
-from mismatch.report import style
+from mismatch.report import intervals, style
 from mismatch.report.figures import ReportFigure
 from mismatch.report.page import Cell, Html, grid, join, reading, tag, whole
 from mismatch.report.sections import Section, replaced, verdict
@@ -36,7 +36,7 @@ def repair_verdict(plan: RepairPlan, found: pd.DataFrame) -> str:
     swap, repaired = plan.students["swap"], plan.students["repaired"]
     text = (
         f"{percent(repaired.gap_closed)} of the gap is closed: KL to the teacher "
-        f"{style.number(swap.kl[0])} → {style.interval(*repaired.kl)} nats per token."
+        f"{style.number(swap.kl[0])} → {intervals.said(*repaired.kl)} nats per token."
     )
     controls = [n for n in plan.students if n not in ("swap", "repaired")]
     beaten = [n for n in controls if plan.students[n].kl[0] <= repaired.kl[0]]
@@ -48,8 +48,7 @@ def repair_verdict(plan: RepairPlan, found: pd.DataFrame) -> str:
 def percent(read: Sequence[float]) -> str:
     """`89.1 % [86.0, 91.2]`, of a share and its interval."""
     value, lo, hi = (100 * x for x in read)
-    band = "" if math.isnan(lo) else f" [{lo:.1f}, {hi:.1f}]"
-    return f"{value:.1f} %{band}"
+    return f"{value:.1f} % {intervals.band(lo, hi, '{:.1f}'.format)}"
 
 
 def stages(plan: RepairPlan) -> Html:
@@ -68,7 +67,7 @@ def stages(plan: RepairPlan) -> Html:
         for r in frame.itertuples()
     ]
     heads = (
-        *("stage", "gap closed, 95 % interval", "KL left, nats per token, 95 % interval"),
+        *("stage", f"gap closed, {intervals.named([plan.over])}", "KL left, nats per token"),
         *("tokens", "steps", "seconds", "kept"),
     )
     kept = [i for i, r in enumerate(frame.itertuples()) if r.kept]
@@ -144,7 +143,7 @@ def branches(plan: RepairPlan) -> Html:
 VERDICTS = {
     "used": "used",
     "bypassed": "repaired by bypass: not used",
-    "open": "open: the interval is too wide",
+    "open": "open: too little text to tell",
 }
 
 

@@ -10,8 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullFormatter
 
+from mismatch.report import intervals, readout, style
 from mismatch.report import quantity as q
-from mismatch.report import readout, style
 
 WIDE = 20
 """The axis is logarithmic where the largest KL is more than so many times the smallest."""
@@ -28,7 +28,7 @@ def output_data(
     """The output shift of each student, then the paired differences, then the floor.
 
     Returns:
-        Rows student, stat, against, value, lo, hi, n; `against` is the control of a difference.
+        Rows student, stat, against, value, lo, hi, over, n; `against` is the control of a difference.
 
     Raises:
         UsageError: the table has no output shift.
@@ -47,7 +47,9 @@ def output_data(
     against = means["stat"].where(means["stat"].isin(pairs), "").str.removeprefix(prefix)
     rank = means["stat"].where(means["stat"].isin(pairs), means["student"]).map(order)
     means = means.assign(against=against, rank=rank).sort_values("rank")
-    return means[["student", "stat", "against", "value", "lo", "hi", "n"]].reset_index(drop=True)
+    return means[["student", "stat", "against", "value", "lo", "hi", "over", "n"]].reset_index(
+        drop=True
+    )
 
 
 @style.styled
@@ -86,7 +88,7 @@ def output_shift(
     style.frame(
         figure,
         f"Output shift {quantity.label}, swap beside its controls, free, {stage}",
-        "Dots: mean over tokens; whiskers: 95 % interval over documents. A difference is of the same "
+        f"Dots: mean over tokens; whiskers: {intervals.named(data['over'])}. A difference is of the same "
         f"tokens (paired). {_floor_words(floor)} Run {' '.join(table['run_id'].unique())}.",
     )
     who = list(means["student"])

@@ -7,7 +7,7 @@ from typing import Any
 import pandas as pd
 
 from mismatch.errors import UsageError
-from mismatch.report import heatmap, heatmap_cells, style
+from mismatch.report import heatmap, heatmap_cells, intervals
 from mismatch.report import quantity as q
 from mismatch.report.figures import ReportFigure
 from mismatch.report.page import Html, grid, join, reading, tag, whole
@@ -102,12 +102,12 @@ def _output(run: Run) -> Html:
         (
             f"swap − {r.against}" if r.against else r.student,
             reading(r.value),
-            f"[{style.number(r.lo)}, {style.number(r.hi)}]" if pd.notna(r.lo) else "-",
+            intervals.band(r.lo, r.hi),
             whole(r.n),
         )
         for r in data.itertuples()
     ]
-    heads = ("output KL, nats per token", "mean", "95 % interval over documents", "tokens")
+    heads = ("output KL, nats per token", "mean", intervals.named(data["over"]), "tokens")
     marked = [i for i, r in enumerate(data.itertuples()) if r.student == "swap" and not r.against]
     return grid(heads, rows, numbers=(1, 2, 3), marked=marked)
 

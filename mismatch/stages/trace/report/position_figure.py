@@ -11,8 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
+from mismatch.report import intervals, readout, style
 from mismatch.report import quantity as q
-from mismatch.report import readout, style
 from mismatch.runs.plan import SwapPlan
 from mismatch.runs.table import position_start
 
@@ -41,7 +41,7 @@ def by_position_data(
     bins = [p for p in table["position"].unique() if p != "all"]
     quantity = q.quantity(metric, dictionary)
     rows = q.pick(table, quantity, site=site, stage=stage, mode="free", student=who, position=bins)
-    rows = rows[["student", "metric", "stat", "site", "position", "value", "lo", "hi", "n"]]
+    rows = rows[["student", "metric", "stat", "site", "position", "value", "lo", "hi", "over", "n"]]
     start = rows["position"].map(position_start)
     end = rows["position"].map(lambda p: int(p.rpartition("-")[2]))
     return rows.assign(start=start, end=end).reset_index(drop=True)
@@ -85,7 +85,7 @@ def by_position(
         style.frame(
             figure,
             f"Output shift by token position: {quantity.label}, free, {stage}",
-            "Bars: range of positions; markers: mean; whiskers: 95 % interval over documents."
+            f"Bars: range of positions; markers: mean; whiskers: {intervals.named(data['over'])}."
             f"{marks}{zeros} Run {' '.join(table['run_id'].unique())}.",
         )
     _draw(axis, data, segments(plan), _floors(table, quantity, site, stage))

@@ -11,8 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from mismatch.report import intervals, readout, style
 from mismatch.report import quantity as q
-from mismatch.report import readout, style
 from mismatch.report.quantity import Quantity
 
 METRICS = ("rel_l2", "lens_kl")
@@ -56,10 +56,13 @@ def depth_profile(
         return style.figure_of(ax)
     figure = style.new_figure(width, 0.8 + 1.95 * len(names))
     axes = figure.subplots(len(names), 1, sharex=True, squeeze=False)[:, 0]
+    over = depth_profile_data(table, names, site, mode=mode, stage=stage, dictionary=dictionary)[
+        "over"
+    ]
     style.frame(
         figure,
         f"Shift at {site} by layer, {mode}, {stage}",
-        "Lines: the headline statistic; bands: 95 % interval over documents. On the log scale a straight "
+        f"Lines: the headline statistic; bands: {intervals.named(over)}. On the log scale a straight "
         "falling line heals by the same share at every layer. Triangle: swapped layer. "
         f"Run {' '.join(table['run_id'].unique())}.",
     )
@@ -79,7 +82,7 @@ def depth_profile_data(
     plan: Mapping[str, Any] | None = None,
     dictionary: Mapping[str, Any] | None = None,
 ) -> pd.DataFrame:
-    """The numbers of `depth_profile`: student, metric, stat, site, layer, value, lo, hi, n."""
+    """The numbers of `depth_profile`: student, metric, stat, site, layer, value, lo, hi, over, n."""
     return pd.concat(
         [
             _lines(table, q.quantity(name, dictionary), site, mode, stage)
@@ -110,7 +113,9 @@ def _lines(
     who = [*q.students(table), "floor"]
     rows = q.pick(table, quantity, site=site, mode=mode, stage=stage, student=who)
     rows = rows[rows["layer"].notna() & rows["head"].isna()]
-    return rows[["student", "metric", "stat", "site", "layer", "value", "lo", "hi", "n", "swapped"]]
+    return rows[
+        ["student", "metric", "stat", "site", "layer", "value", "lo", "hi", "over", "n", "swapped"]
+    ]
 
 
 def _draw(

@@ -10,8 +10,9 @@ import numpy as np
 import pandas as pd
 
 from mismatch.errors import UsageError
+from mismatch.report import intervals
 from mismatch.report import quantity as q
-from mismatch.report.style import interval, number
+from mismatch.report.style import number
 from mismatch.report.words import columns, plan_lines, subject
 from mismatch.runs.plan import SwapPlan
 from mismatch.stages.trace.report.controls_figure import output_data
@@ -42,7 +43,7 @@ def verdict(
     if swap["value"] == 0:
         return f"The {who} changes nothing: the output KL is exactly 0."
     said = (
-        f"The {who} moves the output by {interval(swap['value'], swap['lo'], swap['hi'])} "
+        f"The {who} moves the output by {intervals.said(swap['value'], swap['lo'], swap['hi'])} "
         "nats per token"
     )
     if swap["value"] <= floor:
@@ -64,9 +65,12 @@ _DONE = {"zero": "deleting the module", "mean": "replacing it by its mean"}
 
 def _against(pair: pd.Series) -> str:
     """What the paired difference says; only an interval without 0 says more or less."""
-    if pair["lo"] > 0:
-        return "worse than"
-    return "better than" if pair["hi"] < 0 else "not told apart from"
+    return {
+        "above": "worse than",
+        "below": "better than",
+        "open": "not told apart from",
+        "none": f"{intervals.NONE} of the difference to",
+    }[intervals.side(pair["lo"], pair["hi"])]
 
 
 def worst_sites(
@@ -135,16 +139,14 @@ def _output_lines(table: pd.DataFrame, dictionary: Mapping[str, Any] | None, who
         data = output_data(table, dictionary=dictionary)
     except UsageError:
         return ["output shift: not measured"]
-    rows = [["", "KL", "95 % interval"]]
+    rows = [["", "KL", "interval"]]
     for row in data.itertuples():
         name = (
             f"swap - {row.against}" if row.against else {"swap": who}.get(row.student, row.student)
         )
         sign = "+" if row.against and row.value > 0 else ""
-        known = not (pd.isna(row.lo) or pd.isna(row.hi))
-        band = f"[{number(row.lo)}, {number(row.hi)}]" if known else "-"
-        rows.append([name, f"{sign}{number(row.value)}", band])
-    return ["output shift, nats per token", columns(rows)]
+        rows.append([name, f"{sign}{number(row.value)}", intervals.band(row.lo, row.hi)])
+    return [f"output shift, nats per token; {intervals.named(data['over'])}", columns(rows)]
 
 
 def _worst_rows(worst: pd.DataFrame) -> list[list[str]]:
