@@ -84,7 +84,7 @@ def trace(
         data: Evaluation text, behind every reported number: a fetched name, a file (.txt, .md, .jsonl, .csv, .tsv, .parquet, also with .gz or .zst; token ids as .npy or .bin), a folder of these, hf:NAME[:CONFIG[:SPLIT]], or - for standard input. Or a list of strings.
         text_field: Column or key of rows that holds the text, the messages of a chat, or token ids. When not given the first that is there of text, messages, conversations, input_ids.
         calibration_tokens: Tokens that mechanisms and controls set themselves from, where they do; default: enough for the largest fit among them, 2048 for a mean, 32 a channel for the control `linear`.
-        seq_len: Tokens per window. A window never mixes documents.
+        seq_len: Tokens per window; by default no more than the model's context. A window never mixes documents.
         batch_size: Windows per forward pass. More need more memory, and are no faster on a CPU.
         controls: Controls that are measured on the same tokens; none for no control.
         seed: Random seed.
@@ -162,7 +162,7 @@ def probe(
         calibration_data: Calibration text, which mechanisms and controls set themselves from. Never overlaps with the evaluation text. Or a list of strings.
         probes: Probes to run; all of them when not given.
         samples: Prompts of each kind, and windows of text. With fewer than 8 the intervals are too narrow.
-        lengths: Tokens of the passkey prompts.
+        lengths: Tokens of the passkey prompts; by default those of them that the model's context holds.
         depths: Where the passkey stands: 0 is the start of the prompt, 1 its end.
         planned_gate_lr: Peak learning rate planned for gates (cosine schedule): decides how far they can move.
         planned_gate_steps: Steps of that plan.
@@ -448,7 +448,7 @@ def repair(
         data: Evaluation text, behind every reported number: a fetched name, a file (.txt, .md, .jsonl, .csv, .tsv, .parquet, also with .gz or .zst; token ids as .npy or .bin), a folder of these, hf:NAME[:CONFIG[:SPLIT]], or - for standard input. Or a list of strings.
         text_field: Column or key of rows that holds the text, the messages of a chat, or token ids. When not given the first that is there of text, messages, conversations, input_ids.
         calibration_tokens: Tokens that mechanisms and controls set themselves from, where they do; default: enough for the largest fit among them, 2048 for a mean, 32 a channel for the control `linear`.
-        seq_len: Tokens per window. A window never mixes documents.
+        seq_len: Tokens per window; by default no more than the model's context. A window never mixes documents.
         batch_size: Windows per training step. Small steps learn more from the same tokens; a GPU wants more windows at once.
         controls: Controls that are measured beside the repair: zero deletes the module, linear is its best linear map; none for no control.
         seed: Random seed.

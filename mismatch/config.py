@@ -18,12 +18,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 import yaml
 
 from mismatch import reading, spec
-from mismatch.errors import ConfigError
+from mismatch.errors import ConfigError, UsageError
 from mismatch.registry import Registry, card, did_you_mean, mechanisms
 from mismatch.registry.card import REQUIRED, Arg
 
@@ -83,7 +83,7 @@ class RunConfig:
     """Tokens that mechanisms and controls set themselves from, where they do; default: enough for the largest fit among
     them, 2048 for a mean, 32 a channel for the control `linear`."""
     seq_len: Annotated[int, ">= 2"] = 1024
-    """Tokens per window. A window never mixes documents."""
+    """Tokens per window; by default no more than the model's context. A window never mixes documents."""
     batch_size: Annotated[int, ">= 1"] = 4
     """Windows per forward pass."""
 
@@ -130,6 +130,21 @@ class RunConfig:
         for name, arg in fields(type(self)).items():
             if arg.type == "list" and name != "swap":
                 yield from ((name, word) for word in getattr(self, name) or () if ":" in word)
+
+    def fitted(self, context: int | None) -> Self:
+        """The settings for a model of this context, None for any: what nobody asked for becomes as long as it allows.
+
+        Raises:
+            UsageError: windows that were asked for do not fit.
+        """
+        if context is None or self.seq_len <= context:
+            return self
+        if self.seq_len != fields(type(self))["seq_len"].default:
+            raise UsageError(
+                f"--seq-len {self.seq_len} is longer than the context of {self.model}: {context} tokens",
+                hint=f"take --seq-len {context} or less",
+            )
+        return dataclasses.replace(self, seq_len=context)
 
     @property
     def folder(self) -> Path | None:

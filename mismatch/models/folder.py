@@ -151,7 +151,13 @@ def _check_shards(folder: Path) -> list[Path]:
     )
     weight_map = index["weight_map"]
     shards = sorted(set(weight_map.values()))
-    if outside := [name for name in shards if not name or Path(name).name != name]:
+    if outside := [
+        name
+        for name in shards
+        if not 0 < len(name.encode(errors="replace")) < 256
+        or Path(name).name != name
+        or "\0" in name
+    ]:
         raise ModelError(
             f"{path} is not a safetensors index: {outside[0]!r:.100} is not the name of a file beside it"
         )

@@ -35,6 +35,7 @@ from mismatch.models.folder import (
 from mismatch.models.private import for_reading
 from mismatch.models.quantised import bits, numbers, quantised, settle, values
 from mismatch.models.resolve import Located, from_hub, locate
+from mismatch.reading import shown
 
 if TYPE_CHECKING:
     from mismatch.models.layout import CausalLM
@@ -195,7 +196,9 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
             local_files_only=True,
             trust_remote_code=trust_remote_code,
         )
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except BaseException as error:  # its files are read by Rust, whose panics are no Exception
+        if isinstance(error, (KeyboardInterrupt, SystemExit)):
+            raise
         raise ModelError(
             f"{folder} has no tokenizer that can be loaded: {_first_line(error)}",
             hint="tokenizer.json and tokenizer_config.json belong beside the weights",
@@ -217,13 +220,42 @@ def _config(folder: Path, trust_remote_code: bool) -> transformers.PretrainedCon
             hint="a newer transformers may know it",
         )
     try:
-        return transformers.AutoConfig.from_pretrained(
+        config = transformers.AutoConfig.from_pretrained(
             folder, local_files_only=True, trust_remote_code=trust_remote_code
         )
     except Exception as error:  # validators of many families raise many types
         raise ModelError(
             f"{folder / CONFIG} is not a valid config: {_first_line(error)}"
         ) from error
+    _check_sizes(config, folder)
+    return config
+
+
+LARGEST = {
+    "num_hidden_layers": 1024,
+    "hidden_size": 2**20,
+    "vocab_size": 2**24,
+    "num_attention_heads": 2**14,
+}
+"""Sizes that every family has under these names (transformers maps the others), and the largest that is believed."""
+
+
+def _check_sizes(config: transformers.PretrainedConfig, folder: Path) -> None:
+    """A model of a million layers is built for hours before anything is wrong.
+
+    Raises:
+        ModelError: a size is not a number, or out of range.
+    """
+    inner = config.get_text_config()
+    context = {"max_position_embeddings": 2**40}
+    for name, largest in {**LARGEST, **context}.items():
+        value = getattr(inner, name, None)
+        if value is None and (name in context or not hasattr(inner, name)):
+            continue
+        if type(value) is not int or not 1 <= value <= largest:
+            raise ModelError(
+                f"{folder / CONFIG}: `{name}` must be int in 1..{largest}, got {shown(value)}"
+            )
 
 
 def plain_config(
@@ -242,11 +274,13 @@ def plain_config(
         )
     refuse_quantised(raw, folder)
     try:
-        return CONFIG_MAPPING[found.model_type].from_dict(record.plain(raw, found), **options)
+        config = CONFIG_MAPPING[found.model_type].from_dict(record.plain(raw, found), **options)
     except Exception as error:  # validators of many families raise many types
         raise ModelError(
             f"{Path(folder, CONFIG)} is not a valid config: {_first_line(error)}"
         ) from error
+    _check_sizes(config[0] if isinstance(config, tuple) else config, Path(folder))
+    return config
 
 
 def _model(
@@ -309,7 +343,7 @@ def pretrained(
             f"{folder} does not fit: {_first_line(error)}",
             hint="--device-map auto, or --dtype bfloat16",
         ) from error
-    except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
+    except Exception as error:  # a config or weights that a family's constructors do not take
         raise ModelError(
             f"{folder} could not be loaded as a causal language model: {_first_line(error)}"
         ) from error

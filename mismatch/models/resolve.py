@@ -71,11 +71,14 @@ def resolve(name_or_path: str | Path) -> Source:
         ModelError: no such folder, a text's name, a fetchable model that was not fetched.
     """
     name = str(name_or_path)
-    path = Path(name).expanduser()
-    if path.is_dir():
-        return Source(name, path.resolve())
-    if path.is_file():
-        raise ModelError(f"{name} is a file", hint="give the folder that it is in")
+    try:
+        path = Path(name).expanduser()
+        if path.is_dir():
+            return Source(name, path.resolve())
+        if path.is_file():
+            raise ModelError(f"{name} is a file", hint="give the folder that it is in")
+    except (OSError, ValueError, RuntimeError) as error:  # too long, a NUL, `~` of nobody
+        raise ModelError(f"no model folder {name!a:.200}: {error!s:.80}", hint=_known()) from error
     if package := fetch.SOURCES.get(name):
         return _fetched(package)
     looks_like_path = isinstance(name_or_path, Path) or name.startswith((".", "/", "~"))

@@ -11,6 +11,7 @@ import torch
 import transformers
 from torch import nn
 
+from mismatch.errors import ModelError
 from mismatch.models.layout import Layout
 from mismatch.models.quantised import quantised
 
@@ -19,9 +20,20 @@ if TYPE_CHECKING:
 
 
 def skeleton(config: transformers.PretrainedConfig) -> CausalLM:
-    """The model of a config without its weights, on the meta device: for plans and shapes."""
-    with torch.device("meta"):
-        return transformers.AutoModelForCausalLM.from_config(config).eval()
+    """The model of a config without its weights, on the meta device: for plans and shapes.
+
+    Raises:
+        ModelError: no model can have such a config.
+    """
+    try:
+        with torch.device("meta"):
+            return transformers.AutoModelForCausalLM.from_config(config).eval()
+    except Exception as error:  # whatever a family's constructors make of wrong numbers and words
+        reason = next(iter(str(error).strip().splitlines()), "")
+        raise ModelError(
+            f"config.json describes no model that can be built: {type(error).__name__}: {reason:.300}",
+            hint="is it as save_pretrained wrote it?",
+        ) from error
 
 
 def skeleton_of(layout: Layout) -> Layout:

@@ -91,7 +91,8 @@ class Settings(TypedDict, total=False):
     """config.yaml, where the class of its command is not asked for."""
 
     model: str
-    swap: list[str]
+    swap: list[str] | str
+    student: str | None
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

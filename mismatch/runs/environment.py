@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import platform
+import re
 import resource
 import subprocess
 import sys
@@ -26,6 +28,28 @@ PACKAGES = (
     "matplotlib",
     "nnsight",
 )
+
+
+_SECRETS = re.compile(
+    r"(?P<before>://[^\s/@:]*:(?=[^\s/]*@)|--[\w-]*(?:token|secret|password|api-key)[= ]|"
+    r"[?&;](?:\w*token|secret|password|api_key)=)"
+    r"[^\s@&'\"]+|\b(?:hf|ghp|gho|ghs|glpat|sk|xoxb)[_-][A-Za-z0-9_-]{16,}",
+    re.IGNORECASE,
+)
+"""A password in an address, what follows a flag of that name, and what the tokens of known services look like."""
+_NAMES_A_SECRET = re.compile(r"TOKEN|SECRET|PASSWORD|API_?KEY|CREDENTIAL", re.IGNORECASE)
+_SHORTEST = 8
+
+
+def private(text: str) -> str:
+    """A text as it may stand in a file: the home folder is `~`, tokens and passwords are `***`."""
+    home = str(Path.home()).rstrip("/")
+    if len(home) > 1:
+        text = re.sub(rf"(?<![\w.-]){re.escape(home)}(?![\w.-])", "~", text)
+    for name, value in os.environ.items():
+        if _NAMES_A_SECRET.search(name) and len(value) >= _SHORTEST:
+            text = text.replace(value, "***")
+    return _SECRETS.sub(lambda found: f"{found['before'] or ''}***", text)
 
 
 def versions() -> dict[str, str]:

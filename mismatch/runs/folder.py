@@ -24,6 +24,7 @@ import shlex
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import cached_property
@@ -113,13 +114,16 @@ class RunFolder:
         """
         started = (now or datetime.now().astimezone()).replace(microsecond=0)
         name = run_id(model, swap, settings)
-        path = Path(output) if output else Path(root) / f"{started:%Y%m%d-%H%M%S}_{name}"
-        check_output(path, overwrite=overwrite)
-        if path.exists():
-            _clear(path)
+        if output:
+            path = Path(output)
+            check_output(path, overwrite=overwrite)
+            if path.exists():
+                _clear(path)
+            with guarded("make the folder", path):
+                path.mkdir(parents=True, exist_ok=True)
+        else:
+            path = _new(Path(root) / f"{started:%Y%m%d-%H%M%S}_{name}")
         folder = cls(path, {})
-        with guarded("make the folder", path):
-            path.mkdir(parents=True, exist_ok=True)
         folder.write("config.yaml", yaml.safe_dump(_plain(settings), sort_keys=False))
         folder.update(
             schema_version=tables.SCHEMA_VERSION,
@@ -160,12 +164,12 @@ class RunFolder:
         self.write(MANIFEST, json_text(self.manifest))
 
     def write(self, name: str, data: str | bytes) -> Path:
-        """Write one file of the folder, whole or not at all.
+        """Write one file of the folder, whole or not at all; text without the home folder and secrets.
 
         Raises:
             RunError: it cannot be written.
         """
-        data = data.encode() if isinstance(data, str) else data
+        data = environment.private(data).encode() if isinstance(data, str) else data
         target = self.path / name
         write_atomic(target, lambda file: file.write(data))
         return target
@@ -199,6 +203,7 @@ class RunFolder:
         """
         path = self.path / "log.txt"
         with guarded("write", path), open(path, "a", encoding="utf-8") as file:
+            line = environment.private(line)
             file.write(f"{datetime.now().astimezone():%Y-%m-%d %H:%M:%S} {line}\n")
 
     def finish(self, status: str, **fields: Any) -> None:
@@ -334,6 +339,17 @@ def check_resume(path: Path | str) -> dict[str, Any]:
             hint=f"read it: mismatch report {path}",
         )
     return manifest
+
+
+def _new(path: Path) -> Path:
+    """Make this folder, or one with a number behind it: runs of one command may begin in one second."""
+    made, number = path, 1
+    while True:
+        with guarded("make the folder", made), suppress(FileExistsError):
+            made.mkdir(parents=True)
+            return made
+        number += 1
+        made = path.with_name(f"{path.name}-{number}")
 
 
 def _clear(path: Path) -> None:

@@ -29,7 +29,7 @@ SCHEMA_VERSION = 2
 
 MOST_ROWS = 2_000_000
 """Rows of a table that is read; the largest run that was made has 60,000."""
-MOST_LAYERS = 4095
+MOST_LAYERS = 1023
 """Largest number of a layer or a head."""
 
 SITES = ("resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post", "final", "logits")

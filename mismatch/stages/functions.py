@@ -41,6 +41,7 @@ def function(name: str) -> Callable[..., Any]:
             check_output(config.folder)
         stage.check(config)
         with measured(*opened.models):
+            opened.fit()
             prepared = stage.prepare(opened)
             started = time.monotonic()
             opened.load()

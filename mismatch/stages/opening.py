@@ -126,6 +126,7 @@ class Opened(Generic[C]):
         made.tokenizer, made.skeleton = self.tokenizer, self.skeleton
         if self._teacher is None:
             made.source = self.source
+        made.fit()
         return made
 
     # ---- the model ----------------------------------------------------------------------------------
@@ -201,19 +202,17 @@ class Opened(Generic[C]):
             foreseen = self.planned()[0]
             self.student = self._elsewhere.adopted(self._teacher, foreseen, device)
 
-    def check_context(self) -> None:
-        """Whether a window fits into what the model was made for.
+    def fit(self) -> None:
+        """Fit the settings to the model's context, before anything else is asked.
 
         Raises:
-            UsageError: it does not.
+            UsageError: windows that were asked for do not fit.
+            ModelError: no such model.
         """
-        limit = getattr(self.model_config, "max_position_embeddings", None)
-        if limit is not None and self.config.seq_len > limit:
-            raise UsageError(
-                f"--seq-len {self.config.seq_len} is longer than the context of {self.config.model}: "
-                f"{limit} tokens",
-                hint=f"take --seq-len {limit} or less",
-            )
+        fitted = self.config.fitted(getattr(self.model_config, "max_position_embeddings", None))
+        if fitted != self.config:
+            self.config = fitted
+            self.say(f"windows of {fitted.seq_len} tokens: the context of {fitted.model}")
 
     # ---- swap and controls --------------------------------------------------------------------------
 
@@ -228,7 +227,6 @@ class Opened(Generic[C]):
         return self._planned
 
     def _plan(self) -> list[Student]:
-        self.check_context()
         if self._elsewhere is not None:
             first = self._elsewhere.foreseen(self.skeleton, self.tokenizer)
         else:

@@ -10,6 +10,7 @@ from mismatch import registry
 from mismatch.report import html
 from mismatch.report.figures import ReportFigure, draw_all
 from mismatch.report.words import kind
+from mismatch.runs.environment import private
 from mismatch.runs.files import write_atomic
 from mismatch.runs.folder import Run, load_run
 
@@ -40,7 +41,7 @@ def page(run: Run, folder: Path | None = None) -> str:
     """
     stage = _stage(run)
     shown = figures(run)
-    return html.page(run, shown, stage.sections(run), draw_all(run, shown, folder))
+    return private(html.page(run, shown, stage.sections(run), draw_all(run, shown, folder)))
 
 
 def figures(run: Run) -> tuple[ReportFigure, ...]:

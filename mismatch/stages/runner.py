@@ -82,6 +82,7 @@ def run(stage: Stage[C, P], opened: Opened[C], *, resume: Path | None = None) ->
     elif opened.ranks.first and config.folder is not None:
         check_output(config.folder, overwrite=opened.overwrite)
     stage.check(config, overwrite=opened.overwrite)
+    opened.fit()
     prepared = stage.prepare(opened)
     if opened.progress and opened.ranks.first:
         texts = (

@@ -32,6 +32,7 @@ from mismatch.models import swap_record as record
 from mismatch.models.folder import CONFIG, INDEX, SINGLE
 from mismatch.models.private import for_reading
 from mismatch.models.swap_record import Record, Swap
+from mismatch.runs.environment import private
 from mismatch.runs.files import guarded, json_text, whole_folder, write_atomic
 
 if TYPE_CHECKING:
@@ -169,7 +170,7 @@ def save(
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         if extra:
-            (folder / record.EXTRA).write_text(json_text(dict(extra)), encoding="utf-8")
+            (folder / record.EXTRA).write_text(private(json_text(dict(extra))), encoding="utf-8")
         _write(model, folder, None, SHARD)
     return path
 
@@ -236,7 +237,7 @@ def _write(
         "auto_map": record.AUTO_MAP,
         record.KEY: entry,
     }
-    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+    text = private(json.dumps(config, indent=2, sort_keys=True)) + "\n"
     write_atomic(folder / CONFIG, lambda file: file.write(text.encode()))
 
 

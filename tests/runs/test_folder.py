@@ -15,9 +15,12 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
-from mismatch.errors import OutputError, RunError
+from mismatch.errors import OutputError, RunError, UsageError
+from mismatch.report.quantity import quantity
 from mismatch.runs import files, state, table
 from mismatch.runs.folder import RunFolder, check_output, load_run, made_by
 from mismatch.runs.plan import SwapPlan
@@ -121,7 +124,7 @@ def test_a_table_of_another_schema_is_refused(monkeypatch):
     monkeypatch.setattr(table, "SCHEMA_VERSION", 9)
     with pytest.raises(RunError, match="schema 2, this version reads schema 9"):
         table.from_parquet(data)
-    with pytest.raises(RunError, match="is not valid JSON"):
+    with pytest.raises(RunError, match="cannot be read"):
         table.from_parquet(data[:100])
 
 
@@ -201,7 +204,7 @@ def test_a_folder_without_a_run_or_without_numbers_says_so(tmp_path, folder):
         load_run(folder.path)
     assert str(caught.value).endswith(f"hint: finish it: mismatch trace --resume {folder.path}")
     (folder.path / "manifest.json").write_text("{")
-    with pytest.raises(RunError, match="cannot be read"):
+    with pytest.raises(RunError, match="is not valid JSON"):
         load_run(folder.path)
 
 
@@ -366,3 +369,65 @@ def test_run_and_report_do_not_import_torch():
         "sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_two_runs_that_begin_in_one_second(tmp_path):
+    made = [
+        RunFolder.create("toy", "nope", {}, kind="scan", root=tmp_path, now=NOON).path
+        for _ in range(3)
+    ]
+    assert len(set(made)) == 3
+    assert [path.name.removeprefix(made[0].name) for path in made] == ["", "-2", "-3"]
+
+
+HOSTILE = {
+    "kind": "planted.parts:Evil",
+    "status": ["done"],
+    "run_id": None,
+    "texts": {"evaluation": None},
+    "fingerprints": [],
+    "versions": None,
+    "model_info": "x",
+}
+
+
+@pytest.mark.parametrize("field", HOSTILE)
+def test_a_manifest_that_does_not_fit_names_its_field_and_runs_nothing(folder, planted, field):
+    folder.write_table(some_rows()[:-1])
+    file = folder.path / "manifest.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {field: HOSTILE[field]}))
+    with pytest.raises(RunError, match=f"manifest.json: `{field}"):
+        load_run(folder.path)
+    assert not planted.exists()
+
+
+def test_a_table_that_names_a_class_is_read_without_running_it(folder, planted):
+    rows = [row(metric="planted.parts:Evil") | {"run_id": folder.run_id}]
+    folder.write("metrics.parquet", table.to_parquet(table.as_table(rows)))
+    run = load_run(folder.path)
+    with pytest.raises(UsageError, match=r"metrics\.json does not describe the metric `planted"):
+        quantity("planted.parts:Evil", run.dictionary)
+    assert not planted.exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.append_column("x", pa.array([1])), "unknown columns"),
+        (lambda t: t.drop_columns(["metric"]), "missing columns"),
+        (
+            lambda t: t.set_column(4, "student", pa.array([1])),
+            "`student` must be string, got int64",
+        ),
+        (
+            lambda t: t.set_column(5, "layer", pa.array([30_000], pa.int16())),
+            "a layer outside 0..1023",
+        ),
+    ],
+)
+def test_a_table_of_other_columns_is_refused(change, message):
+    sink = io.BytesIO()
+    changed = change(pq.read_table(io.BytesIO(table.to_parquet(table.as_table([row()])))))
+    pq.write_table(changed, sink)
+    with pytest.raises(RunError, match=message):
+        table.from_parquet(sink.getvalue())

@@ -24,6 +24,7 @@ def earlier_run(config: DiagnoseConfig) -> Run | None:
     if config.student is not None and run.config.get("student") is not None:
         return run  # whether it is this student its weights tell
     theirs, ours = run.config.get("swap") or [], config.subject
+    theirs = [theirs] if isinstance(theirs, str) else theirs
     if not theirs or spec.format(spec.parse(theirs)) != ours:
         raise UsageError(
             f"the run in {config.earlier_run} is of another swap: {'; '.join(theirs) or 'none'}; this one is {ours}",

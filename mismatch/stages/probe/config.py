@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
-from mismatch.config import DANGEROUS, MODEL, OUTPUT, CalibratedConfig, SwapConfig
+from mismatch.config import DANGEROUS, MODEL, OUTPUT, CalibratedConfig, SwapConfig, fields
 from mismatch.errors import ConfigError
 from mismatch.registry import probes
 
@@ -42,7 +43,7 @@ class ProbeConfig(CalibratedConfig, SwapConfig):
     seq_len: Annotated[int, ">= 32"] = 160
     """Tokens per window of evaluation text."""
     lengths: tuple[str, ...] = ("256", "512", "1024")
-    """Tokens of the passkey prompts."""
+    """Tokens of the passkey prompts; by default those of them that the model's context holds."""
     depths: tuple[str, ...] = ("0.1", "0.5", "0.9")
     """Where the passkey stands: 0 is the start of the prompt, 1 its end."""
     planned_gate_lr: float | None = None
@@ -68,6 +69,15 @@ class ProbeConfig(CalibratedConfig, SwapConfig):
                 if not _reads(kind, fits, text):
                     what = "whole numbers >= 1" if kind is int else "numbers in 0..1"
                     raise ConfigError(f"`{name}` must be {what}, got `{text}`")
+
+    def fitted(self, context: int | None) -> Self:
+        made = super().fitted(context)
+        if context is not None and made != self:  # a probe moves the text, and needs room for that
+            made = dataclasses.replace(made, seq_len=max(3 * context // 4, 32))
+        if context is None or made.lengths != fields(type(self))["lengths"].default:
+            return made
+        short = tuple(text for text in made.lengths if int(text) <= context)
+        return dataclasses.replace(made, lengths=short or (str(context),))
 
     @property
     def tokens(self) -> int:

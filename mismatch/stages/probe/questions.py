@@ -26,6 +26,8 @@ from mismatch.surgery.operate import Student
 from mismatch.surgery.students import Teacher
 from mismatch.texts.windows import Windows, prefix_ids
 
+LENGTH = 256
+"""Tokens of the passkey prompts behind a trace, or the model's context."""
 LIGHT = 4
 """Samples of the probes behind a trace: inputs that take seconds, not minutes."""
 
@@ -111,8 +113,10 @@ def questions_behind(opened: Opened[TraceConfig]) -> Questions | None:
     """
     if not opened.config.probes:
         return None
+    context = getattr(opened.model_config, "max_position_embeddings", None) or LENGTH
+    lengths = (str(min(LENGTH, context)),)
     # batch_size: prompts are much shorter than the windows of a trace.
-    own = light(opened.config, opened.config.probes, samples=LIGHT, lengths=("256",), batch_size=4)
+    own = light(opened.config, opened.config.probes, samples=LIGHT, lengths=lengths, batch_size=4)
     held_out = opened.texts["evaluation"].documents
     cut = (
         opened.cut("evaluation of probes", held_out, own.tokens, seq_len=own.seq_len)

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Self
 
 from mismatch import spec
-from mismatch.config import DANGEROUS, MODEL, OUTPUT, CalibratedConfig, RunConfig, ScoredConfig
+from mismatch.config import (
+    DANGEROUS,
+    MODEL,
+    OUTPUT,
+    CalibratedConfig,
+    RunConfig,
+    ScoredConfig,
+    fields,
+)
 from mismatch.errors import ConfigError
 from mismatch.registry import did_you_mean
 
@@ -33,6 +42,13 @@ class SweepConfig(CalibratedConfig, ScoredConfig):
     """Tokens of a passkey prompt."""
     depth: Annotated[float, "0..1"] = 0.1
     """Where the passkey stands: 0 is the start of the prompt, 1 its end."""
+
+    def fitted(self, context: int | None) -> Self:
+        made = super().fitted(context)
+        usual = fields(type(self))["length"].default
+        if context is None or self.length != usual or usual <= context:
+            return made
+        return dataclasses.replace(made, length=context)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -110,7 +110,6 @@ def _text(opened: Opened[ScanConfig], wanted: int) -> tuple[Windows | None, Wind
     """Windows of calibration and evaluation text, each where it is wanted."""
     config, calibration, cut = opened.config, None, None
     if "text" in (config.tasks or TASKS):
-        opened.check_context()
         calibration, held_out = opened.apart(calibrates=wanted > 0)
         cut = opened.cut("evaluation", held_out, config.tokens)
     return opened.calibration(wanted, calibration), cut

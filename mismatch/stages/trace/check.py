@@ -56,9 +56,11 @@ def checked(opened: Opened[TraceConfig], tokens: int | None = None) -> Check:
         tokens: that there are; None: as many as were asked for.
 
     Raises:
-        MismatchError: whatever a trace would refuse of model, swap and controls.
+        MismatchError: whatever a trace would refuse of model, swap and controls; no such text.
     """
+    opened.fit()
     config, students = opened.config, opened.planned()
+    opened.documents("evaluation")
     first = [student.plan.first for student in students]
     needs = estimate(opened.skeleton, first, config, tokens)
     return Check(warned(students[0].plan, config.seq_len, config.controls), needs, config)
