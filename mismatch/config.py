@@ -12,11 +12,9 @@ import dataclasses
 import functools
 import hashlib
 import json
-import re
 import shlex
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from decimal import Decimal
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
@@ -26,6 +24,7 @@ from mismatch import reading, spec
 from mismatch.errors import ConfigError, UsageError
 from mismatch.registry import Registry, card, did_you_mean, mechanisms
 from mismatch.registry.card import REQUIRED, Arg
+from mismatch.registry.meaning import meant
 
 MODEL = ("model", "revision", "dtype", "device", "device_map")
 OUTPUT = ("output", "run_name")
@@ -312,86 +311,13 @@ def _refuse_code(made: RunConfig, files: Mapping[str, Any]) -> None:
 
 
 def _accept(arg: Arg, value: Any, where: str) -> Any:
-    value = _meant(arg, value)
-    if isinstance(value, str) and not _writable(value):
-        raise ConfigError(
-            f"{where} must be text in Unicode without control characters, got {value!a:.200}"
-        )
     try:
+        value = meant(arg, value, path=arg.name in PATHS)
         return arg.accept(value)
     except ValueError as error:
         known = arg.choices or ()
         hint = did_you_mean(value, map(str, known)) if known and isinstance(value, str) else None
         raise ConfigError(f"{where} {error}", hint=hint) from None
-
-
-def _meant(arg: Arg, value: Any) -> Any:
-    """What a person means by a value of another type: flags, YAML and Python alike.
-
-    Text of a number, a path, a numpy number, any row of words. What fits nothing is left for `Arg.accept` to refuse.
-    """
-    if hasattr(value, "item") and getattr(value, "shape", None) == ():
-        value = value.item()  # a number of numpy or torch
-    if isinstance(value, Path):
-        value = str(value)
-    if arg.type == "list":
-        return _words(value, apart=arg.name != "swap")
-    if arg.optional and isinstance(value, str) and value == "none":
-        return None
-    if arg.type in ("int", "float") and arg.choices is None:
-        return _number(arg.type, value)
-    if arg.name in PATHS and isinstance(value, str) and value.startswith("~"):
-        try:
-            return str(Path(value).expanduser())
-        except RuntimeError:
-            raise ConfigError(
-                f"`{arg.name}`: there is no home folder {Path(value).parts[0]}"
-            ) from None
-    return value
-
-
-def _words(value: Any, *, apart: bool) -> Any:
-    """A row of words: one text, divided at commas unless it is a swap, or anything that can be gone through."""
-    if isinstance(value, str):
-        if not apart:
-            return (value,)
-        return () if value == "none" else tuple(part.strip() for part in value.split(","))
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        value = (value,)
-    if (
-        value is None
-        or isinstance(value, (Mapping, bytes, bool))
-        or not isinstance(value, Iterable)
-    ):
-        return value
-    return tuple(
-        str(word) if isinstance(word, (str, Path)) or _is_number(word) else word for word in value
-    )
-
-
-def _is_number(value: Any) -> bool:
-    value = value.item() if getattr(value, "shape", None) == () else value
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-_NUMBER = re.compile(r"([+-]?(?:\d{1,40}\.?\d{0,40}|\.\d{1,40})(?:[eE][+-]?\d{1,3})?)([kM]?)")
-_MANY = {"": 1, "k": 1000, "M": 1_000_000}  # 64k, 1M: counts of tokens
-
-
-def _number(kind: str, value: Any) -> Any:
-    if isinstance(value, str) and (found := _NUMBER.fullmatch(value.strip())):
-        exact = Decimal(found[1]) * _MANY[found[2]]
-        if kind == "float":
-            return float(exact)
-        return int(exact) if exact == exact.to_integral_value() else value
-    if kind == "int" and isinstance(value, float) and value.is_integer():
-        return int(value)
-    return value
-
-
-def _writable(text: str) -> bool:
-    """Whether a text can be written into a file and a path: bytes of another encoding cannot."""
-    return "\0" not in text and not any("\ud800" <= sign <= "\udfff" for sign in text)
 
 
 class _Loader(reading.PlainYaml):

@@ -102,7 +102,7 @@ def test_ranges_and_numpy_numbers_are_words():
         ({"controls": 1.5}, "unknown mechanism `1.5`"),
         ({"model": "a\0b"}, "`model` must be text in Unicode without control characters, got 'a\\x00b'"),
         ({"data": "\udcff.txt"}, "`data` must be text in Unicode without control characters, got '\\udcff.txt'"),
-        ({"data": "~nobody_of_this_name/x"}, "`data`: there is no home folder ~nobody_of_this_name"),
+        ({"data": "~nobody_of_this_name/x"}, "`data` names the home folder of nobody: ~nobody_of_this_name/x"),
         ({"run_name": "../x"}, "`run_name` must be the name of a folder under runs/, got `../x`\n\n"
          "hint: `output` takes a path"),
         ({"run_name": ".."}, "`run_name` must be the name of a folder under runs/, got `..`\n\n"
@@ -196,7 +196,7 @@ def test_precedence(tmp_path):
         "device_map": "none",
     }
     got = load(TraceConfig, file, flags)
-    assert (got.model, got.tokens, got.seq_len, got.batch_size) == ("a", 200, 64, 4)
+    assert (got.model, got.tokens, got.seq_len, got.batch_size) == ("a", 200, 64, 1)
     assert (got.controls, got.metrics, got.device_map) == ((), ("kl", "cka"), None)
     assert load(TraceConfig, None, {"model": "a", "swap": SWAP}).controls == ("zero", "mean")
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple, Required, TypedDict
@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, Required, TypedDict
 from safetensors import SafetensorError, safe_open
 
 from mismatch.errors import ModelError
-from mismatch.reading import json_of, typed
+from mismatch.reading import json_of, shown, typed
 
 CONFIG = "config.json"
 SINGLE = "model.safetensors"
@@ -63,6 +63,42 @@ def read_config_file(folder: Path) -> dict[str, Any]:
         )
     typed(Config, config, lambda reason: ModelError(f"{path}: {reason}"))
     return config
+
+
+LARGEST = {
+    "num_hidden_layers": 1024,
+    "hidden_size": 2**20,
+    "vocab_size": 2**24,
+    "num_attention_heads": 2**14,
+}
+"""Sizes that every family has under these names (transformers maps the others), and the largest that is believed."""
+
+
+def check_sizes(config: Any, folder: Path) -> None:
+    """A model of a million layers is built for hours before anything is wrong.
+
+    Raises:
+        ModelError: a size is not a number, or out of range.
+    """
+    inner = config.get_text_config()
+    context = {"max_position_embeddings": 2**40}
+    for name, largest in {**LARGEST, **context}.items():
+        value = getattr(inner, name, None)
+        if value is None and (name in context or not hasattr(inner, name)):
+            continue
+        if type(value) is not int or not 1 <= value <= largest:
+            raise ModelError(
+                f"{folder / CONFIG}: `{name}` must be int in 1..{largest}, got {shown(value)}"
+            )
+
+
+def thetas(config: dict[str, Any]) -> Iterator[float]:
+    """The RoPE bases that a config names, wherever they stand in it."""
+    for key, value in config.items():
+        if key in ("rope_theta", "rope_local_base_freq") and isinstance(value, (int, float)):
+            yield float(value)
+        elif isinstance(value, dict) and (key.startswith("rope") or "_attention" in key):
+            yield from thetas(value)
 
 
 def _hint_for(folder: Path) -> str:

@@ -26,16 +26,17 @@ from mismatch.errors import ModelError
 from mismatch.models import swap_record as record
 from mismatch.models.folder import (
     CONFIG,
+    check_sizes,
     check_weights,
     fingerprint,
     read_config_file,
     refuse_quantised,
     refuse_remote_code,
+    thetas,
 )
 from mismatch.models.private import for_reading
 from mismatch.models.quantised import bits, numbers, quantised, settle, values
 from mismatch.models.resolve import Located, from_hub, locate
-from mismatch.reading import shown
 
 if TYPE_CHECKING:
     from mismatch.models.layout import CausalLM
@@ -227,35 +228,8 @@ def _config(folder: Path, trust_remote_code: bool) -> transformers.PretrainedCon
         raise ModelError(
             f"{folder / CONFIG} is not a valid config: {_first_line(error)}"
         ) from error
-    _check_sizes(config, folder)
+    check_sizes(config, folder)
     return config
-
-
-LARGEST = {
-    "num_hidden_layers": 1024,
-    "hidden_size": 2**20,
-    "vocab_size": 2**24,
-    "num_attention_heads": 2**14,
-}
-"""Sizes that every family has under these names (transformers maps the others), and the largest that is believed."""
-
-
-def _check_sizes(config: transformers.PretrainedConfig, folder: Path) -> None:
-    """A model of a million layers is built for hours before anything is wrong.
-
-    Raises:
-        ModelError: a size is not a number, or out of range.
-    """
-    inner = config.get_text_config()
-    context = {"max_position_embeddings": 2**40}
-    for name, largest in {**LARGEST, **context}.items():
-        value = getattr(inner, name, None)
-        if value is None and (name in context or not hasattr(inner, name)):
-            continue
-        if type(value) is not int or not 1 <= value <= largest:
-            raise ModelError(
-                f"{folder / CONFIG}: `{name}` must be int in 1..{largest}, got {shown(value)}"
-            )
 
 
 def plain_config(
@@ -279,7 +253,7 @@ def plain_config(
         raise ModelError(
             f"{Path(folder, CONFIG)} is not a valid config: {_first_line(error)}"
         ) from error
-    _check_sizes(config[0] if isinstance(config, tuple) else config, Path(folder))
+    check_sizes(config[0] if isinstance(config, tuple) else config, Path(folder))
     return config
 
 
@@ -367,8 +341,8 @@ def _check_rope(model: CausalLM, folder: Path) -> None:
     transformers 4 wrote `rope_theta`, 5 writes `rope_parameters`; read by the other, it can fall
     back to 10000 silently.
     """
-    wanted = set(_thetas(read_config_file(folder)))
-    got = set(_thetas(model.config.to_dict()))
+    wanted = set(thetas(read_config_file(folder)))
+    got = set(thetas(model.config.to_dict()))
     if wanted and not wanted <= got:
         raise ModelError(
             f"{folder}: config.json has rope_theta {sorted(wanted)}, the loaded model has "
@@ -376,14 +350,6 @@ def _check_rope(model: CausalLM, folder: Path) -> None:
             hint="write rope_parameters into config.json as transformers "
             f"{transformers.__version__} does",
         )
-
-
-def _thetas(config: dict[str, Any]) -> Iterator[float]:
-    for key, value in config.items():
-        if key in ("rope_theta", "rope_local_base_freq") and value is not None:
-            yield float(value)
-        elif isinstance(value, dict) and (key.startswith("rope") or "_attention" in key):
-            yield from _thetas(value)
 
 
 def check_vocabulary(model: CausalLM, tokenizer: Any, name: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import dataclasses
 import errno
+import io
 import json
 import os
 import random
