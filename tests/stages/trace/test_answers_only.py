@@ -11,7 +11,7 @@ from measured import collector_of, cut, student_of
 from random_models import build
 
 import mismatch
-from mismatch import registry
+from mismatch import cli, registry
 from mismatch.errors import UsageError
 from mismatch.runs.table import as_table
 from mismatch.stages.scan.tasks import text_task
@@ -133,3 +133,14 @@ def test_a_scan_of_chats(talking):
 def test_stages_that_count_all_tokens_have_no_such_setting(talking, stage):
     with pytest.raises(UsageError, match="has no setting `answers_only`"):
         getattr(mismatch, stage)(talking, "layer2:nope", answers_only=True)
+
+
+def test_such_a_trace_is_no_start_for_a_stage_that_counts_all_tokens(talking, tmp_path, capsys):
+    mismatch.trace(
+        talking, "layer2:nope", data=chats(), tokens=256, seq_len=64, controls=(), metrics=("kl",),
+        answers_only=True, output=str(tmp_path / "run"),
+    )  # fmt: skip
+    assert cli.main(["diagnose", str(tmp_path / "run")]) == 2
+    assert (
+        "counts answers only, and `mismatch diagnose` counts all tokens" in capsys.readouterr().err
+    )
