@@ -1,19 +1,21 @@
 """The same run on nnsight 0.8, for researchers who use it. The only file that imports nnsight.
 
 Pitfalls that shaped it (measured): a wrapper built before surgery silently reads the OLD module, so a fresh one is
-built for every run; values must be read in forward order; the `with` body must stand on its own lines in a file on
-disk; importing nnsight patches `Tensor.backward`, so it is imported late, and only on request.
+built for every run; it leaves a `forward` of its own on every module, so that is taken off after each; values must be
+read in forward order; the `with` body must stand on its own lines in a file on disk; importing nnsight patches
+`Tensor.backward`, so it is imported late, and only on request.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from operator import attrgetter
 from typing import Any
 
 import torch
 from nnsight import NNsight, TransformersModel
-from torch import Tensor
+from torch import Tensor, nn
 
 from mismatch.forward.hooks import Visit, ignore
 from mismatch.forward.sites import Tap, tensor_of
@@ -31,6 +33,33 @@ def run(
     stream: Tensor | None = None,
 ) -> Tensor:
     """As `mismatch.forward.hooks.run`, bit for bit."""
+    with _taken_off(layout.decoder):
+        return _run(layout, ids, taps, visit, start, stop, stream)
+
+
+@contextmanager
+def _taken_off(decoder: nn.Module) -> Iterator[None]:
+    """Leave the modules with what they have now of what nnsight sets on them."""
+    before = [(vars(module), dict(vars(module))) for module in decoder.modules()]
+    try:
+        yield
+    finally:
+        for now, then in before:
+            for name in ("forward", "__nnsight__"):
+                now.pop(name, None)
+                if name in then:
+                    now[name] = then[name]
+
+
+def _run(
+    layout: Layout,
+    ids: Tensor,
+    taps: Sequence[Tap],
+    visit: Visit,
+    start: int,
+    stop: int | None,
+    stream: Tensor | None,
+) -> Tensor:
     wrapped = NNsight(layout.decoder)
     blocks = getattr(wrapped, layout.family.blocks)
     last = layout.n_layers if stop is None else stop

@@ -52,7 +52,9 @@ def test_nnsight_and_hooks_are_bit_equal(tiny, text):
     student = student_of(model, text)
     whole = student.whole_blocks()
     ours, our_final = record(hooks.run, student.layout, whole)
+    before = [set(vars(module)) for module in student.model.modules()]
     theirs, their_final = record(nnsight_backend.run, student.layout, whole)
+    assert [set(vars(module)) for module in student.model.modules()] == before
     assert torch.equal(our_final, their_final)
     assert all(torch.equal(ours[tap], theirs[tap]) for tap in ours)
     stream = ours[next(t for t in ours if t.layer == 0 and t.site == "resid_post")]
