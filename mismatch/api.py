@@ -15,6 +15,7 @@ from mismatch import spec
 from mismatch.forward.measured import measured
 from mismatch.models import generate as generating
 from mismatch.models.generate import Generated
+from mismatch.models.load import need_tokenizer
 from mismatch.stages.functions import opened_for
 from mismatch.stages.opening import load
 from mismatch.stages.runner import stage_of
@@ -130,7 +131,7 @@ def swap(
     if wanted := tokens_for(calls, d_model=loaded.layout.d_model):
         tokens = calibration_tokens or wanted
         text = read(calibration_data, tokenizer=loaded.tokenizer)
-        cut = windows(text, loaded.tokenizer, min(seq_len, tokens), tokens, seed)
+        cut = windows(text, need_tokenizer(loaded.tokenizer), min(seq_len, tokens), tokens, seed)
     with measured(loaded.model):
         return calibrated_swap(loaded, parsed, cut, batch_size=batch_size, seed=seed)
 
@@ -165,7 +166,7 @@ def generate(
     with measured(speaker.model):
         return generating.generate(
             speaker.model,
-            speaker.tokenizer,
+            need_tokenizer(speaker.tokenizer),
             prompt,
             max_new_tokens=max_new_tokens,
             temperature=temperature,

@@ -22,7 +22,7 @@ import torch
 import transformers
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from mismatch.errors import ModelError
+from mismatch.errors import ModelError, UsageError
 from mismatch.models import swap_record as record
 from mismatch.models.folder import (
     CONFIG,
@@ -350,6 +350,16 @@ def _check_rope(model: CausalLM, folder: Path) -> None:
             hint="write rope_parameters into config.json as transformers "
             f"{transformers.__version__} does",
         )
+
+
+def need_tokenizer(tokenizer: Any) -> Any:
+    """The tokenizer of a model that was handed over. Raises UsageError when it came without."""
+    if tokenizer is None:
+        raise UsageError(
+            "the model was handed over without its tokenizer, and text is to be read",
+            hint="pass (model, tokenizer): AutoTokenizer.from_pretrained(...) loads the one it was trained with",
+        )
+    return tokenizer
 
 
 def check_vocabulary(model: CausalLM, tokenizer: Any, name: str) -> None:

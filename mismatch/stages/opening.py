@@ -21,7 +21,7 @@ from mismatch.config import SwapConfig
 from mismatch.errors import UsageError
 from mismatch.forward.measured import measured
 from mismatch.models.layout import Layout, family_of
-from mismatch.models.load import ModelInfo, load_tokenizer, read_config
+from mismatch.models.load import ModelInfo, load_tokenizer, need_tokenizer, read_config
 from mismatch.models.resolve import Located
 from mismatch.models.skeleton import skeleton_of
 from mismatch.runs.folder import RunFolder
@@ -148,7 +148,7 @@ class Opened(Generic[C]):
     def tokenizer(self) -> Any:
         """The model's tokenizer."""
         if self._teacher is not None:
-            return self._teacher.tokenizer
+            return need_tokenizer(self._teacher.tokenizer)
         return load_tokenizer(self.source[1].folder, self.config.trust_remote_code)
 
     @cached_property

@@ -137,7 +137,8 @@ def of_loaded(model: CausalLM, tokenizer: Any) -> Measurable:
 
 def _check_loaded(model: Any, tokenizer: Any) -> None:
     fits = isinstance(model, transformers.PreTrainedModel)
-    if not fits or not callable(tokenizer) or isinstance(tokenizer, torch.nn.Module):
+    cuts = tokenizer is None or callable(tokenizer)  # without one, what reads no text can be done
+    if not fits or not cuts or isinstance(tokenizer, torch.nn.Module):
         given = ", ".join("None" if x is None else type(x).__name__ for x in (model, tokenizer))
         raise UsageError(
             f"a loaded model is given as (model, tokenizer), got ({given})",

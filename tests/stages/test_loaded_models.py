@@ -84,12 +84,6 @@ WRONG = {
         f"{GIVEN}LlamaForCausalLM, LlamaForCausalLM)",
         TOKENIZER,
     ),
-    "no tokenizer": (
-        lambda model, tokenizer: (model, None),
-        UsageError,
-        f"{GIVEN}LlamaForCausalLM, None)",
-        TOKENIZER,
-    ),
     "nothing": (lambda model, tokenizer: None, UsageError, "got NoneType", "both as transformers"),
     "without weights": (
         lambda model, tokenizer: (bare(model), tokenizer),
@@ -125,6 +119,20 @@ def test_what_is_not_a_model_with_its_tokenizer_is_told_what_to_pass(toy, what):
             call(given)
         assert said in error.value.message
         assert hint in error.value.hint
+
+
+def test_without_a_tokenizer_what_reads_text_says_so(toy):
+    bare = (toy.model, None)
+    assert mismatch.swap(bare, "layer2:zero").plan.layers == (2,)
+    for call in (
+        lambda: mismatch.trace(bare, "layer2:zero", **TRACE),
+        lambda: mismatch.probe(bare, "layer2:zero", probes=("passkey",), seq_len=128),
+        lambda: mismatch.swap(bare, "layer2:mean", calibration_data=TEXTS),
+        lambda: mismatch.generate(bare, "The king"),
+    ):
+        with pytest.raises(UsageError, match="handed over without its tokenizer") as error:
+            call()
+        assert error.value.hint.startswith("pass (model, tokenizer)")
 
 
 def test_a_list_of_two_is_a_pair(toy):
