@@ -11,7 +11,7 @@ from mismatch.cli.parser import EXAMPLES, read
 from mismatch.registry import stages
 
 COMMANDS = (
-    *("trace", "check", "probe", "diagnose", "scan", "plan", "repair", "generate"),
+    *("trace", "check", "probe", "diagnose", "scan", "plan", "repair", "generate", "merge"),
     *("fetch", "report", "compare", "list", "explain", "env"),
 )
 
