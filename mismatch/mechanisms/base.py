@@ -41,6 +41,9 @@ class Host:
         self._mask: Tensor | None = None
         self._real: Tensor | None = None
 
+    def __deepcopy__(self, memo: dict) -> Host:
+        return self  # as the contexts of copied mechanisms do
+
     @property
     def mask(self) -> Tensor | None:
         """The 2-D attention mask of the running forward, `batch total`, 1 = real token; None = no
@@ -117,6 +120,10 @@ class Context:
     def __deepcopy__(self, memo: dict) -> Context:
         # A copied module keeps sharing the live Host and the model's config.
         return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What a mechanism is built with is not part of it, and a function of surgery cannot be pickled.
+        return vars(self) | {"build": None, "calibration": None}
 
     @property
     def where(self) -> str:

@@ -69,7 +69,7 @@ def scan(
     return (read[..., 0].transpose(1, 2) + x * D[:, None]) * F.silu(z), h
 
 
-Library = on_any_device(MambaMixer, mamba_selective_scan=scan)
+Library = on_any_device(MambaMixer, __name__, mamba_selective_scan=scan)
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,7 @@ from mismatch.errors import SurgeryError
 from mismatch.mechanisms.base import Context
 from mismatch.mechanisms.parts.mixers import Mixer, identity_taps, on_any_device
 
-Library = on_any_device(Mamba2Mixer)
+Library = on_any_device(Mamba2Mixer, __name__)
 CHUNK = 64  # tokens computed at once; more only takes more memory on a CPU
 EXPAND, STATE = 2, 64  # of a fresh layer: the library's expansion, a state for small models
 GAIN = 0.1  # of the norm before the inherited output projection, at the start

@@ -27,7 +27,7 @@ from transformers.models.lfm2.modeling_lfm2 import Lfm2ShortConv
 from mismatch.mechanisms.base import Context
 from mismatch.mechanisms.parts.mixers import Mixer, on_any_device
 
-Library = on_any_device(Lfm2ShortConv)
+Library = on_any_device(Lfm2ShortConv, __name__)
 
 
 @dataclass(frozen=True)

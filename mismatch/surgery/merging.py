@@ -91,6 +91,7 @@ def _outermost(model: nn.Module) -> tuple[str, Mechanism] | None:
 
 
 def _ours(hook: Any) -> bool:
+    hook = getattr(hook, "func", hook)  # of a partial
     return getattr(hook, "__module__", "").partition(".")[0] == __name__.partition(".")[0]
 
 

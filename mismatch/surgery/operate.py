@@ -14,6 +14,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -339,12 +340,12 @@ def calibrators(placements: Sequence[Placement]) -> dict[tuple[int | None, str, 
 
 def _pass_mask(model: CausalLM, host: Host) -> None:
     """Tell the host of every forward's padding mask."""
+    model.base_model.register_forward_pre_hook(partial(_carry, host), with_kwargs=True)
 
-    def carry(_module: nn.Module, _args: tuple, kwargs: dict) -> None:
-        mask = kwargs.get("attention_mask")
-        host.mask = mask if isinstance(mask, torch.Tensor) and mask.ndim == 2 else None
 
-    model.base_model.register_forward_pre_hook(carry, with_kwargs=True)
+def _carry(host: Host, _module: nn.Module, _args: tuple, kwargs: dict) -> None:
+    mask = kwargs.get("attention_mask")
+    host.mask = mask if isinstance(mask, torch.Tensor) and mask.ndim == 2 else None
 
 
 def _lay_out(new: nn.Module, original: nn.Module) -> None:

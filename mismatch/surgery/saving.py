@@ -30,6 +30,7 @@ from mismatch import spec
 from mismatch.errors import OutputError, RunError, SurgeryError, UsageError
 from mismatch.models import swap_record as record
 from mismatch.models.folder import CONFIG, INDEX, SINGLE
+from mismatch.models.made import reduced
 from mismatch.models.private import for_reading
 from mismatch.models.swap_record import Record, Swap
 from mismatch.runs.environment import private
@@ -63,6 +64,9 @@ class Swapped(_Model):
     """The second base of a swapped model's class. `swap_record` holds the swaps."""
 
     swap_record: Record
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        return reduced(self, _swapped, type(self).__mro__[2])
 
     def save_pretrained(  # type: ignore[override]  # transformers' later options by keyword only
         self,

@@ -74,6 +74,7 @@ def test_the_merged_model_is_the_student_and_loads_without_mismatch(family, call
     wanted = logits(student.model)
     plain = student.merged()
     assert type(plain) is type(model)
+    assert not any(module._forward_pre_hooks for module in plain.modules())
     torch.testing.assert_close(logits(plain), wanted, atol=2e-5, rtol=0)
     plain.save_pretrained(tmp_path)
     assert_plain(model, tmp_path, wanted)

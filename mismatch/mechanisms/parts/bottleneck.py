@@ -23,12 +23,17 @@ from torch import Tensor, nn
 from mismatch.mechanisms.base import Context, tensor_kind
 from mismatch.mechanisms.parts.linears import generator
 
+
+def _unchanged(x: Tensor) -> Tensor:
+    return x
+
+
 NONLINEARITIES: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "relu": F.relu,
     "swish": F.silu,
     "tanh": torch.tanh,
-    "none": lambda x: x,
+    "none": _unchanged,
 }
 HOULSBY_STD = 0.01  # arXiv 1902.00751
 

@@ -177,7 +177,9 @@ class Columns(nn.Module):
         return x[..., self.start : self.stop]
 
 
-def on_any_device(mixer: type[nn.Module], **instead: Callable[..., Any]) -> type[nn.Module]:
+def on_any_device(
+    mixer: type[nn.Module], there: str, **instead: Callable[..., Any]
+) -> type[nn.Module]:
     """The same mixer, which calls transformers' own torch code for tensors on a CPU whatever is installed.
 
     A mixer's forward finds its kernels among the globals of its file. The subclass has the same forward with other
@@ -185,6 +187,7 @@ def on_any_device(mixer: type[nn.Module], **instead: Callable[..., Any]) -> type
 
     Args:
         mixer: a mixer class of transformers.
+        there: the module that has this class as `Library`, where pickle finds it.
         instead: torch functions to call on a CPU in place of transformers' own, by the name of the kernel.
     """
     known = vars(sys.modules[mixer.__module__])
@@ -204,7 +207,9 @@ def on_any_device(mixer: type[nn.Module], **instead: Callable[..., Any]) -> type
         forward.__defaults__,
         forward.__closure__,
     )
-    return type(mixer.__name__, (mixer,), {"forward": own})
+    return type(
+        mixer.__name__, (mixer,), {"forward": own, "__module__": there, "__qualname__": "Library"}
+    )
 
 
 def identity_taps(conv: nn.Conv1d) -> None:

@@ -28,6 +28,7 @@ from mismatch.mechanisms.base import Context, Mechanism, tensor_kind
 from mismatch.mechanisms.parts.calling import cache_in, hidden_in
 from mismatch.mechanisms.parts.linears import linear_layers, seed_of, width
 from mismatch.mechanisms.parts.own_state import count_tokens
+from mismatch.models.made import reduced
 from mismatch.registry import mechanisms
 
 if TYPE_CHECKING:
@@ -55,6 +56,9 @@ class Foreign(Mechanism):
     identity = "not known: the user's own module"
     state = "what the module itself keeps in the cache that it gets"
     made: ClassVar[type[nn.Module]]
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        return reduced(self, adapted, self.made)
 
     def __init__(self, original: nn.Module, config: Arguments, context: Context) -> None:
         """Raises:
