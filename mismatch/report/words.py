@@ -29,8 +29,9 @@ def plan_lines(plan: SwapPlan) -> list[str]:
             )
         )
         lines.append(f"{where} {clause.slot}: {clause.old} -> {clause.mechanism}({args})  {counts}")
-    if plan.apart is not None and not plan.clauses:
-        lines.append(f"no module was replaced; not the teacher's own: {plan.apart.text()}")
+    if not plan.clauses:
+        differs = "nothing" if plan.apart is None else plan.apart.text()
+        lines.append(f"no module was replaced; not the teacher's own: {differs}")
     return lines
 
 

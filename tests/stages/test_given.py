@@ -9,11 +9,14 @@ import shutil
 import pandas as pd
 import pytest
 import torch
+import transformers
 from wonderland import documents, jsonl
 
 import mismatch
 from mismatch.cli import main
 from mismatch.errors import MismatchError, ModelError, SurgeryError, UsageError
+from mismatch.runs.state import State
+from mismatch.stages.trace import batches
 
 SWAP = "layer2:infini(segment=16)"
 TEXTS, OTHERS = documents(4), documents(3, seed=1)
@@ -269,6 +272,50 @@ def test_on_the_command_line(toy_folder, checkpoint, fine_tune, tmp_path, capsys
     assert not (tmp_path / "e").exists()
     assert main(["scan", *words, *student]) == 2
     assert "`mismatch trace --student`" in capsys.readouterr().err
+
+
+def test_a_resumed_run_knows_its_student(
+    toy_folder, toy_teacher, trained, tmp_path, monkeypatch, capsys
+):
+    held_out, run = jsonl(tmp_path / "a.jsonl", TEXTS), tmp_path / "run"
+    given = trained.save(tmp_path / "student")
+    words = ["trace", "--model", str(toy_folder), "--student", str(given), "--data", str(held_out)]
+    words += ["--seq-len", "64", "--tokens", "256", "--controls", "none", "--metrics", "kl", "-q"]
+    words += ["--batch-size", "2", "--output", str(run)]
+
+    def stop(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(batches, "SAVE_EVERY", -1.0)
+    with monkeypatch.context() as patch:
+        plain = State.save
+        patch.setattr(State, "save", lambda *a, **k: (plain(*a, **k), stop()))
+        assert main(words) == 130
+    made(toy_teacher).save(given, overwrite=True)
+    capsys.readouterr()
+    assert main(["trace", "--resume", str(run), "-q"]) == 2
+    assert "was started with other settings:\n  student: '" in capsys.readouterr().err
+    trained.save(given, overwrite=True)
+    assert main(["trace", "--resume", str(run), "-q"]) == 0
+    mine = mismatch.trace(
+        str(toy_folder), given, controls=(), metrics=("kl",), **{**SMALL, "data": str(held_out)}
+    )
+    equal(mismatch.load_run(run), mine)
+
+
+def test_a_quantised_student(toy_teacher, toy_folder, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        toy_folder,
+        quantization_config=transformers.BitsAndBytesConfig(load_in_8bit=True),
+        dtype=torch.float32,
+        device_map={"": "cpu"},
+    )
+    model.save_pretrained(tmp_path / "int8")
+    result = mismatch.trace(toy_teacher, tmp_path / "int8", **SMALL)
+    # Its activations are rounded by their range in the batch.
+    assert 1e-5 < shift(result) == pytest.approx(direct(toy_teacher, model), rel=0.2)
+    assert "differs from the teacher's in quantization_config" in result.plan.warnings[0]
 
 
 # ---- a fine-tune ----------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from mismatch.errors import DataError, NumericsError
 from mismatch.forward.heldout import Evaluated, Trial
 from mismatch.metrics.sums.per_document import Units
 from mismatch.report import intervals
-from mismatch.report.words import plan_lines
+from mismatch.report.words import plan_lines, subject
 from mismatch.runs.folder import Run
 from mismatch.runs.intervals import DOCUMENTS
 from mismatch.stages.base import Finding, Outcome, Stage
@@ -109,7 +109,7 @@ class Diagnose(Stage[DiagnoseConfig, Prepared]):
 
     def announce(self, opened: Opened[DiagnoseConfig], prepared: Prepared) -> str:
         config, plan = opened.config, opened.planned()[0].plan
-        lines = [f"swap    {line}" for line in plan_lines(plan)]
+        lines = [f"{subject(plan):8}{line}" for line in plan_lines(plan)]
         lines += [
             f"fit     {config.calibration_data}, {prepared.fit.tokens} tokens",
             f"text    {config.data}, {prepared.cut.tokens} tokens of {prepared.cut.n_docs} documents",

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from mismatch.report.words import plan_lines
+from mismatch.report.words import plan_lines, subject
 from mismatch.stages.base import Outcome, Stage
 from mismatch.stages.opening import Opened
 from mismatch.stages.probe.config import ProbeConfig
@@ -47,7 +47,7 @@ class Probe(Stage[ProbeConfig, Prepared]):
 
     def announce(self, opened: Opened[ProbeConfig], prepared: Prepared) -> str:
         plan = opened.planned()[0].plan
-        lines = [f"swap    {line}" for line in plan_lines(plan)]
+        lines = [f"{subject(plan):8}{line}" for line in plan_lines(plan)]
         return "\n".join([*lines, f"probes  {', '.join(prepared.asked.probes)}"])
 
     def run(self, opened: Opened[ProbeConfig], prepared: Prepared) -> Outcome:

@@ -54,7 +54,8 @@ class Repaired(Result):
 
     def words(self) -> str:
         plan: RepairPlan = self.plan
-        parts = [self._stage_lines(), self._control_lines()]
+        parts = [[f"warning: {text}" for text in plan.warnings]]
+        parts += [self._stage_lines(), self._control_lines()]
         parts.append(probe_lines(self.table, plan, self.run.dictionary))
         whole = plan.students["repaired"].kl[0]
         notes = [note for stage in plan.stages for note in stage.notes]

@@ -7,7 +7,7 @@ import html
 from dataclasses import dataclass
 from typing import Any
 
-from mismatch.report.words import plan_lines
+from mismatch.report.words import plan_lines, subject
 from mismatch.runs.plan import SwapPlan
 from mismatch.stages.estimate import Estimate, estimate
 from mismatch.stages.opening import Opened
@@ -29,7 +29,7 @@ class Check:
         controls = f"; controls {', '.join(c.controls)}" if c.controls else ""
         lines = [
             f"model   {c.model} ({c.dtype})",
-            *(f"swap    {line}" for line in plan_lines(self.plan)),
+            *(f"{subject(self.plan):8}{line}" for line in plan_lines(self.plan)),
             f"text    {c.data}, up to {c.tokens:,} tokens in windows of {c.seq_len}{controls}",
             *self.estimate.lines(),
             *(f"warning: {text}" for text in self.plan.warnings),
