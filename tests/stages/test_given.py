@@ -263,7 +263,7 @@ def test_on_the_command_line(toy_folder, checkpoint, fine_tune, tmp_path, capsys
     assert main(["compare", str(first), str(second), "--output", str(tmp_path / "c.html")]) == 0
     page = (tmp_path / "c.html").read_text()
     assert "The student moves the output" in page and "The swap moves the output" in page
-    fits = ["--fit-tokens", "256", "--heads", "0", "--tokens", "128", "-q", "--seq-len", "64"]
+    fits = ["--fit-tokens", "256", "--heads", "0", "--tokens", "256", "-q", "--seq-len", "64"]
     capsys.readouterr()
     assert main(["diagnose", str(first), *fits, "--output", str(tmp_path / "d")]) == 0
     assert mismatch.load_run(tmp_path / "d").config["student"] == str(checkpoint)
