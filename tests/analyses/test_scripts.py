@@ -14,8 +14,8 @@ import mismatch
 SCRIPTS = sorted(ANALYSES.glob("*.py"))
 NAMES = [path.stem for path in SCRIPTS]
 INSTALLED = {  # by `make`: imports of the dependencies in pyproject.toml
-    *("matplotlib", "mismatch", "nnsight", "numpy", "pandas", "scipy", "torch", "tqdm"),
-    "transformers",
+    *("matplotlib", "mismatch", "nnsight", "numpy", "pandas", "pyarrow", "scipy", "torch", "tqdm"),
+    *("transformers", "yaml"),
 }
 PUBLIC = {
     *("mismatch.errors", "mismatch.registry", "mismatch.report.style", "mismatch.spec"),
@@ -32,6 +32,7 @@ INSIDE = {
     "forecast_record": "reads what a repair knows before it trains",
     "forecast_score": "tests the forecast of a repair",
     "interval_coverage": "names what the table says that intervals are over",
+    "malformed_inputs": "runs the command line in its own process",
     "mechanism_costs": "counts models that have no weights",
     "mechanism_table": "one sweep of cells that no scan asks for",
     "one_or_all": "one sweep of sets of layers",

@@ -48,9 +48,9 @@ def compare(
             )
     same = _same_data(loaded)
     if not same and not any_data:
-        lines = [f"  {run.path}: {_text(run)}" for run in loaded]
+        lines = [f"  {run.path}: {_described(run)}" for run in loaded]
         raise UsageError(
-            "these runs saw different data (fingerprint of the text):\n" + "\n".join(lines),
+            "these runs saw different data:\n" + "\n".join(lines),
             hint="trace them on the same --data, --tokens and --seq-len, "
             "or compare them all the same with any_data",
         )
@@ -67,6 +67,15 @@ def _same_data(runs: Sequence[Run]) -> bool:
 def _text(run: Run) -> str:
     """The fingerprint of the text that a run saw; its own id where it has none."""
     return str(run.manifest.get("fingerprints", {}).get("evaluation", run.run_id))
+
+
+def _described(run: Run) -> str:
+    """The text that a run saw, in words."""
+    text = run.manifest.get("texts", {}).get("evaluation")
+    if text is None:
+        return f"a {kind(run)} that does not say on which text"
+    tokens = f"{text['tokens']:,} tokens in {text.get('windows', '?')} windows"
+    return f"{text.get('source', 'a text')}, {tokens} (fingerprint {_text(run)[:12]})"
 
 
 def letter(index: int) -> str:
