@@ -59,5 +59,7 @@ def test_quantised(bits, again, tmp_path):
 
 
 def test_modules_of_others(theirs):
-    model = swap(tiny("llama"), "layer1.attn:theirs.parts:Past; layer1.mlp:theirs:Gated(width=2)").model
+    model = swap(
+        tiny("llama"), "layer1.attn:theirs.parts:Past; layer1.mlp:theirs:Gated(width=2)"
+    ).model
     assert torch.equal(logits(pickled(model)), logits(model))
