@@ -30,49 +30,6 @@ CALIBRATION_TOKENS = 2048
 """Enough for a mean or a scale of each channel."""
 
 
-class Host:
-    """What a mechanism needs to know of the running forward and is not passed: the padding.
-
-    Surgery owns one Host per student and sets `mask` in a forward pre-hook on the decoder. Llama-like models pass their
-    layers no mask for an unpadded batch, and for a padded one a 4-D mask that does not show the padding.
-    """
-
-    def __init__(self) -> None:
-        self._mask: Tensor | None = None
-        self._real: Tensor | None = None
-
-    def __deepcopy__(self, memo: dict) -> Host:
-        return self  # as the contexts of copied mechanisms do
-
-    @property
-    def mask(self) -> Tensor | None:
-        """The 2-D attention mask of the running forward, `batch total`, 1 = real token; None = no
-        padding."""
-        return self._mask
-
-    @mask.setter
-    def mask(self, mask: Tensor | None) -> None:
-        if mask is not None and mask.ndim != 2:
-            raise SurgeryError(
-                f"the model was called with a {mask.ndim}-D attention mask {tuple(mask.shape)}; "
-                "mechanisms read padding from a 2-D mask [batch, tokens]",
-                hint="pass the tokenizer's attention_mask",
-            )
-        self._mask = mask
-        # One look at the values per forward, not one per layer: `all()` waits for the device.
-        self._real = None if mask is None or bool(mask.all()) else mask.bool()
-
-    def full(self) -> Tensor | None:
-        """Bool `batch total` over cached and new tokens, True = real; None when every token is
-        real."""
-        return self._real
-
-    def padding(self, query_len: int) -> Tensor | None:
-        """Bool `batch query_len` over the new tokens, True = real token; None when every token is
-        real."""
-        return None if self._real is None else self._real[:, -query_len:]
-
-
 @runtime_checkable
 class Calibrator(Protocol):
     """Measures the original on calibration text, before a mechanism is built from the result."""
@@ -96,7 +53,6 @@ class Context:
         n_layers, d_model: of the model.
         model_config: the transformers config of the (text) model.
         family: the `mismatch.models.layout.Family`, or None where it is not needed.
-        host: what the running forward passes on (padding).
         seed: base of every random draw; draws also depend on layer and slot, never on build order.
         calibration: the calibrator after its pass, or None (always None on the meta device).
         build: `build(call, original) -> Mechanism` for a mechanism that nests another; from
@@ -110,7 +66,6 @@ class Context:
     n_layers: int
     d_model: int
     model_config: Any
-    host: Host
     family: Any = None
     seed: int = 0
     calibration: Any = None
@@ -118,7 +73,7 @@ class Context:
     restoring: bool = False
 
     def __deepcopy__(self, memo: dict) -> Context:
-        # A copied module keeps sharing the live Host and the model's config.
+        # A copied module keeps sharing the model's config.
         return self
 
     def __getstate__(self) -> dict[str, Any]:

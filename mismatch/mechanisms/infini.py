@@ -52,6 +52,8 @@ from mismatch.mechanisms.parts.feature_maps import elu_plus_one, signed_softmax
 from mismatch.mechanisms.parts.own_state import OwnState, entry
 from mismatch.mechanisms.parts.projections import AttentionParts
 from mismatch.mechanisms.parts.segments import Grid
+from mismatch.mechanisms.parts.text_by_text import text_by_text
+from mismatch.mechanisms.parts.token_facts import facts_in
 
 # A smaller sigma(Q) z is no memory of this query; dividing by it would overflow float32 gradients.
 EMPTY = 1e-20
@@ -110,11 +112,12 @@ class Infini(AttentionParts):
             notes.append(f"local attention keeps the module's own window of {self.window} tokens")
         return tuple(notes)
 
+    @text_by_text
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
         """As the attention it replaces: `batch pos d_model` in, (`batch pos d_model`, None) out."""
         x, cache = hidden_in(args, kwargs), cache_in(kwargs)
         state = OwnState() if cache is None else entry(cache, self.layer_idx)
-        keep = self.real_tokens(x)
+        keep = facts_in(args, kwargs).real(x)
         batch, length = x.shape[:2]
         grid = Grid(state.seen, keep, batch, length, self.settings.segment, x.device)
         q, k, v = self.qkv(x)

@@ -238,8 +238,7 @@ class Linear(Mechanism):
         x = hidden_in(args, kwargs)
         y = F.linear(x, self.weight, self.bias)
         if self.context.slot in ("block", *PAIRS):
-            keep = self.context.host.padding(x.shape[1])
-            count_tokens(cache_in(kwargs, args), self.context.layer, x, keep)
+            count_tokens(cache_in(kwargs, args), self.context.layer, x)
         if self.context.slot == "block":
             return x + y
         return (y, None) if self.context.slot in PAIRS else y

@@ -64,6 +64,8 @@ from mismatch.mechanisms.parts.feature_maps import FeatureMap
 from mismatch.mechanisms.parts.own_state import OwnState, entry
 from mismatch.mechanisms.parts.packing import PackedRows
 from mismatch.mechanisms.parts.projections import AttentionParts
+from mismatch.mechanisms.parts.text_by_text import text_by_text
+from mismatch.mechanisms.parts.token_facts import facts_in
 
 # A smaller weight of all keys is none; dividing by it would overflow float32 gradients.
 EMPTY = 1e-20
@@ -139,11 +141,12 @@ class LinearAttention(AttentionParts):
         finally:
             self.settings = before
 
+    @text_by_text
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
         """As the attention it replaces: `batch pos d_model` in, (`batch pos d_model`, None) out."""
         x, cache = hidden_in(args, kwargs), cache_in(kwargs)
         state = OwnState() if cache is None else entry(cache, self.layer_idx)
-        keep = self.real_tokens(x)
+        keep = facts_in(args, kwargs).real(x)
         q, k, v = self.qkv(x)
         q, k = self.rotate(q, k, kwargs.get("position_embeddings"))
         batch, length = x.shape[:2]

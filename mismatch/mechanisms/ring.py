@@ -35,6 +35,8 @@ from mismatch.mechanisms.base import Context
 from mismatch.mechanisms.parts.blockwise import Reads, gathered, ring_attention
 from mismatch.mechanisms.parts.calling import cache_in, hidden_in
 from mismatch.mechanisms.parts.projections import AttentionParts
+from mismatch.mechanisms.parts.text_by_text import each_alone
+from mismatch.mechanisms.parts.token_facts import TokenFacts, facts_in
 from mismatch.models.layout import Layout
 
 if TYPE_CHECKING:
@@ -74,23 +76,30 @@ class Ring(AttentionParts):
                 f"trains with {self._dropout}",
                 hint="call eval(), or load the model with attention dropout 0",
             )
+        mask, facts = self._mask(kwargs.get("attention_mask")), facts_in(args, kwargs)
+        # A mask of queries and keys says it all; it may be one that no facts can be read from.
+        texts = facts.texts(x, cache) if mask is None else None
+        if texts is not None and self.processes is None:
+            return each_alone(self.forward, args, kwargs, texts)
         q, k, v = self.qkv(x)
         q, k = self.rotate(q, k, kwargs.get("position_embeddings"))
-        reads = self._spread(cache) if self.processes is not None else self._reads(x, cache, kwargs)
+        if self.processes is not None:
+            one_text = mask is None and texts is None and facts.real(x) is None
+            reads = self._spread(cache, one_text)
+        else:
+            reads = self._reads(x, cache, mask, facts)
         if cache is not None:
             k, v = cache.update(k, v, self.layer_idx)
         return self.project(ring_attention(q, k, v, reads)), None
 
-    def _reads(self, x: Tensor, cache: Any, kwargs: dict[str, Any]) -> Reads:
+    def _reads(self, x: Tensor, cache: Any, mask: Tensor | None, facts: TokenFacts) -> Reads:
         """What is read in one process: keys of the cache and of this call."""
         past, keys, offset = 0, x.shape[1], 0
         if cache is not None:
             past = cache.get_seq_length(self.layer_idx)
             keys, offset = cache.get_mask_sizes(x.shape[1], self.layer_idx)
-        mask, real = self._mask(kwargs.get("attention_mask")), None
-        if mask is None:
-            real = self.context.host.full()
-            real = None if real is None else real[:, offset : offset + keys]
+        number = facts.numbers(keys, offset, x, cache) if mask is None else None
+        real = None if number is None else number >= 0
         return self._how(first=past - offset, mask=mask, real=real)
 
     def _mask(self, given: Any) -> Tensor | None:
@@ -106,16 +115,15 @@ class Ring(AttentionParts):
             )
         return given
 
-    def _spread(self, cache: Any) -> Reads:
+    def _spread(self, cache: Any, one_text: bool) -> Reads:
         """What is read while one text lies on several processes."""
-        pads = self.context.host.full() is not None
-        if cache is not None or pads:
+        if cache is not None or not one_text:
             raise SurgeryError(
                 f"{self.context.where}: a text that is spread over processes takes no "
-                f"{'padding' if pads else 'KV cache'}",
-                hint="unpadded text of one length"
-                if pads
-                else "call the model with use_cache=False",
+                f"{'KV cache' if one_text else 'padding, mask or second text in its row'}",
+                hint="call the model with use_cache=False"
+                if one_text
+                else "unpadded text of one length, without a mask",
             )
         return self._how(group=self.processes)
 

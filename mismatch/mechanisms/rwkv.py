@@ -52,6 +52,8 @@ from mismatch.mechanisms.parts.delta_rule import chunked_delta_rule
 from mismatch.mechanisms.parts.linears import dense, matrix
 from mismatch.mechanisms.parts.own_state import OwnState, entry
 from mismatch.mechanisms.parts.projections import SEPARATE, AttentionParts
+from mismatch.mechanisms.parts.text_by_text import text_by_text
+from mismatch.mechanisms.parts.token_facts import facts_in
 
 FASTEST = math.exp(-0.5)  # largest -log w
 EPS = 1e-5  # of GroupNorm, per channel of a head: the authors' 64e-5 at 64
@@ -177,11 +179,12 @@ class RWKV(AttentionParts):
             "the first token",
         )
 
+    @text_by_text
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
         """As the attention it replaces: `batch pos d_model` in, (`batch pos d_model`, None) out."""
         x, cache = hidden_in(args, kwargs), cache_in(kwargs)
         state = OwnState() if cache is None else entry(cache, self.layer_idx)
-        keep = self.real_tokens(x)
+        keep = facts_in(args, kwargs).real(x)
         before, last = token_before(x, state.rows.get("last"), keep)
         x_r, x_w, x_k, x_v, x_a, x_g = torch.addcmul(x, before - x, self.mu[:, None, None])
         r, k, v = self.qkv((x_r, x_k, x_v))

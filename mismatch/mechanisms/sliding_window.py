@@ -12,8 +12,8 @@ window of any other, as in the fixed pattern of the Sparse Transformer (arXiv 19
 mask changes: projections, rotary embedding and scores are the host's, at their true positions
 (StreamingLLM renumbers positions inside its cache; within the trained length that is not needed).
 The KV cache is the host's too and is not cut, so this measures what a window loses, not what it
-saves. Padding is respected: j counts from the first REAL token of each row. Inherited: everything.
-New, dropped: nothing.
+saves. j counts real tokens, from the first one of each text of a row. Inherited: everything. New,
+dropped: nothing.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from mismatch.errors import SurgeryError
 from mismatch.mechanisms.base import Context, Mechanism, Wrapper, innermost
 from mismatch.mechanisms.parts.calling import cache_in, hidden_in
+from mismatch.mechanisms.parts.token_facts import facts_in
 
 WORDS = {"sinks": "sinks", "global_every": "global tokens"}
 
@@ -77,63 +78,51 @@ class SlidingWindow(Wrapper):
             )
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        length, cache = hidden_in(args, kwargs).shape[1], cache_in(kwargs)
-        past, keys, offset = 0, length, 0
+        x, cache = hidden_in(args, kwargs), cache_in(kwargs)
+        past, keys, offset = 0, x.shape[1], 0
         if cache is not None:
             layer = self.original.layer_idx
             past = cache.get_seq_length(layer)
-            keys, offset = cache.get_mask_sizes(length, layer)
+            keys, offset = cache.get_mask_sizes(x.shape[1], layer)
         # All inside the window: the mask stays what it was, to the bit (None picks another kernel).
-        if past + length > self.settings.window:
-            mask = self._mask(kwargs.get("attention_mask"), past, length, keys, offset)
+        if past + x.shape[1] > self.settings.window:
+            i = past + torch.arange(x.shape[1], device=x.device)[:, None]
+            j = offset + torch.arange(keys, device=x.device)
+            allowed = (i - j < self.settings.window)[None, None]
+            if self.settings.sinks or self.settings.global_every:
+                number = facts_in(args, kwargs).numbers(keys, offset, x, cache)
+                allowed = allowed | self._kept(j[None] if number is None else number)
+            mask = self._mask(kwargs.get("attention_mask"), allowed & (j <= i))
             kwargs = {**kwargs, "attention_mask": mask}
         return self.original(*args, **kwargs)
 
-    def _mask(self, given: Tensor | None, past: int, length: int, keys: int, offset: int) -> Tensor:
-        """The given mask and the window: `batch or 1, 1, length, keys`, of the given kind (bool, or
+    def _mask(self, given: Tensor | None, allowed: Tensor) -> Tensor:
+        """The given mask and the window: `batch or 1, 1, queries, keys`, of the given kind (bool, or
         added floats).
 
         Args:
             given: the host's mask, or None = causal and no padding.
-            past: number of tokens before the first query.
-            length: queries.
-            keys, offset: how many keys the host's cache returns, and the number of the first.
+            allowed: bool, what the window lets each query read.
         """
-        if given is not None and given.ndim != 4:
+        if given is None:
+            return allowed
+        if given.ndim != 4:
             raise SurgeryError(
                 f"{self.context.where}: the host passes its attention a {given.ndim}-D mask; "
                 "a window needs 4-D",
                 hint="load the model with attn_implementation='sdpa' or 'eager'",
             )
-        device = self._device(given)
-        i = past + torch.arange(length, device=device)[:, None]
-        j = offset + torch.arange(keys, device=device)
-        allowed = ((i - j < self.settings.window) & (j <= i))[None, None]
-        if self.settings.sinks or self.settings.global_every:
-            allowed = allowed | (self._kept(j) & (j <= i))
-        if given is None:
-            return allowed
         if given.dtype == torch.bool:
             return given & allowed
         return given.masked_fill(~allowed, torch.finfo(given.dtype).min)
 
-    def _device(self, given: Tensor | None) -> torch.device:
-        return next(self.original.parameters()).device if given is None else given.device
-
-    def _kept(self, j: Tensor) -> Tensor:
-        """Whether key j is a sink or a global token of its row, counted in real tokens: bool `batch
-        or 1, 1, 1, keys`."""
-        real = self.context.host.full()
-        if real is None:
-            return self._for_every_query(j)[None, None, None]
-        kept = real & self._for_every_query(real.cumsum(1) - 1)
-        return kept[:, j][:, None, None]
-
-    def _for_every_query(self, number: Tensor) -> Tensor:
-        """Whether the token of this number in its text is a sink or a global token."""
-        kept = number < self.settings.sinks
-        every = self.settings.global_every
-        return kept | (number % every == 0) if every else kept
+    def _kept(self, number: Tensor) -> Tensor:
+        """Which keys are a sink or a global token, by their number in their text, -1 = a pad:
+        `batch or 1, keys` -> bool `batch or 1, 1, 1, keys`."""
+        kept, every = number < self.settings.sinks, self.settings.global_every
+        if every:
+            kept = kept | (number % every == 0)
+        return (kept & (number >= 0))[:, None, None]
 
 
 def _window(attention: nn.Module) -> int | None:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from mismatch.errors import SurgeryError
 from mismatch.forward.shared_prefix import finals
-from mismatch.mechanisms.base import Context, Host, Mechanism, innermost
+from mismatch.mechanisms.base import Context, Mechanism, innermost
 from mismatch.mechanisms.parts.calling import hidden_in
 from mismatch.mechanisms.parts.projections import AttentionParts
 from mismatch.models.layout import Layout
@@ -107,9 +107,7 @@ def observing(
 
 
 def _parts(layout: Layout, layer: int, attention: nn.Module) -> AttentionParts | None:
-    context = Context(
-        layer, "attn", layout.n_layers, layout.d_model, layout.config, Host(), layout.family
-    )
+    context = Context(layer, "attn", layout.n_layers, layout.d_model, layout.config, layout.family)
     try:
         # It only uses the projections of the module; it is in no model's tree.
         return AttentionParts(attention, None, context)

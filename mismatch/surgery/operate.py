@@ -4,8 +4,8 @@ The student is a second module tree whose tensors are copies on write of the tea
 run side by side, a weight that neither writes to exists once, and whatever is done to one leaves the other as it is.
 A mechanism is built from such a copy of the module it replaces, so the module that `undo` puts back is untouched too.
 Surgery replaces modules and never adds a hook that changes a value (nnsight reads values before hooks). Of the two it
-adds, one passes the 2-D padding mask to the mechanisms, because transformers passes none to the layers of an unpadded
-batch; one warns of what transformers cannot record.
+adds, one passes on what the caller told the model of its tokens, padding and texts, because transformers does not
+(`parts/token_facts.py`); one warns of what transformers cannot record.
 """
 
 from __future__ import annotations
@@ -14,17 +14,16 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import nn
 
 from mismatch.errors import MismatchError, SurgeryError
 from mismatch.forward.measured import measured, share_lock
-from mismatch.mechanisms.base import Calibrator, Context, Host, Mechanism, Wrapper
+from mismatch.mechanisms.base import Calibrator, Context, Mechanism, Wrapper
+from mismatch.mechanisms.parts.token_facts import add_token_facts
 from mismatch.mechanisms.parts.user_module import configured
 from mismatch.models import quantised
 from mismatch.models.layout import Layout, family_of
@@ -53,8 +52,6 @@ class Student:
     plan: SwapPlan
     tokenizer: Any = None
     name: str = "swap"
-    host: Host = field(default_factory=Host, repr=False)
-    """What the running forward passes to the mechanisms."""
     teacher: CausalLM | None = field(default=None, repr=False)
     """The model that it was made from; None: it came as it is."""
     _undo: list[tuple[nn.Module, str, nn.Module]] = field(default_factory=list, repr=False)
@@ -169,8 +166,8 @@ def blank(layout: Layout, *, name: str = "swap", tokenizer: Any = None) -> Stude
 
 
 def _listen(student: Student) -> None:
-    """The hooks of every forward; they change nothing."""
-    _pass_mask(student.model, student.host)
+    """The hooks of every forward; they change no value."""
+    student.model.base_model.register_forward_pre_hook(add_token_facts, with_kwargs=True)
     warn_of_records(student.layout.decoder)
 
 
@@ -208,7 +205,7 @@ def replace(
 ) -> tuple[Replaced, ...]:
     """Put mechanisms into a student's tree, in the order of `placements`; see `operate`."""
     # Mechanisms keep `build`; it must not keep the student, and with it the teacher.
-    model, layout, host = student.model, student.layout, student.host
+    model, layout = student.model, student.layout
     replaced = []
     for index, placement in enumerate(placements):
         path = layout.slot_path(placement.layer, placement.slot)
@@ -226,7 +223,6 @@ def replace(
                 d_model=layout.d_model,
                 model_config=model.config,
                 family=layout.family,
-                host=host,
                 seed=seed + SEED_STEP * at,
                 calibration=(calibrations or {}).get((where.layer, where.slot, call)),
                 build=build,
@@ -336,16 +332,6 @@ def calibrators(placements: Sequence[Placement]) -> dict[tuple[int | None, str, 
             if calibrator is not None:
                 wanted[(placement.layer, placement.slot, call)] = calibrator
     return wanted
-
-
-def _pass_mask(model: CausalLM, host: Host) -> None:
-    """Tell the host of every forward's padding mask."""
-    model.base_model.register_forward_pre_hook(partial(_carry, host), with_kwargs=True)
-
-
-def _carry(host: Host, _module: nn.Module, _args: tuple, kwargs: dict) -> None:
-    mask = kwargs.get("attention_mask")
-    host.mask = mask if isinstance(mask, torch.Tensor) and mask.ndim == 2 else None
 
 
 def _lay_out(new: nn.Module, original: nn.Module) -> None:

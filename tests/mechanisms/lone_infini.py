@@ -9,7 +9,7 @@ from reference_infini import reference
 from tiny_models import tiny
 from transformers import DynamicCache
 
-from mismatch.mechanisms.base import Context, Host
+from mismatch.mechanisms.base import Context
 from mismatch.mechanisms.infini import Infini, InfiniConfig
 from mismatch.mechanisms.parts.own_state import OwnState
 from mismatch.models.layout import Layout
@@ -27,9 +27,7 @@ def llama():
 def module(seed: int = 1, dtype=torch.float32, bias: bool = True, **settings) -> Infini:
     """One Infini-attention with random gates, outside any model: H=4, KV=2, D=8, d_model=24."""
     model = tiny("llama", seed=seed, attention_bias=bias).to(dtype)
-    context = Context(
-        layer=1, slot="attn", n_layers=3, d_model=24, model_config=model.config, host=Host()
-    )
+    context = Context(layer=1, slot="attn", n_layers=3, d_model=24, model_config=model.config)
     original = Layout.of(model).blocks[1].self_attn
     built = Infini(original, InfiniConfig(**{"segment": N, **settings}), context).eval()
     built.rotary = model.model.rotary_emb
@@ -39,10 +37,13 @@ def module(seed: int = 1, dtype=torch.float32, bias: bool = True, **settings) ->
     return built
 
 
-def run(infini, x, offset=0, cache=None, ids=None):
+def run(infini, x, offset=0, cache=None, ids=None, mask=None):
     ids = torch.arange(offset, offset + x.shape[1])[None] if ids is None else ids
     return infini(
-        hidden_states=x, position_embeddings=infini.rotary(x, ids), past_key_values=cache
+        hidden_states=x,
+        position_embeddings=infini.rotary(x, ids),
+        past_key_values=cache,
+        attention_mask=mask,
     )[0]
 
 

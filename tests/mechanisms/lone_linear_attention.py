@@ -6,7 +6,7 @@ import torch
 from reference_linear_attention import reference
 from tiny_models import tiny
 
-from mismatch.mechanisms.base import Context, Host
+from mismatch.mechanisms.base import Context
 from mismatch.mechanisms.linear_attention import LinearAttention, LinearAttentionConfig
 from mismatch.models.layout import Layout
 
@@ -30,9 +30,7 @@ def module(
 ) -> LinearAttention:
     """Layer 1: H=4, KV=2, D=8, d_model=24."""
     model = tiny(family, seed=seed).to(dtype)
-    context = Context(
-        layer=1, slot="attn", n_layers=3, d_model=24, model_config=model.config, host=Host()
-    )
+    context = Context(layer=1, slot="attn", n_layers=3, d_model=24, model_config=model.config)
     original = Layout.of(model).blocks[1].self_attn
     built = LinearAttention(original, LinearAttentionConfig(**settings), context).eval()
     built.rotary = model.model.rotary_emb

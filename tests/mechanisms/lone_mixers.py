@@ -6,6 +6,8 @@ import torch
 from tiny_models import part, swap, tiny
 from transformers import DynamicCache
 
+from mismatch.mechanisms.parts.token_facts import TokenFacts
+
 HEADS, KV, DIM, D_MODEL = 4, 2, 8, 24
 CALLS = (
     "mamba2",
@@ -44,8 +46,8 @@ def stream(batch, length, seed=0):
 
 
 def run(mixer, x, cache=None, mask=None):
-    mixer.context.host.mask = mask
-    return mixer(hidden_states=x, past_key_values=cache)[0]
+    facts = TokenFacts(x.shape[1], None if mask is None else mask[:, -x.shape[1] :])
+    return mixer(hidden_states=x, past_key_values=cache, token_facts=facts)[0]
 
 
 def rows_after(mixer, x, mask=None):

@@ -8,7 +8,7 @@ from tiny_models import in_chunks, part, swap, tiny, tokens
 from transformers import DynamicCache
 
 from mismatch.errors import SurgeryError
-from mismatch.mechanisms.base import Context, Host
+from mismatch.mechanisms.base import Context
 from mismatch.mechanisms.mean import Mean, MeanConfig, OutputMean
 from mismatch.models.layout import Layout
 
@@ -73,7 +73,7 @@ def test_mean_of_batches_is_the_mean_of_the_whole():
 
 def test_mean_without_calibration_is_refused():
     attn = Layout.of(tiny("llama")).blocks[1].self_attn
-    context = Context(1, "attn", 3, 24, None, Host())
+    context = Context(1, "attn", 3, 24, None)
     with pytest.raises(SurgeryError, match=r"`mean` at layer1\.attn is built from a calibration"):
         Mean(attn, MeanConfig(), context)
     context.calibration = OutputMean()

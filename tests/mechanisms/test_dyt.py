@@ -7,7 +7,7 @@ import torch
 from tiny_models import FAMILIES, part, swap, tiny, tokens
 
 from mismatch.errors import SurgeryError
-from mismatch.mechanisms.base import Context, Host
+from mismatch.mechanisms.base import Context
 from mismatch.mechanisms.dyt import DyT, DyTConfig, InputScale, gain_offset
 from mismatch.models.layout import Layout
 
@@ -89,7 +89,7 @@ def test_measured_alpha_reaches_the_module():
 def test_tokens_of_one_scale_below_saturation_come_out_as_from_the_norm():
     model = tiny("llama")
     norm = Layout.of(model).blocks[1].input_layernorm
-    context = Context(1, "norm1", 3, 24, None, Host())
+    context = Context(1, "norm1", 3, 24, None)
     directions = torch.randn(2, 50, 24)
     x = 1e-3 * directions / directions.pow(2).mean(-1, keepdim=True).sqrt()
     # alpha = 1e-3 / rms: tanh is linear there, and DyT is the norm times 1e-3
@@ -99,7 +99,7 @@ def test_tokens_of_one_scale_below_saturation_come_out_as_from_the_norm():
 
 
 def test_refusals():
-    context = Context(1, "norm1", 3, 24, None, Host())
+    context = Context(1, "norm1", 3, 24, None)
     blocks = Layout.of(tiny("llama")).blocks
     with pytest.raises(SurgeryError, match="LlamaMLP is not a norm with a gain"):
         DyT(blocks[1].mlp, DyTConfig(alpha=1.0), context)

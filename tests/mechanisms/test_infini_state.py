@@ -192,6 +192,6 @@ def test_a_written_segment_cannot_be_cropped_away():
 
 def test_a_padding_mask_of_another_batch_is_refused():
     infini = module()
-    infini.context.host.mask = torch.tensor([[0, 1, 1]])
-    with pytest.raises(SurgeryError, match=r"layer1\.attn: padding mask \(1, 3\) for an input"):
-        run(infini, stream(2, 3))
+    mask = torch.tensor([[0, 1, 1]] * 3)
+    with pytest.raises(SurgeryError, match=r"padding mask \(3, 3\) for an input \(2, 3\)"):
+        run(infini, stream(2, 3), mask=mask)

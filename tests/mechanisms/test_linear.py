@@ -10,7 +10,7 @@ from tiny_models import FAMILIES, in_chunks, part, swap, tiny, tokens
 from mismatch import spec
 from mismatch.errors import SurgeryError
 from mismatch.forward.sites import massive
-from mismatch.mechanisms.base import Context, Host
+from mismatch.mechanisms.base import Context
 from mismatch.mechanisms.linear import Linear, LinearConfig, Moments
 from mismatch.models.layout import Layout
 from mismatch.stages.swapped import calibration_tokens
@@ -208,7 +208,7 @@ def test_the_plan_says_how_much_it_explains():
 
 def test_without_calibration_it_is_refused():
     attn = Layout.of(tiny("llama")).blocks[1].self_attn
-    context = Context(1, "attn", 3, 24, None, Host())
+    context = Context(1, "attn", 3, 24, None)
     with pytest.raises(SurgeryError, match=r"`linear` at layer1\.attn is built from a calibration"):
         Linear(attn, LinearConfig(), context)
     context.calibration = Moments()

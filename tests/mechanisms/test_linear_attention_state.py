@@ -111,8 +111,7 @@ def test_a_pad_gets_nothing_and_gives_no_gradient(settings):
     x = stream(2, 20, dtype=torch.float64).requires_grad_(True)
     alone = x.detach()[:1, 7:].clone().requires_grad_(True)
     run(linear, alone, offset=7).pow(2).sum().backward()
-    linear.context.host.mask = torch.tensor([[0] * 7 + [1] * 13, [0] * 20])
-    out = run(linear, x)
+    out = run(linear, x, mask=torch.tensor([[0] * 7 + [1] * 13, [0] * 20]))
     nothing = linear.project(torch.zeros(1, 4, 1, 8).double())[0]
     assert torch.equal(out[0, :7], nothing.expand(7, -1))
     assert torch.equal(out[1], nothing.expand(20, -1))
@@ -125,10 +124,9 @@ def test_a_pad_gets_nothing_and_gives_no_gradient(settings):
 def test_a_short_row_that_is_selected_from_a_batch_goes_on_by_itself():
     """What the window holds is as wide as the longest row of the batch that was."""
     linear, x = module(window=9, sinks=2), stream(3, 20)
-    host, cache = linear.context.host, DynamicCache()
-    host.mask = torch.tensor([[1] * 12, [0] * 8 + [1] * 4, [0] * 12])
-    run(linear, x[:, :12], cache=cache)
-    host.mask = None
+    cache = DynamicCache()
+    mask = torch.tensor([[1] * 12, [0] * 8 + [1] * 4, [0] * 12])
+    run(linear, x[:, :12], cache=cache, mask=mask)
     cache.layers[1].reorder_cache(torch.tensor([1, 1]))
     assert cache.layers[1].rows["near_k"].shape[2] == 9
     got = run(linear, x[1:2, 12:].repeat(2, 1, 1), offset=12, cache=cache)
@@ -184,6 +182,6 @@ def test_autocast_leaves_the_sum_alone(monkeypatch):
 
 def test_a_padding_mask_of_another_batch_is_refused():
     linear = module()
-    linear.context.host.mask = torch.tensor([[0, 1, 1]])
-    with pytest.raises(SurgeryError, match=r"layer1\.attn: padding mask \(1, 3\) for an input"):
-        run(linear, stream(2, 3))
+    mask = torch.tensor([[0, 1, 1]] * 3)
+    with pytest.raises(SurgeryError, match=r"padding mask \(3, 3\) for an input \(2, 3\)"):
+        run(linear, stream(2, 3), mask=mask)

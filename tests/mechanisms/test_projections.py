@@ -7,7 +7,7 @@ import torch
 from tiny_models import FAMILIES, N_LAYERS, tiny, tokens
 
 from mismatch.errors import SurgeryError
-from mismatch.mechanisms.base import Context, Host
+from mismatch.mechanisms.base import Context
 from mismatch.mechanisms.parts.projections import AttentionParts
 from mismatch.models.layout import Layout
 
@@ -27,9 +27,7 @@ class Rebuilt(AttentionParts):
 
 
 def context(layer=0):
-    return Context(
-        layer=layer, slot="attn", n_layers=N_LAYERS, d_model=24, model_config=None, host=Host()
-    )
+    return Context(layer=layer, slot="attn", n_layers=N_LAYERS, d_model=24, model_config=None)
 
 
 @pytest.mark.parametrize("attn", ["sdpa", "eager"])

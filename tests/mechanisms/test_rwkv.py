@@ -11,7 +11,7 @@ from tiny_models import FAMILIES, in_chunks, part, positions, swap, tiny, tokens
 from transformers import DynamicCache
 
 from mismatch.errors import SurgeryError
-from mismatch.mechanisms.base import Context, Host
+from mismatch.mechanisms.base import Context
 from mismatch.mechanisms.parts.delta_rule import CHUNK
 from mismatch.mechanisms.rwkv import FASTEST, RWKV, OutputPower, RWKVConfig, rank, token_before
 from mismatch.models.layout import Layout
@@ -28,7 +28,6 @@ def module(init="inherit", layer=1, dtype=torch.float32, stir=True) -> RWKV:
         n_layers=3,
         d_model=D_MODEL,
         model_config=model.config,
-        host=Host(),
     )
     context.calibration = power_of(stream(2, 9))
     built = RWKV(Layout.of(model).blocks[layer].self_attn, RWKVConfig(init), context).eval()
@@ -274,7 +273,7 @@ def test_power_is_the_mean_squared_length_around_the_bias():
 
 def test_inherit_without_calibration_is_refused():
     model = tiny("llama")
-    context = Context(1, "attn", 3, D_MODEL, model.config, Host())
+    context = Context(1, "attn", 3, D_MODEL, model.config)
     attention = Layout.of(model).blocks[1].self_attn
     with pytest.raises(SurgeryError, match=r"`rwkv` at layer1\.attn is built from a calibration"):
         RWKV(attention, RWKVConfig(), context)
@@ -370,9 +369,9 @@ def test_a_window_that_is_lost_is_said():
 
 def test_a_padding_mask_of_another_batch_is_refused():
     mixer = module()
-    mixer.context.host.mask = torch.tensor([[0, 1, 1]])
-    with pytest.raises(SurgeryError, match=r"layer1\.attn: padding mask \(1, 3\) for an input"):
-        mixer(hidden_states=stream(2, 3))
+    mask = torch.tensor([[0, 1, 1]] * 3)
+    with pytest.raises(SurgeryError, match=r"padding mask \(3, 3\) for an input \(2, 3\)"):
+        mixer(hidden_states=stream(2, 3), attention_mask=mask)
 
 
 def test_there_is_no_rotation_to_take_away():

@@ -33,6 +33,8 @@ from mismatch.mechanisms.base import Context, tensor_kind
 from mismatch.mechanisms.parts.calling import cache_in, hidden_in
 from mismatch.mechanisms.parts.own_state import OwnState, entry
 from mismatch.mechanisms.parts.projections import AttentionParts
+from mismatch.mechanisms.parts.text_by_text import text_by_text
+from mismatch.mechanisms.parts.token_facts import facts_in
 
 
 class States:
@@ -116,11 +118,12 @@ class Mixer(AttentionParts):
             heads = self.per_query_head(heads)
         return heads.transpose(1, 2).flatten(-2)
 
+    @text_by_text
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
         """As the attention it replaces: `batch pos d_model` in, (`batch pos d_model`, None) out."""
         x, cache = hidden_in(args, kwargs), cache_in(kwargs)
         state = OwnState() if cache is None else entry(cache, self.layer_idx)
-        keep = self.real_tokens(x)
+        keep = facts_in(args, kwargs).real(x)
         # The one place that waits for a GPU, and only under padding.
         new = torch.full(x.shape[:1], x.shape[1]) if keep is None else keep.sum(1).cpu()
         columns = self.columns(x)

@@ -137,7 +137,7 @@ def entry(cache: Any, layer_idx: int) -> OwnState:
     return cache.layers[layer_idx]
 
 
-def count_tokens(cache: Any | None, layer_idx: int | None, x: Tensor, keep: Tensor | None) -> None:
+def count_tokens(cache: Any | None, layer_idx: int | None, x: Tensor) -> None:
     """Advance the entry of a mechanism without state by the tokens of `x`: positions are counted from
     layer 0's entry.
 
@@ -145,9 +145,6 @@ def count_tokens(cache: Any | None, layer_idx: int | None, x: Tensor, keep: Tens
         cache: of the running call; None = nothing to count.
         layer_idx: of the module; None = outside the blocks.
         x: `batch pos d`.
-        keep: bool `batch pos`, True = real token; None = every token is.
     """
-    if cache is None or layer_idx is None:
-        return
-    real = torch.full(x.shape[:1], x.shape[1]) if keep is None else keep.sum(1).cpu()
-    entry(cache, layer_idx).advance(real, x.shape[1], {})
+    if cache is not None and layer_idx is not None:
+        entry(cache, layer_idx).advance(torch.full(x.shape[:1], x.shape[1]), x.shape[1], {})

@@ -177,24 +177,6 @@ class AttentionParts(Mechanism):
         """Query heads per kv head."""
         return self.n_heads // self.n_kv_heads
 
-    def real_tokens(self, x: Tensor) -> Tensor | None:
-        """Which tokens of this call are no padding: bool `batch pos`; None = all.
-
-        Args:
-            x: the input of this call, `batch pos d_model`.
-
-        Raises:
-            SurgeryError: the mask of the running forward is that of another batch.
-        """
-        keep = self.context.host.padding(x.shape[1])
-        if keep is not None and keep.shape != x.shape[:2]:
-            raise SurgeryError(
-                f"{self.context.where}: padding mask {tuple(keep.shape)} for an input "
-                f"{tuple(x.shape[:2])}",
-                hint="a module of the model was called by itself after a padded batch",
-            )
-        return keep
-
     def project(self, heads: Tensor) -> Tensor:
         """`batch H pos D` -> `batch pos d_model` through the output projection."""
         out = getattr(self, self._output)(heads.transpose(1, 2).flatten(-2))

@@ -10,8 +10,13 @@ Arguments and results that do not fit are errors with the expected and the actua
 
 A class attribute `slots = ("attn",)` is the slot when the swap names none. For generate() the module
 gets the cache that its predecessor got, and may write its keys and values there; if it writes nothing,
-only its tokens are counted, so that positions stay right. For the host's 2-D padding mask, for
-inherited tensors and for calibration write a subclass of `Mechanism`.
+only its tokens are counted, so that positions stay right.
+
+Padding and rows of several texts: a module in an attention's or a block's place that takes none of
+`attention_mask`, `past_key_values` and `token_facts` (`parts/token_facts.py`) by name cannot know of
+them, so it is given the real tokens of each text alone. One that takes any of them is called with the
+whole batch, and answers for it itself. For inherited tensors and for calibration write a subclass of
+`Mechanism`.
 """
 
 from __future__ import annotations
@@ -28,6 +33,8 @@ from mismatch.mechanisms.base import Context, Mechanism, tensor_kind
 from mismatch.mechanisms.parts.calling import cache_in, hidden_in
 from mismatch.mechanisms.parts.linears import linear_layers, seed_of, width
 from mismatch.mechanisms.parts.own_state import count_tokens
+from mismatch.mechanisms.parts.text_by_text import each_alone
+from mismatch.mechanisms.parts.token_facts import NAME, facts_in
 from mismatch.models.made import reduced
 from mismatch.registry import mechanisms
 
@@ -37,6 +44,11 @@ if TYPE_CHECKING:
 PAIRS = ("attn", "rope")  # slots whose module returns (output, attention weights)
 CACHED = (*PAIRS, "block")  # slots whose module gets the cache
 FILLED_IN = ("config", "layer_idx")
+TOLD_BY = (
+    "attention_mask",
+    "past_key_values",
+    NAME,
+)  # who takes one of these asks for the whole batch
 
 
 class Arguments:
@@ -66,6 +78,7 @@ class Foreign(Mechanism):
         """
         super().__init__(original, config, context)
         self.module = self._build(original)
+        self._takes = frozenset(inspect.signature(self.module.forward).parameters)
         layer = linear_layers(original).get("")
         self._width = context.d_model if layer is None else width(layer)
 
@@ -78,16 +91,33 @@ class Foreign(Mechanism):
         )
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        self._check_call(args, kwargs)
         x, cache = hidden_in(args, kwargs), cache_in(kwargs, args)
         layer = self.context.layer
         if layer is None or self.context.slot not in CACHED:
             cache = None  # this slot counts no tokens
         before = 0 if cache is None else cache.get_seq_length(layer)
-        out = self.module(*args, **kwargs)
-        self._check_output(out, x)
+        out = self._run(x, args, kwargs)
         if cache is not None and cache.get_seq_length(layer) == before:
-            count_tokens(cache, layer, x, self.context.host.padding(x.shape[1]))
+            count_tokens(cache, layer, x)
+        return out
+
+    def _run(self, x: Tensor, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """The module on this call; on each text alone, where there are several or pads that it cannot know of."""
+        if self.context.slot in CACHED and not self._takes.intersection(TOLD_BY):
+            facts = facts_in(args, kwargs)
+            texts, real = facts.texts(x, cache_in(kwargs, args)), facts.real(x)
+            if texts is None and real is not None:
+                texts = real.long() - 1
+            if texts is not None:
+                return each_alone(self._called, args, kwargs, texts, pads=False)
+        return self._called(*args, **kwargs)
+
+    def _called(self, *args: Any, **kwargs: Any) -> Any:
+        if NAME not in self._takes:
+            kwargs.pop(NAME, None)
+        self._check_call(args, kwargs)
+        out = self.module(*args, **kwargs)
+        self._check_output(out, hidden_in(args, kwargs))
         return out
 
     def _build(self, original: nn.Module) -> nn.Module:
