@@ -72,6 +72,32 @@ class Past(nn.Module):
         return self.scale * self.project(mean), None
 
 
+class Told(nn.Module):
+    """The same mean, of the real tokens of each text alone."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.project = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, hidden_states, token_facts=None, **kwargs):
+        x = hidden_states
+        texts, real = token_facts.texts(x), token_facts.real(x)
+        if texts is None:
+            texts = torch.zeros(x.shape[:2], dtype=torch.long)
+        reads = (texts[:, :, None] == texts[:, None]).tril()
+        if real is not None:
+            reads = reads & real[:, None]
+        reads = reads.to(x.dtype)
+        return self.project(reads @ x / reads.sum(-1, keepdim=True).clamp(min=1)), None
+
+
+class Pooled(nn.Module):
+    """Not causal: the mean of all tokens, at every token."""
+
+    def forward(self, hidden_states, **kwargs):
+        return hidden_states.mean(1, keepdim=True).expand_as(hidden_states), None
+
+
 class PerToken(nn.Module):
     """What an attention may be that mixes nothing."""
 
