@@ -77,15 +77,15 @@ class Ring(AttentionParts):
                 hint="call eval(), or load the model with attention dropout 0",
             )
         mask, facts = self._mask(kwargs.get("attention_mask")), facts_in(args, kwargs)
-        # A mask of queries and keys says it all; it may be one that no facts can be read from.
-        texts = facts.texts(x, cache) if mask is None else None
-        if texts is not None and self.processes is None:
-            return each_alone(self.forward, args, kwargs, texts)
+        if mask is None and self.processes is None:
+            # A mask of queries and keys says it all; it may be one that no facts can be read from.
+            texts = facts.texts(x, cache)
+            if texts is not None:
+                return each_alone(self.forward, args, kwargs, texts)
         q, k, v = self.qkv(x)
         q, k = self.rotate(q, k, kwargs.get("position_embeddings"))
         if self.processes is not None:
-            one_text = mask is None and texts is None and facts.real(x) is None
-            reads = self._spread(cache, one_text)
+            reads = self._spread(cache, facts.texts(x) is None and facts.real(x) is None)
         else:
             reads = self._reads(x, cache, mask, facts)
         if cache is not None:
@@ -120,10 +120,10 @@ class Ring(AttentionParts):
         if cache is not None or not one_text:
             raise SurgeryError(
                 f"{self.context.where}: a text that is spread over processes takes no "
-                f"{'KV cache' if one_text else 'padding, mask or second text in its row'}",
+                f"{'KV cache' if one_text else 'padding and no second text in its row'}",
                 hint="call the model with use_cache=False"
                 if one_text
-                else "unpadded text of one length, without a mask",
+                else "unpadded text of one length",
             )
         return self._how(group=self.processes)
 
