@@ -205,7 +205,7 @@ def test_the_summary_is_aligned_and_ends_with_the_path(tmp_path):
     assert lines[-1] == str(tmp_path)
     assert "layer 12 attn: LlamaAttention -> infini(segment=256, update=linear)" in text
     assert "inherited 442.4k, new 9, dropped 0" in text
-    start = lines.index("output shift, nats per token") + 1
+    start = lines.index("output shift, nats per token; 95 % interval over documents") + 1
     block = lines[start : start + 7]
     assert len({len(row) for row in block}) == 1
     assert block[1].split() == ["swap", "0.0612", "[0.0575,", "0.0649]"]

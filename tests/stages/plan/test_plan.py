@@ -149,12 +149,12 @@ def test_greedy_stops_at_the_budget(teacher):
 
 
 def test_evaluated_windows_are_none_of_those_that_chose():
-    whole = cut(9)
-    rest = whole.part(slice(4, None))
-    np.testing.assert_array_equal(rest.ids, whole.ids[4:])
-    # Documents 1, 2, 0, 1, 2 of the whole are 0, 1, 2, 0, 1 in order of appearance.
-    assert rest.doc.tolist() == [0, 1, 2, 0, 1]
-    assert rest.names == ("doc 1", "doc 2", "doc 0")
+    whole = cut(10)
+    rest = whole.part(slice(5, None))
+    np.testing.assert_array_equal(rest.ids, whole.ids[5:])
+    # Documents 1, 2, 3, 0, 1 of the whole are 0, 1, 2, 3, 0 in order of appearance.
+    assert rest.doc.tolist() == [0, 1, 2, 3, 0]
+    assert rest.names == ("doc 1", "doc 2", "doc 3", "doc 0")
 
 
 @pytest.fixture(scope="module")
