@@ -29,7 +29,7 @@ pytestmark = pytest.mark.pages
 
 def make(path, table=None, swap="layer12:infini(segment=256)", findings=None, **manifest):
     folder = RunFolder.create(
-        "smollm2", swap, {"swap": swap}, kind="trace", output=path, command=["mismatch"]
+        "smollm2", swap, {"swap": [swap]}, kind="trace", output=path, command=["mismatch"]
     )
     folder.write_plan(s.PLAN)
     folder.write_findings(s.FINDINGS if findings is None else findings)
@@ -112,7 +112,7 @@ def test_the_verdict_comes_first_and_all_parts_are_there(text):
 
 
 def test_text_from_outside_is_escaped(tmp_path):
-    finding = {"severity": EVIL, "title": EVIL, "text": EVIL, "evidence": {}, "next": EVIL}
+    finding = {"severity": "high", "title": EVIL, "text": EVIL, "evidence": {}, "next": EVIL}
     table = s.synthetic(layers=3, swapped=(1,))
     path = make(
         tmp_path / "evil", table, EVIL, findings=[finding], documents={EVIL: EVIL}, error=[EVIL]

@@ -27,7 +27,7 @@ from mismatch.runs.folder import RunFolder, check_output, load_run, made_by
 from mismatch.runs.plan import SwapPlan
 from mismatch.runs.run_id import run_id
 
-SETTINGS = {"model": "smollm2", "swap": "layer12:infini(segment=64)", "tokens": 8192}
+SETTINGS = {"model": "smollm2", "swap": ["layer12:infini(segment=64)"], "tokens": 8192}
 NOON = datetime(2026, 11, 23, 12, 0, 0)
 FINGERPRINT = {"tokens": 8192, "data": "abc", "controls": ("zero", "mean")}
 
@@ -54,7 +54,7 @@ def some_rows():
 def folder(tmp_path):
     return RunFolder.create(
         "smollm2",
-        SETTINGS["swap"],
+        SETTINGS["swap"][0],
         SETTINGS,
         kind="trace",
         resumable=True,
