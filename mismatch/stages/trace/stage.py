@@ -15,6 +15,7 @@ from mismatch.errors import ModelError
 from mismatch.forward import hooks
 from mismatch.metrics.sums.per_document import Units
 from mismatch.models.layout import Layout
+from mismatch.models.quantised import is_quantised
 from mismatch.stages.base import SEVERITIES, Finding, Outcome, Stage
 from mismatch.stages.opening import Opened
 from mismatch.stages.probe.questions import Questions, answers, questions_behind
@@ -148,6 +149,8 @@ def _float32(opened: Opened[TraceConfig]) -> Layout | None:
                 trust_remote_code=config.trust_remote_code,
                 allow_pickle=config.allow_pickle,
             ).layout
+        if is_quantised(teacher.model):  # what its codes were made of is not here
+            return None
         model = copy.deepcopy(teacher.model).float()
     except (torch.OutOfMemoryError, ModelError):
         return None  # the floor is then that of another batch shape alone
