@@ -116,7 +116,7 @@ class Infini(AttentionParts):
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
         """As the attention it replaces: `batch pos d_model` in, (`batch pos d_model`, None) out."""
         x, cache = hidden_in(args, kwargs), cache_in(kwargs)
-        state = OwnState() if cache is None else entry(cache, self.layer_idx)
+        state = OwnState() if cache is None else entry(cache, self.layer_idx, OwnState)
         keep = facts_in(args, kwargs).real(x)
         batch, length = x.shape[:2]
         grid = Grid(state.seen, keep, batch, length, self.settings.segment, x.device)

@@ -145,7 +145,7 @@ class LinearAttention(AttentionParts):
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
         """As the attention it replaces: `batch pos d_model` in, (`batch pos d_model`, None) out."""
         x, cache = hidden_in(args, kwargs), cache_in(kwargs)
-        state = OwnState() if cache is None else entry(cache, self.layer_idx)
+        state = OwnState() if cache is None else entry(cache, self.layer_idx, OwnState)
         keep = facts_in(args, kwargs).real(x)
         q, k, v = self.qkv(x)
         q, k = self.rotate(q, k, kwargs.get("position_embeddings"))

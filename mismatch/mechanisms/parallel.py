@@ -21,7 +21,14 @@ from transformers.cache_utils import CacheLayerMixin
 
 from mismatch.errors import SurgeryError
 from mismatch.mechanisms.base import Context, Wrapper, tensor_kind
-from mismatch.mechanisms.parts.calling import cache_in, first_of, with_cache, with_first
+from mismatch.mechanisms.parts.calling import (
+    cache_in,
+    entry_of,
+    first_of,
+    with_cache,
+    with_entry,
+    with_first,
+)
 
 if TYPE_CHECKING:
     from mismatch.spec import Call
@@ -78,9 +85,7 @@ def _with_state(
 ) -> Any:
     """Run one path on a view of the cache in which this layer's entry is its own side of the
     pair."""
-    view = copy.copy(cache)
-    view.layers = [*cache.layers]
-    view.layers[layer] = getattr(pair, side)
+    view = with_entry(cache, layer, getattr(pair, side))
     given, named = with_cache(args, kwargs, view)
     output = path(*given, **named)
     setattr(
@@ -168,9 +173,7 @@ def _pair(cache: Any, layer: int) -> PairLayer:
     Raises:
         SurgeryError: the entry was written before there was a pair.
     """
-    while len(cache.layers) <= layer and cache.layer_class_to_replicate is not None:
-        cache.layers.append(cache.layer_class_to_replicate())
-    found = cache.layers[layer]
+    found = entry_of(cache, layer)
     if isinstance(found, PairLayer):
         return found
     if found.get_seq_length() > 0:

@@ -183,7 +183,7 @@ class RWKV(AttentionParts):
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
         """As the attention it replaces: `batch pos d_model` in, (`batch pos d_model`, None) out."""
         x, cache = hidden_in(args, kwargs), cache_in(kwargs)
-        state = OwnState() if cache is None else entry(cache, self.layer_idx)
+        state = OwnState() if cache is None else entry(cache, self.layer_idx, OwnState)
         keep = facts_in(args, kwargs).real(x)
         before, last = token_before(x, state.rows.get("last"), keep)
         x_r, x_w, x_k, x_v, x_a, x_g = torch.addcmul(x, before - x, self.mu[:, None, None])

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
+import peak_memory
 import pytest
 import torch
 from tiny_models import FAMILIES, in_chunks, positions, swap, tiny, tokens
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import StaticCache
 
 from mismatch.errors import SurgeryError
+from mismatch.mechanisms import sliding_window
 
 OWN_WINDOW = ("mistral_window", "gemma2", "gemma3", "qwen2", "phi3", "olmo3")
 
@@ -75,15 +82,62 @@ def test_over_a_module_with_a_window_the_narrower_one_counts(family):
     torch.testing.assert_close(in_chunks(narrow, ids, 4), narrow(ids).logits, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize(
-    "option, words", [("sinks=1", "sinks"), ("global_every=4", "global tokens")]
-)
+@pytest.mark.parametrize("chunk", [5, 2048])
+@pytest.mark.parametrize("sinks, every", [(1, 0), (2, 4)])
 @pytest.mark.parametrize("family", OWN_WINDOW)
-def test_sinks_and_global_tokens_over_a_cache_that_drops_them_are_refused(family, option, words):
-    with pytest.raises(
-        SurgeryError, match=rf"own window of \d tokens, and .* {words} cannot be kept"
-    ):
-        swap(tiny(family), f"all:sliding_window(window=3, {option})")
+def test_over_a_module_with_a_window_sinks_and_global_tokens_stay(
+    family, sinks, every, chunk, monkeypatch
+):
+    """In one call, in pieces, from a static cache, and with pads."""
+    monkeypatch.setattr(sliding_window, "CHUNK", chunk)
+    model, ids = tiny(family).requires_grad_(False), tokens(2, 20)
+    mask = window_mask(20, 3, sinks, every).expand(2, -1, -1, -1)
+    if family == "gemma2":  # eager
+        mask = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
+    wanted = model(ids, attention_mask=mask).logits
+    text = f"all:sliding_window(window=3, sinks={sinks}, global_every={every})"
+    student = swap(model, text).model
+    torch.testing.assert_close(student(ids).logits, wanted, atol=1e-4, rtol=0)
+    for size in (1, 7):
+        torch.testing.assert_close(in_chunks(student, ids, size), wanted, atol=1e-4, rtol=0)
+    cache = StaticCache(config=model.config, max_cache_len=24)
+    pieces = [student(piece, past_key_values=cache).logits for piece in ids.split((8, 1, 11), 1)]
+    torch.testing.assert_close(torch.cat(pieces, 1), wanted, atol=1e-4, rtol=0)
+    pads = torch.ones(2, 20, dtype=torch.long)
+    pads[0, :7] = 0
+    padded = in_chunks(student, ids.masked_fill(pads == 0, 0), 6, pads)
+    torch.testing.assert_close(padded[:1, 7:], student(ids[:1, 7:]).logits, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_over_a_module_with_a_window_or_none_texts_of_a_row_have_sinks_of_their_own(family):
+    student = swap(tiny(family), "all:sliding_window(window=3, sinks=2)").model
+    ids, places = tokens(1, 20), torch.cat([torch.arange(8), torch.arange(12)])[None]
+    got = student(ids, position_ids=places, use_cache=False).logits
+    alone = [student(text).logits for text in ids.split((8, 12), 1)]
+    torch.testing.assert_close(got, torch.cat(alone, 1), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("options", ["window=4", "window=4, sinks=2, global_every=5"])
+@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "gemma3"])
+def test_in_chunks_of_queries_it_is_the_whole_and_so_are_its_gradients(
+    family, attn, options, monkeypatch
+):
+    model, ids = tiny(family, attn).requires_grad_(True), tokens(2, 21)
+    below = "" if family == "gpt2" else "layer1:rope(type=linear, factor=2); "
+    student = swap(model, f"{below}layer1:sliding_window({options})").model
+    mask = torch.ones(2, 21, dtype=torch.long)
+    mask[0, :4] = 0
+    found = []
+    for chunk in (2048, 5):
+        monkeypatch.setattr(sliding_window, "CHUNK", chunk)
+        student.zero_grad()
+        out = student(ids, attention_mask=mask, position_ids=positions(mask)).logits[mask == 1]
+        out.square().mean().backward()
+        found.append((out, [p.grad for p in student.parameters() if p.grad is not None]))
+        found[-1] += (student(ids).logits, in_chunks(student, ids, 11))
+    torch.testing.assert_close(*found, atol=1e-4, rtol=1e-4)
 
 
 def test_every_token_global_is_the_model_itself():
@@ -126,3 +180,37 @@ def test_padding_and_window_together():
         ids, attention_mask=mask, position_ids=ids_at
     )
     torch.testing.assert_close(got.logits[mask == 1], wanted[mask == 1], atol=1e-5, rtol=0)
+
+
+class Largest(TorchDispatchMode):
+    """The most numbers that any result holds."""
+
+    def __init__(self):
+        super().__init__()
+        self.numbers = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **kwargs or {})
+        if isinstance(out, torch.Tensor):
+            self.numbers = max(self.numbers, out.numel())
+        return out
+
+
+@pytest.mark.parametrize("call", ["sliding_window(window=200, sinks=4)", "ring"])
+def test_nothing_of_the_size_of_queries_times_keys_is_made(call):
+    length = 5000
+    model = tiny("llama", num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1)
+    student, largest = swap(model, f"layer0:{call}").model, Largest()
+    with torch.no_grad(), largest:
+        student.model(tokens(1, length), use_cache=False)
+    assert largest.numbers < length * length / 5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["forward", "backward"])
+def test_sixteen_thousand_tokens_need_no_more_memory_than_full_attention(way):
+    peaks = {
+        call: int(subprocess.check_output([sys.executable, peak_memory.__file__, call, way]))
+        for call in ("full", "sliding_window(window=256, sinks=4)", "ring")
+    }
+    assert max(peaks.values()) < 1.05 * peaks["full"], peaks

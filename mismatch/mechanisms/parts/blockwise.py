@@ -35,6 +35,9 @@ from torch.autograd.function import once_differentiable
 
 from mismatch.errors import SurgeryError
 
+QUERIES = 1024
+"""Queries worked on at once; a matter of speed and memory only."""
+
 
 @dataclass(frozen=True)
 class Reads:
@@ -61,16 +64,22 @@ class Reads:
     group: Any = None
 
     def blocks(self, start: int, keys: int, queries: int) -> Iterator[tuple[slice, slice, int]]:
-        """The blocks of a run of keys that starts at token `start`: keys, the queries that may read
-        any of them, and the number of the first key."""
+        """The blocks of a run of keys that starts at token `start`: keys, some of the queries that may
+        read any of them, and the number of the first key."""
         for at in range(0, keys, self.block):
             end = min(at + self.block, keys)
             low = max(0, start + at - self.first)
             high = queries
             if self.window is not None:
                 high = min(queries, start + end - 1 + self.window - self.first)
-            if low < high:
-                yield slice(at, end), slice(low, high), start + at
+            for row in range(low, high, QUERIES):
+                yield slice(at, end), slice(row, min(row + QUERIES, high)), start + at
+
+    def _read_whole(self, rows: slice, start: int, keys: int) -> bool:
+        """Whether each of these queries reads each of these keys."""
+        within = self.window is None or self.first + rows.stop - 1 - start < self.window
+        past = start + keys - 1 <= self.first + rows.start
+        return past and within and self.mask is None and self.real is None
 
     def hide(self, scores: Tensor, keys: slice, rows: slice, start: int, group: int) -> Tensor:
         """Scores with -inf where the query may not read.
@@ -80,6 +89,8 @@ class Reads:
             keys, rows, start: of the block, from `blocks`.
             group: query heads per kv head.
         """
+        if self._read_whole(rows, start, scores.shape[-1]):
+            return scores
         i = self.first + torch.arange(rows.start, rows.stop, device=scores.device)[:, None]
         j = start + torch.arange(scores.shape[-1], device=scores.device)
         allowed = (j <= i)[None, None]

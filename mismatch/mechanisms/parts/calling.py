@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 from torch import Tensor
@@ -41,6 +42,21 @@ def with_cache(args: tuple, kwargs: dict[str, Any], cache: Any) -> tuple[tuple, 
         for name, value in kwargs.items()
     }
     return given, named
+
+
+def entry_of(cache: Any, layer_idx: int) -> Any:
+    """The entry of a layer in a cache, made now where the cache makes them as they are needed."""
+    while len(cache.layers) <= layer_idx and cache.layer_class_to_replicate is not None:
+        cache.layers.append(cache.layer_class_to_replicate())
+    return cache.layers[layer_idx]
+
+
+def with_entry(cache: Any, layer_idx: int, entry: Any) -> Any:
+    """The same cache with another entry for a layer; the one given keeps its own."""
+    view = copy.copy(cache)
+    view.layers = [*cache.layers]
+    view.layers[layer_idx] = entry
+    return view
 
 
 def first_of(output: Any) -> Tensor:

@@ -122,7 +122,7 @@ class Mixer(AttentionParts):
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
         """As the attention it replaces: `batch pos d_model` in, (`batch pos d_model`, None) out."""
         x, cache = hidden_in(args, kwargs), cache_in(kwargs)
-        state = OwnState() if cache is None else entry(cache, self.layer_idx)
+        state = OwnState() if cache is None else entry(cache, self.layer_idx, OwnState)
         keep = facts_in(args, kwargs).real(x)
         # The one place that waits for a GPU, and only under padding.
         new = torch.full(x.shape[:1], x.shape[1]) if keep is None else keep.sum(1).cpu()

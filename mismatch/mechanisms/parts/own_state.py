@@ -1,34 +1,33 @@
 """The cache entry of a mechanism that keeps its own state: a recurrent matrix, a memory, an open segment.
 
 What `generate()` does to a cache (reorder beams, repeat, select, reset) is done here to every row
-of the state. It reports the true number of tokens and the sizes that the entry in its place would
-report, because transformers takes positions from layer 0's entry and makes the masks of all layers
-of a kind for the first of them. A mechanism writes `rows` and calls `advance`; nothing goes through
-transformers' `update`.
+of the state. It reports the true number of tokens, because transformers takes positions from layer
+0's entry. A mechanism writes `rows` and calls `advance`; nothing goes through transformers' `update`.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, StaticLayer
 
 from mismatch.errors import SurgeryError
+from mismatch.mechanisms.parts.calling import entry_of
 
 LENGTH_OF = {False: "cumulative_length", True: "cumulative_length_int"}
 """Where a dynamic and a static sliding entry count the tokens that they have seen."""
 
 
-class OwnState(CacheLayerMixin):
-    """Cache entry of one layer.
+class StandIn(CacheLayerMixin):
+    """A cache entry in the place of the model's own, to which the rest of the model sees no difference.
+
+    transformers makes the masks of all layers of a kind for the first of them, so an entry must report the sizes that
+    the one in its place would.
 
     Attributes:
         replaced: the entry, still empty, that the model's cache had in its place.
-        length: tokens seen, pads included (the host's count of positions).
-        seen: int64 `batch` on the CPU, real tokens seen of each row; None before the first call.
-        rows: the mechanism's own tensors by name, batch first.
     """
 
     def __init__(self, replaced: DynamicLayer | StaticLayer | None = None) -> None:
@@ -38,6 +37,34 @@ class OwnState(CacheLayerMixin):
         # written yet; transformers makes one only if every entry is of this kind.
         self.is_compileable: bool = self.replaced.is_compileable
         self.is_sliding: bool = self.replaced.is_sliding
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        entry = self.replaced
+        if entry.is_sliding:
+            setattr(entry, LENGTH_OF[isinstance(entry, StaticLayer)], self.get_seq_length())
+        elif not isinstance(entry, StaticLayer):
+            return self.get_seq_length() + query_length, 0
+        return entry.get_mask_sizes(query_length)
+
+    def get_max_length(self) -> int:
+        return self.replaced.get_max_length()
+
+
+class WholeKeys(StandIn, DynamicLayer):
+    """The keys and values of all tokens of a layer, in the place of an entry that drops old ones."""
+
+
+class OwnState(StandIn):
+    """Cache entry of one layer.
+
+    Attributes:
+        length: tokens seen, pads included (the host's count of positions).
+        seen: int64 `batch` on the CPU, real tokens seen of each row; None before the first call.
+        rows: the mechanism's own tensors by name, batch first.
+    """
+
+    def __init__(self, replaced: DynamicLayer | StaticLayer | None = None) -> None:
+        super().__init__(replaced)
         self.reset()
 
     def reset(self) -> None:
@@ -57,17 +84,6 @@ class OwnState(CacheLayerMixin):
 
     def get_seq_length(self) -> int:
         return self.length
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        entry = self.replaced
-        if entry.is_sliding:
-            setattr(entry, LENGTH_OF[isinstance(entry, StaticLayer)], self.length)
-        elif not isinstance(entry, StaticLayer):
-            return self.length + query_length, 0
-        return entry.get_mask_sizes(query_length)
-
-    def get_max_length(self) -> int:
-        return self.replaced.get_max_length()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self.batch_select_indices(beam_idx)
@@ -116,16 +132,17 @@ class OwnState(CacheLayerMixin):
         raise NotImplementedError("this state is written by its mechanism, not through `update`")
 
 
-def entry(cache: Any, layer_idx: int) -> OwnState:
-    """The state of layer `layer_idx` in a transformers cache, put there on the first call.
+Entry = TypeVar("Entry", bound=StandIn)
+
+
+def entry(cache: Any, layer_idx: int, kind: type[Entry]) -> Entry:
+    """The entry of layer `layer_idx` in a transformers cache, of this kind from the first call on.
 
     Raises:
         SurgeryError: an entry that another attention has already written.
     """
-    while len(cache.layers) <= layer_idx and cache.layer_class_to_replicate is not None:
-        cache.layers.append(cache.layer_class_to_replicate())
-    layer = cache.layers[layer_idx]
-    if isinstance(layer, OwnState):
+    layer = entry_of(cache, layer_idx)
+    if isinstance(layer, kind):
         return layer
     if not isinstance(layer, (DynamicLayer, StaticLayer)) or layer.get_seq_length() > 0:
         raise SurgeryError(
@@ -133,7 +150,7 @@ def entry(cache: Any, layer_idx: int) -> OwnState:
             "tokens) was written by another attention",
             hint="a cache belongs to one model: start the student with an empty one",
         )
-    cache.layers[layer_idx] = OwnState(layer)
+    cache.layers[layer_idx] = kind(layer)
     return cache.layers[layer_idx]
 
 
@@ -147,4 +164,6 @@ def count_tokens(cache: Any | None, layer_idx: int | None, x: Tensor) -> None:
         x: `batch pos d`.
     """
     if cache is not None and layer_idx is not None:
-        entry(cache, layer_idx).advance(torch.full(x.shape[:1], x.shape[1]), x.shape[1], {})
+        entry(cache, layer_idx, OwnState).advance(
+            torch.full(x.shape[:1], x.shape[1]), x.shape[1], {}
+        )

@@ -95,9 +95,10 @@ class Foreign(Mechanism):
         layer = self.context.layer
         if layer is None or self.context.slot not in CACHED:
             cache = None  # this slot counts no tokens
-        before = 0 if cache is None else cache.get_seq_length(layer)
+        # As numbers: a static cache counts in one tensor.
+        before = 0 if cache is None else int(cache.get_seq_length(layer))
         out = self._run(x, args, kwargs)
-        if cache is not None and cache.get_seq_length(layer) == before:
+        if cache is not None and int(cache.get_seq_length(layer)) == before:
             count_tokens(cache, layer, x)
         return out
 
