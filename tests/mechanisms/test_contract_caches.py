@@ -32,6 +32,7 @@ SIDE_BY_SIDE = (
     "block:parallel(skip, alpha=0.5)",
     "mlp:parallel(low_rank_mlp(rank=7), alpha=0.5)",
 )
+WITH_SINKS = "attn:sliding_window(window=5, sinks=2, global_every=4)"  # over a window of the model's own too
 STATIC = {"cache_implementation": "static"}
 WAYS = {
     "sampled rows": {"do_sample": True, "num_return_sequences": 2, "top_k": 0},
@@ -106,6 +107,7 @@ def cases():
     yield from (("llama", text) for text in SIDE_BY_SIDE)
     yield from (("gemma3", text) for text in SIDE_BY_SIDE)
     for family, layer in LAYERS.items():
+        yield family, WITH_SINKS
         for name in CALLS:
             if (family in WHOLE or name in ATTENTION) and fits(family, name, layer):
                 slots = placed(name) if family == "llama" else placed(name)[:1]
