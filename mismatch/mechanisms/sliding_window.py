@@ -16,8 +16,8 @@ saves. Over an attention that has a window of its own, the narrower of the two c
 global tokens its cache entry then keeps all keys, where the host's would drop old ones. j counts real
 tokens, from the first one of each text of a row.
 
-More than CHUNK new tokens are given to the attention in pieces, each with the keys that it may read
-and their mask: memory and time grow with the length, not with its square. Inherited: everything.
+More than CHUNK new tokens are given to the attention in pieces (unless a hook looks at its calls), each
+with the keys that it may read and their mask: memory and time grow with the length, not with its square. Inherited: everything.
 New, dropped: nothing.
 """
 
@@ -44,7 +44,7 @@ from mismatch.mechanisms.parts.calling import (
 from mismatch.mechanisms.parts.own_state import WholeKeys, entry
 from mismatch.mechanisms.parts.token_facts import NAME, facts_in
 
-CHUNK = 2048
+CHUNK = 1024
 """Queries that are worked on at once; a matter of speed and memory only."""
 
 
@@ -106,7 +106,7 @@ class SlidingWindow(Wrapper):
         if held is not None and not isinstance(held, WholeKeys):
             keys, offset = held.get_mask_sizes(length)
         reads = self._reads(args, kwargs, past, keys, offset)
-        if length > CHUNK:
+        if length > CHUNK and not _watched(innermost(self.original)):
             return self._in_chunks(args, kwargs, held, reads)
         mask = reads.mask(slice(0, length), offset + torch.arange(keys, device=x.device))
         return self.original(*args, **{**kwargs, "attention_mask": mask})
@@ -248,6 +248,11 @@ class Reads:
         if given.dtype == torch.bool:
             return given & allowed
         return given.masked_fill(~allowed, torch.finfo(given.dtype).min)
+
+
+def _watched(attention: nn.Module) -> bool:
+    """Whether a hook looks at its calls: it is then called once, for all tokens."""
+    return bool(attention._forward_pre_hooks or attention._forward_hooks)
 
 
 def _window(attention: nn.Module) -> int | None:

@@ -33,13 +33,8 @@ def cases(families, others=("llama",)):
         pytest.param(family, name, id=f"{family}-{name}")
         for family in families
         for name in CALLS
-        if (name in COUNTS or family in others) and fits(family, name) and takes(family, name)
+        if (name in COUNTS or family in others) and fits(family, name)
     ]
-
-
-def takes(family: str, name: str) -> bool:
-    """Sinks and global tokens do not go with a window of the model's own."""
-    return not (name == "sliding_window" and family in ("gemma3", "mistral_window"))
 
 
 def packed():

@@ -32,7 +32,9 @@ SIDE_BY_SIDE = (
     "block:parallel(skip, alpha=0.5)",
     "mlp:parallel(low_rank_mlp(rank=7), alpha=0.5)",
 )
-WITH_SINKS = "attn:sliding_window(window=5, sinks=2, global_every=4)"  # over a window of the model's own too
+WITH_SINKS = (
+    "attn:sliding_window(window=5, sinks=2, global_every=4)"  # over a window of the model's own too
+)
 STATIC = {"cache_implementation": "static"}
 WAYS = {
     "sampled rows": {"do_sample": True, "num_return_sequences": 2, "top_k": 0},
