@@ -17,8 +17,8 @@ global tokens its cache entry then keeps all keys, where the host's would drop o
 tokens, from the first one of each text of a row.
 
 More than CHUNK new tokens are given to the attention in pieces (unless a hook looks at its calls), each
-with the keys that it may read and their mask: memory and time grow with the length, not with its square. Inherited: everything.
-New, dropped: nothing.
+with the keys that it may read and their mask: memory and time grow with the length, not with its square.
+Inherited: everything. New, dropped: nothing.
 """
 
 from __future__ import annotations
@@ -78,25 +78,26 @@ class SlidingWindow(Wrapper):
         SurgeryError: a mechanism below that reads no mask.
         """
         super().__init__(original, config, context)
-        attention = innermost(original)
+        attention: Any = innermost(original)
         if isinstance(attention, Mechanism):
             raise SurgeryError(
                 f"{context.where}: `{type(attention).__name__}` decides by itself what it attends "
                 "to; a mask would change nothing",
                 hint="put sliding_window over the model's own attention",
             )
+        self.layer_idx: int = attention.layer_idx
         own, kept = _window(attention), bool(config.sinks or config.global_every)
         self.reach: int = config.window if own is None else min(config.window, own)
-        self._beyond_own = (
-            kept and own is not None
-        )  # what the host's mask hides and its cache drops
+        # What is to be read lies behind what the host's mask shows and its cache holds.
+        self._beyond_own = kept and own is not None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         x, cache = hidden_in(args, kwargs), cache_in(kwargs)
-        given, past, held = kwargs.get("attention_mask"), 0, None
+        given, past = kwargs.get("attention_mask"), 0
+        held: Any = None
         if cache is not None:
-            layer = self.original.layer_idx
-            held = entry(cache, layer, WholeKeys) if self._beyond_own else entry_of(cache, layer)
+            at = self.layer_idx
+            held = entry(cache, at, WholeKeys) if self._beyond_own else entry_of(cache, at)
             past = int(held.get_seq_length())
         length = x.shape[1]
         # All inside the window: the mask stays what it was, to the bit (None picks another kernel).
@@ -130,7 +131,8 @@ class SlidingWindow(Wrapper):
                 real = None if number is None else number >= 0
         if self._beyond_own:
             texts = facts.texts(x, cache)
-            eager = innermost(self.original).config._attn_implementation == "eager"
+            attention: Any = innermost(self.original)
+            eager = attention.config._attn_implementation == "eager"
             added = x.dtype if eager else None
             given = None
         return Reads(self.reach, past, offset, given, kept, real, texts, added)
@@ -147,11 +149,11 @@ class SlidingWindow(Wrapper):
         self, args: tuple, kwargs: dict[str, Any], held: Any, reads: Reads
     ) -> tuple[Tensor, None]:
         """The output for many tokens: CHUNK queries at a time, each with the keys that it may read."""
-        x, cache, layer = hidden_in(args, kwargs), cache_in(kwargs), self.original.layer_idx
+        x, cache, layer = hidden_in(args, kwargs), cache_in(kwargs), self.layer_idx
         chosen, outputs = Chosen(DynamicLayer() if held is None else held), []
         name = next((name for name in CACHE_NAMES if name in kwargs), CACHE_NAMES[0])
-        none: Any = Cache(layers=[chosen] * (layer + 1))
-        view = none if cache is None else with_entry(cache, layer, chosen)
+        alone: list[Any] = [chosen] * (layer + 1)
+        view = Cache(layers=alone) if cache is None else with_entry(cache, layer, chosen)
         named = {key: value for key, value in kwargs.items() if key != NAME} | {name: view}
         for start in range(0, x.shape[1], CHUNK):
             rows = slice(start, min(start + CHUNK, x.shape[1]))
@@ -185,7 +187,8 @@ class Chosen:
         offset = 0 if whole else self.entry.get_mask_sizes(k.shape[2])[1]
         k, v = self.entry.update(k, v, *args, **kwargs)
         # Copies: a view would keep the keys of every chunk alive for the backward pass.
-        return tuple(part.index_select(2, self.numbers - offset) for part in (k, v))
+        at = self.numbers - offset
+        return k.index_select(2, at), v.index_select(2, at)
 
 
 @dataclass(frozen=True)
