@@ -127,13 +127,13 @@ def test_places_given_back_whole_leave_the_others(toy_teacher, texts):
 def test_shapley_shares_add_up_and_split_what_two_can_mend():
     names = tuple(CAUSES)
     value = dict(zip(SUBSETS, (0.6, 0.6, 0.1, 0.6, 0.7, 0.7, 0.8), strict=True))
-    docs = np.array([10.0, 20.0, 5.0])
+    docs = np.array([10.0, 20.0, 5.0, 8.0])
 
     def evaluated(kl):
-        return Evaluated(*[PerDocument(kl, np.full(3, 7.0))] * 2)
+        return Evaluated(*[PerDocument(kl, np.full(4, 7.0))] * 2)
 
     joint = {chosen: evaluated(docs * (1 - v)) for chosen, v in value.items()}
-    shares, rest = causes_of(joint, evaluated(docs), 0)
+    shares, rest = causes_of(joint, evaluated(docs))
     # The textbook formula, with weights by the size of the set that stands before.
     for name in names:
         others = [n for n in names if n != name]
