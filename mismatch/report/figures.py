@@ -58,6 +58,15 @@ class Drawn:
     missing: str = ""
 
 
+LARGEST = 1e100
+"""No scale reaches further: weights that were damaged can give such numbers, and an infinite KL."""
+
+
+def extremes(table: pd.DataFrame) -> int:
+    """How many numbers of a table no figure can show."""
+    return int((table["value"].abs() > LARGEST).sum())
+
+
 def draw_all(
     run: Run, figures: Iterable[ReportFigure], folder: Path | None = None
 ) -> dict[str, Drawn]:
@@ -70,6 +79,17 @@ def draw_all(
 
 
 def _draw(run: Run, one: ReportFigure, folder: Path | None) -> Drawn:
+    try:
+        return _every_view(run, one, folder)
+    except (ValueError, OverflowError) as error:
+        if (extreme := extremes(run.table)) == 0:
+            raise
+        return Drawn(
+            (), f"{extreme} numbers of the table are infinite or beyond {LARGEST:g} ({error})"
+        )
+
+
+def _every_view(run: Run, one: ReportFigure, folder: Path | None) -> Drawn:
     try:
         figure, data = one.draw(run), one.data(run)
     except UsageError as missing:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from mismatch.report.figures import ReportFigure
+from mismatch.report.figures import LARGEST, ReportFigure, extremes
 from mismatch.report.page import Cell, Html, grid, join, pairs, tag, whole
 from mismatch.report.words import count, kind, text_line, text_lines, total
 from mismatch.runs.folder import Run
@@ -96,6 +96,10 @@ def state(run: Run) -> Html:
     status = run.manifest.get("status")
     parts = [] if status == "done" else [f"This run is not finished: its status is {status}."]
     parts += _little_text(run)
+    if extreme := extremes(run.table):
+        parts.append(
+            f"{extreme} numbers are infinite or beyond {LARGEST:g}: are the weights whole?"
+        )
     return join([tag("p", part, class_="warning") for part in parts])
 
 
