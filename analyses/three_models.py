@@ -2,6 +2,7 @@
 
     python analyses/three_models.py scan MODEL       about 10 minutes of CPU for smollm2 and gemma3-270m, one thread
     python analyses/three_models.py repair MODEL     about 5 minutes of CPU
+    python analyses/three_models.py tokens MODEL     seconds
     python analyses/three_models.py draw             the table and the figure, from what was kept
 
 Models: smollm2 (Llama, 30 layers), gemma3-270m (Gemma 3, 18 layers, five of six with a window of 512; fetched by
@@ -9,8 +10,9 @@ whoever accepts its terms) and glassllm, a toy trained on one author (Llama, 4 l
 dequantised 4-bit models, so this is about those, not about the families.
 
 `scan` puts infini, nope and a window with and without the first token into every layer, one at a time, beside deleting
-the attention (`zero`), on text and on a passkey; and looks for massive tokens in the teacher. `repair` closes what
-Infini-attention opens at one layer with the two cheap stages, and asks the behaviour before and after.
+the attention (`zero`), on text and on a passkey. `repair` closes what Infini-attention opens at one layer with the two
+cheap stages, and asks the behaviour before and after. `tokens` looks for massive tokens in the teacher, by the rule
+that a trace leaves them out by.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ import torch
 from matplotlib.figure import Figure
 
 import mismatch
+from mismatch.forward.sites import massive
 from mismatch.stages.scan.words import can_do
 
 LAYER = {"smollm2": 12, "gemma3-270m": 8, "glassllm": 2}
@@ -43,8 +46,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("part", choices=("scan", "repair", "draw"))
-    parser.add_argument("model", nargs="?", choices=tuple(LAYER), help="for scan and repair")
+    parser.add_argument("part", choices=("scan", "repair", "tokens", "draw"))
+    parser.add_argument("model", nargs="?", choices=tuple(LAYER), help="for all but draw")
     parser.add_argument("--output", type=Path, default=HERE, help="folder of the results")
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
@@ -55,7 +58,9 @@ def main() -> None:
         parser.error("name a model")
     torch.set_num_threads(1)
     teacher = mismatch.load(args.model)
-    rows, made = {"scan": scanned, "repair": repaired}[args.part](args.model, teacher)
+    rows, made = {"scan": scanned, "repair": repaired, "tokens": tokens}[args.part](
+        args.model, teacher
+    )
     place = args.output / f"{args.part}-{args.model}"
     rows.to_csv(place.with_suffix(".csv"), index=False, float_format="%.6g", lineterminator="\n")
     made |= {"versions": mismatch.versions()}
@@ -68,7 +73,7 @@ def sizes(model: str) -> dict[str, int]:
 
 
 def scanned(model: str, teacher: Any) -> tuple[pd.DataFrame, dict[str, Any]]:
-    """Every cell; and the massive tokens of the teacher."""
+    """Every cell."""
     size = sizes(model)
     wide = size["segment"]
     swap = f"infini(segment={wide}); nope; sliding_window({wide}); sliding_window({wide}, 1)"
@@ -80,28 +85,31 @@ def scanned(model: str, teacher: Any) -> tuple[pd.DataFrame, dict[str, Any]]:
     return cells, {
         "settings": settings,
         "swap": swap,
-        "massive": massive(teacher),
         "finds_the_passkey": bool(can_do(found.table, "passkey", found.plan)),
     }
 
 
 @torch.no_grad()
-def massive(teacher: Any) -> dict[str, Any]:
-    """Share of tokens that are massive in some block's output, and how many times its median the largest is."""
+def tokens(model: str, teacher: Any) -> tuple[pd.DataFrame, dict[str, Any]]:
+    """Of the stream behind every block but the last: share of massive tokens, and how far norms stand out."""
     text = mismatch.read_documents("wiki")
     length = min(256, teacher.layout.config.max_position_embeddings)
-    cut = mismatch.windows(text, teacher.tokenizer, length, 4 * length, 0)
-    states = teacher.model(torch.from_numpy(cut.ids), output_hidden_states=True).hidden_states[1:-1]
-    ratio = torch.stack([h.abs().amax(-1) / h.abs().median(-1).values for h in states])
-    peak = torch.stack([h.abs().amax(-1) for h in states])
-    hit = ((ratio >= 1000) & (peak > 100)).any(0)
-    return {
-        "first_token": float(hit[:, 0].double().mean()),
-        "other_tokens": float(hit[:, 1:].double().mean()),
-        "largest_over_median_first": float(ratio[:, :, 0].max()),
-        "largest_over_median_other": float(ratio[:, :, 1:].max()),
-        "largest": float(peak.max()),
-    }
+    cut = mismatch.windows(text, teacher.tokenizer, length, 8 * length, 0)
+    ids, rows = torch.from_numpy(cut.ids), []
+    states = teacher.model(ids, output_hidden_states=True).hidden_states[1:-1]
+    for layer, h in enumerate(states):
+        hit, norm = massive(h, torch.ones_like(ids, dtype=torch.bool)), h.norm(dim=-1)
+        times = norm / norm.median(1, keepdim=True).values
+        shares = [part.double().mean().item() for part in (hit[:, 0], hit[:, 1:])]
+        rows.append((layer, *shares, times[:, 0].mean().item(), times[:, 1:].max().item()))
+    columns = [
+        "layer",
+        "first_massive",
+        "others_massive",
+        "first_times_median",
+        "others_times_median",
+    ]
+    return pd.DataFrame(rows, columns=columns), {"windows": len(ids), "length": length}
 
 
 def repaired(model: str, teacher: Any) -> tuple[pd.DataFrame, dict[str, Any]]:
@@ -144,16 +152,17 @@ def summary(folder: Path) -> pd.DataFrame:
             continue
         cells = pd.read_csv(place)
         facts = json.loads(place.with_suffix(".json").read_text())
-        rows[model] = answers(cells, facts) | mended(folder / f"repair-{model}.csv")
+        found = pd.read_csv(folder / f"tokens-{model}.csv")
+        rows[model] = answers(cells, facts, found) | mended(folder / f"repair-{model}.csv")
     return pd.DataFrame(rows)
 
 
-def answers(cells: pd.DataFrame, facts: dict[str, Any]) -> dict[str, str]:
+def answers(cells: pd.DataFrame, facts: dict[str, Any], norms: pd.DataFrame) -> dict[str, str]:
     """What a scan says of a model, in words and numbers."""
     real = cells[cells.kind != "missing"]
     text = real[real.task == "text"].pivot(index="layer", columns="student", values="value")
     plain, kept = window_names(text.columns)
-    tokens = facts["massive"]
+    worst = norms.loc[norms.others_massive.idxmax()]
     order = text.median().sort_values()
     said = {
         "order of mechanisms, median KL over layers": " < ".join(
@@ -163,9 +172,12 @@ def answers(cells: pd.DataFrame, facts: dict[str, Any]) -> dict[str, str]:
         "median share of `zero`, nope": f"{(text['nope'] / text['zero']).median():.2f}",
         "the first token: window without over with it": f"{(text[plain] / text[kept]).median():.1f} times",
         "worst layer on text, infini": str(text[infini(text.columns)].idxmax()),
-        "massive tokens: first, others": f"{tokens['first_token']:.0%}, {tokens['other_tokens']:.2%}",
-        "largest activation over its token's median": f"{tokens['largest_over_median_first']:.0f} at the first token, "
-        f"{tokens['largest_over_median_other']:.0f} elsewhere",
+        "massive tokens: first token in blocks; others at most": (
+            f"{(norms.first_massive > 0.5).sum()} of {len(norms)}; {worst.others_massive:.2%}"
+        ),
+        "norm over the window's median: first token, others at most": (
+            f"{norms.first_times_median.max():.0f}, {norms.others_times_median.max():.0f}"
+        ),
     }
     where = "layer that loses the passkey, window with the first token"
     said[where] = "the teacher does not find it"
