@@ -28,7 +28,6 @@ a mask that is not causal + padding + texts (+ the model's own window), and keyw
 
 from __future__ import annotations
 
-import functools
 import inspect
 from typing import Any, NamedTuple, NoReturn
 
@@ -84,6 +83,7 @@ class TokenFacts:
     ) -> None:
         self.length, self._mask, self._positions = length, mask, positions
         self._window, self._collated = window, collated or {}
+        self._known: Read | None = None
         self._past: int | Tensor = 0  # P
         self._offset = 0  # the number of the first key in a 4-D mask
         if isinstance(cache, Cache):
@@ -155,9 +155,15 @@ class TokenFacts:
             )
         return self._read.texts
 
-    @functools.cached_property
+    @property
     def _read(self) -> Read:
-        """Looked at once per forward, not once per layer: the values come from the device."""
+        # Looked at once per forward, not once per layer: the values come from the device. Kept by hand, because the lock
+        # of `functools.cached_property` cannot be compiled.
+        if self._known is None:
+            self._known = self._found()
+        return self._known
+
+    def _found(self) -> Read:
         mask = self._mask
         if isinstance(mask, dict):
             mask = mask["full_attention" if "full_attention" in mask else "sliding_attention"]
