@@ -157,8 +157,8 @@ class TokenFacts:
 
     @property
     def _read(self) -> Read:
-        # Looked at once per forward, not once per layer: the values come from the device. Kept by hand, because the lock
-        # of `functools.cached_property` cannot be compiled.
+        # Looked at once per forward, not once per layer: the values come from the device. Kept by hand: the lock of
+        # `functools.cached_property` cannot be compiled.
         if self._known is None:
             self._known = self._found()
         return self._known
