@@ -15,7 +15,7 @@ from mismatch import spec
 from mismatch.forward.measured import measured
 from mismatch.models import generate as generating
 from mismatch.models.generate import Generated
-from mismatch.models.load import need_tokenizer
+from mismatch.models.tokenizer import need_tokenizer
 from mismatch.stages.functions import opened_for
 from mismatch.stages.opening import load
 from mismatch.stages.runner import stage_of

@@ -22,7 +22,7 @@ import torch
 import transformers
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from mismatch.errors import ModelError, UsageError
+from mismatch.errors import ModelError
 from mismatch.models import swap_record as record
 from mismatch.models.folder import (
     CONFIG,
@@ -37,6 +37,7 @@ from mismatch.models.folder import (
 from mismatch.models.private import for_reading
 from mismatch.models.quantised import bits, numbers, quantised, settle, values
 from mismatch.models.resolve import Located, from_hub, locate
+from mismatch.models.tokenizer import check_vocabulary
 
 if TYPE_CHECKING:
     from mismatch.models.layout import CausalLM
@@ -349,28 +350,6 @@ def _check_rope(model: CausalLM, folder: Path) -> None:
             f"{sorted(got)}: it was lost between versions of transformers",
             hint="write rope_parameters into config.json as transformers "
             f"{transformers.__version__} does",
-        )
-
-
-def need_tokenizer(tokenizer: Any) -> Any:
-    """The tokenizer of a model that was handed over. Raises UsageError when it came without."""
-    if tokenizer is None:
-        raise UsageError(
-            "the model was handed over without its tokenizer, and text is to be read",
-            hint="pass (model, tokenizer): AutoTokenizer.from_pretrained(...) loads the one it was trained with",
-        )
-    return tokenizer
-
-
-def check_vocabulary(model: CausalLM, tokenizer: Any, name: str) -> None:
-    """Whether the embedding has a row for every token. Raises ModelError when it has not."""
-    embedding: Any = model.get_input_embeddings()
-    rows, ids = embedding.weight.shape[0], len(tokenizer)
-    if ids > rows:
-        raise ModelError(
-            f"{name}: the tokenizer has {ids:,} tokens, the embedding {rows:,} rows",
-            hint="is this the tokenizer of this model? If it was given new tokens: "
-            "model.resize_token_embeddings(len(tokenizer))",
         )
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Generic
@@ -21,14 +20,16 @@ from mismatch.config import SwapConfig
 from mismatch.errors import UsageError
 from mismatch.forward.measured import measured
 from mismatch.models.layout import Layout, family_of
-from mismatch.models.load import ModelInfo, load_tokenizer, need_tokenizer, read_config
+from mismatch.models.load import ModelInfo, load_tokenizer, read_config
 from mismatch.models.resolve import Located
 from mismatch.models.skeleton import skeleton_of
+from mismatch.models.tokenizer import need_tokenizer
 from mismatch.runs.folder import RunFolder
 from mismatch.runs.ranks import ALONE, Ranks
 from mismatch.runs.state import State
 from mismatch.stages.base import C
 from mismatch.stages.given import GivenStudent
+from mismatch.stages.text_role import Text
 from mismatch.surgery import loading, operate
 from mismatch.surgery.controls import control_specs
 from mismatch.surgery.operate import Student, placed
@@ -38,35 +39,6 @@ from mismatch.texts.windows import Windows, windows
 
 FIELDS = {"evaluation": "data", "calibration": "calibration_data", "training": "train_data"}
 """Role of a text -> the setting that names its source."""
-
-
-@dataclass(frozen=True)
-class Text:
-    """A text in its role: the documents it comes from, and the windows that were cut."""
-
-    documents: Documents
-    cut: Windows
-
-    def as_dict(self) -> dict[str, Any]:
-        """For the manifest."""
-        cut, source = self.cut, self.cut.source
-        return {
-            "source": self.documents.source,
-            "note": self.documents.note,
-            "revision": source.revision,
-            "documents": cut.n_docs,
-            "documents_read": source.documents,
-            "documents_seen": source.seen,
-            "left_out": source.left_out,
-            "copies": source.copies,
-            "more": source.more,
-            "windows": len(cut),
-            "seq_len": cut.seq_len,
-            "tokens": cut.tokens,
-            "asked": cut.asked,
-            "scored": int(cut.scored.sum()),
-            "fingerprint": cut.fingerprint,
-        }
 
 
 class Opened(Generic[C]):

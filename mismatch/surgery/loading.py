@@ -34,6 +34,7 @@ from mismatch.models.quantised import settle
 from mismatch.models.resolve import Located, from_hub, locate
 from mismatch.models.skeleton import skeleton as of_config_alone
 from mismatch.models.swap_record import MODEL_TYPE, Record, of_config, read
+from mismatch.models.tokenizer import check_vocabulary
 from mismatch.runs.plan import Replaced
 from mismatch.surgery.codes import without_codes
 from mismatch.surgery.filling import fill
@@ -156,7 +157,7 @@ def _check_loaded(model: Any, tokenizer: Any) -> None:
             hint="set model.config.return_dict = True",
         )
     if hasattr(tokenizer, "__len__"):
-        models.check_vocabulary(model, tokenizer, LOADED)
+        check_vocabulary(model, tokenizer, LOADED)
 
 
 def skeleton(

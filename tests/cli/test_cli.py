@@ -105,7 +105,11 @@ def test_lists_and_texts():
     assert [line.split()[0] for line in run("list", "sites").stdout.splitlines()] == [
         *("resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post", "final", "logits"),
     ]
-    assert json.loads(run("list", "models", "--json").stdout).keys() == {"smollm2", "glassllm"}
+    assert json.loads(run("list", "models", "--json").stdout).keys() == {
+        "smollm2",
+        "glassllm",
+        "gemma3-270m",
+    }
     assert json.loads(run("list", "texts", "--json").stdout).keys() == {"sotu", "wiki"}
     text = run("explain", "infini").stdout
     assert text.startswith("infini   mechanism\n")

@@ -13,7 +13,7 @@ from mismatch.config import load as load_config
 from mismatch.errors import DataError, RunError, UsageError
 from mismatch.runs.folder import Run, check_output, load_run
 from mismatch.stages.base import Outcome, Stage
-from mismatch.stages.opening import Opened, Text
+from mismatch.stages.opening import Opened
 from mismatch.stages.plan.choose import Score, choose, enough
 from mismatch.stages.plan.config import PlanConfig
 from mismatch.stages.plan.greedy import greedy
@@ -28,6 +28,7 @@ from mismatch.stages.scan.prepared import prepare
 from mismatch.stages.scan.stage import Scan, sweep_of, task_plan
 from mismatch.stages.scan.tasks import Task, tasks
 from mismatch.stages.scan.words import can_do
+from mismatch.stages.text_role import Text
 from mismatch.texts.windows import Windows, windows
 
 
