@@ -192,12 +192,14 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
     # transformers picks the class by the family, which the config.json of a checkpoint does not name.
     swapped = record.read(folder) is not None
     try:
-        return transformers.AutoTokenizer.from_pretrained(
+        found = transformers.AutoTokenizer.from_pretrained(
             folder,
             config=_config(folder, trust_remote_code) if swapped else None,
             local_files_only=True,
             trust_remote_code=trust_remote_code,
         )
+        found("a word")  # settings of wrong types are noticed here first
+        return found
     except BaseException as error:  # its files are read by Rust, whose panics are no Exception
         if isinstance(error, (KeyboardInterrupt, SystemExit)):
             raise
