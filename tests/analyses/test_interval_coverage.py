@@ -52,6 +52,7 @@ def test_the_stored_coverage_is_what_is_claimed(stored):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_coverage_again(module, values, stored):
     found = module.coverage(values, seed=1)
     assert least(found, "equal", 8) >= 0.93 and least(found, "unequal", 8) >= 0.90
@@ -61,6 +62,7 @@ def test_coverage_again(module, values, stored):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_the_stored_values_are_those_of_the_model(module, values):
     for row in islice(module.rows_of("wiki"), 4):
         at = (values["document"] == row["document"]) & (values["window"] == row["window"])
