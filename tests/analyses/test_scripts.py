@@ -37,6 +37,7 @@ INSIDE = {
     "mechanism_table": "one sweep of cells that no scan asks for",
     "one_or_all": "one sweep of sets of layers",
     "probe_nulls": "puts probes to models that are no swap",
+    "three_models": "applies the rules of a scan and of a trace to other models",
     "repair_layer12": "draws two repairs into one figure",
     "scan_atlas": "says what the report of a scan says",
 }
