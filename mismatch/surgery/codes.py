@@ -34,7 +34,8 @@ def without_codes(config: PretrainedConfig, files: Iterable[Path]) -> Pretrained
     held = in_codes(name for file in files for name in check_safetensors(file))
     full = [path for path in linear_layers(skeleton(config)) if path not in held]
     config = copy.deepcopy(config)
-    settings_of(config).llm_int8_skip_modules = full
+    # A mapping, as it stands in config.json: what transformers takes in every version.
+    config.quantization_config = settings_of(config).to_dict() | {"llm_int8_skip_modules": full}
     return config
 
 

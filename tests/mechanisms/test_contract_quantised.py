@@ -24,6 +24,8 @@ CONTROLS = ("random", "zero", "mean", "skip", "linear", "identity")
 IDS = tokens(2, LENGTH)
 # 8-bit layers round what comes in as well, which no matrix does.
 NEAR = {4: 1e-4, 8: 0.3}
+SLOW = pytest.mark.slow
+BITS = [4, pytest.param(8, marks=SLOW)]
 
 
 @pytest.fixture(scope="module")
@@ -53,8 +55,8 @@ def logits(model):
 
 
 CASES = [
-    pytest.param(family, name, bits, id=f"{family}-{name}-{bits}")
-    for family, bits in (("llama", 4), ("llama", 8), ("gpt2", 4))
+    pytest.param(family, name, bits, id=f"{family}-{name}-{bits}", marks=marks)
+    for family, bits, marks in (("llama", 4, ()), ("llama", 8, SLOW), ("gpt2", 4, SLOW))
     for name in CALLS
     if fits(family, name)
 ]
@@ -85,7 +87,7 @@ PLACED = [
 ]
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("name, place", PLACED)
 def test_a_control_is_what_it_is_in_full_and_not_the_teacher(teacher, name, place, bits):
     model, full = teacher(bits)
@@ -105,7 +107,7 @@ def test_codes_under_the_name_of_another_dtype_are_not_taken_for_numbers(tmp_pat
     assert off(got, wanted) < 1e-4
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", BITS)
 def test_new_tensors_have_the_dtype_of_the_model(tmp_path, bits):
     model = quantised(tmp_path, bits, dtype=torch.bfloat16)
     for name in CALLS:
@@ -214,7 +216,7 @@ def one_a_layer() -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("call", one_a_layer())
 def test_a_checkpoint_comes_back_to_the_bit(teacher, tmp_path, call, bits):
     """Whatever is in codes, in full, or both inside one module."""
