@@ -234,12 +234,20 @@ def test_runs_are_compared_on_one_page(tmp_path, run_dir):
 
 
 def test_runs_on_different_data_are_refused_unless_told(tmp_path, run_dir):
-    other = make(tmp_path / "two", fingerprints={"evaluation": "ffff"})
+    def on(name, source, fingerprint):
+        text = {"source": source, "windows": 8, "tokens": 8192, "fingerprint": fingerprint}
+        facts = {"texts": text, "fingerprints": fingerprint}
+        return make(tmp_path / name, **{key: {"evaluation": value} for key, value in facts.items()})
+
+    one, other = on("one", "wiki", "ab12"), on("two", "sotu", "ffff")
     with pytest.raises(UsageError, match="saw different data") as caught:
-        compare([run_dir, other], tmp_path / "c.html")
-    assert "ab12" in str(caught.value)
-    assert "ffff" in str(caught.value)
+        compare([one, other], tmp_path / "c.html")
+    said = str(caught.value)
+    assert f"{one}: wiki, 8,192 tokens in 8 windows (fingerprint ab12)" in said
+    assert f"{other}: sotu, 8,192 tokens in 8 windows (fingerprint ffff)" in said
     assert not (tmp_path / "c.html").exists()
+    with pytest.raises(UsageError, match="a trace that does not say on which text"):
+        compare([run_dir, other])
     page = compare([run_dir, other], tmp_path / "c.html", any_data=True).read_text()
     assert "These runs saw different data" in page
     with pytest.raises(UsageError, match="1 run given"):

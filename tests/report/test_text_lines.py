@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import pytest
+import synthetic as s
 
 from mismatch.report.sections import state
 from mismatch.report.words import text_line, text_lines
@@ -61,12 +62,13 @@ def test_one_line(changed, told):
 
 def run(**changed: object) -> SimpleNamespace:
     texts = {"evaluation": WHOLE | changed}
-    return SimpleNamespace(manifest={"status": "done", "texts": texts})
+    return SimpleNamespace(manifest={"status": "done", "texts": texts}, table=s.synthetic())
 
 
 def test_runs_of_before_have_less_to_tell():
     old = {"source": "wiki", "documents": 8, "windows": 8, "tokens": 8192}
-    found = SimpleNamespace(manifest={"status": "done", "texts": {"evaluation": old}})
+    manifest = {"status": "done", "texts": {"evaluation": old}}
+    found = SimpleNamespace(manifest=manifest, table=s.synthetic())
     assert text_lines(found) == ["evaluation: wiki, 8 of 8 documents, 8,192 tokens"]
     assert str(state(found)) == ""
     assert text_lines(SimpleNamespace(manifest={})) == []

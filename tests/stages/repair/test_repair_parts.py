@@ -44,7 +44,11 @@ def test_a_part_called_alone_gives_what_it_gives_in_the_model(swapped, family, s
     batch = ids()[0]
     x, y, call = watch(layout, [part.path], batch, last=1)[part.path]
     assert torch.equal(call(part.student, x), y)
-    assert torch.equal(call(part.student, x[:1]), y[:1])
+    alone = call(part.student, x[:1])
+    if "moe" in family and slot in ("mlp", "block"):  # an expert rounds by how many tokens it gets
+        torch.testing.assert_close(alone, y[:1], atol=1e-5, rtol=1e-5)
+    else:
+        assert torch.equal(alone, y[:1])
 
 
 def test_what_two_paths_share_inside_a_part_stays_shared(swapped):
