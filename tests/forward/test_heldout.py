@@ -41,7 +41,7 @@ def test_it_is_that_of_whole_models(family, tiny, layer):
     for got, wanted in ((found.kl, kl), (found.nll, nll)):
         sums = np.bincount(windows.doc, wanted.sum(1).numpy(), windows.n_docs)
         np.testing.assert_allclose(got.sums, sums, rtol=1e-3, atol=1e-5)
-        assert got.counts.tolist() == [2 * wanted.shape[1]] * 3
+        assert got.counts.tolist() == [n * wanted.shape[1] for n in (2, 2, 1, 1)]
 
 
 def test_every_stage_reads_the_same_bits(tiny):
@@ -53,12 +53,12 @@ def test_every_stage_reads_the_same_bits(tiny):
     row = table[
         (table["site"] == "logits") & (table["stat"] == "mean") & (table["position"] == "all")
     ]
-    assert tuple(row.iloc[0][["value", "lo", "hi", "n"]]) == found
+    assert tuple(row.iloc[0][["value", "lo", "hi", "n", "over"]]) == found
     (cell,) = cells(columns(spec.templates(SWAP), ()), (1,), layout)
     task = text_task(windows)
     sums = measure(Sweep(layout, surgery.blank(layout)), [cell], [task], batch_tokens=48)
     read = sums.damage(cell, task)
-    assert (read.value, read.lo, read.hi, read.n) == found
+    assert (read.value, read.lo, read.hi, read.n, read.over) == found
 
 
 def test_scored_tokens_are_the_same_for_everybody(tiny):

@@ -90,5 +90,5 @@ def test_a_short_context_gets_shorter_copies():
 
 
 def test_too_little_text():
-    with pytest.raises(UsageError, match=r"heads needs at least 2 windows of text .* there is 1"):
+    with pytest.raises(UsageError, match=r"heads needs at least 2 windows of text, and there is 1"):
         setting(windows=1).windows("heads")

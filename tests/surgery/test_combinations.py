@@ -170,6 +170,7 @@ def test_a_pattern_over_the_whole_depth(tiny, pattern, layers):
 def test_check_plans_it_without_weights(tiny, tmp_path, text):
     tiny("llama").config.save_pretrained(tmp_path)
     plan = mismatch.check(str(tmp_path), text, seq_len=64).plan
+    assert "the text was not read" in plan.warnings[-1]  # there is no tokenizer either
     done = swapped(tiny("llama"), text).plan
     facts = [
         [(c.path, c.mechanism, c.inherited, c.new_parameters, c.dropped) for c in p.clauses]

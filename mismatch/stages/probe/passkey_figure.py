@@ -51,11 +51,10 @@ def passkey_data(
         length=[int(given["length"]) for (_, given), kept in zip(cells, keep, strict=True) if kept],
         depth=[given["depth"] for (_, given), kept in zip(cells, keep, strict=True) if kept],
     )
-    wide = found.pivot_table(
+    wide = found.pivot(
         index=["student", "length", "depth"],
         columns="kind",
         values=["value", "lo", "hi"],
-        sort=True,
     )
     wide.columns = [kind if part == "value" else f"{kind}_{part}" for part, kind in wide.columns]
     wide = wide.reset_index()

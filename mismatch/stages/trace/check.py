@@ -7,6 +7,7 @@ import html
 from dataclasses import dataclass
 from typing import Any
 
+from mismatch.errors import UsageError
 from mismatch.report.words import plan_lines, subject
 from mismatch.runs.plan import SwapPlan
 from mismatch.stages.estimate import Estimate, estimate
@@ -56,11 +57,19 @@ def checked(opened: Opened[TraceConfig], tokens: int | None = None) -> Check:
         tokens: that there are; None: as many as were asked for.
 
     Raises:
-        MismatchError: whatever a trace would refuse of model, swap and controls; no such text.
+        MismatchError: whatever a trace would refuse of model, swap and controls; no such text. That there is no
+            tokenizer is a warning: the plan needs none.
     """
     opened.fit()
     config, students = opened.config, opened.planned()
-    opened.documents("evaluation")
+    plan = warned(students[0].plan, config.seq_len, config.controls)
+    try:
+        _ = opened.tokenizer
+    except UsageError as error:
+        found = f"a trace would be refused, and the text was not read: {error.message.strip()}"
+        plan = dataclasses.replace(plan, warnings=(*plan.warnings, found))
+    else:
+        opened.documents("evaluation")
     first = [student.plan.first for student in students]
     needs = estimate(opened.skeleton, first, config, tokens)
-    return Check(warned(students[0].plan, config.seq_len, config.controls), needs, config)
+    return Check(plan, needs, config)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
 
 import pytest
 from refusals import assert_failed, refused, refused_under_torchrun
@@ -120,7 +119,7 @@ def test_stopped_it_begins_anew(words, tmp_path, capsys, monkeypatch):
     run = tmp_path / "run"
 
     def stopped(*args):
-        signal.raise_signal(signal.SIGINT)
+        raise KeyboardInterrupt
 
     monkeypatch.setattr("mismatch.stages.diagnose.stage.TakenApart", stopped)
     assert cli.main([*words, "--output", str(run)]) == 130

@@ -161,10 +161,6 @@ def test_a_scan_that_fails_inside_a_plan(words, tmp_path, monkeypatch):
     assert_failed(tmp_path / "run-scan", "planted")
 
 
-def interrupt(*args, **kwargs):
-    signal.raise_signal(signal.SIGINT)
-
-
 def test_stopped_while_it_scans_the_scan_can_go_on(words, tmp_path, capsys, monkeypatch):
     run, beside = tmp_path / "run", tmp_path / "run-scan"
     with monkeypatch.context() as patch:
@@ -173,7 +169,7 @@ def test_stopped_while_it_scans_the_scan_can_go_on(words, tmp_path, capsys, monk
         def stopped(self, *args, **kwargs):
             calls.append(1)
             if len(calls) == 2:
-                interrupt()
+                signal.raise_signal(signal.SIGINT)
             return real(self, *args, **kwargs)
 
         patch.setattr(batches.Sweep, "run", stopped)
@@ -190,7 +186,11 @@ def test_stopped_while_it_scans_the_scan_can_go_on(words, tmp_path, capsys, monk
 
 def test_stopped_while_it_evaluates_it_begins_anew(words, scan, tmp_path, capsys, monkeypatch):
     run = tmp_path / "run"
-    monkeypatch.setattr("mismatch.stages.plan.stage.evaluate", interrupt)
+
+    def stopped(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mismatch.stages.plan.stage.evaluate", stopped)
     assert cli.main([*words, "--scan", str(scan), "--output", str(run)]) == 130
     assert capsys.readouterr().err == "interrupted\n"
     assert json.loads((run / "manifest.json").read_text())["status"] == "interrupted"

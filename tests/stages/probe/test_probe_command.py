@@ -139,15 +139,15 @@ def test_headlines(toy):
         (toy.model, toy.tokenizer),
         swap="layer2:nope",
         probes=["order_sensitivity", "memory"],
-        data=documents(4),
+        data=documents(16),
         seq_len=80,
-        samples=2,
+        samples=16,
     )
     assert result.run_dir is None
     found = headlines(result.table)
     swap = found[(found["student"] == "swap") & (found["metric"] == "order_sensitivity")]
     assert [conditions(stat)[1]["keep"] for stat in swap["stat"]] == [1, 16, 64]  # by number
-    assert (swap["value"] < 1e-5).all() and (swap["teacher"] > 100 * swap["value"]).all()
+    assert (swap["value"] < 1e-5).all() and (swap["teacher"] > 1e-3).all()
     assert (swap["difference"] < 0).all() and (swap["difference_hi"] < 0).all()
     zero = found[(found["student"] == "zero") & (found["metric"] == "order_sensitivity")]
     assert not zero["applies"].any()

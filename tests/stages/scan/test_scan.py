@@ -280,15 +280,14 @@ def test_what_cannot_be_built_in_one_layer_is_left_out_with_the_reason(tiny, bro
 
 
 def test_a_mechanism_that_some_layers_of_a_family_cannot_hold(tiny):
-    """gemma2 has windows of its own in layers 0 and 2: they drop the sink, and layer 1 is scanned all the same."""
-    layout = Layout.of(tiny("gemma2"))
-    every = cells(columns(spec.templates("sliding_window(8, 1)"), ()), (0, 1, 2), layout)
+    """smollm3 has no RoPE in layer 2; layers 0 and 1 are scanned all the same."""
+    layout = Layout.of(tiny("smollm3"))
+    every = cells(columns(spec.templates("nope"), ()), (0, 1, 2), layout)
     not_here = refused(every, skeleton_of(layout))
-    assert [cell.layer for cell in not_here] == [0, 2]
+    assert [cell.layer for cell in not_here] == [2]
     prepared = Prepared((), every, not_here, (), {}, None, None, None, 3)
     assert prepared.notes() == [
-        "sliding_window(window=8, sinks=1) is not applicable in layers 0, 2: attn: this attention has its own window "
-        "of 16 tokens, and its cache drops what lies behind: sinks cannot be kept"
+        "nope is not applicable in layers 2: rope: SmolLM3Attention has no rotary embedding to remove"
     ]
 
 

@@ -14,7 +14,7 @@ from mismatch.errors import SpecError, UsageError
 from mismatch.mechanisms.base import Wrapper
 from mismatch.runs.folder import load_run
 
-SMALL = {"tokens": 256, "seq_len": 64, "samples": 3, "length": 120, "calibration_tokens": 256}
+SMALL = {"tokens": 256, "seq_len": 64, "samples": 4, "length": 120, "calibration_tokens": 256}
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,7 @@ def test_it_is_the_trace_and_the_probe_of_each_swap(scanned, toy, texts):
         calibration_tokens=256, **texts,
     )  # fmt: skip
     probed = mismatch.probe(
-        teacher, student, probes=("induction", "passkey"), samples=3, lengths=("120",), depths=("0.1",),
+        teacher, student, probes=("induction", "passkey"), samples=4, lengths=("120",), depths=("0.1",),
         controls=(), seq_len=64, **texts,
     )  # fmt: skip
     table = scanned.table
@@ -93,10 +93,10 @@ def test_the_result(scanned):
 
 def test_what_the_model_cannot_be_asked(toy, texts):
     model = (toy.model, toy.tokenizer)
-    given = {**texts, **SMALL, "length": 256}
+    given = {**texts, **SMALL, "length": 200}
     left = mismatch.scan(model, "zero", among="3", **given)
     note = (
-        "passkey is left out: a passkey prompt of 256 tokens is longer than the context of a loaded "
+        "passkey is left out: a passkey prompt of 200 tokens is longer than the context of a loaded "
         "model: 128 tokens"
     )
     assert left.plan.notes == (note,)
