@@ -42,7 +42,7 @@ class Replaced:
 
 @dataclass(frozen=True)
 class Apart:
-    """Where a student is not its teacher, found by comparing their tensors (`mismatch.surgery.beside`).
+    """Where a student is not its teacher, found by comparing their tensors (`mismatch.surgery.compared`).
 
     Attributes:
         blocks: layers of the blocks that differ, swapped ones included.
