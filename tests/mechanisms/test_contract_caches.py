@@ -194,6 +194,7 @@ def test_a_mixer_compiles(name):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 @pytest.mark.parametrize("name", sorted({*MECHANISMS} - {"qlora"}))
 def test_compiled_it_is_itself_with_its_gradients_and_in_pieces(name, backend):

@@ -219,6 +219,7 @@ def test_nothing_of_the_size_of_queries_times_keys_is_made(call):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("way", ["forward", "backward"])
 def test_sixteen_thousand_tokens_need_about_the_memory_of_full_attention(way):
     peaks = {
