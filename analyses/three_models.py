@@ -26,6 +26,7 @@ import numpy as np
 import pandas as pd
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 import mismatch
 from mismatch.forward.sites import massive
@@ -236,18 +237,39 @@ def draw(folder: Path) -> None:
     for ax, model in zip(np.atleast_1d(figure.subplots(1, len(models))), models, strict=True):
         cells = pd.read_csv(folder / f"scan-{model}.csv")
         text = cells[(cells.task == "text") & (cells.kind != "missing")]
-        for (name, mine), colour in zip(text.groupby("student", sort=False), COLOURS, strict=False):
-            style = {"color": "black", "linestyle": "--"} if name == "zero" else {"color": colour}
-            ax.plot(mine.layer, mine.value.clip(lower=1e-6), label=name, linewidth=1.4, **style)
+        depth = range(
+            int(text.layer.max()) + 1
+        )  # a mechanism that some layers cannot hold has gaps
+        for start, label, colour in LINES:
+            mine = text[text.student.map(lambda name, start=start: kind_of(name) == start)]
+            kl = mine.set_index("layer").value.reindex(depth)
+            dashed = "--" if start == "zero" else "-"
+            ax.plot(depth, kl, dashed, marker=".", color=colour, label=label, linewidth=1.3)
         ax.set(yscale="log", xlabel="layer", title=model)
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         ax.spines[["top", "right"]].set_visible(False)
-        ax.legend(frameon=False, fontsize=7)
     figure.axes[0].set_ylabel("KL to the teacher, nats per token")
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(LINES), frameon=False)
     figure.savefig(folder / "three_models.png", dpi=200)
     print(table.to_string())
 
 
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#666666")
+def kind_of(name: str) -> str:
+    """Of a cell: `infini`, `nope`, `zero`, `window`, or `window+1` with the first token."""
+    if name.startswith("sliding_window"):
+        return "window+1" if "sinks=1" in name else "window"
+    return name.partition("(")[0]
+
+
+LINES = (
+    ("infini", "Infini-attention", "#0072b2"),
+    ("nope", "no RoPE", "#d55e00"),
+    ("window", "window", "#009e73"),
+    ("window+1", "window and first token", "#cc79a7"),
+    ("zero", "attention deleted", "black"),
+)
+"""Kind of a cell, its name and colour in the figure."""
 
 
 if __name__ == "__main__":
