@@ -14,6 +14,8 @@ from mismatch.runs.table import BLOCK_SITES
 from mismatch.stages.trace.config import TraceConfig
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "auto": 4}
+PROCESS = 600_000_000  # bytes of Python and its libraries, of a trace of a toy
+COPIES = 4  # of the teacher's values behind the swap, in sums, students and freed pages; measured
 EFFICIENCY = (
     0.4  # of a large matrix product; measured on SmolLM2, blocks of 1024 tokens, 2 CPU cores
 )
@@ -60,14 +62,10 @@ def estimate(
     per_token = layers * block + 2 * head + sum((layers - s) * block + 2 * head for s in starts)
     flops = per_token * (tokens or config.tokens) * 1.25
     shown = layers - min(starts, default=0)
-    batch = config.batch_size * config.seq_len * d * 4
-    sums = shown * len(BLOCK_SITES) * d * d * 8 * 2 * (1 + len(starts))
-    peak = (
-        parameters * size
-        + shown * len(BLOCK_SITES) * batch
-        + 5 * chunk_of(skeleton) * vocab * 4
-        + sums
-    )
+    sites = shown * len(BLOCK_SITES) * config.batch_size * config.seq_len * d * 4
+    heads = 5 * chunk_of(skeleton) * vocab * 4
+    moments = 0 if config.metrics is None else 4 * shown * d * d * 8  # behind every block
+    peak = PROCESS + parameters * size + COPIES * sites + heads + moments
     return Estimate(parameters * size, peak, flops, flops / (speed() * EFFICIENCY))
 
 

@@ -6,8 +6,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from mismatch import spec
+from mismatch.forward.head import chunk_of
 from mismatch.models.layout import Layout
-from mismatch.stages.estimate import BYTES, EFFICIENCY, Estimate, speed
+from mismatch.stages.estimate import BYTES, EFFICIENCY, PROCESS, Estimate, speed
 from mismatch.stages.opening import Opened
 from mismatch.stages.scan.cells import Cell, Column, cells, columns, refused
 from mismatch.stages.scan.config import TASKS, ScanConfig
@@ -131,5 +132,5 @@ def estimate(
         flops += int(task.asked.sum()) * (len(cells) + 1) * 2 * vocab * d
     tokens = config.batch_size * config.seq_len
     streams = len({cell.first for cell in cells}) * tokens * d * BYTES[config.dtype]
-    peak = weights + streams + HELD + 5 * 256 * vocab * 4
+    peak = PROCESS + weights + streams + HELD + 5 * chunk_of(skeleton) * vocab * 4
     return Estimate(weights, peak, flops * 1.15, flops * 1.15 / (speed() * EFFICIENCY))
