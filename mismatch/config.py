@@ -183,6 +183,13 @@ class CalibratedConfig(RunConfig):
     """Calibration text, which mechanisms and controls set themselves from. Never overlaps with the evaluation text."""
 
 
+SCORED_TEXT = (
+    *("data", "text_field", "answers_only", "tokens"),
+    *("calibration_data", "calibration_tokens"),
+)
+"""The fields about text of the commands that can score answers alone, as their help groups them."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ScoredConfig(RunConfig):
     """A command that can leave tokens of the evaluation text out of all that it counts."""

@@ -12,6 +12,7 @@ from mismatch.config import (
     DANGEROUS,
     MODEL,
     OUTPUT,
+    SCORED_TEXT,
     CalibratedConfig,
     RunConfig,
     ScoredConfig,
@@ -60,14 +61,7 @@ class ScanConfig(SweepConfig):
         "cells": ("swap", "among", "controls"),
         "tasks": ("tasks", "scored", "samples", "length", "depth"),
         "text": (
-            *(
-                "data",
-                "text_field",
-                "answers_only",
-                "tokens",
-                "calibration_data",
-                "calibration_tokens",
-            ),
+            *SCORED_TEXT,
             *("seq_len", "batch_size", "seed"),
         ),
         "output": OUTPUT,

@@ -5,7 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from mismatch.config import DANGEROUS, MODEL, OUTPUT, CalibratedConfig, ScoredConfig, SwapConfig
+from mismatch.config import (
+    DANGEROUS,
+    MODEL,
+    OUTPUT,
+    SCORED_TEXT,
+    CalibratedConfig,
+    ScoredConfig,
+    SwapConfig,
+)
 from mismatch.errors import ConfigError
 from mismatch.registry import metrics, probes
 
@@ -18,14 +26,7 @@ class TraceConfig(CalibratedConfig, ScoredConfig, SwapConfig):
         "model": MODEL,
         "swap": ("swap", "student"),
         "text": (
-            *(
-                "data",
-                "text_field",
-                "answers_only",
-                "tokens",
-                "calibration_data",
-                "calibration_tokens",
-            ),
+            *SCORED_TEXT,
             *("seq_len", "batch_size"),
         ),
         "measurement": ("controls", "metrics", "moment_tokens", "probes", "backend", "seed"),
