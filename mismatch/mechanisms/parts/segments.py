@@ -131,6 +131,15 @@ class Grid:
         row = torch.arange(stack.shape[0], device=stack.device)
         return stack[row, :, self.done.to(stack.device)]
 
+    def before_open(self, segments: Tensor, count: int) -> Tensor:
+        """Of `count` segments before the grid and those on it (`batch heads count+S N D`), the
+        `count` before each row's open one: `batch heads count N D`."""
+        if self.offset is not None:
+            return segments[:, :, self.closed : self.closed + count].clone()
+        row = torch.arange(segments.shape[0], device=segments.device)[:, None]
+        at = (self.done[:, None] + torch.arange(count)).to(segments.device)
+        return segments[row, :, at].movedim(1, 2)
+
 
 def _fit(x: Tensor, columns: int) -> Tensor:
     """`batch heads any D` cut or filled with zeros to `columns`."""
