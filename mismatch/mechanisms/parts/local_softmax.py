@@ -159,7 +159,8 @@ def _behind(grid: Grid, overlap: int, device: torch.device) -> Tensor:
     """int64 `batch or 1, S`: tokens of the row that lie before own and earlier segments; < 0 where earlier segments
     have not come."""
     starts = grid.starts(device) - overlap * grid.size
-    return starts[:1] if grid.offset is not None else starts  # rows that are alike share their masks
+    # Rows that are alike share their masks.
+    return starts if grid.offset is None else starts[:1]
 
 
 def _near_mask(grid: Grid, overlap: int, window: int | None, device: torch.device) -> Tensor:
