@@ -1,10 +1,11 @@
 """Does every probe read nothing where there is nothing to read?
 
-    python analyses/probe_nulls.py                about 6 minutes of CPU, one thread
+    python analyses/probe_nulls.py                about 8 minutes of CPU, one thread
+    python analyses/probe_nulls.py --probes needles,kv_lookup,copying     these alone; the rows of the others stay
 
 Each probe is asked of SmolLM2 (`trained`), of the same model with what carries the answer put out of order
-(`shuffled`: text permuted behind its first token, the first copy of repeated tokens permuted, a passkey prompt permuted
-up to its question), and of a model of the same architecture with random weights (`random`). A layer swapped by
+(`shuffled`: text permuted behind its first token, the first copy of repeated tokens permuted, the prompts of passkey,
+needles and kv_lookup permuted up to their question), and of a model of the same architecture with random weights (`random`). A layer swapped by
 `identity` must read exactly the teacher's own numbers (`identity_shift` = largest difference anywhere: 0). Where a
 control cannot say anything, its cell is empty and `why` says so.
 """
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ from mismatch.stages.runner import stage_of
 HERE = Path(__file__).resolve().parent.parent / "figures" / "probe_nulls"
 IDENTITY = ".attn:identity"
 ASKED = 16
-"""Last tokens of a passkey prompt in front of the key: they ask, and stay in order."""
+"""Last tokens of a prompt in front of the key: they ask, and stay in order."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,10 @@ READINGS = (
     Reading("heads", "best_induction", "1 / (i + 1)", site="attn_out"),
     Reading("heads", "best_previous", "1 / (i + 1)", ("random",), site="attn_out",
             why="such a head goes by place, whatever stands there: the order of the text is nothing to it"),
+    Reading("copying", "nll_far", "nll_first", why=SEEN),
     Reading("passkey", "logprob", "logprob_absent"),
+    Reading("needles", "logprob", "logprob_absent"),
+    Reading("kv_lookup", "logprob", "logprob_absent"),
     Reading("position_decoding", "r2", "r2_shuffled", ("random",), site="resid_post",
             why=MASK + "; its own shuffled control is the chance"),
     Reading("position_decoding", "distance_r2", "distance_r2_shuffled", ("random",), site="resid_post",
@@ -96,6 +100,7 @@ def main() -> None:
     parser.add_argument("--layer", type=int, default=16, help="for the probes of one layer")
     parser.add_argument("--length", type=int, default=256, help="tokens of a passkey prompt")
     parser.add_argument("--seq-len", type=int, default=128, help="tokens of a window of text")
+    parser.add_argument("--probes", default=",".join(PROBES), help="which of them are asked")
     parser.add_argument("--output", type=Path, default=HERE, help="folder of the results")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -106,19 +111,28 @@ def main() -> None:
     )  # fmt: skip
     opened = Opened(config, teacher=teacher)
     setting = stage_of("probe").prepare(opened).asked.setting
-    found = nulls(teacher, setting, args.layer)
+    asked = args.probes.split(",")
+    found = nulls(teacher, setting, args.layer, asked)
     args.output.mkdir(parents=True, exist_ok=True)
-    found.to_csv(args.output / "nulls.csv", index=False)
+    file = args.output / "nulls.csv"
+    if set(asked) < set(PROBES) and file.exists():
+        others = pd.read_csv(file)
+        found = pd.concat([others[~others["probe"].isin(asked)], found])
+        order = found["probe"].map(list(PROBES).index)
+        found = found.iloc[np.argsort(order, kind="stable")]
+    found.to_csv(file, index=False)
     made = {**vars(args), "output": None, "versions": mismatch.versions()}
     (args.output / "nulls.json").write_text(json.dumps(made, indent=2) + "\n")
     print(found.to_string(index=False))
 
 
-def nulls(teacher: mismatch.Teacher, setting: Setting, layer: int) -> pd.DataFrame:
-    """Every reading of `READINGS` in each of its cases, with intervals."""
+def nulls(
+    teacher: mismatch.Teacher, setting: Setting, layer: int, names: Sequence[str] = tuple(PROBES)
+) -> pd.DataFrame:
+    """Every reading of `READINGS` of these probes in each of its cases, with intervals."""
     untrained = random_weights(teacher)
     every: list[dict[str, Any]] = []
-    for name in PROBES:
+    for name in names:
         mine = [reading for reading in READINGS if reading.probe == name]
         assert mine, f"{name} has no null"
         plain = load_probe(name)(setting)
@@ -217,7 +231,10 @@ def _carriers(probe: Probe) -> Iterator[tuple[np.ndarray, slice]]:
     if hasattr(probe, "half"):
         ids = probe.twice if hasattr(probe, "twice") else probe.ids
         yield ids, slice(ids.shape[1] - 2 * probe.half, ids.shape[1] - probe.half)
-    for prompts in getattr(probe, "cells", {}).values():
+    for half, (ids, start) in getattr(probe, "spans", {}).items():
+        yield ids, slice(start, start + half)
+    alone = [probe.prompts] if hasattr(probe, "prompts") else []
+    for prompts in (*getattr(probe, "cells", {}).values(), *alone):
         first = int(prompts.scored.any(0).argmax())
         yield prompts.ids, slice(1, first - ASKED)
 

@@ -56,6 +56,8 @@ def setting(samples: int = 4, seq_len: int = 80, windows: int = 16, **changes: A
         "batch_size": 3,  # does not divide the samples
         "lengths": (LENGTH,),
         "depths": (0.0, 1.0),
+        "lookup_pairs": 4,
+        "lookup_length": 240,
     }
     return Setting(**(given | changes))
 

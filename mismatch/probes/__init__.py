@@ -12,11 +12,14 @@ from typing import Any
 
 PROBES = {
     "induction": "mismatch.probes.induction:Induction",
+    "copying": "mismatch.probes.copying:Copying",
     "memory": "mismatch.probes.memory:Memory",
     "order_sensitivity": "mismatch.probes.order_sensitivity:OrderSensitivity",
     "generation": "mismatch.probes.generation:Generation",
     "heads": "mismatch.probes.heads:Heads",
     "passkey": "mismatch.probes.passkey:Passkey",
+    "needles": "mismatch.probes.needles:Needles",
+    "kv_lookup": "mismatch.probes.kv_lookup:KvLookup",
     "position_decoding": "mismatch.probes.position_decoding:PositionDecoding",
     "rope_bands": "mismatch.probes.rope_bands:RopeBands",
     "shift_invariance": "mismatch.probes.shift_invariance:ShiftInvariance",

@@ -20,7 +20,8 @@ Facts, read without importing the file:
     shows        in words: what the headline shows
     blind        in words: what it cannot see
     source       paper, or the measurement it comes from
-    needs        "tokens" (made here), "text" (held-out windows) or "tokenizer"
+    needs        "tokens" (made here), "text" (held-out windows), "tokenizer", or "tokenizer, haystack": held-out text
+                 where there is some, in which something is hidden; the samples are prompts, not windows
 """
 
 from __future__ import annotations
@@ -60,7 +61,8 @@ class Setting:
         model: its name, for errors.
         samples: prompts of each kind, random sequences, windows of text.
         batch_size: sequences per forward pass.
-        lengths, depths: of the passkey prompts.
+        lengths, depths: of the prompts of passkey and needles.
+        lookup_pairs, lookup_length: pairs of a list, and tokens of its prompt.
         travel: how far the planned training can move a gate; None = no plan was given.
         seed: random seed.
     """
@@ -78,6 +80,8 @@ class Setting:
     batch_size: int = 4
     lengths: tuple[int, ...] = (256, 512, 1024)
     depths: tuple[float, ...] = (0.1, 0.5, 0.9)
+    lookup_pairs: int = 12
+    lookup_length: int = 328
     travel: float | None = None
     seed: int = 0
 

@@ -1,7 +1,9 @@
 """Inputs of the probes that score tokens: ids of one length, and which of them are scored.
 
-    repeated    opening, R random tokens, the same R tokens again              (`induction`, `heads`)
+    repeated    opening, R random tokens, the same R tokens again              (`induction`, `copying`, `heads`)
     passkeys    task, filler, key, filler, question, the key again             (`passkey`)
+
+Lists and needles in real text are made in `mismatch.probes.retrieval_prompts`.
 
 All prompts of a `Prompts` have one length, so no padding is needed and they run as plain batches. A token at position t
 is scored by its log-probability given tokens 0 .. t-1.
@@ -74,24 +76,27 @@ def plain_tokens(vocab: int, tokenizer: Any) -> np.ndarray:
     return np.array([i for i in range(vocab) if i not in special], np.int64)
 
 
-def repeated(setting: Setting, count: int, name: str = "induction") -> tuple[np.ndarray, int, int]:
+def repeated(
+    setting: Setting, count: int, name: str = "induction", length: int = REPEAT
+) -> tuple[np.ndarray, int, int]:
     """Random tokens, twice.
 
     Args:
         setting: words, opening and seed.
         count: sequences.
         name: of the probe: seeds the draw.
+        length: of a copy, R.
 
     Returns:
-        ids int64 `count pos`, the position of the first random token, and R. R is `REPEAT`, less where the
-        model's context is shorter.
+        ids int64 `count pos`, the position of the first random token, and R: less than `length` where the model's
+        context is shorter.
 
     Raises:
         UsageError: a context without room for twice 8 tokens.
     """
     opening = setting.opening or (() if setting.bos is None else (setting.bos,))
-    room = REPEAT if setting.context is None else (setting.context - len(opening)) // 2
-    half = min(REPEAT, room)
+    room = length if setting.context is None else (setting.context - len(opening)) // 2
+    half = min(length, room)
     setting.fits(
         len(opening) + 2 * SHORTEST, "a repeated sequence", "this model is too short for the probe"
     )
@@ -124,12 +129,12 @@ def passkeys(
             merges with the text around it.
     """
     setting.fits(length, "a passkey prompt", "take shorter --lengths")
-    read = _Encoder(setting.tokenizer)
+    read = Encoder(setting.tokenizer, "passkey")
     lead, unit, question = read(FILLER), read(" " + FILLER), read(QUESTION)
     front = [*setting.opening, *read(TASK)]
     rows, needles, scored = [], [], np.zeros((len(keys), length), bool)
     for key, inside in zip(keys, hidden, strict=True):
-        answer = read.answer(question, key)
+        answer = read.answer(QUESTION, key)
         needle = read(NEEDLE.format(key=inside))
         room = length - len(front) - len(needle) - len(question) - len(answer)
         if room < 0:
@@ -149,16 +154,24 @@ def passkeys(
     return Prompts(np.array(rows, np.int64), scored, (min(first), max(last)))
 
 
-class _Encoder:
-    """Text to ids, without special tokens."""
+class Encoder:
+    """Text to ids, without special tokens.
 
-    def __init__(self, tokenizer: Any) -> None:
+    Args:
+        tokenizer: of the model.
+        probe: that asks, for errors.
+
+    Raises:
+        UsageError: there is no tokenizer.
+    """
+
+    def __init__(self, tokenizer: Any, probe: str) -> None:
         if tokenizer is None:
             raise UsageError(
-                "a passkey needs the model's tokenizer, and there is none",
+                f"the probe {probe} needs the model's tokenizer, and there is none",
                 hint="load the model with its tokenizer: mismatch.load((model, tokenizer))",
             )
-        self.tokenizer = tokenizer
+        self.tokenizer, self.probe = tokenizer, probe
 
     def __call__(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False).input_ids)
@@ -167,18 +180,19 @@ class _Encoder:
         """Whether a token is more than white space, and so part of the key."""
         return bool(self.tokenizer.decode([token]).strip())
 
-    def answer(self, question: list[int], key: str) -> list[int]:
+    def answer(self, question: str, key: str) -> list[int]:
         """The tokens of ` key` behind the question.
 
         Raises:
             UsageError: the key behind the question changes the question's tokens, or does not decode to itself.
         """
-        whole = self(f"{QUESTION} {key}")
-        answer = whole[len(question) :]
+        front = self(question)
+        whole = self(f"{question} {key}")
+        answer = whole[len(front) :]
         back = self.tokenizer.decode(answer).strip() if answer else ""
-        if whole[: len(question)] != question or back != key:
+        if whole[: len(front)] != front or back != key:
             raise UsageError(
                 f"the key {key} does not tokenise: behind the question it reads back as `{back}`",
-                hint="this tokenizer does not encode digits one by one; leave the probe `passkey` out",
+                hint=f"this tokenizer does not encode digits one by one; leave the probe `{self.probe}` out",
             )
         return answer

@@ -20,13 +20,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-import torch
 
-from mismatch.forward.head import scores
-from mismatch.forward.hooks import on_device
-from mismatch.forward.shared_prefix import finals
 from mismatch.probes.base import Answers, Measure, Probe, Setting, Subject
 from mismatch.probes.inputs import Prompts, passkeys
+from mismatch.probes.retrieval_prompts import ask
 from mismatch.runs.table import under
 
 DIGITS = 5
@@ -68,7 +65,8 @@ class Passkey(Probe):
         for (length, depth), prompts in self.cells.items():
             given = {"length": length, "depth": depth}
             at = f"{prompts.needle[0]}-{prompts.needle[1]}"
-            for name, (logprob, exact) in ask(subjects, prompts, self.setting.batch_size).items():
+            for name, replies in ask(subjects, prompts, self.setting.batch_size).items():
+                logprob, exact = replies.logprob, replies.exact
                 found[name] += [
                     Measure.mean(under("logprob", **given), logprob, position=at),
                     Measure.mean(under("exact", **given), exact, position=at),
@@ -84,24 +82,6 @@ class Passkey(Probe):
                 Measure.mean(under("logprob", segments=count), np.stack(parts, 1))
                 for count, parts in sorted(borders[name].items())
             ]
-        for name, (logprob, _) in ask(subjects, self.absent, self.setting.batch_size).items():
-            found[name].append(Measure.mean("logprob_absent", logprob))
+        for name, replies in ask(subjects, self.absent, self.setting.batch_size).items():
+            found[name].append(Measure.mean("logprob_absent", replies.logprob))
         return found
-
-
-def ask(
-    subjects: Sequence[Subject], prompts: Prompts, batch_size: int
-) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Log-probability of the scored tokens, summed, and whether all are the likeliest: per subject `samples` twice."""
-    found: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {s.name: [] for s in subjects}
-    with torch.no_grad():
-        for part in prompts.batches(batch_size):
-            ids = on_device(subjects[0].layout, part.ids)
-            scored = torch.from_numpy(part.scored).to(ids.device)
-            for subject, final in finals(subjects, ids):
-                value, right = scores(subject.layout, final, ids, scored)
-                found[subject.name].append((value.sum(1).numpy(), right.all(1).numpy()))
-    return {
-        name: (np.concatenate([value for value, _ in parts]), np.concatenate([r for _, r in parts]))
-        for name, parts in found.items()
-    }

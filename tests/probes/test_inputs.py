@@ -68,7 +68,7 @@ def test_a_key_that_does_not_tokenise():
 
     with pytest.raises(UsageError, match=r"the key 12345 does not tokenise: .* reads back as ``"):
         passkeys(setting(tokenizer=Worded()), LENGTH, 0.0, KEYS, KEYS)
-    with pytest.raises(UsageError, match="a passkey needs the model's tokenizer"):
+    with pytest.raises(UsageError, match="the probe passkey needs the model's tokenizer"):
         passkeys(setting(tokenizer=None), LENGTH, 0.0, KEYS, KEYS)
 
 

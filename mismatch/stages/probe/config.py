@@ -24,6 +24,7 @@ class ProbeConfig(CalibratedConfig, SwapConfig):
         "swap": ("swap", "student"),
         "probes": (
             *("probes", "controls", "samples", "lengths", "depths"),
+            *("lookup_pairs", "lookup_length"),
             *("planned_gate_lr", "planned_gate_steps"),
         ),
         "text": (
@@ -43,9 +44,13 @@ class ProbeConfig(CalibratedConfig, SwapConfig):
     seq_len: Annotated[int, ">= 32"] = 160
     """Tokens per window of evaluation text."""
     lengths: tuple[str, ...] = ("256", "512", "1024")
-    """Tokens of the passkey prompts; by default those of them that the model's context holds."""
+    """Tokens of the prompts of passkey and needles; by default those of them that the model's context holds."""
     depths: tuple[str, ...] = ("0.1", "0.5", "0.9")
-    """Where the passkey stands: 0 is the start of the prompt, 1 its end."""
+    """Where the passkey, or the needle that is asked for, stands: 0 is the start of the prompt, 1 its end."""
+    lookup_pairs: Annotated[int, ">= 1"] = 12
+    """Pairs of a kv_lookup list; the more there are, the less a small model reads."""
+    lookup_length: Annotated[int, ">= 1"] = 328
+    """Tokens of a kv_lookup prompt; by default no more than the model's context."""
     planned_gate_lr: float | None = None
     """Peak learning rate planned for gates (cosine schedule): decides how far they can move."""
     planned_gate_steps: Annotated[int, ">= 1"] = 1000
@@ -74,7 +79,10 @@ class ProbeConfig(CalibratedConfig, SwapConfig):
         made = super().fitted(context)
         if context is not None and made != self:  # a probe moves the text, and needs room for that
             made = dataclasses.replace(made, seq_len=max(3 * context // 4, 32))
-        if context is None or made.lengths != fields(type(self))["lengths"].default:
+        usual = fields(type(self))
+        if context is not None and made.lookup_length == usual["lookup_length"].default:
+            made = dataclasses.replace(made, lookup_length=min(made.lookup_length, context))
+        if context is None or made.lengths != usual["lengths"].default:
             return made
         short = tuple(text for text in made.lengths if int(text) <= context)
         return dataclasses.replace(made, lengths=short or (str(context),))

@@ -48,9 +48,9 @@ def chosen(config: ProbeConfig) -> tuple[str, ...]:
 
 
 def needs_text(config: ProbeConfig) -> bool:
-    """Whether a probe among those chosen reads evaluation text."""
+    """Whether a probe among those chosen reads evaluation text, or hides something in it."""
     cards = (registry.probes().card(name) for name in chosen(config))
-    return any(card.facts["needs"] == "text" for card in cards)
+    return any({"text", "haystack"} & {*card.facts["needs"].split(", ")} for card in cards)
 
 
 def questions(config: ProbeConfig, opened: Opened[Any], cut: Windows | None) -> Questions:
@@ -79,6 +79,8 @@ def questions(config: ProbeConfig, opened: Opened[Any], cut: Windows | None) -> 
         batch_size=config.batch_size,
         lengths=config.prompt_lengths,
         depths=config.prompt_depths,
+        lookup_pairs=config.lookup_pairs,
+        lookup_length=config.lookup_length,
         travel=None
         if config.planned_gate_lr is None
         else config.planned_gate_lr * config.planned_gate_steps / 2,

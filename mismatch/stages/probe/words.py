@@ -76,7 +76,7 @@ def _order(row: Any) -> tuple[Any, ...]:
     return (who, row.student, *places, len(given), [(k, str(type(v)), v) for k, v in given])
 
 
-WORSE = {"passkey": -1, "induction": +1}
+WORSE = {"passkey": -1, "needles": -1, "kv_lookup": -1, "induction": +1, "copying": +1}
 """Retrieval and copying: the direction in which the headline of the probe gets worse."""
 
 
