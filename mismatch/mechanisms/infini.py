@@ -26,14 +26,30 @@ What the paper leaves open, as decided here:
                   attended
     last segment  an incomplete segment is attended and is not yet in the memory
     dtype         M, z and the blend in float32 at least (z overflows float16 after 4,000 tokens)
-    sinks         the first `sinks` real tokens stay visible to the softmax of every later segment
-                  (not in the paper; in layer 12 of SmolLM2 the lost sink is most of the damage)
-    feature_map   elu (the paper); softmax([x, -x]) over 2 D features; learned: softmax([Wx, -Wx]),
-                  W a D x D matrix per query head for queries and per kv head for keys, identity
-                  at first (Hedgehog, arXiv 2402.04347)
 
-Inherited: every projection, bias and query/key norm. New: H gates (and the learned maps). Dropped:
-nothing.
+Not in the paper, and off by default. In layer 12 of SmolLM2 all but the sink are needed together:
+
+    sinks         the first `sinks` real tokens stay visible to the softmax of every later segment
+                  (in layer 12 of SmolLM2 the lost sink is most of the damage)
+    overlap       A_dot reads the `overlap` segments before its own too. A segment enters the memory
+                  when the softmax has left it behind
+    feature_map   softmax([x, -x]) over 2 D features; learned: softmax([Wx, -Wx]), W a D x D matrix
+                  per query head for queries and per kv head for keys, identity at first (Hedgehog,
+                  arXiv 2402.04347); hedgehog: the same over queries and keys of the memory's own,
+                  q + C_q h and k + C_k h, h the hidden states that enter the layer, C 0 at first
+    normalizer    shared: one denominator for both reads, so that a memory with small weights is
+                  not read,
+
+                      A = (sum_j exp(s_j) v_j + c sigma(Q) M) / (sum_j exp(s_j) + c sigma(Q) z)
+
+                  s_j the scores of A_dot, log c = gate + gate_x h, one number per query head and
+                  token, gate_x 0 at first. While the memory is empty A = A_dot. Sinks are not
+                  written to the memory: under one denominator they would count twice
+    memory_       far: the memory's queries are turned by the rotation of (overlap + 1) segments, by
+    position      this layer's own frequencies: every key of the memory is read as at that distance
+
+Inherited: every projection, bias and query/key norm. New: H gates (and gate_x, the learned maps,
+C_q and C_k). Dropped: nothing.
 """
 
 from __future__ import annotations
@@ -44,19 +60,26 @@ from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mismatch.mechanisms.base import Context, tensor_kind
 from mismatch.mechanisms.parts.calling import cache_in, hidden_in
+from mismatch.mechanisms.parts.compressive import EMPTY, delta, linear, retrieve, weigh
 from mismatch.mechanisms.parts.feature_maps import elu_plus_one, signed_softmax
+from mismatch.mechanisms.parts.local_softmax import (
+    Pair,
+    earlier_after,
+    earlier_before,
+    first_tokens,
+    local_softmax,
+)
 from mismatch.mechanisms.parts.own_state import OwnState, entry
 from mismatch.mechanisms.parts.projections import AttentionParts
+from mismatch.mechanisms.parts.rotary import FixedTurn, need_rotary
 from mismatch.mechanisms.parts.segments import Grid
 from mismatch.mechanisms.parts.text_by_text import text_by_text
 from mismatch.mechanisms.parts.token_facts import facts_in
-
-# A smaller sigma(Q) z is no memory of this query; dividing by it would overflow float32 gradients.
-EMPTY = 1e-20
 
 
 @dataclass(frozen=True)
@@ -67,14 +90,23 @@ class InfiniConfig:
     """How a segment is written: added (eq. 8), or added minus what its keys already return (eq.
     9)."""
     gate_init: float = 0.0
-    """Gate of every head before training; sigmoid(gate) is the share of the memory."""
-    feature_map: Literal["elu", "softmax", "learned"] = "elu"
-    """What makes queries and keys positive for the memory."""
+    """Gate of every head before training; sigmoid(gate) is the share of the memory, or under
+    normalizer=shared exp(gate) the weight of its keys."""
+    feature_map: Literal["elu", "softmax", "learned", "hedgehog"] = "elu"
+    """What makes queries and keys positive for the memory; hedgehog has queries and keys of its
+    own."""
     sinks: Annotated[int, ">= 0"] = 0
     """First tokens of the text that every later segment still attends to."""
     first_segment: Literal["blend", "local"] = "blend"
     """While the memory is empty: blend it all the same (the paper), or take local attention
     alone."""
+    overlap: Annotated[int, ">= 0"] = 0
+    """Segments before its own that local attention reads too; the memory holds what is older."""
+    normalizer: Literal["gate", "shared"] = "gate"
+    """How both reads are joined: by the gate (eq. 10), or as one sum under one denominator."""
+    memory_position: Literal["none", "far"] = "none"
+    """Queries of the memory without position (the paper), or turned as for keys overlap + 1
+    segments away."""
 
 
 class Infini(AttentionParts):
@@ -82,33 +114,51 @@ class Infini(AttentionParts):
 
     Config = InfiniConfig
     slots = ("attn",)
-    identity = "segment >= length, and gate_init -> -inf or first_segment=local"
+    identity = (
+        "(overlap + 1) segment >= length, and gate_init -> -inf, first_segment=local or "
+        "normalizer=shared"
+    )
     state = (
         "per row and kv head one matrix (features x D) and one vector (features) in float32, "
         "whatever the length; keys, values and keys without position of at most segment - 1 "
-        "tokens; the sinks' keys and values"
+        "tokens, and of `overlap` segments; the sinks' keys and values"
     )
-    source = "arXiv 2404.07143v2, section 2, eq. 6-10"
+    source = "arXiv 2404.07143v2, section 2, eq. 6-10; hedgehog: arXiv 2402.04347"
     branch_names = ("memory", "local")
 
     def __init__(self, original: nn.Module, config: InfiniConfig, context: Context) -> None:
+        """Raises:
+        SurgeryError: memory_position=far where nothing is rotated.
+        """
         super().__init__(original, config, context)
         kind = tensor_kind(original, context)
         self.gate = nn.Parameter(torch.full((self.n_heads,), config.gate_init, **kind))
-        if config.feature_map == "learned":
+        self.shared = config.normalizer == "shared"
+        if self.shared:
+            self.gate_x = nn.Parameter(torch.zeros(self.n_heads, context.d_model, **kind))
+        if config.feature_map in ("learned", "hedgehog"):
             eye = torch.eye(self.head_dim, **kind)
             self.map_q = nn.Parameter(eye.repeat(self.n_heads, 1, 1))
             self.map_k = nn.Parameter(eye.repeat(self.n_kv_heads, 1, 1))
+        if config.feature_map == "hedgehog":
+            for name, heads in (("own_q", self.n_heads), ("own_k", self.n_kv_heads)):
+                change = torch.zeros(heads * self.head_dim, context.d_model, **kind)
+                setattr(self, name, nn.Parameter(change))
+        if config.memory_position == "far":
+            need_rotary(original, context, "turn the memory's queries with (memory_position=far)")
+            distance = (config.overlap + 1) * config.segment
+            self.turn = FixedTurn(context, distance)
 
     def notes(self) -> tuple[str, ...]:
-        notes = []
-        if self.settings.first_segment == "blend":
-            share = torch.sigmoid(torch.tensor(-self.settings.gate_init)).item()
+        config, notes = self.settings, []
+        if config.first_segment == "blend" and not self.shared:
+            share = torch.sigmoid(torch.tensor(-config.gate_init)).item()
+            which = f"{config.overlap + 1} segments" if config.overlap else "segment"
             notes.append(
-                f"first segment: the memory is empty and the blend keeps {share:.2f} of local "
+                f"first {which}: the memory is empty and the blend keeps {share:.2f} of local "
                 "attention (first_segment=local keeps all of it)"
             )
-        if self.window is not None and self.window < self.settings.segment:
+        if self.window is not None and self.window < config.segment * (config.overlap + 1):
             notes.append(f"local attention keeps the module's own window of {self.window} tokens")
         return tuple(notes)
 
@@ -121,25 +171,46 @@ class Infini(AttentionParts):
         batch, length = x.shape[:2]
         grid = Grid(state.seen, keep, batch, length, self.settings.segment, x.device)
         q, k, v = self.qkv(x)
-        q_rot, k_rot = self.rotate(q, k, kwargs.get("position_embeddings"))
-        opened = state.rows
-        k_grid = grid.place(k, opened.get("open_k"))
-        k_rot_grid = grid.place(k_rot, opened.get("open_k_rot"))
-        v_grid = grid.place(v, opened.get("open_v"))
+        rotation = kwargs.get("position_embeddings")
+        q_rot, k_rot = self.rotate(q, k, rotation)
+        q, k = self._addresses(x, q, k, rotation)
+        opened, new = state.rows, {"k": k, "k_rot": k_rot, "v": v}
+        placed = {name: grid.place(part, opened.get(f"open_{name}")) for name, part in new.items()}
         sinks = self._sinks(k_rot, v, grid, opened)
-        local = self._local(
-            grid.place(q_rot)[..., grid.queries, :], k_rot_grid, v_grid, sinks, grid
-        )
+        earlier: dict[str, Tensor] = {}
+        if self.settings.overlap:
+            size = self.settings.overlap, self.settings.segment
+            earlier = {
+                name: earlier_before(opened.get(f"near_{name}"), part, *size)
+                for name, part in placed.items()
+            }
+        q_rot = grid.place(q_rot)[..., grid.queries, :]
+        if self.shared or earlier:
+            local, lse = self._summed(q_rot, placed, earlier, sinks, grid)
+        else:
+            local, lse = self._local(q_rot, placed["k_rot"], placed["v"], sinks, grid), None
         with torch.autocast(x.device.type, enabled=False):
-            read, memory = self._memory(
-                grid.place(q)[..., grid.queries, :], k_grid, v_grid, grid, opened
+            read, weight, memory = self._memory(
+                grid.place(q)[..., grid.queries, :], placed, earlier, grid, opened
             )
-            heads = self._blend(read, local, grid)
+            share = self._share(read.dtype, x, weight, lse, grid)
+            heads = self._blend(share, read, local)
         if cache is not None:
-            opened = {"open_k": k_grid, "open_k_rot": k_rot_grid, "open_v": v_grid}
-            rows = {name: grid.rest(placed) for name, placed in opened.items()}
+            rows = {f"open_{name}": grid.rest(part) for name, part in placed.items()}
+            for name, part in earlier.items():
+                rows[f"near_{name}"] = earlier_after(part, placed[name], grid)
             state.advance(grid.new, x.shape[1], rows | memory | sinks)
         return self.project(grid.take(heads.to(x.dtype))), None
+
+    def _addresses(self, x: Tensor, q: Tensor, k: Tensor, rotation: Any) -> tuple[Tensor, Tensor]:
+        """Queries and keys of the memory, `batch H pos D` and `batch KV pos D`, of those without
+        position."""
+        if self.settings.feature_map == "hedgehog":
+            q = q + F.linear(x, self.own_q).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            k = k + F.linear(x, self.own_k).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        if self.settings.memory_position == "far":
+            q = self.rotate(q, k[:, :1, :1], self.turn(rotation[0]))[0]
+        return q, k
 
     def _local(
         self, q: Tensor, k: Tensor, v: Tensor, sinks: dict[str, Tensor], grid: Grid
@@ -166,30 +237,59 @@ class Infini(AttentionParts):
                 )
         return self.attend(q, k, v, mask).unflatten(0, (-1, grid.count)).transpose(1, 2)
 
+    def _summed(
+        self,
+        q: Tensor,
+        placed: dict[str, Tensor],
+        earlier: dict[str, Tensor],
+        sinks: dict[str, Tensor],
+        grid: Grid,
+    ) -> tuple[Tensor, Tensor]:
+        """A_dot over more than one segment, and the logarithm of its denominator: `batch H S
+        queries D` and `batch H S queries`."""
+        return local_softmax(
+            q,
+            Pair(placed["k_rot"], placed["v"]),
+            grid,
+            scaling=self.scaling,
+            earlier=Pair(earlier["k_rot"], earlier["v"]) if earlier else None,
+            sinks=Pair(sinks["sink_k"], sinks["sink_v"]) if sinks else None,
+            softcap=self.softcap,
+            window=self.window,
+            dropout=self._dropout if self.training else 0.0,
+        )
+
     def _sinks(
         self, k: Tensor, v: Tensor, grid: Grid, rows: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         """Keys (rotated) and values of the first `sinks` real tokens, `batch KV sinks D`; empty
         where there are none."""
-        if self.settings.sinks == 0:
-            return {}
-        found = {}
-        for name, x in (("sink_k", k), ("sink_v", v)):
-            known = rows.get(name)
-            if known is None:
-                known = x.new_zeros(*x.shape[:2], self.settings.sinks, x.shape[3])
-            complete = int(grid.seen.min()) >= self.settings.sinks
-            found[name] = known if complete else grid.scatter(known, x, grid.seen)
-        return found
+        count = self.settings.sinks
+        named = (("sink_k", k), ("sink_v", v)) if count else ()
+        return {name: first_tokens(x, rows.get(name), count, grid) for name, x in named}
 
     def _memory(
-        self, q: Tensor, k: Tensor, v: Tensor, grid: Grid, rows: dict[str, Tensor]
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """A_mem, `batch H S queries D`, and the memory after the last complete segment of each
-        row."""
+        self,
+        q: Tensor,
+        placed: dict[str, Tensor],
+        earlier: dict[str, Tensor],
+        grid: Grid,
+        rows: dict[str, Tensor],
+    ) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
+        """A_mem, `batch H S queries D`; sigma(Q) z under the shared denominator, `batch H S
+        queries`; and the memory after what each row has left behind."""
+        k, v, closed = placed["k"], placed["v"], grid.closed
+        if earlier and closed:  # segments on the grid push those before them into the memory
+            k, v = (
+                torch.cat([earlier[name], x[:, :, :closed]], 2) for name, x in (("k", k), ("v", v))
+            )
+        elif earlier:
+            k, v = earlier["k"], earlier["v"]
         wide = torch.promote_types(v.dtype, torch.float32)
-        closed = grid.closed
         phi_k = self._positive(k[:, :, :closed].to(wide), "map_k")
+        left_out = self._left_out(grid, v.device)
+        if left_out is not None:
+            phi_k = phi_k.masked_fill(left_out[:, None, ..., None], 0.0)
         phi_q = self._positive(q.to(wide), "map_q").unflatten(1, (self.n_kv_heads, self.group))
         memory, norm = rows.get("memory"), rows.get("norm")
         if memory is None or norm is None:
@@ -197,30 +297,62 @@ class Infini(AttentionParts):
             norm = memory[..., 0]
         write = linear if self.settings.update == "linear" else delta
         memories, norms = write(phi_k, v[:, :, :closed].to(wide), memory, norm)
-        read = retrieve(
-            phi_q, memories[:, :, None, : grid.count], norms[:, :, None, : grid.count]
-        ).flatten(1, 2)
-        return read, {"memory": grid.after(memories), "norm": grid.after(norms)}
+        before, counted = memories[:, :, None, : grid.count], norms[:, :, None, : grid.count]
+        read = retrieve(phi_q, before, counted).flatten(1, 2)
+        weight = weigh(phi_q, counted).flatten(1, 2) if self.shared else None
+        return read, weight, {"memory": grid.after(memories), "norm": grid.after(norms)}
+
+    def _left_out(self, grid: Grid, device: torch.device) -> Tensor | None:
+        """Which tokens of the segments that are written now are not: bool `batch closed N`; None =
+        all are."""
+        size, overlap = self.settings.segment, self.settings.overlap
+        sinks = self.settings.sinks if self.shared else 0
+        if not (sinks or overlap):
+            return None
+        first = grid.starts(device)[:, :1] - overlap * size  # < 0: before the text began
+        return (first + torch.arange(grid.closed * size, device=device) < sinks).unflatten(
+            1, (grid.closed, size)
+        )
 
     def _positive(self, x: Tensor, learned: str) -> Tensor:
         """sigma(x): `batch heads S pos D` -> `batch heads S pos features`, all > 0."""
         if self.settings.feature_map == "elu":
             return elu_plus_one(x)
-        if self.settings.feature_map == "learned":
+        if self.settings.feature_map in ("learned", "hedgehog"):
             x = torch.einsum("bhsnd,hed->bhsne", x, getattr(self, learned).to(x.dtype))
         return signed_softmax(x)
 
-    def _blend(self, read: Tensor, local: Tensor, grid: Grid) -> Tensor:
+    def _share(
+        self,
+        wide: torch.dtype,
+        x: Tensor,
+        weight: Tensor | None,
+        lse: Tensor | None,
+        grid: Grid,
+    ) -> Tensor:
+        """The share of the memory, `batch or 1, H, S or 1, queries or 1, 1`."""
+        if weight is None or lse is None or not self.shared:
+            share = torch.sigmoid(self.gate.to(wide))[None, :, None, None, None]
+            if self.settings.first_segment == "local":
+                empty = self.settings.overlap * self.settings.segment
+                share = share * (grid.starts(x.device) > empty)[:, None, :, None, None]
+            return share
+        log_c = F.linear(x.to(wide), self.gate_x.to(wide), self.gate.to(wide))
+        log_c = grid.place(log_c.transpose(1, 2)[..., None])[..., grid.queries, 0]
+        empty = weight < EMPTY
+        # c sigma(Q) z / (sum exp(s) + c sigma(Q) z), without an exponential that could overflow.
+        share = torch.sigmoid(weight.masked_fill(empty, 1.0).log() + log_c - lse.to(wide))
+        return share.masked_fill(empty, 0.0)[..., None]
+
+    def _blend(self, share: Tensor, read: Tensor, local: Tensor) -> Tensor:
         """Eq. 10, in the dtype of the memory: `batch H S queries D`."""
-        share = torch.sigmoid(self.gate.to(read.dtype))[None, :, None, None, None]
-        if self.settings.first_segment == "local":
-            share = share * (grid.starts(read.device) > 0)[:, None, :, None, None]
         read = torch.zeros_like(read) if "memory" in self.silent else read
         local = torch.zeros_like(local) if "local" in self.silent else local
         return share * read + (1 - share) * local.to(read.dtype)
 
     def gates(self) -> dict[str, nn.Parameter]:
-        return {"memory": self.gate}
+        """Under a shared denominator there is none: the share is another at every token."""
+        return {} if self.shared else {"memory": self.gate}
 
     def restores(self) -> dict[str, AbstractContextManager[None]]:
         return {} if self.settings.sinks else {"first_token": self._with_sink()}
@@ -232,41 +364,3 @@ class Infini(AttentionParts):
             yield
         finally:
             self.settings = before
-
-
-def retrieve(phi: Tensor, memory: Tensor, norm: Tensor) -> Tensor:
-    """Eq. 7: `... pos features`, `... features D`, `... features` -> `... pos D`; 0 from an empty
-    memory."""
-    weight = phi @ norm.unsqueeze(-1)
-    # Filled in BEFORE the division: a `where` around 0 / 0 hides the NaN of the value and not that
-    # of its gradient.
-    return (phi @ memory) / weight.masked_fill(weight < EMPTY, 1.0)
-
-
-def linear(phi: Tensor, v: Tensor, memory: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
-    """Eq. 8 for S complete segments at once.
-
-    Args:
-        phi: sigma(K), `batch KV S N features`.
-        v: `batch KV S N D`.
-        memory, norm: before the first, `batch KV features D` and `batch KV features`.
-
-    Returns:
-        memory and norm BEFORE segment 0, 1, ..., S: `batch KV S+1 features D` and `batch KV S+1
-        features`.
-    """
-    added = torch.cat([memory[:, :, None], phi.transpose(-1, -2) @ v], dim=2)
-    counted = torch.cat([norm[:, :, None], phi.sum(-2)], dim=2)
-    return added.cumsum(2), counted.cumsum(2)
-
-
-def delta(phi: Tensor, v: Tensor, memory: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
-    """Eq. 9, segment after segment; arguments and result as for `linear`. All N reads of a segment
-    see the memory before it. Writing a known pair again leaves the memory as it is, but z still
-    grows: the paper's rule halves what it reads."""
-    memories, norms = [memory], [norm]
-    for s in range(phi.shape[2]):
-        known = retrieve(phi[:, :, s], memories[-1], norms[-1])
-        memories.append(memories[-1] + phi[:, :, s].transpose(-1, -2) @ (v[:, :, s] - known))
-        norms.append(norms[-1] + phi[:, :, s].sum(-2))
-    return torch.stack(memories, dim=2), torch.stack(norms, dim=2)

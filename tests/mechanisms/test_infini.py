@@ -24,7 +24,9 @@ from lone_infini import (
 )
 from tiny_models import in_chunks, part, swap, tiny, tokens
 
-from mismatch.mechanisms.infini import Infini, delta, elu_plus_one, linear, retrieve
+from mismatch.mechanisms.infini import Infini
+from mismatch.mechanisms.parts.compressive import delta, linear, retrieve
+from mismatch.mechanisms.parts.feature_maps import elu_plus_one
 from mismatch.models.layout import Layout
 from mismatch.models.private import same_memory
 

@@ -12,7 +12,7 @@ from tiny_models import in_chunks, positions, swap, tokens
 from transformers import DynamicCache, StaticCache
 
 from mismatch.errors import SurgeryError
-from mismatch.mechanisms.infini import elu_plus_one
+from mismatch.mechanisms.parts.feature_maps import elu_plus_one
 
 # state ---------------------------------------------------------------------
 

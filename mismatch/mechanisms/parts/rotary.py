@@ -82,6 +82,59 @@ def own_parameters(config: Any, layer: int | None) -> dict[str, Any]:
     return given
 
 
+def own_frequencies(config: Any, layer: int | None, width: int) -> Tensor:
+    """f of the model's own rotary embedding at this layer, `width / 2` in float32 on the CPU, as up to
+    the trained length.
+
+    Args:
+        width: rotated dims of a head.
+    """
+    own = own_parameters(config, layer)
+    kind = own.get("rope_type", "default")
+    # The default rotary embedding has no function of its own: it is linear with factor 1.
+    kind, stretch = ("linear", {"factor": 1.0}) if kind == "default" else (kind, {})
+    head = LlamaConfig(
+        hidden_size=width,
+        num_attention_heads=1,
+        head_dim=width,
+        max_position_embeddings=config.max_position_embeddings,
+    )
+    trained = getattr(config, "original_max_position_embeddings", None)
+    if trained is not None:
+        head.original_max_position_embeddings = trained
+    # `width` is what is rotated: no part of it is to be left out again.
+    head.rope_parameters = {**own, "rope_type": kind, **stretch, "partial_rotary_factor": 1.0}
+    return ROPE_INIT_FUNCTIONS[kind](head, torch.device("cpu"), seq_len=None)[0]
+
+
+class FixedTurn:
+    """Cos and sin of one distance by the model's own frequencies, whatever the position.
+
+    Args:
+        context: of the layer.
+        distance: in tokens.
+
+    Raises:
+        SurgeryError: the model names no frequencies.
+    """
+
+    def __init__(self, context: Context, distance: int) -> None:
+        self.context, self.distance = context, distance
+        own_parameters(context.model_config, context.layer)
+        self._known: dict[Any, tuple[Tensor, Tensor]] = {}
+
+    def __call__(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin, `1 1 width` each, in the width, dtype and device of the host's cos `batch pos
+        width`. A factor that the model puts on its own (YaRN) is no rotation and is left out."""
+        key = (like.device, like.dtype, like.shape[-1])
+        if key not in self._known:
+            config, layer = self.context.model_config, self.context.layer
+            half = self.distance * own_frequencies(config, layer, like.shape[-1])
+            angle = torch.cat([half, half])[None, None]
+            self._known[key] = (angle.cos().to(like), angle.sin().to(like))
+        return self._known[key]
+
+
 @dataclass(frozen=True)
 class Rule:
     """How frequencies are made. `original` is the trained length; `own` are the lists of a model
