@@ -141,9 +141,10 @@ class Infini(AttentionParts):
             self.map_q = nn.Parameter(eye.repeat(self.n_heads, 1, 1))
             self.map_k = nn.Parameter(eye.repeat(self.n_kv_heads, 1, 1))
         if config.feature_map == "hedgehog":
-            for name, heads in (("own_q", self.n_heads), ("own_k", self.n_kv_heads)):
-                change = torch.zeros(heads * self.head_dim, context.d_model, **kind)
-                setattr(self, name, nn.Parameter(change))
+            sizes = [heads * self.head_dim for heads in (self.n_heads, self.n_kv_heads)]
+            self.own_q, self.own_k = (
+                nn.Parameter(torch.zeros(size, context.d_model, **kind)) for size in sizes
+            )
         if config.memory_position == "far":
             need_rotary(original, context, "turn the memory's queries with (memory_position=far)")
             distance = (config.overlap + 1) * config.segment
@@ -307,7 +308,7 @@ class Infini(AttentionParts):
         all are."""
         size, overlap = self.settings.segment, self.settings.overlap
         sinks = self.settings.sinks if self.shared else 0
-        if not (sinks or overlap):
+        if not grid.closed or not (sinks or overlap):
             return None
         first = grid.starts(device)[:, :1] - overlap * size  # < 0: before the text began
         return (first + torch.arange(grid.closed * size, device=device) < sinks).unflatten(

@@ -13,7 +13,7 @@ from test_mechanism_contract import fits
 from tiny_models import positions, tokens
 
 CALLS = PLAIN | {
-    "infini": "infini(segment=4, sinks=2, update=delta, feature_map=learned)",
+    "infini": "infini(segment=4, sinks=2, overlap=1, normalizer=shared, feature_map=hedgehog)",
     "parallel": "parallel(infini(segment=4, sinks=2), alpha=0.5)",
     "sliding_window": "sliding_window(window=5, sinks=2, global_every=4)",
 }

@@ -104,7 +104,7 @@ def test_gradients_are_those_of_the_definition(settings):
 
 def test_learned_maps_start_as_the_softmax_map_and_take_gradients():
     x = stream(2, 20)
-    learned, fixed = module(feature_map="learned"), module(feature_map="softmax")
+    learned, fixed = module(feature_map="learned", moved=False), module(feature_map="softmax")
     assert torch.equal(run(learned, x), run(fixed, x))
     run(learned, x).pow(2).sum().backward()
     assert learned.map_q.grad.abs().sum() > 0

@@ -19,7 +19,7 @@ CALLS = {
     "gated_deltanet": "gated_deltanet",
     "houlsby": "houlsby(reduction=6)",
     "identity": "identity",
-    "infini": "infini(segment=8, update=delta, feature_map=learned)",
+    "infini": "infini(segment=8, update=delta, overlap=1, normalizer=shared, feature_map=hedgehog)",
     "linear_attention": "linear_attention(window=5, sinks=2, decay=learned)",
     "linear": "linear",
     "lora": "lora(r=4, dora=true)",
