@@ -21,6 +21,7 @@ FACTS = {
     "slots": "goes into (first: default)",
     "identity": "equals the teacher when",
     "state": "state",
+    "heads": "can take some heads (a pair: with this argument)",
     "stacks": "may stand on another mechanism",
     "merges": "merges into the model's own matrices",
     "headline": "headline",

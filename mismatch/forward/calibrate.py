@@ -6,7 +6,7 @@ never overlaps the evaluation text (`mismatch.texts.documents.assert_disjoint`).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from typing import Any, Protocol
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mismatch.forward import hooks
 from mismatch.forward.sites import Tap, massive, taps, tensor_of
-from mismatch.models.layout import Layout
+from mismatch.models.layout import HEADS, Layout
 
 
 class Calibrated(Protocol):
@@ -58,7 +58,29 @@ def calibrate(
                 given = args[0] if args else kwargs["hidden_states"]
                 mine.update(given, tensor_of(out), bulk[at].to(given.device))
 
+            if slot == HEADS:
+                _watch_heads(layout, layer, update, stack)
+                continue
             module = layout.model.get_submodule(layout.slot_path(layer, slot))
             stack.callback(module.register_forward_hook(update, with_kwargs=True).remove)
         for ids in batches:
             hooks.run(layout, ids, streams, note, stop=stop)
+
+
+def _watch_heads(
+    layout: Layout, layer: int | None, update: Callable[..., None], stack: ExitStack
+) -> None:
+    """Call `update` with what enters an attention, and with its heads: what enters its output projection."""
+    call: list[tuple[Any, Any]] = []
+
+    def enter(_module: Any, args: Any, kwargs: Any) -> None:
+        call[:] = [(args, kwargs)]
+
+    def leave(module: Any, args: Any) -> None:
+        update(module, *call.pop(), args[0])
+
+    attention, output = (
+        layout.model.get_submodule(layout.slot_path(layer, slot)) for slot in ("attn", "o_proj")
+    )
+    stack.callback(attention.register_forward_pre_hook(enter, with_kwargs=True).remove)
+    stack.callback(output.register_forward_pre_hook(leave).remove)

@@ -59,6 +59,7 @@ class Context:
             surgery.
         restoring: every tensor is read from a checkpoint afterwards, so what is measured or computed
             from the original may be a placeholder of the right shape.
+        width: of what the module gives, for one that gives the heads of an attention; None: another.
     """
 
     layer: int | None
@@ -71,6 +72,7 @@ class Context:
     calibration: Any = None
     build: Callable[[Any, nn.Module], Mechanism] | None = None
     restoring: bool = False
+    width: int | None = None
 
     def __deepcopy__(self, memo: dict) -> Context:
         # A copied module keeps sharing the model's config.
@@ -96,6 +98,9 @@ class Mechanism(nn.Module):
     state: ClassVar[str]  # what generate() carries
     source: ClassVar[str]
     stacks: ClassVar[bool] = False  # True: may go on top of another mechanism in the same slot
+    heads: ClassVar[bool | tuple[str, str]] = (
+        False  # whether it can take some heads; see `mismatch.spec.heads`
+    )
     merges: ClassVar[bool] = False  # True: it becomes a module of the model's own; see `merged`
     branch_names: tuple[str, ...] = ()  # paths whose outputs it adds up; see `branches`
     silent: frozenset[str] = frozenset()  # branches that are switched off at this moment

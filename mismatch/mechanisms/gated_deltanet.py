@@ -62,6 +62,7 @@ class GatedDeltaNet(Mixer):
 
     Config = GatedDeltaNetConfig
     slots = ("attn",)
+    heads = ("init", "inherit")
     identity = "none: softmax attention is no delta rule"
     state = (
         "per row and head one matrix (head_dim x head_dim) in float32, and the last `conv` columns "

@@ -28,6 +28,7 @@ class Identity(Wrapper):
         "attn", "mlp", "block", "norm1", "norm2", "norms", "rope", "final_norm",
         "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
     )  # fmt: skip
+    heads = True
     identity = "always"
     state = "the original's"
     source = "control"

@@ -114,6 +114,7 @@ class Infini(AttentionParts):
 
     Config = InfiniConfig
     slots = ("attn",)
+    heads = True
     identity = (
         "(overlap + 1) segment >= length, and gate_init -> -inf, first_segment=local or "
         "normalizer=shared"

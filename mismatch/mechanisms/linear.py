@@ -206,6 +206,7 @@ class Linear(Mechanism):
 
     Config = LinearConfig
     slots = ("attn", "mlp", "block", "norm1", "norm2", "norms", "rope", "final_norm")
+    heads = True
     identity = "none: only a linear module equals its best linear map"
     state = "none; the cache only counts tokens"
     source = "control (ridge regression)"
@@ -215,7 +216,8 @@ class Linear(Mechanism):
         measured = need_calibration(original, context, "linear")
         kind, d = tensor_kind(original, context), context.d_model
         self._notes: tuple[str, ...] = ()
-        weight, bias = torch.zeros(d, d), torch.zeros(d)
+        width = context.width or d
+        weight, bias = torch.zeros(width, d), torch.zeros(width)
         if measured is not None:
             fit = measured.fit(config.ridge, update=context.slot == "block")
             self._notes = (fit.line("update" if context.slot == "block" else "output"),)

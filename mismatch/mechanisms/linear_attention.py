@@ -90,6 +90,7 @@ class LinearAttention(AttentionParts):
 
     Config = LinearAttentionConfig
     slots = ("attn",)
+    heads = True
     identity = "window >= length"
     state = (
         "per row and kv head one matrix (features x (D + 1), the last column is z) in float32, "

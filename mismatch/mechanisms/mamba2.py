@@ -69,6 +69,7 @@ class Mamba2(Mixer):
 
     Config = Mamba2Config
     slots = ("attn",)
+    heads = ("init", "inherit")
     identity = "none: softmax attention is no state space"
     state = (
         "per row and head one matrix (head_dim x state) in float32, and the last `conv` columns of "

@@ -60,6 +60,7 @@ class Mean(Wrapper):
         "attn", "mlp", "block", "norm1", "norm2", "norms", "rope", "final_norm",
         "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
     )  # fmt: skip
+    heads = True
     identity = "none: no module computes a constant"
     state = "the original's"
     source = "control (mean ablation)"
@@ -70,7 +71,8 @@ class Mean(Wrapper):
         measured = need_calibration(original, context, "mean")
         kind = tensor_kind(original, context)
         if measured is None:
-            mean = torch.zeros(getattr(original, "out_features", context.d_model), **kind)
+            width = context.width or int(getattr(original, "out_features", context.d_model))
+            mean = torch.zeros(width, **kind)
         else:
             mean = measured.mean().to(**kind)
         self.register_buffer("mean", mean)

@@ -32,6 +32,7 @@ class NoPE(Wrapper):
 
     Config = NoPEConfig
     slots = ("rope",)
+    heads = True
     identity = "none: only a text of one token has no positions"
     state = "the host's KV cache, keys without rotation"
     source = "arXiv 2305.19466"

@@ -36,6 +36,7 @@ class PartialRope(Wrapper):
 
     Config = PartialRopeConfig
     slots = ("rope",)
+    heads = True
     identity = "fraction = 1"
     state = "the host's KV cache, keys with part of their rotation"
     source = "arXiv 2410.06205 (p-RoPE)"

@@ -36,6 +36,7 @@ class Random(Wrapper):
         "attn", "mlp", "block", "norm1", "norm2", "norms", "rope", "final_norm",
         "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
     )  # fmt: skip
+    heads = True
     identity = "none: the learned weights are gone"
     state = "as the original's"
     source = "control (random weights)"

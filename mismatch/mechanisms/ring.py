@@ -54,6 +54,7 @@ class Ring(AttentionParts):
 
     Config = RingConfig
     slots = ("attn",)
+    heads = True
     identity = "always, up to rounding"
     state = "the host's KV cache"
     source = "arXiv 2310.01889, section 2 and algorithm 1"

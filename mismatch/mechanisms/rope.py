@@ -65,6 +65,7 @@ class Rope(NewRotary):
 
     Config = RopeConfig
     slots = ("rope",)
+    heads = True
     identity = "factor = 1 (and fraction = 1) at the model's own theta, if it has no scaling"
     state = "the host's KV cache, keys rotated by the new angles"
     source = "transformers; arXiv 2306.15595, 2309.00071, 2402.13753, 2410.06205"

@@ -104,6 +104,7 @@ class RWKV(AttentionParts):
 
     Config = RWKVConfig
     slots = ("attn",)
+    heads = ("init", "inherit")
     identity = "none: a state of fixed size is no softmax over all tokens"
     state = (
         "per row and head one matrix (D x D) in float32 and per row the last token's input "
@@ -157,6 +158,8 @@ class RWKV(AttentionParts):
         if measured is None:
             return 1.0
         output = getattr(self, self._output)
+        if isinstance(output, nn.Identity):  # of some heads, which are measured in front of W_o
+            return math.sqrt(measured.around(None) / (self.n_heads * self.head_dim))
         gain = matrix(dense(output, self.context)).double().square().sum().item()
         return math.sqrt(measured.around(output.bias) / gain)
 

@@ -63,6 +63,7 @@ class SlidingWindow(Wrapper):
 
     Config = SlidingWindowConfig
     slots = ("attn",)
+    heads = True
     identity = "window >= length; over a window of the model's own without sinks and global tokens"
     state = (
         "the host's KV cache; with sinks or global tokens over its own window, all keys and values"

@@ -34,6 +34,7 @@ class Yarn(NewRotary):
 
     Config = YarnConfig
     slots = ("rope",)
+    heads = True
     identity = "factor = 1, if the model's rotary embedding has no scaling"
     state = "the host's KV cache, keys rotated by the new angles"
     source = "arXiv 2309.00071, sections 3.2 and 3.4"

@@ -32,6 +32,7 @@ class Zero(Wrapper):
         "attn", "mlp", "block", "norm1", "norm2", "norms", "rope", "final_norm",
         "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
     )  # fmt: skip
+    heads = True
     identity = "none: no module computes zeros"
     state = "the original's"
     source = "control (zero ablation)"

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     # transformers' own annotation of a model with a language-modelling head that can generate.
     from transformers.models.auto.modeling_auto import _BaseModelWithGenerate as CausalLM
 
+HEADS = "heads"
+"""In place of a slot: what the heads of an attention give, which is what enters its output projection."""
+
 LLAMA_PROJECTIONS = {
     "q_proj": "self_attn.q_proj",
     "k_proj": "self_attn.k_proj",
@@ -300,6 +303,22 @@ class Layout:
     def d_model(self) -> int:
         """Width of the stream."""
         return self.config.hidden_size
+
+    @property
+    def n_heads(self) -> int:
+        """Query heads of an attention."""
+        return self.config.num_attention_heads
+
+    @property
+    def n_kv_heads(self) -> int:
+        """Kv heads of an attention; a family without groups has as many as query heads."""
+        return getattr(self.config, "num_key_value_heads", None) or self.n_heads
+
+    @property
+    def heads_width(self) -> int:
+        """Width of what enters the output projection of an attention: all query heads, flat."""
+        own = getattr(self.config, "head_dim", None) or self.d_model // self.n_heads
+        return self.n_heads * own
 
     @property
     def vocab(self) -> int:

@@ -40,6 +40,7 @@ from mismatch.forward.shared_prefix import finals
 from mismatch.mechanisms.base import Mechanism
 from mismatch.mechanisms.parts.own_state import OwnState
 from mismatch.mechanisms.parts.projections import AttentionParts
+from mismatch.mechanisms.parts.side_by_side import flat
 from mismatch.metrics.sums.logits import kl_float64
 from mismatch.probes.base import Answers, Measure, Probe, Setting, Subject, swapped_layers
 from mismatch.probes.forced import entering, update
@@ -331,12 +332,12 @@ def _state(
 def _carried(cache: DynamicCache, layer: int) -> dict[str, Tensor]:
     """The state of fixed size that a mechanism carries; keys and values of an open segment do not grow."""
     entry = cache.layers[layer] if layer < len(cache.layers) else None
-    entry = getattr(entry, "inner", entry)
-    if not isinstance(entry, OwnState):
+    own = [one for one in flat(entry) if isinstance(one, OwnState)]
+    if not own:
         return {}
     return {
         name: tensor
-        for name, tensor in entry.rows.items()
+        for name, tensor in own[0].rows.items()
         if tensor.is_floating_point()
         and tensor.numel()
         and not name.startswith(("open", "near", "sink"))

@@ -10,6 +10,7 @@ from mismatch.report.page import Cell, Html, grid, join, pairs, tag, whole
 from mismatch.report.words import count, kind, text_line, text_lines, total
 from mismatch.runs.folder import Run
 from mismatch.runs.plan import Replaced, SwapPlan
+from mismatch.spec.heads import named
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ def _plan(run: Run) -> Html:
     clauses = plan.clauses
     rows = [
         (
-            c.path,
+            f"{c.path}, heads {named(c.heads)}" if c.heads else c.path,
             f"{c.old} → {c.new}",
             f"{c.mechanism}({', '.join(f'{k}={v}' for k, v in c.args.items())})",
             *(_count(total(sizes)) for sizes in (c.inherited, c.new_parameters, c.dropped)),

@@ -7,6 +7,7 @@ from typing import Any
 
 from mismatch.runs.folder import Run
 from mismatch.runs.plan import SwapPlan
+from mismatch.spec.heads import named
 
 
 def kind(run: Run) -> str:
@@ -28,7 +29,10 @@ def plan_lines(plan: SwapPlan) -> list[str]:
                 ("dropped", clause.dropped),
             )
         )
-        lines.append(f"{where} {clause.slot}: {clause.old} -> {clause.mechanism}({args})  {counts}")
+        heads = f" heads {named(clause.heads)}" if clause.heads else ""
+        lines.append(
+            f"{where} {clause.slot}{heads}: {clause.old} -> {clause.mechanism}({args})  {counts}"
+        )
     if not plan.clauses:
         differs = "nothing" if plan.apart is None else plan.apart.text()
         lines.append(f"no module was replaced; not the teacher's own: {differs}")

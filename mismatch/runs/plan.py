@@ -22,7 +22,8 @@ T = TypeVar("T")
 class Replaced:
     """One module that was replaced. Parameter dicts map a name to its number of values.
 
-    `old` and `new` are the names of the two classes, `notes` sentences about this mechanism in this slot.
+    `old` and `new` are the names of the two classes, `notes` sentences about this mechanism in this slot, `heads` the
+    query heads that it took; none: all of the slot.
     """
 
     layer: int | None
@@ -38,6 +39,7 @@ class Replaced:
     identity: str
     state: str
     notes: tuple[str, ...]
+    heads: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

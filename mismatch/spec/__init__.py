@@ -1,8 +1,9 @@
 """The swap grammar: text in, clauses and placements out. No torch.
 
     spec      = clause (";" clause)*                       --swap may also be repeated
-    clause    = target ["." slot] ":" mechanism
+    clause    = target ["." slot] ["." heads] ":" mechanism
     target    = ("layer" | "layers") ranges | "all" | "norms" | "final_norm"
+    heads     = ("heads" | "kv_heads") ranges              of a layer's attention; a kv head is its group of query heads
     ranges    = range ("," range)*  or the same in "[ ]"   brackets are optional: some shells expand them
     range     = i | i "-" i ["/" step]     i = number | "last"       0-based, both ends included
     mechanism = name ["(" argument ("," argument)* ")"]
@@ -18,21 +19,25 @@
 | `layers0-last/2:infini; layer3.mlp:zero` | every second layer, and one MLP |
 | `norms:dyt` | `norm1` and `norm2` of all layers, and `final_norm` |
 | `layers[4-7].norms:dyt` | all norms of four layers |
+| `layer18.heads[0-5,8]:infini` | seven query heads; the others keep the attention |
+| `layer18.kv_heads[2]:zero; layer18.heads[0]:nope` | the query heads of kv head 2, and another head |
 | `layer12:parallel(infini, alpha=0)` | attention stays, and infini is added to it |
 
 `parse` knows the grammar only. `check` also knows the mechanisms, by their cards. `resolve` also knows the
-model: how many layers, which slots. A clause that fits only in part is an error, never a smaller swap.
+model: how many layers and heads, which slots. A clause that fits only in part is an error, never a smaller swap.
 `format(parse(text))` is canonical, and names the run.
 """
 
 from mismatch.spec.clauses import Call, Clause, Range, Spec, Target, Value
 from mismatch.spec.grammar import parse
+from mismatch.spec.heads import Heads
 from mismatch.spec.lists import Template, layers, parse_layers, templates
 from mismatch.spec.placement import Placement, check, explicit, format, resolve
 
 __all__ = [
     "Call",
     "Clause",
+    "Heads",
     "Placement",
     "Range",
     "Spec",

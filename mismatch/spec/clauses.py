@@ -29,6 +29,9 @@ SLOTS = (
 
 TARGETS = ("layer", "layers", "all", "norms", "final_norm")
 
+HEADS = ("heads", "kv_heads")
+"""What may stand behind the slot: query heads, or kv heads, each of which stands for its group of query heads."""
+
 Value = Union[int, float, bool, str, None, tuple[str, ...], "Call"]
 
 WORD = re.compile(r"[A-Za-z_][\w./-]*")
@@ -97,7 +100,7 @@ def _text(value: Value) -> str:
 
 @dataclass(frozen=True)
 class Range:
-    """Layers `first` to `last`, both included, every `step`-th. None stands for the last layer of the model."""
+    """Layers (or heads) `first` to `last`, both included, every `step`-th. None stands for the model's last one."""
 
     first: int | None
     last: int | None
@@ -113,13 +116,19 @@ class Range:
 
 @dataclass(frozen=True)
 class Target:
-    """Where a mechanism goes: `kind` is "layers", "all", "norms" or "final_norm"."""
+    """Where a mechanism goes: `kind` is "layers", "all", "norms" or "final_norm".
+
+    `heads` are those of a layer that are meant, counted as `heads_kind` says; none: the whole slot.
+    """
 
     kind: str
     ranges: tuple[Range, ...] = ()
     slot: str | None = None
     at: int = field(default=0, compare=False, repr=False)
     slot_at: int = field(default=0, compare=False, repr=False)
+    heads_kind: str = ""
+    heads: tuple[Range, ...] = ()
+    heads_at: int = field(default=0, compare=False, repr=False)
 
     def __str__(self) -> str:
         text = self.kind
@@ -129,7 +138,8 @@ class Target:
                 text = f"layers[{inside}]"
             else:
                 text = f"layers{inside}" if "-" in inside else f"layer{inside}"
-        return text if self.slot is None else f"{text}.{self.slot}"
+        text = text if self.slot is None else f"{text}.{self.slot}"
+        return f"{text}.{self.heads_kind}[{','.join(map(str, self.heads))}]" if self.heads else text
 
 
 @dataclass(frozen=True)

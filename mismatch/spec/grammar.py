@@ -9,6 +9,7 @@ from typing import NoReturn
 from mismatch.errors import SpecError
 from mismatch.registry import did_you_mean
 from mismatch.spec.clauses import (
+    HEADS,
     LITERALS,
     SLOTS,
     TARGETS,
@@ -134,7 +135,10 @@ class _Parser:
         if kind in ("layer", "layers"):
             kind, ranges = "layers", self.ranges()
         slot, slot_at = None, self.pos
+        heads: tuple[str, tuple[Range, ...], int] = ("", (), self.pos)
         if self.take("."):
+            if kind not in ("norms", "final_norm") and (found_heads := self.heads()):
+                return Target(kind, ranges, None, at, slot_at, *found_heads)
             self.space()
             slot_at = self.pos
             slot = found.group() if (found := self.match(_IDENTIFIER)) else ""
@@ -145,29 +149,48 @@ class _Parser:
                     "`final_norm` belongs to no layer", slot_at, "write `final_norm:mechanism`"
                 )
             if slot not in SLOTS:
-                self.fail(f"unknown slot `{slot}`", slot_at, did_you_mean(slot, SLOTS))
-        return Target(kind, ranges, slot, at, slot_at)
+                self.fail(f"unknown slot `{slot}`", slot_at, did_you_mean(slot, (*SLOTS, *HEADS)))
+            if self.take("."):
+                heads = self.heads() or self.fail(
+                    f"expected `heads` or `kv_heads` behind the slot, got {self.rest()}",
+                    self.pos,
+                    f"write `{Target(kind, ranges, slot)}.heads[0-3]:mechanism`",
+                )
+        return Target(kind, ranges, slot, at, slot_at, *heads)
 
-    def ranges(self) -> tuple[Range, ...]:
+    def heads(self) -> tuple[str, tuple[Range, ...], int] | None:
+        """Heads of a layer, their kind and where it stands; None where no such word stands here."""
+        self.space()
+        at = self.pos
+        found = self.match(re.compile(rf"({'|'.join(HEADS)})(?![A-Za-z_])"))
+        if found is None:
+            return None
+        opened = self.pos
+        if self.take("[") and self.peek() == "]":
+            self.fail(f"`{found.group()}[]` names no head", at, f"write `{found.group()}[0-3]`")
+        self.pos = opened
+        return found.group(), self.ranges("head"), at
+
+    def ranges(self, of: str = "layer") -> tuple[Range, ...]:
         self.space()
         opened = self.pos
         closing = self.take("[")
-        found = [self.range()]
+        found = [self.range(of)]
         while self.take(","):
-            found.append(self.range())
+            found.append(self.range(of))
         if closing and not self.take("]"):
             if self.peek() in ("", ":", ";"):
                 self.fail("`[` is never closed", opened, "close it with `]`")
             self.fail(f"expected `,` or `]`, got {self.rest()}", self.pos)
         return tuple(found)
 
-    def range(self) -> Range:
+    def range(self, of: str) -> Range:
         self.space()
         at = self.pos
-        first = last = self.layer()
+        first = last = self.number(of)
         step = 1
         if self.take("-"):
-            last = self.layer()
+            last = self.number(of)
             if self.take("/"):
                 found = self.match(re.compile(r"\d+"))
                 step = self.whole(found.group()) if found else 0
@@ -180,15 +203,15 @@ class _Parser:
             last = first + (last - first) // step * step
         return Range(first, last, 1 if first == last else step, at)
 
-    def layer(self) -> int | None:
+    def number(self, of: str) -> int | None:
         found = self.match(re.compile(r"\d+|last(?![A-Za-z_])"))
         if found is None:
-            hint = "layers count from 0" + (
+            hint = f"{of}s count from 0" + (
                 "; the last one is `last`, `-` makes a range"
                 if self.peek() == "-"
-                else ", as in `layer12`"
+                else f", as in `{'layer12' if of == 'layer' else 'heads[0-3]'}`"
             )
-            self.fail(f"expected a layer number or `last`, got {self.rest()}", self.pos, hint)
+            self.fail(f"expected a {of} number or `last`, got {self.rest()}", self.pos, hint)
         return None if found.group() == "last" else self.whole(found.group())
 
     def whole(self, digits: str) -> int:

@@ -10,6 +10,7 @@ from mismatch.errors import SpecError
 from mismatch.registry import did_you_mean, mechanisms
 from mismatch.registry.card import REQUIRED, Arg, Card
 from mismatch.spec.clauses import Call, Clause, Spec, Target, Value
+from mismatch.spec.heads import PLACES, Heads, check_heads, heads_of, refuse_shared
 
 INSIDE = {
     "attn": ("q_proj", "k_proj", "v_proj", "o_proj"),
@@ -20,12 +21,16 @@ INSIDE = {
 
 @dataclass(frozen=True)
 class Placement:
-    """One mechanism in one slot of one layer. `layer` is None for the final norm."""
+    """One mechanism in one slot of one layer. `layer` is None for the final norm.
+
+    `heads` are the query heads that it takes, ascending; none: all of the slot.
+    """
 
     layer: int | None
     slot: str
     call: Call
     clause_index: int
+    heads: tuple[int, ...] = ()
 
 
 def check(spec: Spec) -> Spec:
@@ -42,6 +47,7 @@ def check(spec: Spec) -> Spec:
     clauses = []
     for clause in spec.clauses:
         call = _checked(clause.call, spec.text)
+        check_heads(Clause(clause.target, call), spec.text)
         _slot(clause, spec.text)
         clauses.append(Clause(clause.target, call))
     return Spec(tuple(clauses), spec.text)
@@ -89,6 +95,7 @@ def resolve(
     slots: Collection[str],
     family_name: str,
     lacks: Mapping[str, str] | None = None,
+    heads: Heads | None = None,
 ) -> tuple[Placement, ...]:
     """Every slot that the swap touches, clause by clause, layers ascending.
 
@@ -98,16 +105,18 @@ def resolve(
         slots: that the model's family has, in computation order.
         family_name: for the error.
         lacks: why the family lacks a slot.
+        heads: how many the model has; needed for clauses that name some.
 
     Raises:
-        SpecError: a layer or slot that the model does not have, a layer named twice in one clause, or a second
-            replacement in one slot.
+        SpecError: a layer, slot or head that the model does not have, one named twice in one clause, or a second
+            replacement in one slot or head.
     """
     checked = check(spec)
     found: list[Placement] = []
     for index, clause in enumerate(checked.clauses):
         target = clause.target
         slot = _slot(clause, spec.text)
+        some = heads_of(target, heads, spec.text)
         at_slots: list[tuple[int | None, str]] = []
         if target.kind != "final_norm":
             for name in _expand(slot, slots, family_name, lacks or {}, clause, spec.text):
@@ -117,7 +126,8 @@ def resolve(
         order = {name: at for at, name in enumerate(slots)}
         at_slots.sort(key=lambda p: (p[0] is None, p[0] or 0, order.get(p[1], 0)))
         for layer, name in at_slots:
-            placement = Placement(layer, name, clause.call, index)
+            placement = Placement(layer, name, clause.call, index, some)
+            refuse_shared(placement, found, spec.text, target)
             _refuse_twice(placement, found, spec.text, clause)
             found.append(placement)
     return tuple(found)
@@ -331,8 +341,10 @@ def _refuse_twice(new: Placement, found: list[Placement], text: str, clause: Cla
     for old in found:
         if old.layer != new.layer or old.clause_index == new.clause_index:
             continue
+        if old.heads and new.heads:
+            continue
         names = f"`{old.call.name}` and `{new.call.name}`"
-        if old.slot == new.slot:
+        if old.slot == new.slot or (old.heads and new.slot in PLACES):
             _fail(f"{where} is replaced twice: by {names}", text, at, hint)
         for outer, inner in ((old, new), (new, old)):
             if outer.layer is not None and (

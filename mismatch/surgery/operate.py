@@ -23,14 +23,15 @@ from torch import nn
 from mismatch.errors import MismatchError, SurgeryError
 from mismatch.forward.measured import measured, share_lock
 from mismatch.mechanisms.base import Calibrator, Context, Mechanism, Wrapper
+from mismatch.mechanisms.parts.some_heads import SomeHeads, SomeHeadsConfig
 from mismatch.mechanisms.parts.token_facts import add_token_facts
 from mismatch.mechanisms.parts.user_module import configured
 from mismatch.models import quantised
-from mismatch.models.layout import Layout, family_of
+from mismatch.models.layout import HEADS, Layout, family_of
 from mismatch.models.private import configs_of, private_copy
 from mismatch.models.swap_record import Base, Swap
 from mismatch.runs.plan import Replaced, SwapPlan
-from mismatch.spec import Call, Clause, Placement, Spec, parse, resolve
+from mismatch.spec import Call, Clause, Heads, Placement, Spec, parse, resolve
 from mismatch.surgery import merging, saving
 from mismatch.surgery.recorded import warn_of_records
 
@@ -136,7 +137,8 @@ def operate(
         placements: from `mismatch.spec.resolve`.
         spec: the canonical text of the swap.
         seed: of every new tensor.
-        calibrations: filled calibrators by (layer, slot, call), for mechanisms that need one.
+        calibrations: filled calibrators by (layer, slot, call), for mechanisms that need one; the slot is `HEADS` for
+            those that take some heads.
         name: the student's name in the table.
         tokenizer: kept beside the model.
         base: name and fingerprint of the teacher, for a checkpoint.
@@ -214,7 +216,11 @@ def replace(
         inherited = private_copy(original, keep=configs_of(original))
 
         def build(
-            call: Call, module: nn.Module, where: Placement = placement, at: int = index
+            call: Call,
+            module: nn.Module,
+            where: Placement = placement,
+            at: int = index,
+            outer: nn.Module = inherited,
         ) -> Mechanism:
             context = Context(
                 layer=where.layer,
@@ -224,11 +230,15 @@ def replace(
                 model_config=model.config,
                 family=layout.family,
                 seed=seed + SEED_STEP * at,
-                calibration=(calibrations or {}).get((where.layer, where.slot, call)),
+                calibration=(calibrations or {}).get(_measured_at(where, call)),
                 build=build,
                 restoring=restoring,
+                width=layout.heads_width if where.heads else None,
             )
-            return construct(call, module, context)
+            heads = (
+                where.heads if module is outer else ()
+            )  # what it nests is built over all of them
+            return construct(call, module, context, heads)
 
         new = build(placement.call, inherited)
         _lay_out(new, inherited)
@@ -293,7 +303,8 @@ def layout_of(model: CausalLM) -> Layout:
 
 def _resolved(spec: Spec, layout: Layout) -> tuple[Placement, ...]:
     family = layout.family
-    return resolve(spec, layout.n_layers, family.slot_names(), family.name, family.lacks)
+    heads = Heads(layout.n_heads, layout.n_kv_heads)
+    return resolve(spec, layout.n_layers, family.slot_names(), family.name, family.lacks, heads)
 
 
 def _swapped_before(model: CausalLM) -> tuple[Clause, ...]:
@@ -301,13 +312,17 @@ def _swapped_before(model: CausalLM) -> tuple[Clause, ...]:
     return tuple(clause for swap in swaps for clause in parse(swap.text).clauses)
 
 
-def construct(call: Call, original: nn.Module, context: Context) -> Mechanism:
-    """Build one mechanism around or in place of `original`.
+def construct(
+    call: Call, original: nn.Module, context: Context, heads: tuple[int, ...] = ()
+) -> Mechanism:
+    """Build one mechanism around or in place of `original`, or in some heads of it.
 
     Raises:
         SurgeryError: the mechanism's own error, or any other exception, named with mechanism, layer and slot.
     """
     cls, config = configured(call)
+    if heads:
+        cls, config = SomeHeads, SomeHeadsConfig(call, heads)
     where = (
         f"`{call.name}` at {'final_norm' if context.layer is None else f'layer {context.layer}'}"
     )
@@ -330,8 +345,12 @@ def calibrators(placements: Sequence[Placement]) -> dict[tuple[int | None, str, 
             cls, config = configured(call)
             calibrator = cls.calibrator(config)
             if calibrator is not None:
-                wanted[(placement.layer, placement.slot, call)] = calibrator
+                wanted[_measured_at(placement, call)] = calibrator
     return wanted
+
+
+def _measured_at(placement: Placement, call: Call) -> tuple[int | None, str, Call]:
+    return placement.layer, HEADS if placement.heads else placement.slot, call
 
 
 def _lay_out(new: nn.Module, original: nn.Module) -> None:
@@ -344,7 +363,18 @@ def _lay_out(new: nn.Module, original: nn.Module) -> None:
 
 def _audit(placement: Placement, path: str, original: nn.Module, new: Mechanism) -> Replaced:
     """Work out inherited, new and dropped parameters from the identity of the tensors."""
-    old = {id(p): (name, quantised.values(p)) for name, p in original.named_parameters()}
+    made, host, state = new, original, type(new).state
+    if isinstance(new, SomeHeads):
+        made, state = new.newest, new.state_beside()
+    before, old = {id(p) for p in original.parameters()}, {}
+    if isinstance(original, SomeHeads):
+        assert original.original is not None
+        host = original.original
+    for name, p in original.named_parameters():
+        if host is original or not name.startswith(
+            "parts."
+        ):  # of other heads: not what was replaced
+            old[id(p)] = (name, quantised.values(p))
     now = {id(p): (name, quantised.values(p)) for name, p in new.named_parameters()}
     return Replaced(
         layer=placement.layer,
@@ -352,12 +382,13 @@ def _audit(placement: Placement, path: str, original: nn.Module, new: Mechanism)
         path=path,
         mechanism=placement.call.name,
         args=placement.call.printable(),
-        old=type(original).__name__,
-        new=type(new).__name__,
+        old=type(host).__name__,
+        new=type(made).__name__,
         inherited=dict(old[i] for i in old if i in now),
-        new_parameters=dict(now[i] for i in now if i not in old),
+        new_parameters=dict(now[i] for i in now if i not in before),
         dropped=dict(old[i] for i in old if i not in now),
-        identity=type(new).identity,
-        state=type(new).state,
+        identity=type(made).identity,
+        state=state,
         notes=tuple(new.notes()),
+        heads=placement.heads,
     )

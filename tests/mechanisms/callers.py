@@ -22,19 +22,26 @@ COUNTS = (
     "gated_deltanet", "infini", "linear_attention", "mamba", "mamba2", "parallel", "ring", "rwkv", "short_conv",
     "sliding_window",
 )  # fmt: skip
+HEADS = {
+    "infini in heads": "infini(segment=4, sinks=2)",
+    "linear_attention in heads": "linear_attention(window=5, sinks=2)",
+    "sliding_window in heads": "sliding_window(window=5, sinks=2, global_every=4)",
+}
 TEXTS = ((7, 1, 13), (10, 3, 8))  # lengths, row by row
 LENGTH = 21
 LOWEST = torch.finfo(torch.float32).min
 
 
+def text(name):
+    """The swap of layer 1; in some heads of it where the name says so."""
+    return f"layer1.heads[0,1,3]:{HEADS[name]}" if name in HEADS else f"layer1:{CALLS[name]}"
+
+
 def cases(families, others=("llama",)):
     """The mechanisms that count on all families, the others on some."""
-    return [
-        pytest.param(family, name, id=f"{family}-{name}")
-        for family in families
-        for name in CALLS
-        if (name in COUNTS or family in others) and fits(family, name)
-    ]
+    found = [(f, n) for f in families for n in CALLS if n in COUNTS or f in others]
+    found += [(f, n) for f in ("llama", "gpt2") if f in families for n in HEADS]
+    return [pytest.param(f, n, id=f"{f}-{n}") for f, n in found if fits(f, n)]
 
 
 def packed():

@@ -15,7 +15,8 @@ import torch
 from torch import nn
 from transformers.models.llama.modeling_llama import LlamaAttention
 from mismatch.mechanisms.base import Wrapper
-from mismatch.mechanisms.parts.calling import first_of, with_first
+from mismatch.mechanisms.parts.calling import first_of, hidden_in, with_first
+from mismatch.mechanisms.parts.projections import AttentionParts
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,21 @@ class Half(Wrapper):
     def forward(self, *args, **kwargs):
         out = self.original(*args, **kwargs)
         return with_first(out, first_of(out) * self.settings.factor)
+
+
+class OwnTokens(AttentionParts):
+    """Each head reads its own token alone."""
+
+    Config = HalfConfig
+    slots = ("attn",)
+    heads = True
+    identity = "none: it mixes nothing"
+    state = "none"
+    source = "an example"
+
+    def forward(self, *args, **kwargs):
+        _, _, v = self.qkv(hidden_in(args, kwargs))
+        return self.project(self.per_query_head(v)), None
 
 
 class Quarter(Half):

@@ -32,6 +32,13 @@ SIDE_BY_SIDE = (
     "block:parallel(skip, alpha=0.5)",
     "mlp:parallel(low_rank_mlp(rank=7), alpha=0.5)",
 )
+IN_HEADS = (
+    "heads[0,1,3]:identity",
+    "heads[0,1,3]:infini(segment=8, sinks=2)",
+    "kv_heads[1]:sliding_window(window=5, sinks=2, global_every=4)",
+    "heads[2,3]:ring(block=8)",
+    "heads[0]:parallel(linear_attention(window=5), alpha=0.5)",
+)
 WITH_SINKS = (
     "attn:sliding_window(window=5, sinks=2, global_every=4)"  # over a window of the model's own too
 )
@@ -108,6 +115,8 @@ def placed(name):
 def cases():
     yield from (("llama", text) for text in SIDE_BY_SIDE)
     yield from (("gemma3", text) for text in SIDE_BY_SIDE)
+    for family in ("llama", "gemma3", "gpt2"):
+        yield from ((family, text) for text in IN_HEADS)
     for family, layer in LAYERS.items():
         yield family, WITH_SINKS
         for name in CALLS:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from callers import CALLS, cases, packed, padded
+from callers import cases, packed, padded, text
 from tiny_models import swap, tiny
 
 
@@ -13,7 +13,7 @@ from tiny_models import swap, tiny
 @pytest.mark.parametrize("family, name", cases(("llama", "gpt2"), others=()))
 def test_two_forwards_and_one_backward(family, name, reentrant):
     changes = {"embd_pdrop": 0.0} if family == "gpt2" else {}
-    model = swap(tiny(family, **changes).requires_grad_(True), f"layer1:{CALLS[name]}").model
+    model = swap(tiny(family, **changes).requires_grad_(True), text(name)).model
     wanted = _gradient(model.train())
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     torch.testing.assert_close(_gradient(model), wanted, atol=1e-6, rtol=1e-5)

@@ -7,7 +7,7 @@ import threading
 
 import pytest
 import torch
-from callers import CALLS, COUNTS, LENGTH, added, cases, decoder, padded, pairs
+from callers import COUNTS, LENGTH, added, cases, decoder, padded, pairs, text
 from tiny_models import positions, swap, tiny
 from transformers import DynamicCache, StaticCache
 
@@ -23,7 +23,7 @@ def student():
     def make(family, name, attn="sdpa"):
         if name == "qlora":
             pytest.importorskip("bitsandbytes")
-        return swap(tiny(family, attn), f"layer1:{CALLS[name]}").model
+        return swap(tiny(family, attn), text(name)).model
 
     return functools.cache(make)
 

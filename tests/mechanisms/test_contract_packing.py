@@ -6,7 +6,7 @@ import functools
 
 import pytest
 import torch
-from callers import CALLS, COUNTS, TEXTS, blocks, cases, each_text_alone, packed, padded
+from callers import COUNTS, TEXTS, blocks, cases, each_text_alone, packed, padded, text
 from tiny_models import swap, tiny, tokens
 from transformers import DataCollatorWithFlattening
 
@@ -22,7 +22,7 @@ def student():
     def make(family, name, attn="sdpa"):
         if name == "qlora":
             pytest.importorskip("bitsandbytes")
-        return swap(tiny(family, attn), f"layer1:{CALLS[name]}").model
+        return swap(tiny(family, attn), text(name)).model
 
     return functools.cache(make)
 
@@ -67,7 +67,7 @@ def test_what_the_flattening_collator_makes(student, name):
 
 @pytest.mark.parametrize("name", COUNTS)
 def test_gradients_of_a_packed_row_are_those_of_its_texts(student, name):
-    model = swap(tiny("llama").requires_grad_(True), f"layer1:{CALLS[name]}").model
+    model = swap(tiny("llama").requires_grad_(True), text(name)).model
     ids, restarts, _ = packed()
     got = _gradient(model, model(ids, position_ids=restarts, use_cache=False).logits)
     wanted = _gradient(model, each_text_alone(model, ids))

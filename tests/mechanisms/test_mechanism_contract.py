@@ -42,6 +42,14 @@ CALLS = {
     "yarn": "yarn(factor=4)",
     "zero": "zero",
 }
+# In some heads of a layer: one of each way to be built. Two heads of one kv group, and one of the other.
+IN_HEADS = {
+    "infini in heads": "infini(segment=8, sinks=2, update=delta, feature_map=learned)",
+    "linear in heads": "linear",
+    "mamba2 in heads": "mamba2",
+    "nope in heads": "nope",
+    "sliding_window in heads": "sliding_window(window=5, sinks=2)",
+}
 # The setting at which the student is the teacher, of each mechanism that has one.
 LIMITS = {
     "adapterplus": "adapterplus",
@@ -84,17 +92,21 @@ def extras(request):
 
 
 def text(name: str, layer: int) -> str:
+    if name in IN_HEADS:
+        return f"layer{layer}.heads[0,1,3]:{IN_HEADS[name]}"
     return f"layer{layer}:{CALLS[name]}"
 
 
 def slot(name: str) -> str:
-    return mechanisms().card(name).facts["slots"][0]
+    return "attn" if name in IN_HEADS else mechanisms().card(name).facts["slots"][0]
 
 
 def fits(family: str, name: str, layer: int = 1) -> bool:
     if name == "low_rank_mlp":
         return family in DENSE
-    if name not in ROTARY:
+    if name in IN_HEADS and family != "llama":
+        return (family, name) == ("gpt2", "infini in heads")
+    if name.removesuffix(" in heads") not in ROTARY:
         return True
     return family != "gpt2" and not (family == "smollm3" and layer == 1)
 
@@ -103,7 +115,7 @@ def some():
     return [
         pytest.param(family, name, id=f"{family}-{name}")
         for family in SOME
-        for name in CALLS
+        for name in (*CALLS, *IN_HEADS)
         if fits(family, name)
     ]
 
@@ -113,7 +125,7 @@ def cases(families=SOME):
     return [
         pytest.param(family, name, id=f"{family}-{name}")
         for family in FAMILIES
-        for name in CALLS
+        for name in (*CALLS, *IN_HEADS)
         if (family in families or name in ATTENTION) and fits(family, name)
     ]
 

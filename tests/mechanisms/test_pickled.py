@@ -7,7 +7,7 @@ import io
 
 import pytest
 import torch
-from test_mechanism_contract import CALLS
+from test_mechanism_contract import CALLS, IN_HEADS, text
 from tiny_models import positions, quantised, swap, tiny, tokens
 
 from mismatch.surgery import saving
@@ -32,11 +32,11 @@ def logits(model, mask=MASK):
 
 
 @pytest.mark.parametrize("again", [pickled, copy.deepcopy])
-@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("name", [*CALLS, *IN_HEADS])
 def test_it_is_the_same_model(name, again, tmp_path):
     if name == "qlora":
         pytest.importorskip("bitsandbytes")
-    model = swap(tiny("llama"), f"layer1:{CALLS[name]}").model
+    model = swap(tiny("llama"), text(name, 1)).model
     other = again(model)
     assert type(other) is type(model)
     assert torch.equal(logits(other), logits(model))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_mechanism_contract import CALLS, LENGTH, fits, text
+from test_mechanism_contract import CALLS, IN_HEADS, LENGTH, fits, text
 from tiny_models import FAMILIES, in_chunks, positions, swap, tiny, tokens
 
 from mismatch.surgery import saving
@@ -27,7 +27,7 @@ def extras(request):
 
 
 def cases():
-    pairs = [(family, name) for family in TWO for name in CALLS]
+    pairs = [(family, name) for family in TWO for name in (*CALLS, *IN_HEADS)]
     pairs += [(f, name) for f in FAMILIES if f not in TWO for name in EVERYWHERE]
     return [pytest.param(f, name, id=f"{f}-{name}") for f, name in pairs if fits(f, name)]
 
@@ -73,7 +73,7 @@ def test_it_comes_back_to_the_bit(family, name, tmp_path):
     assert_same(model, reloaded(model, tmp_path / "saved", family))
 
 
-@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("name", [*CALLS, *IN_HEADS])
 def test_in_bfloat16_too(name, tmp_path):
     plain = tiny("llama")
     for (
@@ -96,7 +96,7 @@ def test_stacked_nested_and_with_tied_embeddings(family, tmp_path):
     assert_same(model, again)
 
 
-@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("name", [*CALLS, *IN_HEADS])
 def test_it_goes_on_speaking(name, tmp_path):
     model = reloaded(moved(swap(tiny("llama"), text(name, 1)).model), tmp_path / "saved", "llama")
     ids, mask = tokens(2, 11), torch.ones(2, 11, dtype=torch.long)

@@ -18,8 +18,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, D
 from mismatch.forward.calibrate import calibrate
 from mismatch.models.layout import Layout
 from mismatch.models.quantised import settle, unpacked
-from mismatch.spec import parse, resolve
-from mismatch.surgery.operate import Student, calibrators, operate
+from mismatch.spec import parse
+from mismatch.surgery.operate import Student, calibrators, operate, placed
 
 N_LAYERS = 3
 VOCAB = 61
@@ -93,8 +93,7 @@ def tokens(batch: int, length: int, seed: int = 0) -> torch.Tensor:
 def swap(model: nn.Module, text: str, seed: int = 0) -> Student:
     """The student of a swap text, calibrated on random tokens."""
     layout = Layout.of(model)
-    family = layout.family
-    places = resolve(parse(text), layout.n_layers, family.slot_names(), family.name, family.lacks)
+    places = placed(parse(text), layout)
     wanted = {} if next(model.parameters()).device.type == "meta" else calibrators(places)
     if wanted:
         calibrate(layout, wanted, [tokens(2, 24, seed=99)])

@@ -17,18 +17,22 @@ class InfiniConfig:
 class Infini:
     Config = InfiniConfig
     slots = ("attn",)
+    heads = ("update", "linear")
 class Zero:
+    heads = True
     slots = ("attn", "mlp", "norm1", "norm2", "final_norm", "block", "q_proj", "rope")
 class DyT:
     slots = ("norms",)
 class NoPE:
     slots = ("rope",)
+    heads = True
 class ParallelConfig:
     inner: Call
     alpha: float = 1.0
 class Parallel:
     Config = ParallelConfig
     slots = ("attn", "mlp")
+    heads = True
     stacks = True
 class OpenConfig:
     rate: float
@@ -57,4 +61,5 @@ def known(tmp_path, monkeypatch):
     }
     table = {name: f"cards_of_test:{cls}" for name, cls in names.items()}
     registry = Registry("mechanism", table, "no.group")
-    monkeypatch.setattr("mismatch.spec.placement.mechanisms", lambda: registry)
+    for file in ("placement", "heads"):
+        monkeypatch.setattr(f"mismatch.spec.{file}.mechanisms", lambda: registry)

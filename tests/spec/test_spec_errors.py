@@ -108,8 +108,8 @@ hint: close it with `]`""",
   layer1.atn:zero
          ^
 
-hint: did you mean `attn`? available: attn, block, down_proj, gate_proj, k_proj, mlp, norm1, \
-norm1_post, norm2, norm2_post, norms, o_proj, q_proj, rope, up_proj, v_proj""",
+hint: did you mean `attn`? available: attn, block, down_proj, gate_proj, heads, k_proj, kv_heads, mlp, \
+norm1, norm1_post, norm2, norm2_post, norms, o_proj, q_proj, rope, up_proj, v_proj""",
     ),
     (
         "norms.attn:dyt",

@@ -10,7 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mismatch.errors import SurgeryError
-from mismatch.runs.plan import SwapPlan
+from mismatch.runs.plan import Replaced, SwapPlan
+from mismatch.spec.heads import named
 
 OF_MLP = ("mlp", "norm2", "norm2_post", "gate_proj", "up_proj", "down_proj")
 SITES = ("attn_out", "mlp_out", "resid_post")
@@ -67,13 +68,14 @@ def places_of(plan: SwapPlan) -> tuple[Place, ...]:
         Place(
             layer,
             SITES[at],
-            tuple(_said(c.mechanism, c.args) for c in clauses),
+            tuple(_said(c) for c in clauses),
             tuple(c.path for c in clauses),
         )
         for (layer, at), clauses in sorted(found.items())
     )
 
 
-def _said(mechanism: str, args: dict) -> str:
-    inner = ", ".join(f"{name}={value}" for name, value in args.items())
-    return f"{mechanism}({inner})" if inner else mechanism
+def _said(clause: Replaced) -> str:
+    inner = ", ".join(f"{name}={value}" for name, value in clause.args.items())
+    said = f"{clause.mechanism}({inner})" if inner else clause.mechanism
+    return f"{said} in heads {named(clause.heads)}" if clause.heads else said

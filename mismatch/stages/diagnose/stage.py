@@ -15,6 +15,7 @@ import pandas as pd
 from mismatch.errors import DataError, NumericsError
 from mismatch.forward.heldout import Evaluated, Trial
 from mismatch.metrics.sums.per_document import Units
+from mismatch.models.layout import HEADS
 from mismatch.report import intervals
 from mismatch.report.words import plan_lines, subject
 from mismatch.runs.folder import Run
@@ -263,7 +264,7 @@ def _foretold(opened: Opened[DiagnoseConfig], found: Found, swap: Student) -> Fo
     told = foretell(
         Swap(
             found.swap.partition(":")[2],
-            clauses[0].slot,
+            HEADS if any(clause.heads for clause in clauses) else clauses[0].slot,
             len({clause.path for clause in clauses}),
             layout.n_layers,
             layout.d_model,

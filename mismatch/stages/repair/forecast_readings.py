@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mismatch import spec
 from mismatch.forward.heldout import Evaluated
+from mismatch.models.layout import HEADS
 from mismatch.stages.repair import forecast
 from mismatch.stages.repair.config import RepairConfig
 from mismatch.stages.repair.forecast import Foretold, Swap
@@ -47,7 +48,9 @@ def foretell(
         return Foretold({}, {}, "", TRAINED)
     layout, part = teacher.layout, ladder.parts[0]
     call = spec.format(config.swap_spec).partition(":")[2]
-    swap = Swap(call, part.slot, len(ladder.parts), layout.n_layers, layout.d_model, {})
+    some = any(clause.target.heads for clause in config.swap_spec.clauses)
+    slot = HEADS if some else part.slot
+    swap = Swap(call, slot, len(ladder.parts), layout.n_layers, layout.d_model, {})
     if forecast.outside(swap, forecast.shipped()) is None:  # else nothing needs to be measured
         with ladder.pace.uncounted():
             numbers = errors(part, *ladder.stores([part], [part]))

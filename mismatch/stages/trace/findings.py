@@ -25,6 +25,7 @@ import pandas as pd
 from mismatch import registry
 from mismatch.report import intervals
 from mismatch.runs.plan import Apart, Replaced
+from mismatch.spec.heads import named
 from mismatch.stages.base import SEVERITIES, Finding
 
 Profile = dict[int, pd.Series]
@@ -365,7 +366,12 @@ def _parallel(e: Evidence) -> str | None:
         if len(e.swapped) == 1
         else f"layers[{','.join(map(str, e.swapped))}]"
     )
+    slot = clause.slot
+    if any(c.heads for c in e.clauses):
+        if len({(c.mechanism, c.heads) for c in e.clauses}) > 1:
+            return None  # no one text says where
+        slot = f"heads[{named(clause.heads)}]"
     args = ", ".join(f"{name}={value}" for name, value in clause.args.items())
     call = f"{clause.mechanism}({args})" if args else clause.mechanism
-    swap = f"{where}.{clause.slot}:parallel({call}, alpha=0.1)"
+    swap = f"{where}.{slot}:parallel({call}, alpha=0.1)"
     return f'mismatch trace --model {e.model} --swap "{swap}"'
