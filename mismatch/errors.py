@@ -57,7 +57,13 @@ class SpecError(UsageError):
 
 
 class ConfigError(UsageError):
-    pass
+    """`argument` is the name of the argument that is wrong, where one is: surgery shows it with a caret."""
+
+    def __init__(
+        self, message: str, *, hint: str | None = None, argument: str | None = None
+    ) -> None:
+        super().__init__(message, hint=hint)
+        self.argument = argument
 
 
 class ModelError(UsageError):

@@ -10,6 +10,7 @@ MECHANISMS = {
     "gated_deltanet": "mismatch.mechanisms.gated_deltanet:GatedDeltaNet",
     "houlsby": "mismatch.mechanisms.houlsby:Houlsby",
     "infini": "mismatch.mechanisms.infini:Infini",
+    "kv_slots": "mismatch.mechanisms.kv_slots:KVSlots",
     "linear_attention": "mismatch.mechanisms.linear_attention:LinearAttention",
     "lora": "mismatch.mechanisms.lora:LoRA",
     "low_rank_mlp": "mismatch.mechanisms.low_rank_mlp:LowRankMLP",

@@ -43,6 +43,21 @@ class Calibrator(Protocol):
         """
 
 
+@runtime_checkable
+class Scored(Protocol):
+    """A mechanism that may choose tokens by learned scores, which no gradient of its output reaches.
+
+    The repair stage `scores` trains them. A wrapper passes both through.
+    """
+
+    def score_net(self) -> nn.Module | None:
+        """The net: `... d_model` -> `... KV` logits; None where nothing is learned."""
+
+    def score_targets(self, *args: Any, **kwargs: Any) -> Tensor:
+        """What sigmoid(scores) of whole texts should be, `batch pos KV` in 0..1, NaN where it is not known; called as
+        `forward` is, without a cache."""
+
+
 @dataclass
 class Context:
     """Where a mechanism is built.
@@ -123,6 +138,14 @@ class Mechanism(nn.Module):
     def notes(self) -> tuple[str, ...]:
         """Sentences for the plan about this mechanism in this slot; empty when there is nothing to note."""
         return ()
+
+    def state_bytes(self) -> int | None:
+        """Bytes that `generate()` carries for one row when the state is as large as it gets, in the dtypes in which it
+        is held: of `OwnState.rows`. None = it grows with the length, the host's KV cache holds it, or nobody counted.
+
+        A mechanism that gives a number has a test that a cache holds just that after a long text.
+        """
+        return None
 
     def merged(self) -> nn.Module:
         """The module of the model's own class that computes the same, where it `merges`. This one is used up."""

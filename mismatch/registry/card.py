@@ -8,7 +8,8 @@ the names and types of its arguments, so those are read from the source with `as
     args      the fields of the dataclass that the class attribute `Config` names
 
 Annotations understood: `int`, `float`, `bool`, `str`, `Call` (another mechanism), `tuple[str, ...]`,
-`Literal[...]`, `X | None`, and `Annotated[X, bound]` with a bound of the form ">= n", "> n" or "a..b" (both inclusive).
+`int | tuple[int, ...]`, `Literal[...]`, `X | None`, and `Annotated[X, bound]` with a bound of the form ">= n", "> n" or
+"a..b" (both inclusive), which holds for each number of a list.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ from typing import Any
 from mismatch.reading import INT, shown
 from mismatch.registry.source import CardError, home, origin, parsed, source
 
-TYPES = ("int", "float", "bool", "str", "Call", "list")
-"""`list` is `tuple[str, ...]`."""
+TYPES = ("int", "float", "bool", "str", "Call", "list", "ints")
+"""`list` is `tuple[str, ...]`, `ints` is `int | tuple[int, ...]`."""
 
 
 _BOUND = re.compile(r">=? -?[\d.]+|-?[\d.]+?\.\.-?[\d.]+")
@@ -59,11 +60,14 @@ class Arg:
     @property
     def allowed(self) -> str:
         """The type in words: `int >= 1`, `one of linear, delta`, `float or none`."""
-        words = {"Call": "a mechanism", "list": "a list of words"}.get(self.type, self.type)
+        named = {"Call": "a mechanism", "list": "a list of words", "ints": "int"}
+        words = named.get(self.type, self.type)
         if self.choices is not None:
             words = "one of " + ", ".join(str(choice) for choice in self.choices)
         elif self.bound is not None:
             words += f" in {self.bound}" if ".." in self.bound else f" {self.bound}"
+        if self.type == "ints":
+            words += ", or a list of such"
         return words + (" or none" if self.optional else "")
 
     def within(self, value: float) -> bool:
@@ -94,10 +98,13 @@ class Arg:
         elif self.type == "list":
             if isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value):
                 return tuple(value)
+        elif self.type == "ints" and isinstance(value, (list, tuple)):
+            if value and all(type(n) is int and not _beyond(n) and self.within(n) for n in value):
+                return tuple(value)
         else:
             if self.type == "float" and type(value) is int:
                 value = float(value)
-            kind = {"int": int, "float": float, "bool": bool, "str": str}[self.type]
+            kind = {"int": int, "ints": int, "float": float, "bool": bool, "str": str}[self.type]
             right_type = type(value) is kind
             if right_type and (kind in (bool, str) or self.within(value)):
                 return value
@@ -283,6 +290,8 @@ def _arg(name: str, note: ast.expr, default: Any, doc: str) -> Arg:
             sides = [note.left, note.right]
             kept = [side for side in sides if not _is_none(side)]
             optional = optional or len(kept) < 2
+            if [ast.unparse(side) for side in kept] == ["int", "tuple[int, ...]"]:
+                return Arg(name, "ints", choices, optional, bound, default, doc)
             if len(kept) != 1:
                 break
             note = kept[0]

@@ -7,7 +7,7 @@ from typing import Any
 
 from mismatch.report.figures import LARGEST, ReportFigure, extremes
 from mismatch.report.page import Cell, Html, grid, join, pairs, tag, whole
-from mismatch.report.words import count, kind, text_line, text_lines, total
+from mismatch.report.words import called, count, kind, text_line, text_lines, total
 from mismatch.runs.folder import Run
 from mismatch.runs.plan import Replaced, SwapPlan
 from mismatch.spec.heads import named
@@ -57,7 +57,7 @@ def _plan(run: Run) -> Html:
         (
             f"{c.path}, heads {named(c.heads)}" if c.heads else c.path,
             f"{c.old} → {c.new}",
-            f"{c.mechanism}({', '.join(f'{k}={v}' for k, v in c.args.items())})",
+            called(c),
             *(_count(total(sizes)) for sizes in (c.inherited, c.new_parameters, c.dropped)),
         )
         for c in clauses
@@ -65,11 +65,16 @@ def _plan(run: Run) -> Html:
     heads = ("where", "module", "mechanism", "inherited", "new parameters", "dropped")
     notes = dict.fromkeys(note for c in clauses for note in c.notes)
     limits = dict.fromkeys(f"{c.mechanism}: {c.identity}" for c in clauses if c.identity)
+    states = dict.fromkeys(
+        f"{c.mechanism}: the state of one text takes at most {c.state_bytes:,} bytes in a layer."
+        for c in clauses
+        if c.state_bytes is not None
+    )
     return join(
         [
             grid(heads, rows, numbers=(3, 4, 5)),
             *(tag("p", text, class_="warning") for text in plan.warnings),
-            *(tag("p", note) for note in notes),
+            *(tag("p", note) for note in (*notes, *states)),
             *(tag("p", f"Equal to the teacher at: {limit}", class_="faint") for limit in limits),
             tag("details", tag("summary", "tensors by name"), *(_tensors(c) for c in clauses)),
         ]

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from mismatch.runs.folder import Run
-from mismatch.runs.plan import SwapPlan
+from mismatch.runs.plan import Replaced, SwapPlan
 from mismatch.spec.heads import named
 
 
@@ -16,10 +16,10 @@ def kind(run: Run) -> str:
 
 
 def plan_lines(plan: SwapPlan) -> list[str]:
-    """One line a clause: what became what, and how many numbers were inherited, new, dropped."""
+    """One line a clause: what became what, how many numbers were inherited, new, dropped, and the size of a state that
+    does not grow."""
     lines = []
     for clause in plan.clauses:
-        args = ", ".join(f"{k}={v}" for k, v in clause.args.items())
         where = "final" if clause.layer is None else f"layer {clause.layer}"
         counts = ", ".join(
             f"{name} {count(total(sizes))}"
@@ -30,13 +30,24 @@ def plan_lines(plan: SwapPlan) -> list[str]:
             )
         )
         heads = f" heads {named(clause.heads)}" if clause.heads else ""
-        lines.append(
-            f"{where} {clause.slot}{heads}: {clause.old} -> {clause.mechanism}({args})  {counts}"
-        )
+        if clause.state_bytes is not None:
+            counts += f", state {clause.state_bytes:,} bytes a text"
+        lines.append(f"{where} {clause.slot}{heads}: {clause.old} -> {called(clause)}  {counts}")
     if not plan.clauses:
         differs = "nothing" if plan.apart is None else plan.apart.text()
         lines.append(f"no module was replaced; not the teacher's own: {differs}")
     return lines
+
+
+def called(clause: Replaced) -> str:
+    """The mechanism with its arguments: `kv_slots(slots=[0, 96])`."""
+    listed = (
+        f"{key}=[{', '.join(map(str, value))}]"
+        if isinstance(value, (list, tuple))
+        else f"{key}={value}"
+        for key, value in clause.args.items()
+    )
+    return f"{clause.mechanism}({', '.join(listed)})"
 
 
 def subject(plan: SwapPlan) -> str:

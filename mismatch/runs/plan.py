@@ -23,7 +23,8 @@ class Replaced:
     """One module that was replaced. Parameter dicts map a name to its number of values.
 
     `old` and `new` are the names of the two classes, `notes` sentences about this mechanism in this slot, `heads` the
-    query heads that it took; none: all of the slot.
+    query heads that it took (none: all of the slot), `state_bytes` what a text's state takes at most (None: it grows
+    with the text, the model's own cache holds it, or nobody counted).
     """
 
     layer: int | None
@@ -40,6 +41,7 @@ class Replaced:
     state: str
     notes: tuple[str, ...]
     heads: tuple[int, ...] = ()
+    state_bytes: int | None = None
 
 
 @dataclass(frozen=True)

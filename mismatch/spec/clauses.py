@@ -32,7 +32,7 @@ TARGETS = ("layer", "layers", "all", "norms", "final_norm")
 HEADS = ("heads", "kv_heads")
 """What may stand behind the slot: query heads, or kv heads, each of which stands for its group of query heads."""
 
-Value = Union[int, float, bool, str, None, tuple[str, ...], "Call"]
+Value = Union[int, float, bool, str, None, tuple[str, ...], tuple[int | float, ...], "Call"]
 
 WORD = re.compile(r"[A-Za-z_][\w./-]*")
 LITERALS = {"true": True, "false": False, "none": None}
@@ -89,13 +89,18 @@ def _text(value: Value) -> str:
     if value is None or isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, tuple):
-        return f"[{', '.join(value)}]"
+        return listed(value)
     if isinstance(value, str):
         if WORD.fullmatch(value) and value not in LITERALS:
             return value
         escaped = value.replace("\\", "\\\\").replace('"', '\\"')
         return f'"{escaped}"'
     return repr(value)
+
+
+def listed(value: tuple[str, ...] | tuple[int | float, ...]) -> str:
+    """A list as it is written: `[a, b]`, `[0, 16]`."""
+    return f"[{', '.join(str(item) for item in value)}]"
 
 
 @dataclass(frozen=True)

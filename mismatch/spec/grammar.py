@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from mismatch.errors import SpecError
 from mismatch.registry import did_you_mean
@@ -295,12 +295,10 @@ class _Parser:
             body = quoted.group(1) if quoted.group(1) is not None else quoted.group(2)
             return re.sub(r"\\(.)", r"\1", body)
         if self.take("["):
-            return self.words(key, at)
-        number = _NUMBER.match(self.text, at)
+            return self.items(key, at)
+        number = self.number()
         if number is not None:
-            self.pos = number.end()
-            digits = number.group()
-            return self.whole(digits) if re.fullmatch(r"[+-]?\d+", digits) else float(digits)
+            return number
         called = re.compile(r"[A-Za-z_][\w.]*(:[A-Za-z_]\w*|(?=\s*\())").match(self.text, at)
         if called is not None:
             return self.call()
@@ -311,14 +309,27 @@ class _Parser:
             )
         return LITERALS.get(word.group(), word.group())
 
-    def words(self, key: str, opened: int) -> tuple[str, ...]:
-        found: list[str] = []
+    def number(self) -> int | float | None:
+        found = self.match(_NUMBER)
+        if found is None:
+            return None
+        digits = found.group()
+        return self.whole(digits) if re.fullmatch(r"[+-]?\d+", digits) else float(digits)
+
+    def word(self) -> str | None:
+        found = self.match(WORD)
+        return None if found is None else found.group()
+
+    def items(self, key: str, opened: int) -> tuple[Any, ...]:
+        """Words, or numbers."""
+        found: list[Any] = []
+        numbers = bool(self.peek()) and _NUMBER.match(self.text, self.pos) is not None
         while not found or self.take(","):
-            self.space()
-            word = self.match(WORD)
-            if word is None:
-                self.fail(f"`{key}` needs words in `[ ]`, got {self.rest()}", self.pos)
-            found.append(word.group())
+            item = self.number() if numbers else self.word()
+            if item is None:
+                kind = "numbers" if numbers else "words" if found else "words or numbers"
+                self.fail(f"`{key}` needs {kind} in `[ ]`, got {self.rest()}", self.pos)
+            found.append(item)
         if not self.take("]"):
             if self.peek() in ("", ";", ")"):
                 self.fail("`[` is never closed", opened, "close it with `]`")

@@ -9,7 +9,7 @@ from typing import NoReturn
 from mismatch.errors import SpecError
 from mismatch.registry import did_you_mean, mechanisms
 from mismatch.registry.card import REQUIRED, Arg, Card
-from mismatch.spec.clauses import Call, Clause, Spec, Target, Value
+from mismatch.spec.clauses import Call, Clause, Spec, Target, Value, listed
 from mismatch.spec.heads import PLACES, Heads, check_heads, heads_of, refuse_shared
 
 INSIDE = {
@@ -246,7 +246,7 @@ def _shown(value: Value) -> str:
     if isinstance(value, (str, Call)):
         return f"`{value}`"
     if isinstance(value, tuple):
-        return f"`[{', '.join(value)}]`"
+        return f"`{listed(value)}`"
     return str(value).lower() if value is None or isinstance(value, bool) else repr(value)
 
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from mismatch.errors import MismatchError, SurgeryError
+from mismatch.errors import ConfigError, MismatchError, SpecError, SurgeryError
 from mismatch.forward.measured import measured, share_lock
 from mismatch.mechanisms.base import Calibrator, Context, Mechanism, Wrapper
 from mismatch.mechanisms.parts.some_heads import SomeHeads, SomeHeadsConfig
@@ -319,6 +319,7 @@ def construct(
 
     Raises:
         SurgeryError: the mechanism's own error, or any other exception, named with mechanism, layer and slot.
+        SpecError: an argument does not fit the module.
     """
     cls, config = configured(call)
     if heads:
@@ -328,6 +329,13 @@ def construct(
     )
     try:
         return cls(original, config, context)
+    except ConfigError as error:
+        if error.argument is None:
+            raise
+        raise SpecError(
+            f"{where} `{context.slot}`: {error.message}",
+            text=str(call), at=str(call).find(f"{error.argument}="), hint=error.hint,
+        ) from error  # fmt: skip
     except MismatchError:
         raise
     except Exception as error:
@@ -391,4 +399,5 @@ def _audit(placement: Placement, path: str, original: nn.Module, new: Mechanism)
         state=state,
         notes=tuple(new.notes()),
         heads=placement.heads,
+        state_bytes=new.state_bytes(),
     )

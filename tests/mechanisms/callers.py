@@ -14,13 +14,14 @@ from tiny_models import positions, tokens
 
 CALLS = PLAIN | {
     "infini": "infini(segment=4, sinks=2, overlap=1, normalizer=shared, feature_map=hedgehog)",
+    "kv_slots": "kv_slots(segment=4, sinks=2, slots=3, slot_score=value_norm)",
     "parallel": "parallel(infini(segment=4, sinks=2), alpha=0.5)",
     "sliding_window": "sliding_window(window=5, sinks=2, global_every=4)",
 }
 # What keeps a state, or counts tokens: what could mistake one text, or a pad, for another.
 COUNTS = (
-    "gated_deltanet", "infini", "linear_attention", "mamba", "mamba2", "parallel", "ring", "rwkv", "short_conv",
-    "sliding_window",
+    "gated_deltanet", "infini", "kv_slots", "linear_attention", "mamba", "mamba2", "parallel", "ring", "rwkv",
+    "short_conv", "sliding_window",
 )  # fmt: skip
 HEADS = {
     "infini in heads": "infini(segment=4, sinks=2)",

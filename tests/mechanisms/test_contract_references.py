@@ -30,6 +30,10 @@ REFERENCES = {
         "test_infini:test_output_and_memory_are_those_of_the_definition",
         "test_infini:test_gradients_are_those_of_the_definition",
     ),
+    "kv_slots": (
+        "test_kv_slots:test_it_is_the_definition",
+        "test_kv_slots:test_gradients_are_those_of_the_definition",
+    ),
     "linear": ("test_linear:test_in_its_slot_it_is_what_numpy_fits_to_the_bulk_tokens_of_the_part",),
     "linear_attention": (
         "test_linear_attention:test_output_and_memory_are_those_of_the_definition",

@@ -20,9 +20,12 @@ MEMORY = 3 * 64 * (64 + 1) * 4
 # By hand, from what each file promises: bytes after 1024 tokens, after 2048, and at most.
 KEPT = (1024 * TOKEN, 2048 * TOKEN, 2048 * TOKEN)
 OPEN = 255 * TOKEN * 3 // 2  # keys, values and keys without position of an open segment
+# One segment before the open one, the sink and the slots; a float32 score in each kv head, not of the sink.
+FAR = (64 + 1 + 96) * TOKEN + (64 + 96) * 12
 OWN = {
     "gated_deltanet": (MATRIX + 3 * 576 * 4 * 4,) * 3,  # four columns of q, k and v
     "infini": (MEMORY, MEMORY, MEMORY + OPEN),
+    "kv_slots": (FAR, FAR, FAR + 63 * (TOKEN + 12)),
     "linear_attention": (3 * 128 * 65 * 4,) * 3,  # hedgehog: 128 features
     "mamba": (1152 * 16 * 4 + 1152 * 4 * 4,) * 3,
     "mamba2": (MATRIX + 3 * 576 * 4 * 4,) * 3,

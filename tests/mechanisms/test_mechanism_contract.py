@@ -10,6 +10,7 @@ import torch
 from tiny_models import DENSE, FAMILIES, N_LAYERS, in_chunks, part, positions, swap, tiny, tokens
 
 from mismatch.mechanisms import MECHANISMS
+from mismatch.mechanisms.base import Scored
 from mismatch.models.private import same_memory
 from mismatch.registry import mechanisms
 
@@ -20,6 +21,7 @@ CALLS = {
     "houlsby": "houlsby(reduction=6)",
     "identity": "identity",
     "infini": "infini(segment=8, update=delta, overlap=1, normalizer=shared, feature_map=hedgehog)",
+    "kv_slots": "kv_slots(segment=4, slots=3)",
     "linear_attention": "linear_attention(window=5, sinks=2, decay=learned)",
     "linear": "linear",
     "lora": "lora(r=4, dora=true)",
@@ -56,6 +58,7 @@ LIMITS = {
     "houlsby": "houlsby",
     "identity": "identity",
     "infini": "infini(segment=21, first_segment=local)",
+    "kv_slots": "kv_slots(segment=11, slots=3)",
     "linear_attention": "linear_attention(window=21)",
     "lora": "lora",
     "low_rank_mlp": "low_rank_mlp(rank=24)",
@@ -73,7 +76,7 @@ BEGINS_AS_TEACHER = ("identity", "adapterplus", "houlsby", "lora", "parallel_ada
 ROTARY = ("nope", "partial_rope", "rope", "yarn")  # not for gpt2, nor for layers without rotary
 # What a family's attention can break.
 ATTENTION = (
-    "gated_deltanet", "infini", "linear_attention", "mamba2", "nope", "parallel", "rwkv", "sliding_window",
+    "gated_deltanet", "infini", "kv_slots", "linear_attention", "mamba2", "nope", "parallel", "rwkv", "sliding_window",
 )  # fmt: skip
 
 
@@ -191,6 +194,10 @@ def test_gradients_are_finite_and_reach_every_new_tensor(family, name):
     for _ in range(2):
         student.model.zero_grad()
         student.model(tokens(2, LENGTH)).logits.pow(2).mean().backward()
+        built = part(student, slot=slot(name))
+        net = built.score_net() if isinstance(built, Scored) else None
+        if net is not None:  # learned from targets of its own
+            (net(torch.ones(24)) - 1).square().mean().backward()
         grads = [p.grad for p in student.model.parameters() if p.grad is not None]
         assert all(grad.isfinite().all() for grad in grads)
         moving = {n for n, p in new.items() if p.grad is not None and p.grad.abs().sum() > 0}

@@ -43,6 +43,11 @@ class ListConfig:
 class List:
     Config = ListConfig
     slots = ("attn",)
+class IntsConfig:
+    slots: Annotated[int | tuple[int, ...], ">= 0"] = 96
+class Ints:
+    Config = IntsConfig
+    slots = ("attn",)
 class Plain:
     slots = ("attn",)
 '''

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import subprocess
 import sys
@@ -174,7 +175,7 @@ def test_a_list_of_words():
 @pytest.mark.parametrize(
     ("value", "message", "at", "hint"),
     [
-        ("[]", "`words` needs words in `[ ]`, got `]`", 1, ""),
+        ("[]", "`words` needs words or numbers in `[ ]`, got `]`", 1, ""),
         ("[a, 3]", "`words` needs words in `[ ]`, got `3`", 4, ""),
         ("[a b]", "expected `,` or `]`, got `b`", 3, ""),
         ("[a", "`[` is never closed", 0, "\n\nhint: close it with `]`"),
@@ -187,6 +188,52 @@ def test_a_list_of_words_that_is_none(value, message, at, hint):
         check(parse(f"{start}{value})"))
     where = " " * (len(start) + at)
     assert str(caught.value) == f"{message}\n  {start}{value})\n  {where}^{hint}"
+
+
+@pytest.mark.parametrize(
+    ("written", "value", "canonical"),
+    [
+        ("3", 3, "(slots=3)"),
+        ("96", 96, ""),  # the default
+        ("[96]", (96,), "(slots=[96])"),
+        ("[ 0,16 , 96]", (0, 16, 96), "(slots=[0, 16, 96])"),
+        ("[0]", (0,), "(slots=[0])"),
+    ],
+)
+def test_a_number_or_a_list_of_numbers(written, value, canonical):
+    name = "cards_of_test:Ints"
+    parsed = check(parse(f"layer1:{name}(slots={written})"))
+    call = parsed.clauses[0].call
+    assert call.arguments() == ({"slots": value} if canonical else {})
+    assert format(parsed) == f"layer1:{name}{canonical}"
+    assert check(parse(format(parsed))) == parsed
+    assert check(parse(explicit(parsed))) == parsed
+    assert json.loads(json.dumps(call.printable())) == (
+        {"slots": [*value] if isinstance(value, tuple) else value} if canonical else {}
+    )
+
+
+@pytest.mark.parametrize(
+    ("value", "message", "at"),
+    [
+        ("-1", "`slots` must be int >= 0, or a list of such, got -1", 0),
+        ("[0, -1]", "`slots` must be int >= 0, or a list of such, got `[0, -1]`", 0),
+        ("[0, 1.5]", "`slots` must be int >= 0, or a list of such, got `[0, 1.5]`", 0),
+        ("[a, b]", "`slots` must be int >= 0, or a list of such, got `[a, b]`", 0),
+        ("true", "`slots` must be int >= 0, or a list of such, got true", 0),
+        ("none", "`slots` must be int >= 0, or a list of such, got none", 0),
+        ("[0, a]", "`slots` needs numbers in `[ ]`, got `a`", 4),
+        ("[0,]", "`slots` needs numbers in `[ ]`, got `]`", 3),
+        ("[0 1]", "expected `,` or `]`, got `1`", 3),
+        (f"[{'9' * 19}]", "a number of 19 digits is too large", 1),
+    ],
+)
+def test_numbers_that_are_none(value, message, at):
+    start = "layer1:cards_of_test:Ints(slots="
+    with pytest.raises(SpecError) as caught:
+        check(parse(f"{start}{value})"))
+    where = " " * (len(start) + at)
+    assert str(caught.value) == f"{message}\n  {start}{value})\n  {where}^"
 
 
 def test_a_list_where_none_is_wanted():

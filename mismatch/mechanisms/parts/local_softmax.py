@@ -116,7 +116,9 @@ def first_tokens(x: Tensor, known: Tensor | None, count: int, grid: Grid) -> Ten
     """
     if known is None:
         known = x.new_zeros(*x.shape[:2], count, x.shape[3])
-    return known if int(grid.seen.min()) >= count else grid.scatter(known, x, grid.seen).clone()
+    if int(grid.seen.min()) >= count:
+        return known
+    return grid.scatter(known, x, grid.seen).clone()  # not a view of something larger
 
 
 def earlier_before(rows: Tensor | None, placed: Tensor, overlap: int, size: int) -> Tensor:

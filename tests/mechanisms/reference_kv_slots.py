@@ -1,0 +1,87 @@
+"""kv_slots as the definition reads: for each query the list of tokens that it reads, and one softmax over them.
+
+One row of real tokens at a time, the choice over the whole text anew for each query; no segments are formed, nothing is
+merged. It shares the projections, the rotation and the net's weights with the fast path, nothing else.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def scores_of(mechanism, x: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """`KV pos`, for x `pos d_model`, k and v `KV pos D`."""
+    kind = mechanism.settings.slot_score
+    heads, length = k.shape[:2]
+    if kind == "first":
+        return torch.zeros(heads, length)
+    if kind == "recent":
+        return torch.arange(length).expand(heads, length)
+    if kind == "random":
+        rows = [[mixed(n + mechanism.choice.seed, h) for n in range(length)] for h in range(heads)]
+        return torch.tensor(rows)
+    if kind == "learned":
+        net = mechanism.score_net()
+        hidden = x @ net.into.weight.T + net.into.bias
+        found = (hidden * torch.sigmoid(hidden)) @ net.out.weight.T + net.out.bias
+        found = found.T
+    else:
+        found = (v if kind == "value_norm" else k).square().sum(-1).sqrt().log()
+    return torch.round(found * 1024) / 1024
+
+
+def mixed(number: int, head: int) -> int:
+    """The finaliser of MurmurHash3 over 32 bits, its upper 24."""
+    h = (number + 0x9E3779B9 * (head + 1)) % 2**32
+    h = (h ^ (h >> 16)) * 0x85EBCA6B % 2**32
+    h = (h ^ (h >> 13)) * 0xC2B2AE35 % 2**32
+    return (h ^ (h >> 16)) >> 8
+
+
+def read_by(t: int, scores: list[float], *, segment: int, overlap: int, sinks: int, slots: int):
+    """The tokens that query t reads in a kv head with these scores, in no order: near ones, and far ones."""
+    whole = max(0, (t // segment - overlap) * segment)
+    far = [j for j in range(whole) if j >= sinks]
+    best = sorted(far, key=lambda j: (-scores[j], j))[:slots]
+    return list(range(whole, t + 1)), list(range(min(sinks, whole))) + best
+
+
+def reference(mechanism, x: Tensor, embeddings) -> Tensor:
+    """Output of one text, `pos d_model` -> `pos d_model`."""
+    q, k, v = mechanism.qkv(x[None])
+    q, k = mechanism.rotate(q, k, embeddings)
+    q, k, v = q[0], k[0], v[0]
+    scores = scores_of(mechanism, x, k, v)
+    config = mechanism.settings
+    counts = config.slots
+    counts = (counts,) * len(k) if isinstance(counts, int) else counts
+    heads = torch.zeros_like(q)
+    for h in range(len(q)):
+        kv = h // (len(q) // len(k))
+        for t in range(q.shape[1]):
+            near, far = read_by(
+                t, scores[kv].tolist(), segment=config.segment, overlap=config.overlap,
+                sinks=config.sinks, slots=counts[kv],
+            )  # fmt: skip
+            near = [j for j in near if mechanism.window is None or t - j < mechanism.window]
+            logits = k[kv, far + near] @ q[h, t] * mechanism.scaling
+            if mechanism.softcap is not None:
+                logits = mechanism.softcap * torch.tanh(logits / mechanism.softcap)
+            heads[h, t] = logits.softmax(0) @ v[kv, far + near]
+    return mechanism.project(heads[None])[0]
+
+
+def far_target(q: Tensor, k: Tensor, *, segment, overlap, sinks, scaling) -> Tensor:
+    """`pos KV` of one text, `heads pos D`; NaN where nothing is far."""
+    length, group = q.shape[1], len(q) // len(k)
+    found = torch.full((length, len(k)), math.nan, dtype=q.dtype)
+    for kv in range(len(k)):
+        for i in range(length):
+            for h in range(kv * group, (kv + 1) * group):
+                weights = (k[kv, : i + 1] @ q[h, i] * scaling).softmax(0)
+                for j in range(sinks, max(0, (i // segment - overlap) * segment)):
+                    found[j, kv] = max(0.0 if found[j, kv].isnan() else found[j, kv], weights[j])
+    return found
