@@ -3,11 +3,11 @@
     python analyses/probe_nulls.py                about 8 minutes of CPU, one thread
     python analyses/probe_nulls.py --probes needles,kv_lookup,copying     these alone; the rows of the others stay
 
-Each probe is asked of SmolLM2 (`trained`), of the same model with what carries the answer put out of order
-(`shuffled`: text permuted behind its first token, the first copy of repeated tokens permuted, the prompts of passkey,
-needles and kv_lookup permuted up to their question), and of a model of the same architecture with random weights (`random`). A layer swapped by
-`identity` must read exactly the teacher's own numbers (`identity_shift` = largest difference anywhere: 0). Where a
-control cannot say anything, its cell is empty and `why` says so.
+Each probe is asked of SmolLM2 (`trained`), of the same model with what carries the answer put out of order (`shuffled`:
+text permuted behind its first token, the first copy of repeated tokens permuted, the prompts of passkey, needles and
+kv_lookup permuted up to their question), and of a model of the same architecture with random weights (`random`). A
+layer swapped by `identity` must read exactly the teacher's own numbers (`identity_shift` = largest difference anywhere:
+0). Where a control cannot say anything, its cell is empty and `why` says so.
 """
 
 from __future__ import annotations

@@ -199,6 +199,15 @@ class Wrapper(Mechanism):
         return self.original(*args, **kwargs)
 
 
+def scored_in(module: nn.Module) -> list[Scored]:
+    """The mechanisms in a module that choose by learned scores, each once however many wrappers stand around it."""
+    found: dict[int, Scored] = {}
+    for inner in module.modules():
+        if isinstance(inner, Scored) and (net := inner.score_net()) is not None:
+            found[id(net)] = inner  # the innermost comes last
+    return list(found.values())
+
+
 def innermost(module: nn.Module) -> nn.Module:
     """The module inside all wrappers: the model's own, or the replacement."""
     while isinstance(module, Wrapper):

@@ -296,7 +296,7 @@ class _Parser:
             return re.sub(r"\\(.)", r"\1", body)
         if self.take("["):
             return self.items(key, at)
-        number = self.number()
+        number = self.numeral()
         if number is not None:
             return number
         called = re.compile(r"[A-Za-z_][\w.]*(:[A-Za-z_]\w*|(?=\s*\())").match(self.text, at)
@@ -309,7 +309,7 @@ class _Parser:
             )
         return LITERALS.get(word.group(), word.group())
 
-    def number(self) -> int | float | None:
+    def numeral(self) -> int | float | None:
         found = self.match(_NUMBER)
         if found is None:
             return None
@@ -325,7 +325,7 @@ class _Parser:
         found: list[Any] = []
         numbers = bool(self.peek()) and _NUMBER.match(self.text, self.pos) is not None
         while not found or self.take(","):
-            item = self.number() if numbers else self.word()
+            item = self.numeral() if numbers else self.word()
             if item is None:
                 kind = "numbers" if numbers else "words" if found else "words or numbers"
                 self.fail(f"`{key}` needs {kind} in `[ ]`, got {self.rest()}", self.pos)

@@ -10,7 +10,7 @@ import torch
 from tiny_models import DENSE, FAMILIES, N_LAYERS, in_chunks, part, positions, swap, tiny, tokens
 
 from mismatch.mechanisms import MECHANISMS
-from mismatch.mechanisms.base import Scored
+from mismatch.mechanisms.base import scored_in
 from mismatch.models.private import same_memory
 from mismatch.registry import mechanisms
 
@@ -47,6 +47,7 @@ CALLS = {
 # In some heads of a layer: one of each way to be built. Two heads of one kv group, and one of the other.
 IN_HEADS = {
     "infini in heads": "infini(segment=8, sinks=2, update=delta, feature_map=learned)",
+    "kv_slots in heads": "kv_slots(segment=4, slots=[0, 3])",
     "linear in heads": "linear",
     "mamba2 in heads": "mamba2",
     "nope in heads": "nope",
@@ -194,10 +195,8 @@ def test_gradients_are_finite_and_reach_every_new_tensor(family, name):
     for _ in range(2):
         student.model.zero_grad()
         student.model(tokens(2, LENGTH)).logits.pow(2).mean().backward()
-        built = part(student, slot=slot(name))
-        net = built.score_net() if isinstance(built, Scored) else None
-        if net is not None:  # learned from targets of its own
-            (net(torch.ones(24)) - 1).square().mean().backward()
+        for scored in scored_in(part(student, slot=slot(name))):  # learned from targets of its own
+            (scored.score_net()(torch.ones(24)) - 1).square().mean().backward()
         grads = [p.grad for p in student.model.parameters() if p.grad is not None]
         assert all(grad.isfinite().all() for grad in grads)
         moving = {n for n, p in new.items() if p.grad is not None and p.grad.abs().sum() > 0}
