@@ -119,6 +119,7 @@ class Mechanism(nn.Module):
     merges: ClassVar[bool] = False  # True: it becomes a module of the model's own; see `merged`
     branch_names: tuple[str, ...] = ()  # paths whose outputs it adds up; see `branches`
     silent: frozenset[str] = frozenset()  # branches that are switched off at this moment
+    used_heads: tuple[int, ...] | None = None  # query heads of which the output is used; None: all
 
     def __init__(self, original: nn.Module, config: Any, context: Context) -> None:
         super().__init__()

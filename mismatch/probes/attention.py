@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -22,6 +22,7 @@ from mismatch.forward.shared_prefix import finals
 from mismatch.mechanisms.base import Context, Mechanism, innermost
 from mismatch.mechanisms.parts.calling import hidden_in
 from mismatch.mechanisms.parts.projections import AttentionParts
+from mismatch.mechanisms.parts.some_heads import SomeHeads
 from mismatch.models.layout import Layout
 from mismatch.probes.base import Subject
 
@@ -41,6 +42,7 @@ class Observed:
         mask: bool `batch or 1, 1, pos, pos`, True = may be read.
         angles: the rotation of each pair of channels from one position to the next, radians, float64 `pairs`: the
             frequencies that this layer actually uses; None without a rotary embedding.
+        heads: the query heads of which this attention gives the output; None: all.
     """
 
     layer: int
@@ -49,6 +51,7 @@ class Observed:
     parts: AttentionParts
     mask: Tensor
     angles: Tensor | None
+    heads: tuple[int, ...] | None = None
 
     def weights(self) -> Tensor:
         """Attention weights, float32 `batch H pos pos`; rows sum to 1."""
@@ -64,32 +67,45 @@ class Observed:
         return q @ self.parts.per_query_head(k).transpose(-1, -2) * self.parts.scaling
 
 
-def host_attention(subject: Subject, layer: int) -> nn.Module | None:
-    """The model's own attention in a layer, inside all wrappers; None where a mechanism replaced it."""
+def host_attentions(subject: Subject, layer: int) -> list[tuple[nn.Module, tuple[int, ...] | None]]:
+    """The model's own attention in a layer, inside all wrappers, and the heads that it gives (None: all).
+
+    Several where some heads were replaced; none where a mechanism replaced it.
+    """
     if layer in subject.whole_blocks:
-        return None
+        return []
     layout = subject.layout
     found = innermost(layout.model.get_submodule(layout.slot_path(layer, "attn")))
-    return None if isinstance(found, Mechanism) else found
+    if isinstance(found, SomeHeads):
+        pairs = [(innermost(path), heads) for path, heads in found.by_path()]
+        return [(path, heads) for path, heads in pairs if not isinstance(path, Mechanism)]
+    return [] if isinstance(found, Mechanism) else [(found, None)]
 
 
 @contextmanager
 def observing(
-    subject: Subject, layers: Sequence[int], visit: Callable[[Observed], None]
+    subject: Subject,
+    layers: Sequence[int],
+    visit: Callable[[Observed], None],
+    some_heads: bool = False,
 ) -> Iterator[frozenset[int]]:
     """While the context lives, call `visit` at each call of the attention of these layers.
+
+    Args:
+        subject: whose.
+        layers: 0-based.
+        visit: is told of each call.
+        some_heads: also where an attention gives some heads only; else such a layer cannot be observed.
 
     Yields:
         The layers that can be observed.
     """
     with ExitStack() as stack:
         observed = set()
-        for layer in layers:
-            attention = host_attention(subject, layer)
-            if attention is None:
-                continue
+        calls = [(layer, *one) for layer in layers for one in host_attentions(subject, layer)]
+        for layer, attention, heads in calls:
             parts = _parts(subject.layout, layer, attention)
-            if parts is None:
+            if parts is None or (heads is not None and not some_heads):
                 continue
             observed.add(layer)
 
@@ -99,8 +115,10 @@ def observing(
                 kwargs: dict,
                 layer: int = layer,
                 parts: AttentionParts = parts,
+                heads: tuple[int, ...] | None = heads,
             ) -> None:
-                visit(_observed(layer, parts, hidden_in(args, kwargs), kwargs))
+                seen = _observed(layer, parts, hidden_in(args, kwargs), kwargs)
+                visit(replace(seen, heads=heads))
 
             stack.callback(attention.register_forward_pre_hook(look, with_kwargs=True).remove)
         yield frozenset(observed)
@@ -144,6 +162,7 @@ def observe_all(
     ids: Tensor,
     layers: Sequence[int],
     visit: Callable[[str, Observed], None],
+    some_heads: bool = False,
 ) -> dict[str, frozenset[int]]:
     """Run every subject on one batch and call `visit` (name, observation) for each observed layer.
 
@@ -162,7 +181,7 @@ def observe_all(
                 if subject.name == subjects[0].name or layer >= subject.start
             ]
             mine = partial(visit, subject.name)
-            found[subject.name] = stack.enter_context(observing(subject, own, mine))
+            found[subject.name] = stack.enter_context(observing(subject, own, mine, some_heads))
         for _ in finals(subjects, ids):
             pass
     first = found[subjects[0].name]

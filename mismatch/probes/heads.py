@@ -36,6 +36,9 @@ TINY = 1e-12  # against division by 0 where all weight is on the sink
 ON_TEXT = ("previous", "sink", "entropy", "distance")
 """What is measured of each head on text; `induction` is measured on repeated tokens."""
 
+MASS = "mass"
+"""Of a layer: the mean over its heads."""
+
 Numbers = dict[int, dict[str, np.ndarray]]
 """By layer and stat: `samples heads`, or `samples` for a number of the whole layer."""
 
@@ -94,15 +97,22 @@ class Heads(Probe):
         """`read` of each layer's attention, over all inputs, by subject."""
         parts: dict[str, dict[int, list[dict[str, np.ndarray]]]] = {s.name: {} for s in subjects}
         known: dict[str, frozenset[int]] = {}
+        batch = -1
 
         def visit(name: str, seen: Observed) -> None:
             numbers = {stat: value.double().cpu().numpy() for stat, value in read(seen).items()}
-            parts[name].setdefault(seen.layer, []).append(numbers)
+            batches = parts[name].setdefault(seen.layer, [])
+            if len(batches) == batch:
+                batches.append({stat: np.full_like(x, np.nan) for stat, x in numbers.items()})
+            heads = slice(None) if seen.heads is None else list(seen.heads)
+            for stat, value in numbers.items():
+                batches[-1][stat][:, heads] = value[:, heads]
 
         with torch.no_grad():
             for at in range(0, len(inputs), self.setting.batch_size):
                 ids = on_device(subjects[0].layout, inputs[at : at + self.setting.batch_size])
-                known = observe_all(subjects, ids, layers, visit)
+                batch += 1
+                known = observe_all(subjects, ids, layers, visit, some_heads=True)
         teacher = parts[subjects[0].name]
         return {
             name: {layer: _joined(parts[name].get(layer) or teacher[layer]) for layer in found}
@@ -131,12 +141,17 @@ def _on_text(seen: Observed) -> dict[str, Tensor]:
     starts = [0, *(2**i for i in range((length - 1).bit_length()))]
     for start, end in pairwise([*starts, length]):
         near = (apart[:, 1:] >= start) & (apart[:, 1:] < end)
-        found[under("mass", distance=start)] = (rest * near).sum(-1).mean((-1, -2))
+        found[under(MASS, distance=start)] = (rest * near).sum(-1).mean(-1)
     return found
 
 
 def _joined(parts: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    return {stat: np.concatenate([part[stat] for part in parts]) for stat in parts[0]}
+    """Of all batches: `samples heads`, nan for heads without attention weights; `samples` for `mass`, of the others."""
+    found = {stat: np.concatenate([part[stat] for part in parts]) for stat in parts[0]}
+    for stat, values in found.items():
+        if stat.startswith(MASS):
+            found[stat] = values[:, ~np.isnan(values[0])].mean(1)
+    return found
 
 
 def _best(numbers: Numbers, stat: str, each: dict[str, int]) -> list[Measure]:
@@ -144,7 +159,7 @@ def _best(numbers: Numbers, stat: str, each: dict[str, int]) -> list[Measure]:
     best: np.ndarray | None = None
     for found in numbers.values():
         for head in found[stat].T:
-            if best is None or head.mean() > best.mean():
+            if not np.isnan(head).any() and (best is None or head.mean() > best.mean()):
                 best = head
     address = {"site": "attn_out"}
     if best is None:
@@ -164,4 +179,8 @@ def _of_layers(numbers: Numbers, layers: Sequence[int], each: dict[str, int]) ->
                 yield Measure.mean(stat, values, size, layer=layer, site="attn_out")
                 continue
             for head, own in enumerate(values.T):
-                yield Measure.mean(stat, own, size, layer=layer, head=head, site="attn_out")
+                address = {"layer": layer, "head": head, "site": "attn_out"}
+                if np.isnan(own).any():
+                    yield Measure.absent(stat, **address)
+                else:
+                    yield Measure.mean(stat, own, size, **address)

@@ -99,28 +99,30 @@ class Memory(Probe):
             answers[name] += measures
         for layer in swapped_layers(subjects):
             for subject in subjects:
-                mechanism = found[subject.name].get(layer)
-                if mechanism is None:
+                several = found[subject.name].get(layer)
+                if several is None:
                     answers[subject.name].append(
                         Measure.absent("share", layer=layer, site="attn_out")
                     )
                     continue
-                answers[subject.name] += self._layer(subjects[0], subject, layer, mechanism, size)
+                answers[subject.name] += self._layer(subjects[0], subject, layer, several, size)
         for subject in subjects[1:]:
             if found[subject.name] and self.setting.travel is not None:
                 answers[subject.name].append(Measure.number("travel", self.setting.travel))
         return answers
 
     def _output(
-        self, subjects: Sequence[Subject], found: Mapping[str, Mapping[int, Mechanism]], size: int
+        self,
+        subjects: Sequence[Subject],
+        found: Mapping[str, Mapping[int, Sequence[Mechanism]]],
+        size: int,
     ) -> dict[str, list[Measure]]:
         """KL and NLL of the whole model, as it is and under each intervention in all its mechanisms at once."""
         cases: dict[str, list[tuple[str, str] | None]] = {}
+        all_of = {s.name: [m for each in found[s.name].values() for m in each] for s in subjects}
         for subject in subjects:
-            names = {
-                ("without", name) for m in found[subject.name].values() for name in m.branch_names
-            }
-            names |= {("with", name) for m in found[subject.name].values() for name in m.restores()}
+            names = {("without", name) for m in all_of[subject.name] for name in m.branch_names}
+            names |= {("with", name) for m in all_of[subject.name] for name in m.restores()}
             cases[subject.name] = [None, *sorted(names)]
         runs = [(subject, case) for subject in subjects for case in cases[subject.name]]
         numbers: dict[tuple[str, Any, str], list[np.ndarray]] = {}
@@ -132,7 +134,7 @@ class Memory(Probe):
                 # The models run one by one as the loop takes them, so each can be changed for its turn.
                 models = finals([subject for subject, _ in runs], ids)
                 for subject, case in runs:
-                    with intervened(found[subject.name].values(), case):
+                    with intervened(all_of[subject.name], case):
                         _, final = next(models)
                     logp = log_probs(subject.layout, final[:, size:-1])
                     teacher = logp if teacher is None else teacher
@@ -153,47 +155,63 @@ class Memory(Probe):
         return answers
 
     def _layer(
-        self, teacher: Subject, subject: Subject, layer: int, mechanism: Mechanism, size: int
+        self,
+        teacher: Subject,
+        subject: Subject,
+        layer: int,
+        mechanisms: Sequence[Mechanism],
+        size: int,
     ) -> Iterator[Measure]:
-        """The measures of one mechanism on the teacher's stream."""
+        """The measures of the mechanisms of a layer, each in its heads, on the teacher's stream."""
         address = {"layer": layer, "site": "attn_out", "mode": "forced"}
-        parts: dict[str, list[np.ndarray]] = {}
+        parts: dict[tuple[Mechanism, str], list[np.ndarray]] = {}
         slopes: list[np.ndarray] = []
         for at in range(0, len(self.ids), self.setting.batch_size):
             ids = on_device(teacher.layout, self.ids[at : at + self.setting.batch_size])
             with torch.no_grad():
                 stream = entering(teacher.layout, ids, [layer])[layer]
                 target = update(teacher, layer, ids, stream)
-                taken = contributions(subject, layer, ids, stream, mechanism)
-            for stat, value in _of_branches(taken, size).items():
-                parts.setdefault(stat, []).append(value)
-            slopes.append(_slopes(subject, layer, ids, stream, target, mechanism, size))
+                for mechanism in mechanisms:
+                    taken = contributions(subject, layer, ids, stream, mechanism)
+                    for stat, value in _of_branches(taken, size).items():
+                        parts.setdefault((mechanism, stat), []).append(value)
+            slopes.append(_slopes(subject, layer, ids, stream, target, mechanisms, size))
         tokens = self.ids.shape[1] - size
-        for stat, values in parts.items():
-            for head, own in enumerate(np.concatenate(values).T):
+        for (mechanism, stat), values in parts.items():
+            for head, own in _used(mechanism, np.concatenate(values).T):
                 yield Measure.mean(stat, own, tokens, head=head, **address)
-        for name, gate in mechanism.gates().items():
-            for head, value in enumerate(torch.sigmoid(gate.detach().float()).tolist()):
-                yield Measure.number(under("gate", branch=name), value, 1, head=head, **address)
-        if mechanism.gates():
+        for mechanism in mechanisms:
+            for name, gate in mechanism.gates().items():
+                shares = torch.sigmoid(gate.detach().float()).tolist()
+                for head, value in _used(mechanism, shares):
+                    yield Measure.number(under("gate", branch=name), value, 1, head=head, **address)
+        if any(mechanism.gates() for mechanism in mechanisms):
             first, rest = np.concatenate(slopes).T
             yield Measure.mean(under("gate_gradient", part="first"), first, size, **address)
             yield Measure.mean(under("gate_gradient", part="rest"), rest, tokens, **address)
         yield from _state(subject, layer, on_device(subject.layout, self.ids), size, address)
 
 
-def mechanisms(subject: Subject) -> dict[int, Mechanism]:
-    """The mechanism with branches of each swapped layer, the outermost where several are nested."""
-    found: dict[int, Mechanism] = {}
+def mechanisms(subject: Subject) -> dict[int, list[Mechanism]]:
+    """The mechanisms with branches of each swapped layer: the outermost where several are nested, one in other heads
+    each."""
+    found: dict[int, list[Mechanism]] = {}
     for clause in subject.clauses:
         if clause.layer is None or clause.layer in found:
             continue
         replaced = subject.layout.model.get_submodule(clause.path)
-        for module in replaced.modules():
-            if isinstance(module, Mechanism) and module.branch_names:
-                found[clause.layer] = module
-                break
+        named = [m for m in replaced.modules() if isinstance(m, Mechanism) and m.branch_names]
+        outer = {m.used_heads: m for m in reversed(named)}
+        if outer:
+            found[clause.layer] = list(outer.values())[::-1]
     return found
+
+
+def _used(mechanism: Mechanism, of_heads: Iterable[Any]) -> Iterator[tuple[int, Any]]:
+    """What was read of each head, with its number, of those whose output is used."""
+    for head, value in enumerate(of_heads):
+        if mechanism.used_heads is None or head in mechanism.used_heads:
+            yield head, value
 
 
 @contextmanager
@@ -275,12 +293,13 @@ def _slopes(
     ids: Tensor,
     stream: Tensor,
     target: Tensor,
-    mechanism: Mechanism,
+    mechanisms: Sequence[Mechanism],
     size: int,
 ) -> np.ndarray:
     """d loss / d gate, mean over heads, from the first segment and from the rest: `samples 2`. The loss is the mean
     squared error of the update over the whole window, in units of its mean square."""
-    gates = list(mechanism.gates().values())
+    used = [(gate, m.used_heads) for m in mechanisms for gate in m.gates().values()]
+    gates = [gate for gate, _ in used]
     if not gates:
         return np.zeros((len(ids), 2))
     wanted = [gate.requires_grad for gate in gates]
@@ -296,7 +315,11 @@ def _slopes(
                 pair = []
                 for part in (error[:size], error[size:]):
                     slopes = torch.autograd.grad(part.sum(), gates, retain_graph=True)
-                    pair.append(sum(float(slope.float().mean()) for slope in slopes))
+                    own = [
+                        slope if heads is None else slope[list(heads)]
+                        for slope, (_, heads) in zip(slopes, used, strict=True)
+                    ]
+                    pair.append(sum(float(slope.float().mean()) for slope in own))
             rows.append(pair)
     finally:
         for gate, before in zip(gates, wanted, strict=True):
@@ -318,8 +341,11 @@ def _state(
                 subject.layout.decoder(
                     input_ids=ids[:, start:stop], past_key_values=cache, use_cache=True
                 )
-            for name, tensor in _carried(cache, layer).items():
-                largest.setdefault(name, []).append(float(tensor.float().abs().max()))
+            now: dict[str, float] = {}
+            for name, tensor in _carried(cache, layer):
+                now[name] = max(now.get(name, 0.0), float(tensor.float().abs().max()))
+            for name, value in now.items():
+                largest.setdefault(name, []).append(value)
     for name, values in sorted(largest.items()):
         given = {"tensor": name}
         yield Measure.number(under("state_max", **given), values[-1], ids.numel(), **address)
@@ -329,16 +355,15 @@ def _state(
             yield Measure.number(under("overflow_fp16", **given), tokens, ids.numel(), **address)
 
 
-def _carried(cache: DynamicCache, layer: int) -> dict[str, Tensor]:
+def _carried(cache: DynamicCache, layer: int) -> list[tuple[str, Tensor]]:
     """The state of fixed size that a mechanism carries; keys and values of an open segment do not grow."""
     entry = cache.layers[layer] if layer < len(cache.layers) else None
-    own = [one for one in flat(entry) if isinstance(one, OwnState)]
-    if not own:
-        return {}
-    return {
-        name: tensor
-        for name, tensor in own[0].rows.items()
+    return [
+        (name, tensor)
+        for one in flat(entry)
+        if isinstance(one, OwnState)
+        for name, tensor in one.rows.items()
         if tensor.is_floating_point()
         and tensor.numel()
         and not name.startswith(("open", "near", "sink"))
-    }
+    ]

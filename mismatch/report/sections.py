@@ -10,7 +10,7 @@ from mismatch.report.page import Cell, Html, grid, join, pairs, tag, whole
 from mismatch.report.words import called, count, kind, text_line, text_lines, total
 from mismatch.runs.folder import Run
 from mismatch.runs.plan import Replaced, SwapPlan
-from mismatch.spec.heads import named
+from mismatch.spec.heads import said
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def _plan(run: Run) -> Html:
     clauses = plan.clauses
     rows = [
         (
-            f"{c.path}, heads {named(c.heads)}" if c.heads else c.path,
+            f"{c.path}, {said(c.heads)}" if c.heads else c.path,
             f"{c.old} → {c.new}",
             called(c),
             *(_count(total(sizes)) for sizes in (c.inherited, c.new_parameters, c.dropped)),

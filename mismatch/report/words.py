@@ -7,7 +7,7 @@ from typing import Any
 
 from mismatch.runs.folder import Run
 from mismatch.runs.plan import Replaced, SwapPlan
-from mismatch.spec.heads import named
+from mismatch.spec.heads import said
 
 
 def kind(run: Run) -> str:
@@ -29,7 +29,7 @@ def plan_lines(plan: SwapPlan) -> list[str]:
                 ("dropped", clause.dropped),
             )
         )
-        heads = f" heads {named(clause.heads)}" if clause.heads else ""
+        heads = f" {said(clause.heads)}" if clause.heads else ""
         if clause.state_bytes is not None:
             counts += f", state {clause.state_bytes:,} bytes a text"
         lines.append(f"{where} {clause.slot}{heads}: {clause.old} -> {called(clause)}  {counts}")

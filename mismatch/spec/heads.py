@@ -137,6 +137,11 @@ def refuse_shared(new: Placement, found: Sequence[Placement], text: str, target:
             )
 
 
+def said(heads: Sequence[int]) -> str:
+    """`head 3`, `heads 0-5,8`."""
+    return f"head{'s' * (len(heads) > 1)} {named(heads)}"
+
+
 def named(heads: Sequence[int]) -> str:
     """Query heads, ascending, as they are written: `0-5,8`."""
     runs: list[list[int]] = []

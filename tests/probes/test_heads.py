@@ -163,3 +163,20 @@ def test_bands_without_rope_or_weights_do_not_apply():
     for family, swap in (("gpt2", "layer1.mlp:zero"), ("llama", "layer1:infini(segment=8)")):
         got = readings(RopeBands(setting()).run(subjects(build(family), swap)))
         assert got["norm_share[band=1]", 1, None].n == 0
+
+
+def test_of_some_heads_each_is_read_where_it_comes_from():
+    model = build("llama")
+    text = "layer1.heads[0]:infini(segment=16); layer1.heads[2]:sliding_window(window=2)"
+    answers = Heads(setting()).run(subjects(model, text))
+    got, own = readings(answers), readings(answers, "teacher")
+    window = readings(Heads(setting()).run(subjects(model, "layer1:sliding_window(window=2)")))
+    for stat in ("previous", "induction", "sink", "distance"):
+        assert got[stat, 1, 0].n == 0  # a memory has no attention weights
+        assert got[stat, 1, 2].value() == pytest.approx(window[stat, 1, 2].value(), rel=1e-5)
+        for head in (1, 3):
+            assert got[stat, 1, head].value() == pytest.approx(own[stat, 1, head].value(), rel=1e-5)
+    masses = [got[key].value() for key in got if str(key[0]).startswith("mass") and key[1] == 1]
+    assert sum(masses) == pytest.approx(1, abs=1e-4)
+    bands = readings(RopeBands(setting()).run(subjects(model, text)))
+    assert bands["norm_share[band=1]", 1, None].n == 0

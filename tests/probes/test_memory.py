@@ -32,7 +32,7 @@ def parts(swap):
     with torch.no_grad():
         stream = entering(Layout.of(model), ids, [1])[1]
     subject = Subject.of(made)
-    return subject, ids, stream, mechanisms(subject)[1]
+    return subject, ids, stream, mechanisms(subject)[1][0]
 
 
 def test_every_mechanism_with_branches_is_in_the_list():
@@ -77,13 +77,13 @@ def test_the_first_token_given_back_is_one_sink():
     model = build("llama")
     plain, sunk = (student(model, f"layer1:infini(segment=16, sinks={n})") for n in (0, 1))
     ids = torch.randint(3, 101, (2, 50), generator=torch.Generator().manual_seed(0))
-    mechanism = mechanisms(Subject.of(plain))[1]
+    mechanism = mechanisms(Subject.of(plain))[1][0]
     with torch.no_grad():
         wanted = sunk.model(input_ids=ids, use_cache=False).logits
         with intervened([mechanism], ("with", "first_token")):
             assert torch.equal(plain.model(input_ids=ids, use_cache=False).logits, wanted)
         assert not torch.equal(plain.model(input_ids=ids, use_cache=False).logits, wanted)
-    assert mechanisms(Subject.of(sunk))[1].restores() == {}
+    assert mechanisms(Subject.of(sunk))[1][0].restores() == {}
 
 
 def test_output_readings_are_those_of_whole_forwards():
@@ -92,7 +92,7 @@ def test_output_readings_are_those_of_whole_forwards():
     probe = Memory(setting())
     answers = probe.run([subjects(model, "layer1:nope")[0], Subject.of(made)])
     got, ids = readings(answers), torch.from_numpy(probe.ids)
-    mechanism = mechanisms(Subject.of(made))[1]
+    mechanism = mechanisms(Subject.of(made))[1][0]
     with torch.no_grad():
         p = model(input_ids=ids, use_cache=False).logits.double().log_softmax(-1)[:, 16:-1]
         for case in (None, ("without", "memory"), ("with", "first_token")):
@@ -141,7 +141,9 @@ def test_query_variation_by_hand():
     got = readings(
         {
             "swap": list(
-                probe._layer(Subject.teacher(Layout.of(build("llama"))), subject, 1, mechanism, 16)
+                probe._layer(
+                    Subject.teacher(Layout.of(build("llama"))), subject, 1, [mechanism], 16
+                )
             )
         }
     )
@@ -166,7 +168,7 @@ def test_gate_gradients_by_finite_differences():
     teacher = Subject.teacher(Layout.of(build("llama")))
     with torch.no_grad():
         target = update(teacher, 1, ids, stream)
-    got = _slopes(subject, 1, ids, stream, target, mechanism, 16)
+    got = _slopes(subject, 1, ids, stream, target, [mechanism], 16)
     assert got.shape == (2, 2)
     step, losses = 1e-2, {}
     with torch.no_grad():
@@ -230,4 +232,22 @@ def test_a_window_of_one_segment_says_so():
 def test_an_inner_mechanism_is_found():
     made = student(build("llama"), "layer1:parallel(infini(segment=16), alpha=0.5)")
     found = mechanisms(Subject.of(made))
-    assert type(found[1]).__name__ == "Infini" and isinstance(found[1], Mechanism)
+    assert [type(m).__name__ for m in found[1]] == ["Infini"] and isinstance(found[1][0], Mechanism)
+
+
+def test_of_some_heads_only_those_are_read():
+    """As of a whole layer: on the teacher's stream a head does not know of the others."""
+    model = build("llama")
+    whole = readings(Memory(setting()).run(subjects(model, "layer1:infini(segment=16)")))
+    text = "layer1.heads[0,1]:infini(segment=16); layer1.heads[3]:infini(segment=16, sinks=1)"
+    probe = Memory(setting())
+    got = readings(probe.run(subjects(model, text)))
+    for stat in ("share[branch=memory]", "query_variation[branch=local]", "gate[branch=memory]"):
+        heads = {key[2] for key in got if key[0] == stat}
+        assert heads == {0, 1, 3}
+        for head in (0, 1):
+            assert got[stat, 1, head].value() == pytest.approx(whole[stat, 1, head].value(), 1e-5)
+    assert got["kl_change[without=memory]"].value() != 0
+    subject = Subject.of(student(model, text))
+    found = mechanisms(subject)[1]
+    assert [m.used_heads for m in found] == [(0, 1), (3,)]

@@ -31,7 +31,7 @@ from mismatch.mechanisms.parts.calling import first_of
 from mismatch.mechanisms.parts.linears import grafted
 from mismatch.mechanisms.parts.projections import AttentionParts
 from mismatch.mechanisms.parts.side_by_side import SomeKVHeads, side_by_side
-from mismatch.spec.heads import named
+from mismatch.spec.heads import said
 
 if TYPE_CHECKING:
     from mismatch.spec import Call
@@ -89,6 +89,9 @@ class SomeHeads(Mechanism):
             self.rotates, self._output = before.rotates, before._output
             host, owner = before.original, before
         made = context.build(config.inner, grafted(host))
+        for module in made.modules():
+            if isinstance(module, Mechanism):
+                module.used_heads = config.heads
         self.original = host  # first, so that shared tensors are named after it
         self.parts = nn.ModuleList([*([] if before is None else before.parts), made])
         self.taken = (*(() if before is None else before.taken), config.heads)
@@ -102,6 +105,12 @@ class SomeHeads(Mechanism):
     @property
     def paths(self) -> list[nn.Module]:
         return [*(() if self.original is None else (self.original,)), *self.parts]
+
+    def by_path(self) -> list[tuple[nn.Module, tuple[int, ...]]]:
+        """Each path with its heads."""
+        gone = {head for heads in self.taken for head in heads}
+        own = tuple(head for head in range(self.n_heads) if head not in gone)
+        return list(zip(self.paths, [own, *self.taken][-len(self.paths) :], strict=True))
 
     def _in_runs(self) -> list[tuple[int, int, int]]:
         """For neighbouring heads of one path: its number, and where they start and stop in the flat heads."""
@@ -119,9 +128,9 @@ class SomeHeads(Mechanism):
         split = {h // self.group for h in heads} & {
             h // self.group for h in range(self.n_heads) if h not in heads
         }
-        notes = [f"heads {named(heads)} of {self.n_heads}; runs over all heads, beside the others"]
+        notes = [f"{said(heads)} of {self.n_heads}; runs over all heads, beside the others"]
         if split:
-            notes.append(f"kept for both, since other heads read it too: {_kv(sorted(split))}")
+            notes.append(f"kept for both, since other heads read it too: kv {said(sorted(split))}")
         return (*notes, *self.newest.notes())
 
     @property
@@ -133,12 +142,10 @@ class SomeHeads(Mechanism):
 
     def state_beside(self) -> str:
         """What generate() carries for the mechanism that came last, and for the attention beside it."""
-        own = f"for heads {named(self.taken[-1])}: {type(self.newest).state}"
+        own = f"for {said(self.taken[-1])}: {type(self.newest).state}"
         if self.original is None:
             return own
-        return (
-            f"{own}; for the attention's own heads: {_kv(self.reads)} of the host's KV cache, apart"
-        )
+        return f"{own}; for the attention's own heads: kv {said(self.reads)} of the host's KV cache, apart"
 
     def gates(self) -> dict[str, nn.Parameter]:
         found: dict[str, nn.Parameter] = {}
@@ -171,11 +178,7 @@ class SomeHeads(Mechanism):
         return sorted({h // self.group for h in range(self.n_heads) if h not in gone})
 
     def extra_repr(self) -> str:
-        return ", ".join([self.context.where, *(f"heads {named(heads)}" for heads in self.taken)])
-
-
-def _kv(heads: list[int]) -> str:
-    return f"kv head{'s' * (len(heads) > 1)} {named(heads)}"
+        return ", ".join([self.context.where, *map(said, self.taken)])
 
 
 def headless(attention: nn.Module, output: str) -> nn.Module:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from mismatch.errors import SurgeryError
 from mismatch.runs.plan import Replaced, SwapPlan
-from mismatch.spec.heads import named
+from mismatch.spec.heads import said
 
 OF_MLP = ("mlp", "norm2", "norm2_post", "gate_proj", "up_proj", "down_proj")
 SITES = ("attn_out", "mlp_out", "resid_post")
@@ -77,5 +77,5 @@ def places_of(plan: SwapPlan) -> tuple[Place, ...]:
 
 def _said(clause: Replaced) -> str:
     inner = ", ".join(f"{name}={value}" for name, value in clause.args.items())
-    said = f"{clause.mechanism}({inner})" if inner else clause.mechanism
-    return f"{said} in heads {named(clause.heads)}" if clause.heads else said
+    call = f"{clause.mechanism}({inner})" if inner else clause.mechanism
+    return f"{call} in {said(clause.heads)}" if clause.heads else call
