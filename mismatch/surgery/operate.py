@@ -26,13 +26,13 @@ from mismatch.mechanisms.base import Calibrator, Context, Mechanism, Wrapper
 from mismatch.mechanisms.parts.some_heads import SomeHeads, SomeHeadsConfig
 from mismatch.mechanisms.parts.token_facts import add_token_facts
 from mismatch.mechanisms.parts.user_module import configured
-from mismatch.models import quantised
 from mismatch.models.layout import HEADS, Layout, family_of
 from mismatch.models.private import configs_of, private_copy
 from mismatch.models.swap_record import Base, Swap
 from mismatch.runs.plan import Replaced, SwapPlan
 from mismatch.spec import Call, Clause, Heads, Placement, Spec, parse, resolve
 from mismatch.surgery import merging, saving
+from mismatch.surgery.audited import audited
 from mismatch.surgery.recorded import warn_of_records
 
 if TYPE_CHECKING:
@@ -245,7 +245,7 @@ def replace(
         new.train(original.training)
         setattr(holder, attribute, new)
         student._undo.append((holder, attribute, original))
-        replaced.append(_audit(placement, path, inherited, new))
+        replaced.append(audited(placement, path, inherited, new))
     return tuple(replaced)
 
 
@@ -367,37 +367,3 @@ def _lay_out(new: nn.Module, original: nn.Module) -> None:
     for tensor in chain(new.parameters(), new.buffers()):
         if id(tensor) not in inherited and not tensor.is_contiguous():
             tensor.data = tensor.data.contiguous()
-
-
-def _audit(placement: Placement, path: str, original: nn.Module, new: Mechanism) -> Replaced:
-    """Work out inherited, new and dropped parameters from the identity of the tensors."""
-    made, host, state = new, original, type(new).state
-    if isinstance(new, SomeHeads):
-        made, state = new.newest, new.state_beside()
-    before, old = {id(p) for p in original.parameters()}, {}
-    if isinstance(original, SomeHeads):
-        assert original.original is not None
-        host = original.original
-    for name, p in original.named_parameters():
-        if host is original or not name.startswith(
-            "parts."
-        ):  # of other heads: not what was replaced
-            old[id(p)] = (name, quantised.values(p))
-    now = {id(p): (name, quantised.values(p)) for name, p in new.named_parameters()}
-    return Replaced(
-        layer=placement.layer,
-        slot=placement.slot,
-        path=path,
-        mechanism=placement.call.name,
-        args=placement.call.printable(),
-        old=type(host).__name__,
-        new=type(made).__name__,
-        inherited=dict(old[i] for i in old if i in now),
-        new_parameters=dict(now[i] for i in now if i not in before),
-        dropped=dict(old[i] for i in old if i not in now),
-        identity=type(made).identity,
-        state=state,
-        notes=tuple(new.notes()),
-        heads=placement.heads,
-        state_bytes=new.state_bytes(),
-    )

@@ -170,3 +170,20 @@ def test_gates_find_the_shares_that_a_planted_mixture_has(swapped):
             part, list(part.student.gates().values()), Planted(layout, [part], ids(8))
         )
     torch.testing.assert_close(torch.sigmoid(part.student.gate), planted, atol=1e-3, rtol=0)
+
+
+def test_some_heads_are_one_part_whose_gates_and_projection_are_fitted(swapped):
+    """The projection is the attention's own, behind all heads; gates of heads that are not used move nothing."""
+    layout, student = swapped("layer1.heads[0,3]:infini(segment=8); layer1.heads[1]:zero")
+    (part,) = pairs_of(layout, student)
+    store, held = Store(layout, [part], ids(8)), Store(layout, [part], ids(12)[8:])
+    assert closed.last_linear(part, store.batch(part, 0)) is part.student.o_proj
+    gate = part.student.parts[0].gate
+    assert part.student.gates() == {"memory": gate}
+    fits = closed.closed_form(part, store, held)
+    assert [fit.what for fit in fits] == ["gates", "output projection"]
+    assert all(fit.taken for fit in fits)
+    with torch.no_grad():
+        left = closed._error(part, held)
+        gate[1:3] = 3.0
+        assert closed._error(part, held) == left == pytest.approx(fits[1].after, rel=1e-3)
