@@ -20,6 +20,7 @@ As decided here:
                  `mismatch repair` trains them (stage `scores`)
     own window   a module's own window W bounds its segment and those before it, as in the teacher. Sinks and slots are
                  read beyond W, which the teacher does not. Between W and the far tokens nothing is read
+    rest         `mean`: what is let go is one key more (`parts/rest.py`; not in the papers)
     sinks        a sink inside the segments that are read is an ordinary token
     padding      pads take no place in a segment and are not kept
     dtype        scores and softmax in float32 at least; keys and values are held as the module makes them
@@ -39,6 +40,7 @@ from typing import Annotated, Any, Literal
 import torch
 from torch import Tensor, nn
 
+from mismatch.errors import SurgeryError
 from mismatch.mechanisms.base import Context, tensor_kind
 from mismatch.mechanisms.parts.calling import cache_in, hidden_in
 from mismatch.mechanisms.parts.far_attention import far_attention
@@ -51,6 +53,7 @@ from mismatch.mechanisms.parts.local_softmax import (
 )
 from mismatch.mechanisms.parts.own_state import OwnState, entry
 from mismatch.mechanisms.parts.projections import AttentionParts
+from mismatch.mechanisms.parts.rest import bytes_of, with_rest
 from mismatch.mechanisms.parts.segments import Grid
 from mismatch.mechanisms.parts.slots import Slots, per_kv_head
 from mismatch.mechanisms.parts.text_by_text import text_by_text
@@ -71,6 +74,9 @@ class KVSlotsConfig:
         "learned"
     )
     """What is worth keeping: a trained net, or a control of the choice."""
+    rest: Literal["none", "mean"] = "none"
+    """What stands for the far tokens without a slot: nothing, or their mean key and value, counted as often as they
+    are."""
 
 
 class KVSlots(AttentionParts):
@@ -89,8 +95,15 @@ class KVSlots(AttentionParts):
     def __init__(self, original: nn.Module, config: KVSlotsConfig, context: Context) -> None:
         """Raises:
         ConfigError: a list of slots that has not one number per kv head.
+        SurgeryError: `rest=mean` in a module with a window of its own.
         """
         super().__init__(original, config, context)
+        if config.rest == "mean" and self.window is not None:
+            raise SurgeryError(
+                f"{context.where}: rest=mean reads all older tokens, and this module reads the last "
+                f"{self.window} only",
+                hint="leave out rest in layers with a window of their own",
+            )
         self.choice = Slots(
             original,
             context,
@@ -120,7 +133,8 @@ class KVSlots(AttentionParts):
         dtype = tensor_kind(self, self.context)["dtype"]
         tokens = config.segment * (config.overlap + 1) - 1 + config.sinks
         near = tokens * 2 * self.n_kv_heads * self.head_dim * dtype.itemsize
-        return near + self.choice.bytes_of(self.head_dim, dtype)
+        sums = bytes_of(self.n_kv_heads, self.head_dim, dtype) if config.rest == "mean" else 0
+        return near + sums + self.choice.bytes_of(self.head_dim, dtype)
 
     @text_by_text
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
@@ -147,6 +161,9 @@ class KVSlots(AttentionParts):
         )
         scores = self.choice.scores(x, k, v, grid)
         kept, held = self.choice.choose(own, earlier, scores, grid, rows)
+        if config.rest == "mean":
+            kept, sums = with_rest(kept, own, earlier, grid, rows, config.sinks)
+            held |= sums
         with torch.autocast(x.device.type, enabled=False):
             heads, _ = local_softmax(
                 grid.place(q)[..., grid.queries, :],

@@ -67,10 +67,17 @@ def reference(mechanism, x: Tensor, embeddings) -> Tensor:
                 sinks=config.sinks, slots=counts[kv],
             )  # fmt: skip
             near = [j for j in near if mechanism.window is None or t - j < mechanism.window]
-            logits = k[kv, far + near] @ q[h, t] * mechanism.scaling
+            whole = max(0, (t // config.segment - config.overlap) * config.segment)
+            gone = [j for j in range(config.sinks, whole) if j not in far]
+            keys, values, times = k[kv, far + near], v[kv, far + near], torch.ones(len(far + near))
+            if config.rest == "mean" and gone:
+                keys = torch.cat([keys, k[kv, gone].mean(0, keepdim=True)])
+                values = torch.cat([values, v[kv, gone].mean(0, keepdim=True)])
+                times = torch.cat([times, torch.tensor([float(len(gone))])])
+            logits = keys @ q[h, t] * mechanism.scaling
             if mechanism.softcap is not None:
                 logits = mechanism.softcap * torch.tanh(logits / mechanism.softcap)
-            heads[h, t] = logits.softmax(0) @ v[kv, far + near]
+            heads[h, t] = (logits + times.to(logits).log()).softmax(0) @ values
     return mechanism.project(heads[None])[0]
 
 

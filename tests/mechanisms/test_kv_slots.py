@@ -10,7 +10,7 @@ from reference_kv_slots import far_target, reference
 from tiny_models import in_chunks, part, positions, swap, tiny, tokens
 from transformers import DynamicCache, StaticCache
 
-from mismatch.errors import SpecError
+from mismatch.errors import SpecError, SurgeryError
 from mismatch.mechanisms.base import Context
 from mismatch.mechanisms.kv_slots import KVSlots, KVSlotsConfig
 from mismatch.models.layout import Layout
@@ -30,6 +30,8 @@ VARIANTS = {
     "recent": {"slots": 5, "slot_score": "recent"},
     "first": {"slots": 5, "slot_score": "first"},
     "random": {"slots": 5, "slot_score": "random"},
+    "rest": {"slots": (5, 0), "rest": "mean", "sinks": 2},
+    "rest alone": {"slots": 0, "slot_score": "first", "rest": "mean", "overlap": 0},
 }
 
 
@@ -177,7 +179,7 @@ def test_gradients_reach_everything_but_the_net():
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_is_neither_counted_nor_kept_nor_read(side, size):
     """Rows at different places of their segments, one shorter than what is read whole."""
-    student = swap(llama(), f"layer1:kv_slots(segment={N}, sinks=2, slots=[3, 6])")
+    student = swap(llama(), f"layer1:kv_slots(segment={N}, sinks=2, slots=[3, 6], rest=mean)")
     spread(part(student))
     pads = (0, 3, N, 26)
     real, mask = tokens(4, LENGTH), torch.zeros(4, LENGTH, dtype=torch.long)
@@ -201,7 +203,9 @@ def test_padding_is_neither_counted_nor_kept_nor_read(side, size):
             torch.testing.assert_close(a[far], b[far], atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("text", ["slots=5", "slots=[0, 5], overlap=2, sinks=3", "slots=0"])
+@pytest.mark.parametrize(
+    "text", ["slots=5", "slots=[0, 5], overlap=2, sinks=3", "slots=0", "slots=[2, 0], rest=mean"]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_state_is_what_is_promised_and_does_not_grow(text, dtype):
     student = swap(tiny("llama").to(dtype), f"layer1:kv_slots(segment={N}, {text})")
@@ -253,6 +257,11 @@ def test_it_is_the_teacher_at_its_limits(family, settings):
     model, ids = llama(family), tokens(2, LENGTH)
     student = swap(model, f"all:kv_slots({settings})").model
     torch.testing.assert_close(student(ids).logits, model(ids).logits, atol=1e-4, rtol=0)
+
+
+def test_rest_in_a_module_with_a_window_of_its_own_is_refused():
+    with pytest.raises(SurgeryError, match="this module reads the last 7 only"):
+        swap(llama("mistral_window"), "layer1:kv_slots(rest=mean)")
 
 
 def test_half_precision_is_the_float32_one_to_rounding():

@@ -31,6 +31,11 @@ def chosen(kv: int, far: int, sinks: int, slots: int) -> list[int]:
     return [j for j in range(sinks, far) if (7 * j + kv) % 3][: max(0, slots - kv)]
 
 
+def stands_for(j: int) -> int:
+    """Of how many tokens a chosen one takes the place."""
+    return 1 + j % 3
+
+
 def inputs():
     return tuple(made(2, heads, 23, D, seed=seed) for seed, heads in enumerate((H, KV, KV)))
 
@@ -48,11 +53,13 @@ def plain(q, k, v, overlap, sinks, slots, window, softcap):
         for t in range(q.shape[1]):
             start = max(0, (t // N - overlap) * N)
             near = [j for j in range(start, t + 1) if window is None or t - j < window]
-            read = [*range(min(sinks, start)), *chosen(kv, start, sinks, slots), *near]
+            picked = chosen(kv, start, sinks, slots)
+            read = [*range(min(sinks, start)), *picked, *near]
             logits = [SCALING * float(q[h, t] @ k[kv, j]) for j in read]
             if softcap is not None:
                 logits = [softcap * math.tanh(logit / softcap) for logit in logits]
-            weights = [math.exp(logit) for logit in logits]
+            times = [stands_for(j) if j in picked else 1 for j in read]
+            weights = [n * math.exp(logit) for n, logit in zip(times, logits, strict=True)]
             lses[h, t] = math.log(sum(weights))
             for weight, j in zip(weights, read, strict=True):
                 heads[h, t] += weight / sum(weights) * v[kv, j]
@@ -63,7 +70,7 @@ def kept(grid, k, v, overlap, sinks, slots):
     """The chosen keys before each segment of the grid, of rows `batch KV pos D` of real tokens."""
     batch, columns = len(k), slots
     found = [torch.zeros(batch, KV, grid.count, columns, D, dtype=k.dtype) for _ in range(2)]
-    valid = torch.zeros(batch, KV, grid.count, columns, dtype=torch.bool)
+    log_count = k.new_full((batch, KV, grid.count, columns), -torch.inf)
     starts = grid.starts("cpu") - overlap * N
     for b in range(batch):
         for kv in range(KV):
@@ -72,8 +79,9 @@ def kept(grid, k, v, overlap, sinks, slots):
                 picked = [j for j in picked if j < k.shape[2]]
                 for into, x in zip(found, (k, v), strict=True):
                     into[b, kv, s, : len(picked)] = x[b, kv, picked]
-                valid[b, kv, s, : len(picked)] = True
-    return Kept(*found, valid)
+                times = torch.tensor([stands_for(j) for j in picked], dtype=k.dtype)
+                log_count[b, kv, s, : len(picked)] = times.log()
+    return Kept(*found, log_count)
 
 
 def fed(q, k, v, real, sizes, overlap, sinks, slots, window, softcap):
@@ -147,13 +155,13 @@ def test_gradients_are_those_of_the_definition():
         made(1, heads, 2, N, D, seed=s).requires_grad_() for s, heads in enumerate((H, KV, KV))
     ]
     before = [made(1, KV, 1, N, D, seed=7 + s).requires_grad_() for s in range(2)]
-    valid = torch.tensor([True, False]).expand(1, KV, 2, 2)
+    log_count = torch.tensor([0.7, -torch.inf], dtype=torch.float64).expand(1, KV, 2, 2)
     more = [made(1, KV, 2, 2, D, seed=9 + s).requires_grad_() for s in range(2)]
 
     def run(q, k, v, ek, ev, kk, kv):
         return local_softmax(
             q, Pair(k, v), grid, scaling=SCALING, earlier=Pair(ek, ev),
-            kept=Kept(kk, kv, valid), softcap=2.0,
+            kept=Kept(kk, kv, log_count), softcap=2.0,
         )  # fmt: skip
 
     assert torch.autograd.gradcheck(run, (*given, *before, *more))

@@ -7,7 +7,9 @@ A query of segment s reads, in one softmax with the module's own scaling and sof
     sinks     the first tokens of the text, once their segment lies behind these
     kept      chosen keys that somebody else found for segment s, by kv head   C keys
 
-    out = sum_j exp(l_j) v_j / sum_j exp(l_j)          lse = log sum_j exp(l_j)          l = cap(scaling q.k)
+    out = sum_j exp(l_j) v_j / sum_j exp(l_j)          lse = log sum_j exp(l_j)          l = cap(scaling q.k) + log n
+
+n is 1, but for a kept key that stands for n tokens.
 
 With lse a mechanism joins another read of the text to this one under a shared normaliser. The module's own sliding
 window bounds own and earlier keys; a sink and a kept key are read beyond it. A sink inside the segments that are read
@@ -39,12 +41,13 @@ class Kept(NamedTuple):
 
     Attributes:
         k, v: `batch KV S C D`.
-        valid: bool `batch KV S C`; the others hold anything finite.
+        log_count: `batch KV S C`, log of how many tokens each stands for; -inf where there is none, which holds
+            anything finite.
     """
 
     k: Tensor
     v: Tensor
-    valid: Tensor
+    log_count: Tensor
 
 
 def local_softmax(
@@ -87,7 +90,7 @@ def local_softmax(
     if kept is not None and kept.k.shape[3]:
         keys.insert(0, kept.k)
         values.insert(0, kept.v)
-        masks.insert(0, kept.valid[:, :, :, None])
+        masks.insert(0, (kept.log_count > -torch.inf)[:, :, :, None])
     wide = torch.promote_types(own.v.dtype, torch.float32)
     k, v = torch.cat(keys, dim=3).to(wide), torch.cat(values, dim=3).to(wide)
     # The query heads of one kv head side by side: `batch KV S group*queries D`.
@@ -96,6 +99,9 @@ def local_softmax(
     logits = (rows.flatten(3, 4) @ k.transpose(-1, -2) * scaling).unflatten(3, (group, queries))
     if softcap is not None:
         logits = torch.tanh(logits / softcap) * softcap
+    if kept is not None:
+        more = kept.log_count.to(wide)[:, :, :, None, None]
+        logits = logits + F.pad(more, (0, logits.shape[-1] - more.shape[-1]))
     logits = logits.masked_fill(~_joined(masks, queries), torch.finfo(wide).min)
     top = logits.detach().amax(-1, keepdim=True)  # every query reads itself: it is finite
     weights = (logits - top).exp()

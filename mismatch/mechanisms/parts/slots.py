@@ -192,9 +192,8 @@ class Slots(nn.Module):
             kept_k, kept_v = (_picked(source, here) for source in sources)
             valid, now = chosen[:, :, : grid.count], grid.after(at)
             last = [*(_picked(x, now) for x in sources), grid.after(chosen)[..., None]]
-        kept = Kept(
-            kept_k[..., :columns, :], kept_v[..., :columns, :], valid[..., :columns] > -torch.inf
-        )
+        log_count = torch.where(valid[..., :columns] > -torch.inf, 0.0, -torch.inf)
+        kept = Kept(kept_k[..., :columns, :], kept_v[..., :columns, :], log_count)
         slot_k, slot_v, slot_score = map(self._tight, last)
         return kept, {
             "slot_k": slot_k,
