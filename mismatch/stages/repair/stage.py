@@ -43,7 +43,7 @@ from mismatch.stages.repair.rows import (
 from mismatch.stages.repair.texts import RepairTexts, read_texts
 from mismatch.stages.repair.trainable import trainable
 from mismatch.stages.repair.trained_controls import TrainedControl
-from mismatch.stages.repair.training_text import training_text
+from mismatch.stages.repair.training_text import readable, training_text
 from mismatch.stages.swapped import calibration_tokens, warned
 from mismatch.surgery.operate import Student
 from mismatch.surgery.students import students_of
@@ -131,6 +131,14 @@ def _run(
         (texts.evaluation, texts.validation),
         state=opened.state("self-generated"),
         stopping=stopping,
+        say=opened.say,
+    )
+    trained_on = readable(
+        config,
+        teacher,
+        trained_on,
+        blocks=parts[-1].layer + 1 + config.window_blocks * ("window" in config.stages),
+        state=opened.state("reading"),
         say=opened.say,
     )
     device = teacher.layout.embedding_device

@@ -1,4 +1,8 @@
-"""What a repair trains on: training text, and text sampled from the teacher; sampled once, and kept."""
+"""What a repair trains on: training text, and text sampled from the teacher; sampled once, and kept.
+
+The teacher runs over all of it once before a layer trains. Where time is limited, no more text is taken than it reads in
+`READING` of that time: a stage with a tenth of the text repairs, one without time does not.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
 
+from mismatch.forward import hooks
 from mismatch.runs.state import State
 from mismatch.stages.repair.config import RepairConfig
 from mismatch.stages.repair.self_generated import Writer
@@ -16,6 +22,7 @@ from mismatch.texts.overlap import repeats
 from mismatch.texts.windows import Windows
 
 SHARE = 0.4  # of the time there is, that sampling may take
+READING = 0.25  # of the time there is, that the teacher's run over the text may take
 
 
 @dataclass(frozen=True)
@@ -120,3 +127,55 @@ def training_text(
         asked=read.asked + own.asked,
     )
     return TrainingText(both, read.tokens, own.tokens, int(known.sum()) * config.seq_len, seconds)
+
+
+@torch.no_grad()
+def readable(
+    config: RepairConfig,
+    teacher: Teacher,
+    found: TrainingText,
+    blocks: int,
+    *,
+    state: State | None,
+    say: Callable[[str], None],
+) -> TrainingText:
+    """As much of the text as the teacher reads in its share of the time: of each kind the share that was asked for;
+    where less was sampled, more of the training text.
+
+    Args:
+        config: the time there is; without a limit all of the text is taken.
+        teacher: reads; a batch is timed.
+        found: the text.
+        blocks: that it runs, at most all there are.
+        state: where the number is kept, so that a resumed repair trains on the same text.
+        say: a line for the user.
+    """
+    if config.max_minutes is None:
+        return found
+    blocks = min(blocks, teacher.layout.n_layers)
+    prints = {"text": found.windows.fingerprint, "minutes": config.max_minutes, "blocks": blocks}
+    kept = None if state is None else state.load(prints)
+    if kept is not None:
+        most = kept[1]["windows"]
+    else:
+        ids = hooks.on_device(teacher.layout, found.windows.ids[: config.batch_size])
+        hooks.run(teacher.layout, ids, stop=blocks)  # what is made on first use is not counted
+        started = time.monotonic()
+        hooks.run(teacher.layout, ids, stop=blocks)
+        each = (time.monotonic() - started) / len(ids)
+        most = max(1, int(READING * 60 * config.max_minutes / each))
+        if state is not None:
+            state.save({}, {"windows": most}, prints)
+    whole = len(found.windows.ids)
+    if most >= whole:
+        return found
+    own = found.generated // config.seq_len
+    read = max(most - own, round(most * (1 - config.self_generated)))
+    read = min(read, whole - own, most)
+    chosen = np.zeros(whole, bool)
+    chosen[:read] = True
+    chosen[whole - own : whole - own + most - read] = True
+    say(f"(the teacher reads {most:,} of {whole:,} windows to train on: for more there is no time)")
+    windows = found.windows.part(chosen)
+    generated = (most - read) * config.seq_len
+    return replace(found, windows=windows, read=windows.tokens - generated, generated=generated)

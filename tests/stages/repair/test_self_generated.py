@@ -262,6 +262,48 @@ def test_none_is_written_when_none_is_asked_for(asked, monkeypatch):
     assert found.lines("sotu") == ["trained on 512 tokens of sotu"]
 
 
+def clock(monkeypatch, seconds):
+    """Each run of the teacher takes so long."""
+    now = [0.0]
+    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+
+    def run(*_args, **_more):
+        now[0] += seconds
+
+    monkeypatch.setattr(module.hooks, "run", run)
+
+
+@pytest.mark.parametrize(
+    "seconds, read, generated",
+    [(0.9, 512, 512), (1.25, 384, 384), (3.0, 128, 192), (999.0, 0, 64)],
+)
+def test_no_more_is_trained_on_than_the_teacher_reads_in_its_share_of_the_time(
+    asked, tmp_path, monkeypatch, seconds, read, generated
+):
+    """Of 16 windows, each of 64 tokens, in a quarter of a minute: all, 12, 5, and one at least."""
+    found = training_text(**asked, state=None)
+    config = dataclasses.replace(asked["config"], max_minutes=1.0, batch_size=1)
+    given = (config, asked["teacher"], found, 2)
+    told: list[str] = []
+    clock(monkeypatch, seconds)
+    less = module.readable(*given, state=State(tmp_path), say=told.append)
+    assert (less.read, less.generated) == (read, generated)
+    assert less.windows.tokens == read + generated
+    assert len(told) == (read + generated < 1024)
+    taken = [row.tolist() for row in less.windows.ids]
+    assert all(row.tolist() in taken for row in found.windows.ids[: read // 64])
+    clock(monkeypatch, 0.001)  # a resumed repair does not ask the clock again
+    again = module.readable(*given, state=State(tmp_path), say=told.append)
+    assert again.windows.fingerprint == less.windows.fingerprint
+
+
+def test_without_a_limit_all_of_the_text_is_taken(asked):
+    found = training_text(**asked, state=None)
+    assert (
+        module.readable(asked["config"], asked["teacher"], found, 2, state=None, say=print) is found
+    )
+
+
 def test_a_repair_trains_on_both(toy_teacher):
     result = mismatch.repair(
         toy_teacher,
