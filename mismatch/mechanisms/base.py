@@ -120,6 +120,7 @@ class Mechanism(nn.Module):
     branch_names: tuple[str, ...] = ()  # paths whose outputs it adds up; see `branches`
     silent: frozenset[str] = frozenset()  # branches that are switched off at this moment
     used_heads: tuple[int, ...] | None = None  # query heads of which the output is used; None: all
+    new_first: bool = False  # its new parameters can give what was replaced: `trains_new_first`
 
     def __init__(self, original: nn.Module, config: Any, context: Context) -> None:
         super().__init__()
@@ -207,6 +208,12 @@ def scored_in(module: nn.Module) -> list[Scored]:
         if isinstance(inner, Scored) and (net := inner.score_net()) is not None:
             found[id(net)] = inner  # the innermost comes last
     return list(found.values())
+
+
+def trains_new_first(module: nn.Module) -> bool:
+    """Whether repair trains the new parameters in a module alone at first, and longest: where they can give what was
+    replaced, inherited weights that had been bent to do without it would have to be bent back."""
+    return any(isinstance(inner, Mechanism) and inner.new_first for inner in module.modules())
 
 
 def innermost(module: nn.Module) -> nn.Module:

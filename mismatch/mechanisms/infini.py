@@ -146,6 +146,8 @@ class Infini(AttentionParts):
             self.own_q, self.own_k = (
                 nn.Parameter(torch.zeros(size, context.d_model, **kind)) for size in sizes
             )
+        # Maps of its own under one denominator can give what the softmax gave of far tokens.
+        self.new_first = self.shared and config.feature_map == "hedgehog"
         if config.memory_position == "far":
             need_rotary(original, context, "turn the memory's queries with (memory_position=far)")
             distance = (config.overlap + 1) * config.segment

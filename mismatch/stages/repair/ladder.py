@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from mismatch.forward.heldout import Evaluated, HeldOut
+from mismatch.mechanisms.base import trains_new_first
 from mismatch.models.layout import Layout
 from mismatch.report.intervals import band
 from mismatch.runs.plan import from_json
@@ -33,7 +34,7 @@ from mismatch.stages.repair.ladder_stages.block_window_kl import (
 )
 from mismatch.stages.repair.ladder_stages.budget import LOOKS, Pace, planned
 from mismatch.stages.repair.ladder_stages.closed_form import closed_form
-from mismatch.stages.repair.ladder_stages.local import LocalLoss, groups
+from mismatch.stages.repair.ladder_stages.local import NEVER, LocalLoss, groups
 from mismatch.stages.repair.ladder_stages.module_pair import ModulePair
 from mismatch.stages.repair.ladder_stages.snapshot import bits, fingerprint, tensor
 from mismatch.stages.repair.ladder_stages.stage_result import StageResult
@@ -100,7 +101,8 @@ class Ladder:
         """On the evaluation text, before the first stage; known behind `begin`."""
         self.best: Evaluated
         """After the stages that were kept."""
-        self.pace = Pace(config, spent)
+        new_first = any(trains_new_first(part.student) for part in self.parts)
+        self.pace = Pace(config, spent, new_first)
 
     # ---- the run --------------------------------------------------------------------------------
 
@@ -192,6 +194,7 @@ class Ladder:
         for index, part in enumerate(self.parts):
             store, held = self.stores([part], [part])
             learning = groups(part, fresh[part.path], self.config.lr, self.config.gate_lr)
+            learning = [group for group in learning if group.joins < NEVER]
             loss = LocalLoss(part, store, held)
             self._train(stage, f"{name}-{index}", learning, loss, seconds)
         return stage

@@ -1,7 +1,7 @@
 """What a repair trains on: training text, and text sampled from the teacher; sampled once, and kept.
 
-The teacher runs over all of it once before a layer trains. Where time is limited, no more text is taken than it reads in
-`READING` of that time: a stage with a tenth of the text repairs, one without time does not.
+The teacher runs over all of it once before a layer trains. Where time is limited, no more text is taken than it reads
+in `READING` of that time: a stage with a tenth of the text repairs, one without time does not.
 """
 
 from __future__ import annotations

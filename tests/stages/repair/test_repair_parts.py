@@ -11,9 +11,12 @@ from torch import nn
 
 import mismatch
 from mismatch.models.layout import Layout
+from mismatch.stages.repair.config import RepairConfig
 from mismatch.stages.repair.ladder_stages import block_window_kl as stream
 from mismatch.stages.repair.ladder_stages import closed_form as closed
+from mismatch.stages.repair.ladder_stages import local
 from mismatch.stages.repair.ladder_stages.activation_store import Store
+from mismatch.stages.repair.ladder_stages.budget import Pace
 from mismatch.stages.repair.ladder_stages.loss import relative_error, weights
 from mismatch.stages.repair.ladder_stages.module_pair import pairs_of, watch
 from mismatch.surgery.operate import Student
@@ -187,3 +190,47 @@ def test_some_heads_are_one_part_whose_gates_and_projection_are_fitted(swapped):
         left = closed._error(part, held)
         gate[1:3] = 3.0
         assert closed._error(part, held) == left == pytest.approx(fits[1].after, rel=1e-3)
+
+
+# ---- what trains first --------------------------------------------------------------------------
+
+FIRST = "infini(segment=8, normalizer=shared, feature_map=hedgehog)"
+
+
+@pytest.mark.parametrize("text", [FIRST, f"parallel({FIRST})"])
+def test_new_parameters_that_can_give_what_was_replaced_train_alone_first(swapped, text):
+    layout, student = swapped(f"layer1:{text}")
+    (part,) = pairs_of(layout, student)
+    fresh = student.plan.clauses[0].new_parameters
+    found = {group.name: group for group in local.groups(part, fresh, 1.0, 7.0)}
+    assert [n for n, group in found.items() if group.joins < local.NEVER] == ["gates", "new"]
+    assert (found["new"].lr, found["gates"].lr) == (2.0, 7.0)
+    names = {name.rpartition(".")[2] for name in found["new"].parameters}
+    assert names >= {"gate_x", "map_q", "map_k", "own_q", "own_k"}
+    assert {"q_proj", "k_proj"} & {n.split(".")[-2] for n in found["queries"].parameters}
+
+
+@pytest.mark.parametrize("text", ["infini(segment=8)", "infini(segment=8, feature_map=learned)"])
+def test_others_train_what_was_inherited_too(swapped, text):
+    layout, student = swapped(f"layer1:{text}")
+    (part,) = pairs_of(layout, student)
+    fresh = student.plan.clauses[0].new_parameters
+    found = local.groups(part, fresh, 1.0, 7.0)
+    assert [group.joins for group in found] == [0.0, 0.0, local.VALUES_JOIN, local.QUERIES_JOIN]
+    assert {group.lr for group in found if group.name != "gates"} == {1.0}
+
+
+def test_the_projection_is_not_fitted_before_they_have_learned(swapped):
+    layout, student = swapped(f"layer1:{FIRST}")
+    (part,) = pairs_of(layout, student)
+    store, held = Store(layout, [part], ids(3)), Store(layout, [part], ids(2))
+    before = {name: tensor.clone() for name, tensor in part.student.state_dict().items()}
+    assert closed.closed_form(part, store, held) == []
+    assert all(torch.equal(before[n], t) for n, t in part.student.state_dict().items())
+
+
+def test_they_have_most_of_the_time_until_the_stages_behind_have_theirs():
+    config = RepairConfig(model="glassllm", swap=("layer1:zero",), max_minutes=1.0)
+    usual, first = Pace(config), Pace(config, new_first=True)
+    assert usual.share("local") < 0.2 * 60 < 0.6 * 60 < first.share("local") < 0.7 * 60
+    assert usual.share("window") == pytest.approx(first.share("window"), rel=1e-2)

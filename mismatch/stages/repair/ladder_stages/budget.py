@@ -14,6 +14,9 @@ from mismatch.stages.repair.ladder_stages.training import Group, no_room
 
 WEIGHTS = {"local": 15, "block": 51, "window": 30.6, "end-to-end": 3.4}
 """How stages that train part the time among those still to come; the closed form takes what it takes."""
+LOCAL_FIRST = 150
+"""In place of the first of them where new parameters train alone at first (`Mechanism.new_first`): little is left for
+the stages behind."""
 TRIAL_STEPS = 2  # timed to plan the others
 LOOKS = 8  # per stage, fewer where a look is dear:
 LOOKING = 0.2  # share of a stage's time that looks may take
@@ -25,10 +28,12 @@ class Pace:
     Args:
         config: the settings; `max_minutes` None is no limit.
         spent: seconds that went by before the first stage and count.
+        new_first: whether new parameters train alone in the stage `local`.
     """
 
-    def __init__(self, config: RepairConfig, spent: float = 0.0) -> None:
+    def __init__(self, config: RepairConfig, spent: float = 0.0, new_first: bool = False) -> None:
         self.config = config
+        self.weights = {**WEIGHTS, "local": LOCAL_FIRST} if new_first else WEIGHTS
         self.began = time.monotonic()
         self.earlier = spent  # of a resumed repair, what its process had spent
         self.idle = 0.0
@@ -55,7 +60,7 @@ class Pace:
     def share(self, name: str) -> float:
         """Seconds that a stage may spend: its part of the time that is left, among the stages from it on."""
         coming = self.config.stages[self.config.stages.index(name) :]
-        return self.left() * WEIGHTS[name] / sum(WEIGHTS[stage] for stage in coming)
+        return self.left() * self.weights[name] / sum(self.weights[stage] for stage in coming)
 
 
 def planned(

@@ -12,7 +12,8 @@ and the map is fitted anew by ridge regression towards the weights it had:
 
 solved as (A + lambda I) W' = B + lambda W_0', A = sum w h h', B = sum w h y', with w_t of `weighing`. lambda is the one
 of a grid that errs least on held-out text of another source; a fit that errs more there than what was there is not
-taken. A mechanism that has a better closed form (DyT's slope, gain and bias) gives it by `refit`.
+taken. A mechanism that has a better closed form (DyT's slope, gain and bias) gives it by `refit`. Where new parameters
+train alone first (`Mechanism.new_first`), the projection stays as it is: it would be fitted to what they are to change.
 
 The sums are float64. Memory: two matrices of the map's width squared.
 """
@@ -28,6 +29,7 @@ from scipy.optimize import lsq_linear
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from mismatch.mechanisms.base import trains_new_first
 from mismatch.stages.repair.ladder_stages.activation_store import Example, Store
 from mismatch.stages.repair.ladder_stages.loss import weights
 from mismatch.stages.repair.ladder_stages.module_pair import ModulePair
@@ -93,7 +95,9 @@ def closed_form(part: ModulePair, store: Store, held: Store) -> list[Fit]:
         before, state = _error(part, held), _copied(part)
         _fit_gates(part, gates, store)
         found.append(_checked(part, held, "gates", before, state))
-    linear = last_linear(part, store.batch(part, 0))
+    linear = None
+    if not trains_new_first(part.student):
+        linear = last_linear(part, store.batch(part, 0))
     if linear is not None:
         found.append(_ridge(part, store, held, linear))
     return found

@@ -3,7 +3,8 @@
 Teacher-forced layerwise distillation (LoLCATs arXiv 2410.10254, MOHAWK arXiv 2408.10189 stage 2): inputs and targets
 come from the store, only the module runs, no model around it. The loss is the relative error of `weighing`. New
 parameters begin; what was inherited for values and output joins next, queries and keys last; gates and decays have
-their own group and rate throughout.
+their own group and rate throughout. Where the new parameters can give what was replaced (`Mechanism.new_first`) they
+train alone here, at twice the rate: nothing inherited has to give way to what they have not learned yet.
 """
 
 from __future__ import annotations
@@ -12,12 +13,15 @@ from collections.abc import Iterable
 
 from torch import Tensor, nn
 
+from mismatch.mechanisms.base import trains_new_first
 from mismatch.stages.repair.ladder_stages.activation_store import Store
 from mismatch.stages.repair.ladder_stages.loss import Loss, relative_error
 from mismatch.stages.repair.ladder_stages.module_pair import ModulePair
 from mismatch.stages.repair.ladder_stages.training import Group
 
 VALUES_JOIN, QUERIES_JOIN = 0.1, 0.2  # shares of the steps
+NEVER = 1.0
+NEW_RATE = 2.0  # of the rate of weights, where nothing else trains
 GATES = ("gate", "alpha", "decay", "mix", "A_log", "dt_bias")
 """Last names of parameters that gate, scale or forget: few numbers, which have far to go."""
 QUERIES = ("q_proj", "k_proj", "q_norm", "k_norm")
@@ -47,12 +51,17 @@ def groups(part: ModulePair, fresh: Iterable[str], rate: float, gate_rate: float
         else:
             kind = "queries" if any(piece in QUERIES for piece in pieces) else "values"
         kinds[kind][f"{part.where}.{name}"] = parameter
-    waiting = bool(kinds["gates"] or kinds["new"])  # with nothing new there is nothing to wait for
+    values, queries = VALUES_JOIN, QUERIES_JOIN
+    if trains_new_first(part.student):
+        values = queries = NEVER
+    elif not (kinds["gates"] or kinds["new"]):  # with nothing new there is nothing to wait for
+        values = queries = 0.0
+    new_rate = NEW_RATE * rate if values == NEVER else rate
     return [
         Group("gates", kinds["gates"], gate_rate),
-        Group("new", kinds["new"], rate),
-        Group("values", kinds["values"], rate, VALUES_JOIN if waiting else 0.0),
-        Group("queries", kinds["queries"], rate, QUERIES_JOIN if waiting else 0.0),
+        Group("new", kinds["new"], new_rate),
+        Group("values", kinds["values"], rate, values),
+        Group("queries", kinds["queries"], rate, queries),
     ]
 
 
