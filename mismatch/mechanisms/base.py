@@ -15,6 +15,7 @@ files do not import one another; what they share is here and in `mismatch.mechan
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -67,7 +68,7 @@ class Context:
         slot: the slot's name, `attn`, `mlp`, `norm1` ...
         n_layers, d_model: of the model.
         model_config: the transformers config of the (text) model.
-        family: the `mismatch.models.layout.Family`, or None where it is not needed.
+        family: the `mismatch.models.families.Family`, or None where it is not needed.
         seed: base of every random draw; draws also depend on layer and slot, never on build order.
         calibration: the calibrator after its pass, or None (always None on the meta device).
         build: `build(call, original) -> Mechanism` for a mechanism that nests another; from
@@ -221,6 +222,31 @@ def innermost(module: nn.Module) -> nn.Module:
     while isinstance(module, Wrapper):
         module = module.original
     return module
+
+
+def has_linear_attention(original: nn.Module) -> bool:
+    """Whether a model's own attention, or that of its block, is a linear one: a state in place of keys and values.
+
+    Such modules of transformers take their cache as `cache_params`, and return no pair.
+    """
+    module = innermost(original)
+    if isinstance(module, Mechanism):
+        return False
+    tried = (module, *(innermost(child) for child in module.children()))
+    return any("cache_params" in inspect.signature(one.forward).parameters for one in tried)
+
+
+def refuse_linear_attention(original: nn.Module, context: Context, why: str) -> None:
+    """Refuse a layer whose attention is a linear one.
+
+    Raises:
+        SurgeryError: it is; `why` goes on after "the attention of this layer is linear".
+    """
+    if context.slot in ("attn", "rope", "block") and has_linear_attention(original):
+        raise SurgeryError(
+            f"{context.where}: the attention of this layer is linear{why}",
+            hint="take a layer of full attention; controls, adapters, MLPs and norms go here, too",
+        )
 
 
 def tensor_kind(original: nn.Module, context: Context) -> dict[str, Any]:

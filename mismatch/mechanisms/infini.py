@@ -204,7 +204,7 @@ class Infini(AttentionParts):
             for name, part in earlier.items():
                 rows[f"near_{name}"] = earlier_after(part, placed[name], grid)
             state.advance(grid.new, x.shape[1], rows | memory | sinks)
-        return self.project(grid.take(heads.to(x.dtype))), None
+        return self.project(grid.take(heads.to(x.dtype)), x), None
 
     def _addresses(self, x: Tensor, q: Tensor, k: Tensor, rotation: Any) -> tuple[Tensor, Tensor]:
         """Queries and keys of the memory, `batch H pos D` and `batch KV pos D`, of those without

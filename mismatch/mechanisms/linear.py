@@ -39,6 +39,7 @@ from mismatch.mechanisms.base import (
     CALIBRATION_TOKENS,
     Context,
     Mechanism,
+    has_linear_attention,
     need_calibration,
     tensor_kind,
 )
@@ -222,6 +223,7 @@ class Linear(Mechanism):
             fit = measured.fit(config.ridge, update=context.slot == "block")
             self._notes = (fit.line("update" if context.slot == "block" else "output"),)
             weight, bias = fit.weight, fit.bias
+        self._keyless = has_linear_attention(original)
         self.weight = nn.Parameter(weight.to(**kind).contiguous())
         self.bias = nn.Parameter(bias.to(**kind))
 
@@ -239,8 +241,8 @@ class Linear(Mechanism):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         x = hidden_in(args, kwargs)
         y = F.linear(x, self.weight, self.bias)
-        if self.context.slot in ("block", *PAIRS):
+        if self.context.slot in ("block", *PAIRS) and not self._keyless:
             count_tokens(cache_in(kwargs, args), self.context.layer, x)
         if self.context.slot == "block":
             return x + y
-        return (y, None) if self.context.slot in PAIRS else y
+        return (y, None) if self.context.slot in PAIRS and not self._keyless else y

@@ -160,7 +160,7 @@ class LinearAttention(AttentionParts):
         if cache is not None:
             held = {"near_k": row.last(k), "near_v": row.last(v)} if self.near else {}
             state.advance(row.new, x.shape[1], held | sinks | memory)
-        return self.project(row.unpack(heads).to(x.dtype)), None
+        return self.project(row.unpack(heads).to(x.dtype), x), None
 
     def _mixed(
         self, q: Tensor, k: Tensor, v: Tensor, sinks: dict[str, Tensor], row: PackedRows,

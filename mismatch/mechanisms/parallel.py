@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from mismatch.errors import SurgeryError
-from mismatch.mechanisms.base import Context, Wrapper, tensor_kind
+from mismatch.mechanisms.base import Context, Wrapper, refuse_linear_attention, tensor_kind
 from mismatch.mechanisms.parts.calling import first_of, with_first
 from mismatch.mechanisms.parts.side_by_side import side_by_side
 
@@ -50,6 +50,9 @@ class Parallel(Wrapper):
         SurgeryError: built outside surgery, which is what builds `inner`.
         """
         super().__init__(original, config, context)
+        refuse_linear_attention(
+            original, context, ", and its state in the cache has no second one beside it"
+        )
         if context.build is None:
             raise SurgeryError(
                 f"`parallel` at {context.where} nests `{config.inner}`, and nothing can build it",

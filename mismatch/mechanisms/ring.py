@@ -91,7 +91,7 @@ class Ring(AttentionParts):
             reads = self._reads(x, cache, mask, facts)
         if cache is not None:
             k, v = cache.update(k, v, self.layer_idx)
-        return self.project(ring_attention(q, k, v, reads)), None
+        return self.project(ring_attention(q, k, v, reads), x), None
 
     def _reads(self, x: Tensor, cache: Any, mask: Tensor | None, facts: TokenFacts) -> Reads:
         """What is read in one process: keys of the cache and of this call."""

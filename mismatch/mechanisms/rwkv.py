@@ -51,7 +51,7 @@ from mismatch.mechanisms.parts.calling import cache_in, hidden_in
 from mismatch.mechanisms.parts.delta_rule import chunked_delta_rule
 from mismatch.mechanisms.parts.linears import dense, matrix
 from mismatch.mechanisms.parts.own_state import OwnState, entry
-from mismatch.mechanisms.parts.projections import SEPARATE, AttentionParts
+from mismatch.mechanisms.parts.projections import NORMS, SEPARATE, AttentionParts
 from mismatch.mechanisms.parts.text_by_text import text_by_text
 from mismatch.mechanisms.parts.token_facts import facts_in
 
@@ -131,6 +131,12 @@ class RWKV(AttentionParts):
     def __init__(self, original: nn.Module, config: RWKVConfig, context: Context) -> None:
         super().__init__(original, config, context)
         fresh = config.init == "fresh"
+        if self.gated and not fresh:
+            raise SurgeryError(
+                f"{context.where}: this attention gates its output, and so does rwkv: how loud both together are is "
+                "not known before they run",
+                hint="rwkv(init=fresh)",
+            )
         loudness = 1.0 if fresh else self._loudness(original)
         kind = tensor_kind(original, context)
         # On the CPU in float32 whatever the model is, so that every device starts the same.
@@ -165,9 +171,9 @@ class RWKV(AttentionParts):
 
     def _drop_projections(self) -> None:
         """Make room for projections of its own, one key and value head per query head."""
-        for name in (*self._inputs, self._output, "q_norm", "k_norm"):
+        for name in (*self._inputs, self._output, *NORMS):
             self._modules.pop(name, None)
-        self._inputs, self._output = SEPARATE
+        self._inputs, self._output, self.gated = *SEPARATE, False
         self.n_kv_heads = self.n_heads
 
     @property
@@ -201,7 +207,7 @@ class RWKV(AttentionParts):
         if cache is not None:
             new = torch.full(x.shape[:1], x.shape[1]) if keep is None else keep.sum(1).cpu()
             state.advance(new, x.shape[1], {"state": matrix, "last": last})
-        return self.project(heads.to(x.dtype) * gate), None
+        return self.project(heads.to(x.dtype) * gate, x), None
 
     def _remember(
         self, r: Tensor, k: Tensor, v: Tensor, decay: Tensor, rate: Tensor,

@@ -32,7 +32,13 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicLayer
 
 from mismatch.errors import SurgeryError
-from mismatch.mechanisms.base import Context, Mechanism, Wrapper, innermost
+from mismatch.mechanisms.base import (
+    Context,
+    Mechanism,
+    Wrapper,
+    innermost,
+    refuse_linear_attention,
+)
 from mismatch.mechanisms.parts.calling import (
     CACHE_NAMES,
     cache_in,
@@ -79,6 +85,7 @@ class SlidingWindow(Wrapper):
         SurgeryError: a mechanism below that reads no mask.
         """
         super().__init__(original, config, context)
+        refuse_linear_attention(original, context, ": it reads no mask of queries and keys")
         attention: Any = innermost(original)
         if isinstance(attention, Mechanism):
             raise SurgeryError(

@@ -1,20 +1,15 @@
-"""Where the modules of a model are, per family, as data.
+"""Where the modules of a loaded model are: its family's paths (`mismatch.models.families`), bound to it.
 
-A `Family` names the paths of one architecture (blocks, attention, MLP, norms, what is added to the stream); a `Layout`
-binds it to a loaded model. Nothing is guessed: an unknown `model_type` is an error that names what was looked for, and
 `mismatch.forward.verify` proves the binding on the loaded model by a forward pass.
-
-Words: `attn_out` and `mlp_out` are what is ADDED to the stream, so in a family that normalises the output of its
-attention (gemma, olmo) they are the outputs of that norm, not of the attention.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mismatch.errors import LayoutError
+from mismatch.models.families import Family, family_of, is_parallel
 
 if TYPE_CHECKING:
     import torch
@@ -25,223 +20,6 @@ if TYPE_CHECKING:
 
 HEADS = "heads"
 """In place of a slot: what the heads of an attention give, which is what enters its output projection."""
-
-LLAMA_PROJECTIONS = {
-    "q_proj": "self_attn.q_proj",
-    "k_proj": "self_attn.k_proj",
-    "v_proj": "self_attn.v_proj",
-    "o_proj": "self_attn.o_proj",
-    "gate_proj": "mlp.gate_proj",
-    "up_proj": "mlp.up_proj",
-    "down_proj": "mlp.down_proj",
-}
-
-
-@dataclass(frozen=True)
-class Family:
-    """One architecture. Paths are relative to the decoder (`blocks`, `final_norm`) or to a block (`slots`)."""
-
-    name: str
-    model_types: tuple[str, ...]
-    slots: Mapping[str, str]
-    attn_out: str
-    """Module of a block whose output is added to the stream after attention."""
-    mlp_out: str
-    resid_mid: str
-    """Module of a block whose input is the stream between attention and MLP."""
-    blocks: str = "layers"
-    embed: str = "embed_tokens"
-    final_norm: str = "norm"
-    head: str = "lm_head"
-    parallel: str | None = None
-    """Config attribute that, when true, means attention and MLP read the same stream: then there is no resid_mid."""
-    lacks: Mapping[str, str] = field(default_factory=dict)
-    """Slots that the family does not have, with the reason."""
-
-    def slot_names(self) -> tuple[str, ...]:
-        """Every slot of a block, `block` and `rope` included, in computation order where there is one."""
-        rope = () if "rope" in self.lacks else ("rope",)
-        return (*self.slots, *rope, "block", "final_norm")
-
-
-def _llama_like(name: str, *model_types: str, **changes: Any) -> Family:
-    facts: dict[str, Any] = {
-        "slots": {
-            "norm1": "input_layernorm",
-            "attn": "self_attn",
-            "norm2": "post_attention_layernorm",
-            "mlp": "mlp",
-            **LLAMA_PROJECTIONS,
-        },
-        "attn_out": "self_attn",
-        "resid_mid": "post_attention_layernorm",
-        "mlp_out": "mlp",
-    }
-    return Family(name, model_types, **(facts | changes))
-
-
-def _olmo_like(name: str) -> Family:
-    return _llama_like(
-        name,
-        name,
-        slots={
-            "attn": "self_attn",
-            "norm1": "post_attention_layernorm",
-            "mlp": "mlp",
-            "norm2": "post_feedforward_layernorm",
-            **LLAMA_PROJECTIONS,
-        },
-        attn_out="post_attention_layernorm",
-        resid_mid="mlp",
-        mlp_out="post_feedforward_layernorm",
-    )
-
-
-_GEMMA_SLOTS = {
-    "norm1": "input_layernorm",
-    "attn": "self_attn",
-    "norm1_post": "post_attention_layernorm",
-    "norm2": "pre_feedforward_layernorm",
-    "mlp": "mlp",
-    "norm2_post": "post_feedforward_layernorm",
-    **LLAMA_PROJECTIONS,
-}
-
-FAMILIES: tuple[Family, ...] = (
-    _llama_like("llama", "llama"),
-    _llama_like("mistral", "mistral"),
-    _llama_like("qwen2", "qwen2"),
-    _llama_like("qwen3", "qwen3"),
-    _llama_like("smollm3", "smollm3"),
-    _llama_like(
-        "phi3",
-        "phi3",
-        slots={
-            "norm1": "input_layernorm",
-            "attn": "self_attn",
-            "norm2": "post_attention_layernorm",
-            "mlp": "mlp",
-            "o_proj": "self_attn.o_proj",
-            "down_proj": "mlp.down_proj",
-        },
-        lacks={
-            "q_proj": "query, key and value are one fused projection",
-            "k_proj": "query, key and value are one fused projection",
-            "v_proj": "query, key and value are one fused projection",
-            "gate_proj": "gate and up are one fused projection",
-            "up_proj": "gate and up are one fused projection",
-        },
-    ),
-    _llama_like(
-        "gemma2",
-        "gemma2",
-        slots=_GEMMA_SLOTS,
-        attn_out="post_attention_layernorm",
-        resid_mid="pre_feedforward_layernorm",
-        mlp_out="post_feedforward_layernorm",
-    ),
-    _llama_like(
-        "gemma3",
-        "gemma3_text",
-        slots=_GEMMA_SLOTS,
-        attn_out="post_attention_layernorm",
-        resid_mid="pre_feedforward_layernorm",
-        mlp_out="post_feedforward_layernorm",
-    ),
-    _olmo_like("olmo2"),
-    _olmo_like("olmo3"),
-    _llama_like(
-        "qwen3_moe",
-        "qwen3_moe",
-        slots={
-            "norm1": "input_layernorm",
-            "attn": "self_attn",
-            "norm2": "post_attention_layernorm",
-            "mlp": "mlp",
-            **{name: path for name, path in LLAMA_PROJECTIONS.items() if "attn" in path},
-        },
-        lacks={
-            "gate_proj": "the MLP is a mixture of experts",
-            "up_proj": "the MLP is a mixture of experts",
-            "down_proj": "the MLP is a mixture of experts",
-        },
-    ),
-    Family(
-        "gpt2",
-        ("gpt2",),
-        slots={
-            "norm1": "ln_1",
-            "attn": "attn",
-            "norm2": "ln_2",
-            "mlp": "mlp",
-            "o_proj": "attn.c_proj",
-        },
-        attn_out="attn",
-        resid_mid="ln_2",
-        mlp_out="mlp",
-        blocks="h",
-        embed="wte",
-        final_norm="ln_f",
-        lacks={
-            "rope": "learned positions",
-            "q_proj": "query, key and value are one fused projection",
-            "k_proj": "query, key and value are one fused projection",
-            "v_proj": "query, key and value are one fused projection",
-        },
-    ),
-    Family(
-        "gpt_neox",
-        ("gpt_neox",),
-        slots={
-            "norm1": "input_layernorm",
-            "attn": "attention",
-            "norm2": "post_attention_layernorm",
-            "mlp": "mlp",
-            "o_proj": "attention.dense",
-        },
-        attn_out="attention",
-        resid_mid="post_attention_layernorm",
-        mlp_out="mlp",
-        embed="embed_in",
-        final_norm="final_layer_norm",
-        parallel="use_parallel_residual",
-        lacks={
-            "q_proj": "query, key and value are one fused projection",
-            "k_proj": "query, key and value are one fused projection",
-            "v_proj": "query, key and value are one fused projection",
-        },
-    ),
-)
-
-
-UNABLE = {
-    "qwen3_5_text": "some of its layers hold a linear attention in place of `self_attn`, the others gate their output",
-    "gemma4_text": "its blocks multiply the stream and add an input of their own to it",
-}
-"""Model types that a `Family` cannot name yet: why not."""
-
-
-def family_of(config: Any) -> Family:
-    """The family of a transformers config.
-
-    Raises:
-        LayoutError: the `model_type` is in no family.
-    """
-    kind = getattr(config, "model_type", None)
-    for family in FAMILIES:
-        if kind in family.model_types:
-            return family
-    known = ", ".join(kind for family in FAMILIES for kind in family.model_types)
-    raise LayoutError(
-        f"model family `{kind}` is not known: "
-        + UNABLE.get(str(kind), "no layout names its blocks, attention, MLP and norms"),
-        hint=f"known families: {known}. A new one is one entry in `mismatch/models/layout.py`",
-    )
-
-
-def is_parallel(family: Family, config: Any) -> bool:
-    """Whether attention and MLP read the same stream (GPT-NeoX), so that `resid_mid` does not exist."""
-    return family.parallel is not None and bool(getattr(config, family.parallel, False))
 
 
 @dataclass(frozen=True)
@@ -263,7 +41,7 @@ class Layout:
         layout = cls(model, family_of(model.config))
         missing = [
             f"block.{path}"
-            for path in dict.fromkeys(layout.family.slots.values())
+            for path in dict.fromkeys(layout.slot_paths(0).values())
             if not _has(layout.blocks[0], path)
         ]
         if missing:
@@ -348,6 +126,25 @@ class Layout:
         cap = getattr(self.config, "final_logit_softcapping", None)
         return logits if cap is None else (logits / cap).tanh() * cap
 
+    def slot_paths(self, layer: int) -> dict[str, str]:
+        """Path in its block of each slot that a layer has."""
+        kind = self._kind(layer)
+        moved, lacks = self.family.elsewhere.get(kind, {}), self.family.lacks_in(self.config, kind)
+        return {
+            slot: moved.get(path, path)
+            for slot, path in self.family.slots.items()
+            if slot not in lacks
+        }
+
+    def site_path(self, layer: int, site: str) -> str:
+        """Path in its block of the module whose output is added to the stream: `attn_out` or `mlp_out`."""
+        path: str = getattr(self.family, site)
+        return self.family.elsewhere.get(self._kind(layer), {}).get(path, path)
+
+    def _kind(self, layer: int) -> str:
+        kinds = getattr(self.config, "layer_types", None) or ()
+        return kinds[layer] if layer < len(kinds) else ""
+
     def slot_path(self, layer: int | None, slot: str) -> str:
         """Dotted path, from the model, of the module in a slot. Of `rope` it is the attention, where positions enter.
 
@@ -360,7 +157,14 @@ class Layout:
         block = f"{decoder}.{self.family.blocks}.{layer}"
         if slot == "block":
             return block
-        inner = self.family.slots.get("attn" if slot == "rope" else slot)
+        assert layer is not None
+        here = self.family.lacks_in(self.config, self._kind(layer))
+        if slot in here:
+            raise LayoutError(
+                f"layer{layer}.{slot}: {self.family.name} has no such slot here ({here[slot]})",
+                hint=f"slots of layer {layer}: {', '.join((*self.slot_paths(layer), 'block'))}",
+            )
+        inner = self.slot_paths(layer).get("attn" if slot == "rope" else slot)
         if inner is None or slot in self.family.lacks:
             reason = self.family.lacks.get(slot)
             raise LayoutError(

@@ -19,7 +19,8 @@ from mismatch import spec
 from mismatch.config import SwapConfig
 from mismatch.errors import UsageError
 from mismatch.forward.measured import measured
-from mismatch.models.layout import Layout, family_of
+from mismatch.models.families import family_of
+from mismatch.models.layout import Layout
 from mismatch.models.load import ModelInfo, load_tokenizer, read_config
 from mismatch.models.resolve import Located
 from mismatch.models.skeleton import skeleton_of

@@ -26,7 +26,8 @@ from mismatch.mechanisms.base import Calibrator, Context, Mechanism, Wrapper
 from mismatch.mechanisms.parts.some_heads import SomeHeads, SomeHeadsConfig
 from mismatch.mechanisms.parts.token_facts import add_token_facts
 from mismatch.mechanisms.parts.user_module import configured
-from mismatch.models.layout import HEADS, Layout, family_of
+from mismatch.models.families import family_of
+from mismatch.models.layout import HEADS, Layout
 from mismatch.models.private import configs_of, private_copy
 from mismatch.models.swap_record import Base, Swap
 from mismatch.runs.plan import Replaced, SwapPlan

@@ -10,7 +10,7 @@ from docs_pages import commands
 
 import mismatch
 from mismatch import errors
-from mismatch.models.layout import FAMILIES
+from mismatch.models.families import FAMILIES
 from mismatch.registry import mechanisms, metrics, probes, stages
 from mismatch.runs.table import COLUMNS
 from mismatch.texts.demo.fetch import SOURCES

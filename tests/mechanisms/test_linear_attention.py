@@ -16,7 +16,7 @@ from mismatch.models.layout import Layout
 from mismatch.models.private import same_memory
 
 LENGTHS = (1, 2, 4, 5, 13, 22)
-OWN = ("mistral_window", "gemma2", "gemma3", "qwen2", "phi3", "olmo3")
+OWN = ("mistral_window", "gemma2", "gemma3", "qwen2", "phi3", "olmo3", "gemma4")
 
 
 @pytest.fixture(params=[4, 64], ids=lambda size: f"chunks-of-{size}")

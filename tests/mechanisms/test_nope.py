@@ -9,7 +9,19 @@ from tiny_models import N_LAYERS, in_chunks, swap, tiny, tokens
 from mismatch.errors import SpecError, SurgeryError
 from mismatch.mechanisms.nope import identity_rotation
 
-ROTARY = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "olmo2", "phi3", "gpt_neox")
+ROTARY = (
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "gemma2",
+    "gemma3",
+    "olmo2",
+    "phi3",
+    "gpt_neox",
+    "qwen3_5",
+    "gemma4",
+)
 
 
 def test_it_is_smollm3_built_without_rotary_in_that_layer():

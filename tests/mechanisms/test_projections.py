@@ -23,7 +23,7 @@ class Rebuilt(AttentionParts):
         mask = i[:, None] >= i
         if self.window is not None:
             mask = mask & (i[:, None] - i < self.window)
-        return self.project(self.attend(q, k, v, mask[None, None])), None
+        return self.project(self.attend(q, k, v, mask[None, None]), x), None
 
 
 def context(layer=0):

@@ -15,7 +15,7 @@ from transformers import StaticCache
 from mismatch.errors import SurgeryError
 from mismatch.mechanisms import sliding_window
 
-OWN_WINDOW = ("mistral_window", "gemma2", "gemma3", "qwen2", "phi3", "olmo3")
+OWN_WINDOW = ("mistral_window", "gemma2", "gemma3", "qwen2", "phi3", "olmo3", "gemma4")
 
 
 def window_mask(length, window, sinks, every=0):

@@ -56,6 +56,24 @@ EXTRA: dict[str, dict[str, Any]] = {
         "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
     },
     "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24},
+    "qwen3_5": {
+        "layer_types": ["full_attention"] * N_LAYERS,  # linear ones are slow: see test_hybrid.py
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 1e4,
+            "partial_rotary_factor": 0.5,
+        },
+    },
+    "gemma4": {
+        "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+        "sliding_window": 9,
+        "global_head_dim": 12,
+        "num_global_key_value_heads": 1,
+        "attention_k_eq_v": True,
+        "hidden_size_per_layer_input": 6,
+        "vocab_size_per_layer_input": VOCAB,
+        "final_logit_softcapping": 20.0,
+    },
     "phi3": {"partial_rotary_factor": 0.5, "sliding_window": 8},
     "smollm3": {"no_rope_layers": [1, 0, 1]},
     "gpt2": {"scale_attn_by_inverse_layer_idx": True, "attn_pdrop": 0.0, "resid_pdrop": 0.0},
@@ -63,7 +81,12 @@ EXTRA: dict[str, dict[str, Any]] = {
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
     },
 }
-MODEL_TYPE = {"gemma3": "gemma3_text", "mistral_window": "mistral"}
+MODEL_TYPE = {
+    "gemma3": "gemma3_text",
+    "gemma4": "gemma4_text",
+    "qwen3_5": "qwen3_5_text",
+    "mistral_window": "mistral",
+}
 FAMILIES = tuple(EXTRA)
 DENSE = tuple(family for family in FAMILIES if "moe" not in family)
 """Families whose MLP is made of linear layers."""
@@ -82,6 +105,9 @@ def tiny(family: str, attn: str = "sdpa", seed: int = 0, **changes: Any) -> nn.M
         for weight in model.parameters():
             if weight.ndim == 1:
                 weight.add_(torch.randn_like(weight) * 0.2)
+        for name, scale in model.named_buffers():
+            if name.endswith("layer_scalar"):  # gemma4
+                scale.add_(torch.randn_like(scale) * 0.2)
     return model
 
 

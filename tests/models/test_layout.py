@@ -9,7 +9,8 @@ import transformers
 
 from mismatch.errors import LayoutError
 from mismatch.forward import verify as probe
-from mismatch.models.layout import FAMILIES, Layout, family_of
+from mismatch.models.families import FAMILIES, family_of
+from mismatch.models.layout import Layout
 
 
 def test_every_family_is_proved_on_a_model(family, tiny):
@@ -45,12 +46,44 @@ def test_unknown_family_says_what_is_known():
 
 
 @pytest.mark.parametrize(
-    ("kind", "why"),
-    [("qwen3_5_text", "hold a linear attention"), ("gemma4_text", "multiply the stream")],
+    ("changes", "why"),
+    [
+        ({"num_kv_shared_layers": 20}, "its last 20 layers read keys and values of earlier ones"),
+        ({"enable_moe_block": True}, "its experts read the stream past the MLP's norm"),
+    ],
 )
-def test_what_no_family_can_name_says_why(kind, why):
-    with pytest.raises(LayoutError, match=f"model family `{kind}` is not known: .*{why}"):
-        family_of(transformers.AutoConfig.for_model(kind))
+def test_a_gemma4_that_cannot_run_block_by_block_says_why(changes, why):
+    with pytest.raises(LayoutError, match=f"family `gemma4` cannot be traced: {why}"):
+        family_of(transformers.AutoConfig.for_model("gemma4_text", **changes))
+
+
+def test_what_a_block_adds_behind_its_mlp_is_counted(tiny):
+    model = tiny("gemma4_text")
+    with torch.no_grad():
+        model.model.layers[1].layer_scalar.mul_(1.5)
+    probe.prove(Layout.of(model))
+    block = model.model.layers[1]
+    block.post_per_layer_input_norm.forward = lambda x: x * 0
+    probe.prove(Layout.of(model))
+    whole = block.forward
+    block.forward = lambda *args, **kwargs: whole(*args, **kwargs) * block.layer_scalar
+    with pytest.raises(LayoutError, match="resid_post of layer 1 is not resid_pre"):
+        probe.prove(Layout.of(model))
+
+
+def test_slots_that_one_layer_lacks(tiny):
+    layout = Layout.of(tiny("qwen3_5_text"))
+    assert layout.slot_path(0, "attn") == "model.layers.0.linear_attn"
+    assert layout.slot_path(1, "attn") == layout.slot_path(1, "rope") == "model.layers.1.self_attn"
+    with pytest.raises(
+        LayoutError, match=r"layer0\.q_proj: qwen3_5 has no such slot here"
+    ) as caught:
+        layout.slot_path(0, "q_proj")
+    assert caught.value.hint.endswith("gate_proj, up_proj, down_proj, block")
+    same = Layout.of(tiny("gemma4_text", attention_k_eq_v=True, num_global_key_value_heads=1))
+    assert same.slot_path(0, "v_proj") == "model.layers.0.self_attn.v_proj"
+    with pytest.raises(LayoutError, match=r"layer1\.v_proj: .*its keys are its values"):
+        same.slot_path(1, "v_proj")
 
 
 def test_slot_that_the_family_lacks(tiny):

@@ -4,6 +4,7 @@
 |---|---|---|
 | attention | keywords `hidden_states attention_mask position_ids past_key_values` ... | 2-tuple |
 | attention, gpt2 and gpt_neox | `hidden_states` positional; gpt_neox: `layer_past` | 2-tuple |
+| linear attention of qwen3_5 | `hidden_states cache_params attention_mask` | Tensor |
 | block | `hidden_states` positional, the rest as for attention | Tensor |
 | block, gpt2 | the cache positional too | Tensor |
 | mlp, norms, projections | one Tensor, positional | Tensor |
@@ -17,7 +18,7 @@ from typing import Any
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-CACHE_NAMES = ("past_key_values", "layer_past")
+CACHE_NAMES = ("past_key_values", "layer_past", "cache_params")
 
 
 def hidden_in(args: tuple, kwargs: dict[str, Any]) -> Tensor:

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from mismatch.mechanisms.base import Context, tensor_kind
 from mismatch.mechanisms.parts.calling import cache_in, hidden_in
 from mismatch.mechanisms.parts.own_state import OwnState, entry
-from mismatch.mechanisms.parts.projections import AttentionParts
+from mismatch.mechanisms.parts.projections import NORMS, AttentionParts
 from mismatch.mechanisms.parts.text_by_text import text_by_text
 from mismatch.mechanisms.parts.token_facts import facts_in
 
@@ -90,7 +90,7 @@ class Mixer(AttentionParts):
         self.inherits: bool = getattr(config, "init", "fresh") == "inherit"
         self.width: int = self.n_heads * self.head_dim if self.inherits else context.d_model
         if not self.inherits:
-            self.drop(*self._inputs, self._output, "q_norm", "k_norm")
+            self.drop(*self._inputs, self._output, *NORMS)
 
     def drop(self, *names: str) -> None:
         """Leave these modules of the attention behind, where it has them."""
@@ -134,7 +134,7 @@ class Mixer(AttentionParts):
         if cache is not None:
             state.advance(new, x.shape[1], rows)
         if self.inherits:
-            y = self.project(y.unflatten(-1, (self.n_heads, self.head_dim)).transpose(1, 2))
+            y = self.project(y.unflatten(-1, (self.n_heads, self.head_dim)).transpose(1, 2), x)
         return y, None
 
     def run(self, columns: Tensor, rows: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:

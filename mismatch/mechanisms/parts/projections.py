@@ -6,7 +6,7 @@ Softmax attention of every supported family is
     q, k    = rotate(q, k, cos/sin)  the family's own rotary embedding (partial; layers without)
     a       = attend(q, k, v, mask)  softmax(cap(scaling q k^T)) v; query head h reads kv head
                                      h // (H / KV)
-    y       = project(a)             output projection
+    y       = project(a, x)          the family's gate of x, where it has one; output projection
 
 and `AttentionParts` takes these modules over from the attention that is replaced, by the attributes that
 it has: the projections and norms stay the original's modules under the original's names, so their
@@ -17,6 +17,8 @@ them and compares it with the original, for every family.
 | modules | families |
 |---|---|
 | `q_proj k_proj v_proj o_proj` | llama mistral qwen2 qwen3 gemma2 gemma3 olmo2 olmo3 smollm3 qwen3_moe |
+| the same; `q_proj`: per head [q, gate] | qwen3_5, in its layers of full attention |
+| the same with `v_norm`; without `v_proj` keys are values, too | gemma4 |
 | `qkv_proj o_proj`: [all q, all k, all v] | phi3 |
 | `query_key_value dense`: per head [q, k, v] | gpt_neox |
 | `c_attn c_proj`: [all q, all k, all v], no rotary | gpt2 |
@@ -24,6 +26,8 @@ them and compares it with the original, for every family.
 
 from __future__ import annotations
 
+import functools
+import inspect
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -33,10 +37,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mismatch.errors import SurgeryError
-from mismatch.mechanisms.base import Context, Mechanism
+from mismatch.mechanisms.base import Context, Mechanism, refuse_linear_attention
 
 # names of the modules that make q, k, v; then the one that makes the output
 SEPARATE = (("q_proj", "k_proj", "v_proj"), "o_proj")
+NORMS = ("q_norm", "k_norm", "v_norm")
 FUSED = {"qkv_proj": "o_proj", "query_key_value": "dense", "c_attn": "c_proj"}
 # These two read their window from the config, for every layer; the others have one per module.
 WINDOW_IN_CONFIG = ("MistralAttention", "Phi3Attention")
@@ -51,6 +56,7 @@ class AttentionParts(Mechanism):
         softcap: of the logits (gemma2), or None.
         window: the module's own sliding window in tokens, or None.
         layer_idx: its entry in the cache.
+        gated: whether `q_proj` also makes a gate of what goes into the output projection.
     """
 
     q_proj: nn.Module
@@ -58,14 +64,18 @@ class AttentionParts(Mechanism):
     v_proj: nn.Module
     q_norm: nn.Module
     k_norm: nn.Module
+    v_norm: nn.Module
 
     def __init__(self, original: nn.Module, config: Any, context: Context) -> None:
         """Raises:
         SurgeryError: `original` is not an attention whose every parameter is known.
         """
         super().__init__(original, config, context)
+        refuse_linear_attention(
+            original, context, ": it has no queries, keys and values to take over"
+        )
         self._inputs, self._output = _named_parts(original, context)
-        for name in (*self._inputs, self._output, "q_norm", "k_norm"):
+        for name in (*self._inputs, self._output, *NORMS):
             if isinstance(getattr(original, name, None), nn.Module):
                 setattr(self, name, getattr(original, name))
         _refuse_unknown(original, self, context)
@@ -75,7 +85,11 @@ class AttentionParts(Mechanism):
         self.head_dim: int = getattr(source, "head_dim", None) or source.head_size
         self.n_heads: int = model.num_attention_heads
         grouped = self._inputs[0] in ("q_proj", "qkv_proj")
-        self.n_kv_heads: int = model.num_key_value_heads if grouped else self.n_heads
+        self.n_kv_heads: int = self.n_heads
+        if grouped:  # a layer may have fewer than its config says (gemma4)
+            self.n_kv_heads = self.n_heads // source.num_key_value_groups
+        doubled = 2 * self.n_heads * self.head_dim
+        self.gated = getattr(getattr(self, "q_proj", None), "out_features", None) == doubled
         self.scaling: float = source.scaling
         # Gemma3 sets the attribute and never uses it.
         capped = type(original).__name__ == "Gemma2Attention"
@@ -102,13 +116,16 @@ class AttentionParts(Mechanism):
         q, k, v = (self._head_split(part) for part in self._projected(x))
         if getattr(self, "q_norm", None) is not None and not self._wide_norm:
             q, k = self.q_norm(q), self.k_norm(k)
+        if getattr(self, "v_norm", None) is not None:
+            v = self.v_norm(v)
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
     def _projected(self, x: Tensor | tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, ...]:
         """q, k, v flat: `batch pos heads*D`."""
         if len(self._inputs) == 3:
             x_q, x_k, x_v = x if isinstance(x, tuple) else (x, x, x)
-            q, k, v = self.q_proj(x_q), self.k_proj(x_k), self.v_proj(x_v)
+            values = getattr(self, "v_proj", self.k_proj)  # gemma4 may have no other
+            q, k, v = self._queries_and_gate(x_q)[0], self.k_proj(x_k), values(x_v)
             # olmo2 normalises over all heads at once, qwen3 and gemma3 each head.
             return (self.q_norm(q), self.k_norm(k), v) if self._wide_norm else (q, k, v)
         if isinstance(x, tuple):
@@ -119,6 +136,14 @@ class AttentionParts(Mechanism):
             return tuple(part.flatten(-2) for part in per_head.unbind(-2))
         kv = self.n_kv_heads * self.head_dim
         return fused.split([self.n_heads * self.head_dim, kv, kv], dim=-1)
+
+    def _queries_and_gate(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Both flat, `batch pos heads*D`."""
+        q = self.q_proj(x)
+        if not self.gated:
+            return q, None
+        q, gate = q.unflatten(-1, (self.n_heads, 2, self.head_dim)).unbind(-2)
+        return q.flatten(-2), gate.flatten(-2)
 
     @property
     def _wide_norm(self) -> bool:
@@ -177,9 +202,30 @@ class AttentionParts(Mechanism):
         """Query heads per kv head."""
         return self.n_heads // self.n_kv_heads
 
-    def project(self, heads: Tensor) -> Tensor:
-        """`batch H pos D` -> `batch pos d_model` through the output projection."""
-        out = getattr(self, self._output)(heads.transpose(1, 2).flatten(-2))
+    def project(self, heads: Tensor, x: Tensor | None = None) -> Tensor:
+        """Through the gate, where there is one, and the output projection.
+
+        Args:
+            heads: `batch H pos D`.
+            x: the attention's input, `batch pos d_model`; needed for a gate, and `q_proj` then runs once more.
+
+        Returns:
+            `batch pos d_model`.
+
+        Raises:
+            SurgeryError: a gate, and no input.
+        """
+        flat = heads.transpose(1, 2).flatten(-2)
+        if self.gated:
+            if x is None:
+                raise SurgeryError(
+                    f"{self.context.where}: `{type(self).__name__}` does not know the gate that this family's q_proj "
+                    "makes of what goes into its output projection"
+                )
+            gate = self._queries_and_gate(x)[1]
+            assert gate is not None
+            flat = flat * torch.sigmoid(gate)
+        out = getattr(self, self._output)(flat)
         return F.dropout(out, self._output_dropout, self.training)
 
 
@@ -211,7 +257,7 @@ def _refuse_unknown(original: nn.Module, parts: nn.Module, context: Context) -> 
             f"{context.where}: {type(original).__name__} has parameters this mechanism would drop: "
             + ", ".join(lost),
             hint="supported: llama mistral qwen2 qwen3 gemma2 gemma3 olmo2 olmo3 phi3 smollm3 gpt2 "
-            "gpt_neox qwen3_moe",
+            "gpt_neox qwen3_moe qwen3_5 gemma4",
         )
     if getattr(original, "is_causal", True) is not True or getattr(
         original, "is_cross_attention", False
@@ -226,4 +272,13 @@ def _rotary(original: nn.Module) -> Callable[..., tuple[Tensor, Tensor]] | None:
     (smollm3)."""
     if not getattr(original, "use_rope", True):
         return None
-    return getattr(sys.modules[type(original).__module__], "apply_rotary_pos_emb", None)
+    found = getattr(sys.modules[type(original).__module__], "apply_rotary_pos_emb", None)
+    if found is not None and "q" not in inspect.signature(found).parameters:
+        return functools.partial(_one_by_one, found)  # gemma4
+    return found
+
+
+def _one_by_one(
+    rotate: Callable[..., Tensor], q: Tensor, k: Tensor, cos: Tensor, sin: Tensor
+) -> tuple[Tensor, Tensor]:
+    return rotate(q, cos, sin), rotate(k, cos, sin)

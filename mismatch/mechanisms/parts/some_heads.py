@@ -80,6 +80,12 @@ class SomeHeads(Mechanism):
         before: SomeHeads | None = original if isinstance(original, SomeHeads) else None
         if before is None:
             facts = AttentionParts(original, None, context)
+            kv = getattr(context.model_config, "num_key_value_heads", None) or facts.n_heads
+            if facts.n_heads * facts.head_dim != context.width or facts.n_kv_heads != kv:
+                raise SurgeryError(
+                    f"{context.where}: the heads of this layer are others than the model's config says",
+                    hint="replace the whole attention of this layer, or heads of another one",
+                )
             self.n_heads, self.head_dim, self.group = facts.n_heads, facts.head_dim, facts.group
             self.rotates, self._output = facts.rotates, facts._output
             host, owner = headless(original, self._output), original

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from mismatch.errors import SurgeryError
-from mismatch.mechanisms.base import Context, Mechanism, tensor_kind
+from mismatch.mechanisms.base import Context, Mechanism, refuse_linear_attention, tensor_kind
 from mismatch.mechanisms.parts.calling import cache_in, hidden_in
 from mismatch.mechanisms.parts.linears import linear_layers, seed_of, width
 from mismatch.mechanisms.parts.own_state import count_tokens
@@ -74,9 +74,12 @@ class Foreign(Mechanism):
 
     def __init__(self, original: nn.Module, config: Arguments, context: Context) -> None:
         """Raises:
-        SurgeryError: the constructor does not take these arguments.
+        SurgeryError: the constructor does not take these arguments; a layer whose attention is a linear one.
         """
         super().__init__(original, config, context)
+        refuse_linear_attention(
+            original, context, ": it is called in another way, and its cache entry counts no tokens"
+        )
         self.module = self._build(original)
         self._takes = frozenset(inspect.signature(self.module.forward).parameters)
         layer = linear_layers(original).get("")

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mismatch.errors import LayoutError
 from mismatch.forward import hooks
 from mismatch.forward.sites import leaving, massive, taps
 from mismatch.mechanisms.parts.calling import first_of, hidden_in, with_first
@@ -133,7 +134,7 @@ def changed(student: Layout, place: Place, change: Callable[[Tensor], Tensor]) -
     """Whatever the student adds at a place, `batch pos d`, is `change` of it."""
     block = student.blocks[place.layer]
     whole = place.site == "resid_post"
-    module = block if whole else block.get_submodule(getattr(student.family, place.site))
+    module = block if whole else block.get_submodule(student.site_path(place.layer, place.site))
 
     def hook(_module: nn.Module, args: tuple, kwargs: dict[str, Any], out: Any) -> Any:
         value = first_of(out)
@@ -184,7 +185,7 @@ def _projection(layout: Layout, place: Place) -> nn.Module | None:
         return None
     try:
         return layout.model.get_submodule(layout.slot_path(place.layer, "o_proj"))
-    except AttributeError:
+    except (AttributeError, LayoutError):  # a linear attention has none
         return None
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from mismatch import registry, spec
-from mismatch.errors import SurgeryError
+from mismatch.errors import LayoutError, SurgeryError
 from mismatch.models.layout import Layout
 from mismatch.spec import Call, Placement, Template
 from mismatch.surgery import operate as surgery
@@ -112,15 +112,15 @@ def refused(cells: Sequence[Cell], skeleton: Layout) -> dict[Cell, str]:
     """The cells that cannot be built in this model, with the reason; built on the meta device.
 
     Raises:
-        SurgeryError: of a mechanism that cannot be built in any layer.
+        LayoutError, SurgeryError: of a mechanism that has no slot, or cannot be built, in any layer.
     """
     bench = surgery.blank(skeleton)
-    errors: dict[Cell, SurgeryError] = {}
+    errors: dict[Cell, LayoutError | SurgeryError] = {}
     for cell in cells:
         try:
             with surgery.holding(bench, cell.placements):
                 pass
-        except SurgeryError as error:
+        except (LayoutError, SurgeryError) as error:
             errors[cell] = error
     for name in {cell.name for cell in errors}:
         mine = [cell for cell in cells if cell.name == name]

@@ -291,6 +291,21 @@ def test_a_mechanism_that_some_layers_of_a_family_cannot_hold(tiny):
     ]
 
 
+def test_layers_of_a_linear_attention_are_scanned_by_what_they_can_hold(tiny):
+    """qwen3_5 holds a linear attention in layers 0 and 2; controls go there, too."""
+    layout = Layout.of(tiny("qwen3_5_text"))
+    every = cells(columns(spec.templates("nope; infini(segment=8); zero"), ()), (0, 1, 2), layout)
+    not_here = refused(every, skeleton_of(layout))
+    names = ["nope", "infini(segment=8)"]
+    assert {(c.name, c.layer) for c in not_here} == {(n, layer) for n in names for layer in (0, 2)}
+    notes = Prepared((), every, not_here, (), {}, None, None, None, 3).notes()
+    assert [note.split(":")[0] for note in notes] == [
+        f"{name} is not applicable in layers 0, 2" for name in names
+    ]
+    _, table, _ = scanned(tiny("qwen3_5_text"), "zero", ())
+    assert (table[table["metric"] == "kl"].groupby("layer")["value"].max() > 0).all()
+
+
 def test_a_stream_that_is_changed_in_place_is_found(tiny, broken):
     class Adds(Broken):
         def forward(self, hidden_states, *args, **kwargs):
