@@ -187,7 +187,7 @@ class KVSlots(AttentionParts):
                 "sink_v": sinks.v,
             }
             state.advance(grid.new, length, near | held)
-        return self.project(grid.take(heads.to(x.dtype))), None
+        return self.project(grid.take(heads.to(x.dtype)), x), None
 
     def score_net(self) -> nn.Module | None:
         """The net of learned scores, which the stage `scores` trains: `... d_model` -> `... KV` logits; None without

@@ -27,6 +27,15 @@ LLAMA_PROJECTIONS = {
 }
 
 
+# By name, so that a family can be pickled.
+def _lacks_nothing(_config: Any, _kind: str) -> Mapping[str, str]:
+    return {}
+
+
+def _able(_config: Any) -> str | None:
+    return None
+
+
 @dataclass(frozen=True)
 class Family:
     """One architecture. Paths are relative to the decoder (`blocks`, `final_norm`) or to a block (`slots`)."""
@@ -49,13 +58,13 @@ class Family:
     """Slots that the family does not have, with the reason."""
     elsewhere: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     """By the config's `layer_types`: paths that differ in layers of that type."""
-    lacks_in: Callable[[Any, str], Mapping[str, str]] = lambda config, kind: {}
+    lacks_in: Callable[[Any, str], Mapping[str, str]] = _lacks_nothing
     """By config and one of its `layer_types`: slots that layers of that type do not have, with the reason."""
     also_adds: str | None = None
     """Module of a block, where this model has it, whose output is added to the stream behind the MLP; it is no site."""
     scale: str | None = None
     """Buffer of a block that the stream leaving it is multiplied by, behind every sum."""
-    unable: Callable[[Any], str | None] = lambda config: None
+    unable: Callable[[Any], str | None] = _able
     """Why a model of this config cannot be run block by block; None: it can."""
 
     def slot_names(self) -> tuple[str, ...]:

@@ -90,12 +90,12 @@ class Layout:
     @property
     def n_kv_heads(self) -> int:
         """Kv heads of an attention; a family without groups has as many as query heads."""
-        return getattr(self.config, "num_key_value_heads", None) or self.n_heads
+        return of_all_layers(self.config, "num_key_value_heads") or self.n_heads
 
     @property
     def heads_width(self) -> int:
         """Width of what enters the output projection of an attention: all query heads, flat."""
-        own = getattr(self.config, "head_dim", None) or self.d_model // self.n_heads
+        own = of_all_layers(self.config, "head_dim") or self.d_model // self.n_heads
         return self.n_heads * own
 
     @property
@@ -186,6 +186,13 @@ class Layout:
                 + ", ".join(name for name, _ in self.decoder.named_children())
             )
         return self.decoder.get_submodule(path)
+
+
+def of_all_layers(config: Any, name: str) -> Any:
+    """What a config says of the whole model, None where it says nothing; single layers may differ (gemma4)."""
+    if getattr(config, "model_type", None) == "gemma4_text":
+        return config.to_dict().get(name)  # the attribute raises where layers differ
+    return getattr(config, name, None)
 
 
 def _has(module: nn.Module, path: str) -> bool:

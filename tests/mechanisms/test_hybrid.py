@@ -108,6 +108,21 @@ def test_what_needs_keys_and_values_is_refused_before_weights(name):
     assert "full attention" in got.value.hint
 
 
+def test_heads_of_a_layer_that_has_others_than_the_config_says_are_refused():
+    """gemma4: layer 0 has heads of 12 channels and one kv head, layer 1 is as the config says."""
+    with pytest.raises(SurgeryError, match=r"layer0\.attn: the heads of this layer are others"):
+        swap(tiny("gemma4"), "layer0.heads[0]:zero")
+    model, ids = tiny("gemma4"), tokens(2, 10)
+    same = swap(model, "layer1.heads[0]:identity").model(ids).logits
+    torch.testing.assert_close(same, model(ids).logits, atol=1e-5, rtol=0)
+
+
+def test_heads_behind_a_gate_are_those_of_the_model():
+    model, ids = tiny("qwen3_5"), tokens(2, 10)
+    same = swap(model, "layer1.heads[0,2]:infini(segment=16, first_segment=local)").model(ids)
+    torch.testing.assert_close(same.logits, model(ids).logits, atol=1e-5, rtol=0)
+
+
 def test_two_paths_around_its_block_are_refused(teacher):
     with pytest.raises(SurgeryError, match=r"layer0\.block: the attention of this layer is linear"):
         swap(teacher, "layer0.block:parallel(zero)")

@@ -56,6 +56,7 @@ class AttentionParts(Mechanism):
         softcap: of the logits (gemma2), or None.
         window: the module's own sliding window in tokens, or None.
         layer_idx: its entry in the cache.
+        grouped: whether several query heads may read one kv head.
         gated: whether `q_proj` also makes a gate of what goes into the output projection.
     """
 
@@ -84,9 +85,9 @@ class AttentionParts(Mechanism):
         self.layer_idx: int = source.layer_idx
         self.head_dim: int = getattr(source, "head_dim", None) or source.head_size
         self.n_heads: int = model.num_attention_heads
-        grouped = self._inputs[0] in ("q_proj", "qkv_proj")
+        self.grouped = self._inputs[0] in ("q_proj", "qkv_proj")
         self.n_kv_heads: int = self.n_heads
-        if grouped:  # a layer may have fewer than its config says (gemma4)
+        if self.grouped:  # a layer may have fewer than its config says (gemma4)
             self.n_kv_heads = self.n_heads // source.num_key_value_groups
         doubled = 2 * self.n_heads * self.head_dim
         self.gated = getattr(getattr(self, "q_proj", None), "out_features", None) == doubled

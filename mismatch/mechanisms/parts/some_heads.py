@@ -31,6 +31,7 @@ from mismatch.mechanisms.parts.calling import first_of
 from mismatch.mechanisms.parts.linears import grafted
 from mismatch.mechanisms.parts.projections import AttentionParts
 from mismatch.mechanisms.parts.side_by_side import SomeKVHeads, side_by_side
+from mismatch.models.layout import of_all_layers
 from mismatch.spec.heads import said
 
 if TYPE_CHECKING:
@@ -80,8 +81,11 @@ class SomeHeads(Mechanism):
         before: SomeHeads | None = original if isinstance(original, SomeHeads) else None
         if before is None:
             facts = AttentionParts(original, None, context)
-            kv = getattr(context.model_config, "num_key_value_heads", None) or facts.n_heads
-            if facts.n_heads * facts.head_dim != context.width or facts.n_kv_heads != kv:
+            own = {"head_dim": facts.head_dim, "num_key_value_heads": facts.n_kv_heads}
+            if facts.grouped and any(
+                of_all_layers(context.model_config, name) not in (None, value)
+                for name, value in own.items()
+            ):  # gemma4
                 raise SurgeryError(
                     f"{context.where}: the heads of this layer are others than the model's config says",
                     hint="replace the whole attention of this layer, or heads of another one",
