@@ -26,7 +26,10 @@ import mismatch
 from mismatch.stages.scan.words import can_do, carrier, scan_verdict
 
 SWAP = "infini(segment=64); nope; sliding_window(64); sliding_window(64, 1)"
-SIZES = {"tokens": 1536, "seq_len": 192, "samples": 8, "length": 256, "batch_size": 8}
+SIZES = {
+    "tokens": 1536, "seq_len": 192, "samples": 8, "length": 256, "batch_size": 8,
+    "tasks": ("text", "induction", "passkey"),
+}  # fmt: skip
 HERE = Path(__file__).resolve().parent.parent / "figures" / "scan_atlas"
 
 

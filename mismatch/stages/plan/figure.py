@@ -130,7 +130,7 @@ def _dots(ax: Axes, data: pd.DataFrame, panel: Panel) -> None:
     ax.set_ylim(len(names) - 0.5, -0.5)
     ax.grid(axis="x", lw=0.3, color="#dddddd")
     ax.set_axisbelow(True)
-    short = {"text": "KL", "induction": "induction lost", "passkey": "passkey lost"}[panel.task]
+    short = "KL" if panel.task == "text" else f"{panel.task} lost"
     ax.set_title(short, fontweight="bold")
     ax.set_xlabel(panel.unit)
 

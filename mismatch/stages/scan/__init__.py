@@ -2,7 +2,7 @@
 
 config.py     its settings
 cells.py      layers x mechanisms: the cells, and which of them cannot be built
-tasks.py      what each cell is asked: text, repeated tokens, a passkey
+tasks.py      what each cell is asked: text, repeated tokens, a passkey, needles, a list
 prepared.py   what is worked out before weights are loaded: cells, tasks, text, time
 sweep.py      one batch: the teacher once, then each cell from its block on
 sums.py       what is kept of a cell, and the rows of the table made of it

@@ -21,7 +21,7 @@ from mismatch.config import (
 from mismatch.errors import ConfigError
 from mismatch.registry import did_you_mean
 
-TASKS = ("text", "induction", "passkey")
+TASKS = ("text", "induction", "passkey", "needles", "kv_lookup")
 """The tasks of each cell, in this order: see `mismatch.stages.scan.tasks`."""
 
 
@@ -38,11 +38,12 @@ class SweepConfig(CalibratedConfig, ScoredConfig):
     scored: Annotated[float, "0.001..1"] = 0.3
     """Share of the evaluation tokens whose predictions are compared, for the head is costly. A trace compares all."""
     samples: Annotated[int, ">= 2"] = 8
-    """Sequences of induction, prompts of passkey. With fewer than 8 the intervals are too narrow."""
+    """Sequences of induction, prompts of passkey, needles and kv_lookup. With fewer than 8 the intervals are too
+    narrow."""
     length: Annotated[int, ">= 1"] = 256
-    """Tokens of a passkey prompt."""
+    """Tokens of a prompt of passkey, needles and kv_lookup."""
     depth: Annotated[float, "0..1"] = 0.1
-    """Where the passkey stands: 0 is the start of the prompt, 1 its end."""
+    """Where the passkey, or the needle that is asked for, stands: 0 is the start of the prompt, 1 its end."""
 
     def fitted(self, context: int | None) -> Self:
         made = super().fitted(context)
@@ -74,7 +75,7 @@ class ScanConfig(SweepConfig):
     among: str = "all"
     """Layers to go through: all, or ranges such as 0-9, 0,4,8, 0-last/2."""
     tasks: tuple[str, ...] | None = None
-    """Tasks of each cell: text, induction, passkey. All that this model can do when not given."""
+    """Tasks of each cell: text, induction, passkey, needles, kv_lookup. All that this model can do when not given."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,8 +1,8 @@
 """What each replaced layer costs on each task, larger is worse: the numbers of the atlas, of its table and its words.
 
-Text is read as KL, a distance. On repeated tokens and on a passkey the right token is known, so what is read is what
-it lost: nats per token of the second copy, nats per key. That has a sign: a layer whose loss helps is on the other
-side.
+Text is read as KL, a distance. On repeated tokens, a passkey, needles and lists the right token is known, so what is
+read is what it lost: nats per token of the second copy, nats per key, nats per answer token. That has a sign: a layer whose
+loss helps is on the other side.
 """
 
 from __future__ import annotations
@@ -41,6 +41,14 @@ PANELS = (
     Panel(
         "passkey", "passkey", "logprob_minus_teacher", -1,
         "Retrieval: what the passkey lost", "nats per key", True,
+    ),
+    Panel(
+        "needles", "needles", "logprob_minus_teacher", -1,
+        "Needles: what facts in real text lost", "nats per answer token", True,
+    ),
+    Panel(
+        "kv_lookup", "kv_lookup", "logprob_minus_teacher", -1,
+        "Look-up: what pairs of a list lost", "nats per answer token", True,
     ),
 )  # fmt: skip
 

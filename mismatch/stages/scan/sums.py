@@ -3,7 +3,8 @@
 Rows of the table, stage `scan`: `student` is the mechanism, `layer` the one it was put into (empty for a swap of
 several), `site` is logits. Text is `kl`, `nll`, `top1` as in a trace. A task's metric is its own name, with stats
 
-    nll_second, logprob        what the student reads: nats per token of the second copy, per key
+    nll_second, logprob        what the student reads: nats per token of the second copy; per key of the passkey, per
+                               digit of needles and kv_lookup
     ..._minus_teacher          the same minus the teacher's, on the same tokens
     kl, disagree               KL and top-1 disagreement on the scored predictions
     X_minus_C                  the paired difference of X to the control C in the same layer
@@ -135,7 +136,7 @@ class Sums:
         lost = self.part(cell, task, "nll").per_document(column)
         if minus is not None:
             lost -= self.part(minus, task, "nll").per_document(column)
-        sign = -1 if task.summed else 1
+        sign = -1 if task.reading == "logprob" else 1
         signed = replace(lost, sums=sign * lost.sums, positive=False)
         return self._reading(stat, signed, task)
 

@@ -5,9 +5,11 @@
 | `text` | windows of held-out text | a seeded share of all | document, or block of windows |
 | `induction` | random tokens, twice (`mismatch.probes.induction`) | the second copy | sequence |
 | `passkey` | a key hidden in filler, asked for (`mismatch.probes.passkey`) | the key's digits | prompt |
+| `needles` | sentences hidden in held-out text, one asked for (`mismatch.probes.needles`) | the value's digits | prompt |
+| `kv_lookup` | a list of pairs, one asked for (`mismatch.probes.kv_lookup`) | the value's digits | prompt |
 
-All three are one thing: a number per scored prediction, so one pass serves them. Text is read as KL, the other two as
-what the right token lost: on them it is known what the right token is.
+All are one thing: a number per scored prediction, so one pass serves them. Text is read as KL, the others as what the
+right token lost: on them it is known what the right token is.
 """
 
 from __future__ import annotations
@@ -23,10 +25,12 @@ import torch
 from mismatch.errors import UsageError
 from mismatch.metrics.sums.per_document import Units
 from mismatch.probes.base import Setting
-from mismatch.probes.inputs import passkeys, plain_tokens, repeated
+from mismatch.probes.inputs import Prompts, passkeys, plain_tokens, repeated
+from mismatch.probes.retrieval_prompts import lookups, needles
 from mismatch.runs.intervals import SAMPLES
 from mismatch.stages.scan.config import TASKS, SweepConfig
 from mismatch.texts.windows import Windows, prefix_ids
+from mismatch.texts.wordings import EVALUATION
 
 DIGITS = 5
 """Of a passkey, as in `mismatch.probes.passkey`."""
@@ -43,7 +47,8 @@ class Task:
         docs: int64 `rows`: the unit of each row; intervals are over them.
         reading: how the table calls the log-loss of the right tokens; "" for text.
         summed: it is summed over the predictions of a row (nats per key), not averaged (nats per token).
-        chance: the log-loss of a model that knows nothing: all tokens alike; None: text, of which that is not asked.
+        chance: the log-loss of a model that knows nothing: all tokens alike, or all digits where only digits can follow;
+            None: text, of which that is not asked.
         units: what `docs` numbers.
     """
 
@@ -109,7 +114,7 @@ def tasks(
     Raises:
         UsageError: a task that was named cannot be asked.
     """
-    setting = _setting(config, tokenizer, model_config)
+    setting = _setting(config, cut, tokenizer, model_config)
     made: list[Task] = []
     left_out: dict[str, str] = {}
     for name in names or TASKS:
@@ -134,11 +139,14 @@ def _task(name: str, config: SweepConfig, cut: Windows | None, setting: Setting)
         chance = math.log(len(setting.words))
         return Task("induction", ids, asked, np.arange(len(ids)), "nll_second", chance=chance)
     if config.length > (setting.context or config.length):
+        what = "passkey prompt" if name == "passkey" else f"prompt of {name}"
         raise UsageError(
-            f"a passkey prompt of {config.length} tokens is longer than the context of "
+            f"a {what} of {config.length} tokens is longer than the context of "
             f"{setting.model}: {setting.context} tokens",
             hint="take a shorter --length, or leave the task out: --tasks text,induction",
         )
+    if name != "passkey":
+        return _looked_up(name, config, setting)
     # The keys of the probe of that name, which draws as many again for its floor.
     numbers = setting.draw("passkey").choice(
         9 * 10 ** (DIGITS - 1), 2 * config.samples, replace=False
@@ -149,16 +157,42 @@ def _task(name: str, config: SweepConfig, cut: Windows | None, setting: Setting)
     except UsageError as error:
         hint = (error.hint or "").replace("--lengths", "--length").replace("probe", "task")
         raise UsageError(error.message, hint=hint or None) from error
-    asked = np.roll(prompts.scored, -1, axis=1)
+    asked = _asked(prompts)
     chance = float(asked.sum() / len(asked)) * math.log(len(setting.words))
     return Task("passkey", prompts.ids, asked, np.arange(len(keys)), "logprob", True, chance)
 
 
-def _setting(config: SweepConfig, tokenizer: Any, model_config: Any) -> Setting:
+def _looked_up(name: str, config: SweepConfig, setting: Setting) -> Task:
+    """The prompts of the probes `needles` and `kv_lookup`, nats per answer token."""
+    try:
+        if name == "needles":
+            prompts = needles(setting, EVALUATION, name, length=config.length, depth=config.depth)
+        else:
+            prompts = lookups(setting, EVALUATION, name, length=config.length)
+    except UsageError as error:
+        raise UsageError(
+            error.message,
+            hint="take another --length, or leave the task out: --tasks text,induction",
+        ) from error
+    # What knows nothing of the text still knows that a digit follows.
+    return Task(
+        name, prompts.ids, _asked(prompts), np.arange(len(prompts.ids)), "logprob",
+        chance=math.log(10),
+    )  # fmt: skip
+
+
+def _asked(prompts: Prompts) -> np.ndarray:
+    """Where the predictions of the scored tokens are made."""
+    return np.roll(prompts.scored, -1, axis=1)
+
+
+def _setting(
+    config: SweepConfig, cut: Windows | None, tokenizer: Any, model_config: Any
+) -> Setting:
     """What the probes' own inputs are made from."""
     return Setting(
         words=plain_tokens(model_config.vocab_size, tokenizer),
-        text=np.zeros((0, config.seq_len), np.int64),
+        text=np.zeros((0, config.seq_len), np.int64) if cut is None else cut.ids,
         docs=np.zeros(0, np.int64),
         tokenizer=tokenizer,
         opening=() if tokenizer is None else prefix_ids(tokenizer),

@@ -125,7 +125,7 @@ def test_two_spellings_of_one_scan_have_one_fingerprint():
         ),
         (
             {"tasks": ("txt",)},
-            "unknown task `txt`\n\nhint: did you mean `text`? available: induction, passkey, text",
+            "unknown task `txt`\n\nhint: did you mean `text`? available: induction, kv_lookup, needles, passkey, text",
         ),
         ({"tasks": ("text", "text")}, "the task `text` is named twice"),
         ({"tasks": ()}, "`tasks` is empty\n\nhint: leave it out for all of them"),

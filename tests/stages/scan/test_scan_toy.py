@@ -83,9 +83,9 @@ def test_the_result(scanned):
     assert set(cells["student"]) == {"infini(segment=16)", "nope", "mean", "zero"}
     assert (cells["kind"] != "missing").all()
     text = scanned.words()
-    assert text.startswith(
-        "Text: output KL, nats per token\n  infini(segment=16)\n    worst layers  "
-    )
+    assert text.startswith("warning: needles is left out: a prompt of needles of 120 tokens has no")
+    assert "warning: kv_lookup is left out: 12 pairs do not fit into a prompt of" in text
+    assert "\nText: output KL, nats per token\n  infini(segment=16)\n    worst layers  " in text
     assert "against zero: " in text
     assert len(scanned.atlas().axes) == 6
     assert scanned.run.manifest["work"]["forwards_of_blocks"] == 1 + 4 * (4 + 3 + 2 + 1) / 4
@@ -99,7 +99,8 @@ def test_what_the_model_cannot_be_asked(toy, texts):
         "passkey is left out: a passkey prompt of 200 tokens is longer than the context of a loaded "
         "model: 128 tokens"
     )
-    assert left.plan.notes == (note,)
+    assert left.plan.notes[0] == note and len(left.plan.notes) == 3
+    assert "needles is left out: a prompt of needles of 200 tokens is longer" in left.plan.notes[1]
     assert read_back(left.plan) == left.plan
     assert f"warning: {note}" in left.summary()
     with pytest.raises(UsageError, match="take a shorter --length, or leave the task out"):
