@@ -45,18 +45,21 @@ Not in the paper, and off by default. In layer 12 of SmolLM2 all but the sink ar
                   s_j the scores of A_dot, log c = gate + gate_x h, one number per query head and
                   token, gate_x 0 at first. While the memory is empty A = A_dot. Sinks are not
                   written to the memory: under one denominator they would count twice
+    slots         exact keys and values of the far tokens of highest score stand in the softmax of
+                  A_dot, by kv head (`parts/slots.py`). The memory holds these tokens all the same
+    slot_score    recall_error: || v - sigma(k) M / (sigma(k) z) ||, the memory as it is before the
+                  token's segment is written: what it cannot say of a token yet (the self-recall
+                  error of LoLA, arXiv 2505.23666, which takes such tokens out of the memory)
     memory_       far: the memory's queries are turned by the rotation of (overlap + 1) segments, by
     position      this layer's own frequencies: every key of the memory is read as at that distance
 
 Inherited: every projection, bias and query/key norm. New: H gates (and gate_x, the learned maps,
-C_q and C_k). Dropped: nothing.
+C_q and C_k, the net of learned scores). Dropped: nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import torch
@@ -65,9 +68,18 @@ from torch import Tensor, nn
 
 from mismatch.mechanisms.base import Context, tensor_kind
 from mismatch.mechanisms.parts.calling import cache_in, hidden_in
-from mismatch.mechanisms.parts.compressive import EMPTY, delta, linear, retrieve, weigh
+from mismatch.mechanisms.parts.choosing import Choosing
+from mismatch.mechanisms.parts.compressive import (
+    delta,
+    joint_share,
+    linear,
+    not_written,
+    retrieve,
+    weigh,
+)
 from mismatch.mechanisms.parts.feature_maps import elu_plus_one, signed_softmax
 from mismatch.mechanisms.parts.local_softmax import (
+    Kept,
     Pair,
     earlier_after,
     earlier_before,
@@ -75,9 +87,10 @@ from mismatch.mechanisms.parts.local_softmax import (
     local_softmax,
 )
 from mismatch.mechanisms.parts.own_state import OwnState, entry
-from mismatch.mechanisms.parts.projections import AttentionParts
 from mismatch.mechanisms.parts.rotary import FixedTurn, need_rotary
+from mismatch.mechanisms.parts.segment_attention import segment_attention
 from mismatch.mechanisms.parts.segments import Grid
+from mismatch.mechanisms.parts.slots import UNTRAINED, Slots, per_kv_head, rounded
 from mismatch.mechanisms.parts.text_by_text import text_by_text
 from mismatch.mechanisms.parts.token_facts import facts_in
 
@@ -104,12 +117,18 @@ class InfiniConfig:
     """Segments before its own that local attention reads too; the memory holds what is older."""
     normalizer: Literal["gate", "shared"] = "gate"
     """How both reads are joined: by the gate (eq. 10), or as one sum under one denominator."""
+    slots: Annotated[int | tuple[int, ...], ">= 0"] = 0
+    """Far tokens whose exact keys and values a kv head keeps: one number for all heads, or one for each."""
+    slot_score: Literal[
+        "learned", "recall_error", "value_norm", "key_norm", "recent", "random", "first"
+    ] = "learned"
+    """What is worth keeping: a trained net, what the memory recalls badly, or a control of the choice."""
     memory_position: Literal["none", "far"] = "none"
     """Queries of the memory without position (the paper), or turned as for keys overlap + 1
     segments away."""
 
 
-class Infini(AttentionParts):
+class Infini(Choosing):
     """Infini-attention over the projections of the attention it replaces."""
 
     Config = InfiniConfig
@@ -122,7 +141,7 @@ class Infini(AttentionParts):
     state = (
         "per row and kv head one matrix (features x D) and one vector (features) in float32, "
         "whatever the length; keys, values and keys without position of at most segment - 1 "
-        "tokens, and of `overlap` segments; the sinks' keys and values"
+        "tokens, and of `overlap` segments; keys and values of the sinks and slots, and scores"
     )
     source = "arXiv 2404.07143v2, section 2, eq. 6-10; hedgehog: arXiv 2402.04347"
     branch_names = ("memory", "local")
@@ -130,6 +149,7 @@ class Infini(AttentionParts):
     def __init__(self, original: nn.Module, config: InfiniConfig, context: Context) -> None:
         """Raises:
         SurgeryError: memory_position=far where nothing is rotated.
+        ConfigError: a list of slots that has not one number per kv head.
         """
         super().__init__(original, config, context)
         kind = tensor_kind(original, context)
@@ -152,6 +172,11 @@ class Infini(AttentionParts):
             need_rotary(original, context, "turn the memory's queries with (memory_position=far)")
             distance = (config.overlap + 1) * config.segment
             self.turn = FixedTurn(context, distance)
+        counts = per_kv_head(config.slots, self.n_kv_heads)
+        reach = {"overlap": config.overlap, "size": config.segment, "sinks": config.sinks}
+        self.choice = (
+            Slots(original, context, counts, config.slot_score, **reach) if any(counts) else None
+        )
 
     def notes(self) -> tuple[str, ...]:
         config, notes = self.settings, []
@@ -164,6 +189,8 @@ class Infini(AttentionParts):
             )
         if self.window is not None and self.window < config.segment * (config.overlap + 1):
             notes.append(f"local attention keeps the module's own window of {self.window} tokens")
+        if self.score_net() is not None and not self.context.restoring:
+            notes.append(UNTRAINED)
         return tuple(notes)
 
     @text_by_text
@@ -181,29 +208,37 @@ class Infini(AttentionParts):
         opened, new = state.rows, {"k": k, "k_rot": k_rot, "v": v}
         placed = {name: grid.place(part, opened.get(f"open_{name}")) for name, part in new.items()}
         sinks = self._sinks(k_rot, v, grid, opened)
-        earlier: dict[str, Tensor] = {}
-        if self.settings.overlap:
-            size = self.settings.overlap, self.settings.segment
+        config, earlier = self.settings, {}
+        if config.overlap or self.choice is not None:
             earlier = {
-                name: earlier_before(opened.get(f"near_{name}"), part, *size)
+                name: earlier_before(
+                    opened.get(f"earlier_{name}"), part, config.overlap, config.segment
+                )
                 for name, part in placed.items()
             }
-        q_rot = grid.place(q_rot)[..., grid.queries, :]
-        if self.shared or earlier:
-            local, lse = self._summed(q_rot, placed, earlier, sinks, grid)
-        else:
-            local, lse = self._local(q_rot, placed["k_rot"], placed["v"], sinks, grid), None
         with torch.autocast(x.device.type, enabled=False):
-            read, weight, memory = self._memory(
+            read, weight, memory, missed = self._memory(
                 grid.place(q)[..., grid.queries, :], placed, earlier, grid, opened
             )
-            share = self._share(read.dtype, x, weight, lse, grid)
-            heads = self._blend(share, read, local)
+        own, kept = Pair(placed["k_rot"], placed["v"]), None
+        held: dict[str, Tensor] = {}
+        if self.choice is not None:
+            late = missed is not None
+            scores = self.choice.scores(x, k_rot, v, grid) if missed is None else missed
+            before = Pair(earlier["k_rot"], earlier["v"])
+            kept, held = self.choice.choose(own, before, scores, grid, opened, late=late)
+        local, lse = self._local(
+            grid.place(q_rot)[..., grid.queries, :], own, earlier, sinks, kept, grid
+        )
+        with torch.autocast(x.device.type, enabled=False):
+            heads = self._blend(self._share(read.dtype, x, weight, lse, grid), read, local)
         if cache is not None:
             rows = {f"open_{name}": grid.rest(part) for name, part in placed.items()}
             for name, part in earlier.items():
-                rows[f"near_{name}"] = earlier_after(part, placed[name], grid)
-            state.advance(grid.new, x.shape[1], rows | memory | sinks)
+                rows[f"earlier_{name}"] = earlier_after(part, placed[name], grid)
+            if sinks is not None:
+                rows |= {"sink_k": sinks.k, "sink_v": sinks.v}
+            state.advance(grid.new, x.shape[1], rows | memory | held)
         return self.project(grid.take(heads.to(x.dtype)), x), None
 
     def _addresses(self, x: Tensor, q: Tensor, k: Tensor, rotation: Any) -> tuple[Tensor, Tensor]:
@@ -217,60 +252,40 @@ class Infini(AttentionParts):
         return q, k
 
     def _local(
-        self, q: Tensor, k: Tensor, v: Tensor, sinks: dict[str, Tensor], grid: Grid
-    ) -> Tensor:
-        """A_dot, `batch H S queries D`: causal softmax inside each segment, sinks first."""
-        q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))
-        j = torch.arange(grid.width, device=q.device)
-        i = j[grid.queries, None]
-        mask = None
-        if sinks or len(i) < grid.width or (self.window or grid.width) < grid.width:
-            causal = i >= j
-            if self.window is not None:
-                causal = causal & (i - j < self.window)
-            mask = causal[None, None]
-            if sinks:
-                first = torch.arange(self.settings.sinks, device=q.device)
-                # A sink that stands in this very segment is seen as an ordinary token.
-                earlier = first < grid.starts(q.device).flatten()[:, None]
-                earlier = earlier[:, None, None].expand(-1, 1, len(i), -1)
-                mask = torch.cat([earlier, mask.expand(len(earlier), -1, -1, -1)], dim=-1)
-                k, v = (
-                    torch.cat([sinks[name].repeat_interleave(grid.count, dim=0), x], dim=2)
-                    for name, x in (("sink_k", k), ("sink_v", v))
-                )
-        return self.attend(q, k, v, mask).unflatten(0, (-1, grid.count)).transpose(1, 2)
-
-    def _summed(
         self,
         q: Tensor,
-        placed: dict[str, Tensor],
+        own: Pair,
         earlier: dict[str, Tensor],
-        sinks: dict[str, Tensor],
+        sinks: Pair | None,
+        kept: Kept | None,
         grid: Grid,
-    ) -> tuple[Tensor, Tensor]:
-        """A_dot over more than one segment, and the logarithm of its denominator: `batch H S
-        queries D` and `batch H S queries`."""
-        return local_softmax(
-            q,
-            Pair(placed["k_rot"], placed["v"]),
-            grid,
-            scaling=self.scaling,
-            earlier=Pair(earlier["k_rot"], earlier["v"]) if earlier else None,
-            sinks=Pair(sinks["sink_k"], sinks["sink_v"]) if sinks else None,
-            softcap=self.softcap,
-            window=self.window,
-            dropout=self._dropout if self.training else 0.0,
-        )
+    ) -> tuple[Tensor, Tensor | None]:
+        """A_dot, `batch H S queries D`; and, where it is more than the paper's, the logarithm of its
+        denominator, `batch H S queries`."""
+        if not (self.shared or earlier):
+            return segment_attention(self, q, own, sinks, grid), None
+        with torch.autocast(q.device.type, enabled=False):
+            return local_softmax(
+                q,
+                own,
+                grid,
+                scaling=self.scaling,
+                earlier=Pair(earlier["k_rot"], earlier["v"]) if earlier else None,
+                sinks=sinks,
+                kept=kept,
+                softcap=self.softcap,
+                window=self.window,
+                dropout=self._dropout if self.training else 0.0,
+            )
 
-    def _sinks(
-        self, k: Tensor, v: Tensor, grid: Grid, rows: dict[str, Tensor]
-    ) -> dict[str, Tensor]:
-        """Keys (rotated) and values of the first `sinks` real tokens, `batch KV sinks D`; empty
+    def _sinks(self, k: Tensor, v: Tensor, grid: Grid, rows: dict[str, Tensor]) -> Pair | None:
+        """Keys (rotated) and values of the first `sinks` real tokens, `batch KV sinks D`; None
         where there are none."""
         count = self.settings.sinks
-        named = (("sink_k", k), ("sink_v", v)) if count else ()
-        return {name: first_tokens(x, rows.get(name), count, grid) for name, x in named}
+        if not count:
+            return None
+        named = (("sink_k", k), ("sink_v", v))
+        return Pair(*(first_tokens(x, rows.get(name), count, grid) for name, x in named))
 
     def _memory(
         self,
@@ -279,9 +294,10 @@ class Infini(AttentionParts):
         earlier: dict[str, Tensor],
         grid: Grid,
         rows: dict[str, Tensor],
-    ) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
+    ) -> tuple[Tensor, Tensor | None, dict[str, Tensor], Tensor | None]:
         """A_mem, `batch H S queries D`; sigma(Q) z under the shared denominator, `batch H S
-        queries`; and the memory after what each row has left behind."""
+        queries`; the memory after what each row has left behind; and how badly it recalled the
+        tokens that are written now, `batch KV closed N`, where that is their score."""
         k, v, closed = placed["k"], placed["v"], grid.closed
         if earlier and closed:  # segments on the grid push those before them into the memory
             k, v = (
@@ -291,8 +307,9 @@ class Infini(AttentionParts):
             k, v = earlier["k"], earlier["v"]
         wide = torch.promote_types(v.dtype, torch.float32)
         phi_k = self._positive(k[:, :, :closed].to(wide), "map_k")
-        left_out = self._left_out(grid, v.device)
-        if left_out is not None:
+        skipped = self.settings.sinks if self.shared else 0
+        if closed and (skipped or earlier):
+            left_out = not_written(grid, self.settings.overlap, skipped, v.device)
             phi_k = phi_k.masked_fill(left_out[:, None, ..., None], 0.0)
         phi_q = self._positive(q.to(wide), "map_q").unflatten(1, (self.n_kv_heads, self.group))
         memory, norm = rows.get("memory"), rows.get("norm")
@@ -300,23 +317,17 @@ class Infini(AttentionParts):
             memory = v.new_zeros(*v.shape[:2], phi_q.shape[-1], v.shape[-1], dtype=wide)
             norm = memory[..., 0]
         write = linear if self.settings.update == "linear" else delta
-        memories, norms = write(phi_k, v[:, :, :closed].to(wide), memory, norm)
+        v = v[:, :, :closed].to(wide)
+        memories, norms = write(phi_k, v, memory, norm)
         before, counted = memories[:, :, None, : grid.count], norms[:, :, None, : grid.count]
         read = retrieve(phi_q, before, counted).flatten(1, 2)
         weight = weigh(phi_q, counted).flatten(1, 2) if self.shared else None
-        return read, weight, {"memory": grid.after(memories), "norm": grid.after(norms)}
-
-    def _left_out(self, grid: Grid, device: torch.device) -> Tensor | None:
-        """Which tokens of the segments that are written now are not: bool `batch closed N`; None =
-        all are."""
-        size, overlap = self.settings.segment, self.settings.overlap
-        sinks = self.settings.sinks if self.shared else 0
-        if not grid.closed or not (sinks or overlap):
-            return None
-        first = grid.starts(device)[:, :1] - overlap * size  # < 0: before the text began
-        return (first + torch.arange(grid.closed * size, device=device) < sinks).unflatten(
-            1, (grid.closed, size)
-        )
+        missed = None
+        if self.choice is not None and self.choice.score == "recall_error":
+            with torch.no_grad():
+                recalled = retrieve(phi_k, memories[:, :, :closed], norms[:, :, :closed])
+                missed = rounded((v - recalled).norm(dim=-1))
+        return read, weight, {"memory": grid.after(memories), "norm": grid.after(norms)}, missed
 
     def _positive(self, x: Tensor, learned: str) -> Tensor:
         """sigma(x): `batch heads S pos D` -> `batch heads S pos features`, all > 0."""
@@ -343,10 +354,7 @@ class Infini(AttentionParts):
             return share
         log_c = F.linear(x.to(wide), self.gate_x.to(wide), self.gate.to(wide))
         log_c = grid.place(log_c.transpose(1, 2)[..., None])[..., grid.queries, 0]
-        empty = weight < EMPTY
-        # c sigma(Q) z / (sum exp(s) + c sigma(Q) z), without an exponential that could overflow.
-        share = torch.sigmoid(weight.masked_fill(empty, 1.0).log() + log_c - lse.to(wide))
-        return share.masked_fill(empty, 0.0)[..., None]
+        return joint_share(weight, log_c, lse.to(wide))[..., None]
 
     def _blend(self, share: Tensor, read: Tensor, local: Tensor) -> Tensor:
         """Eq. 10, in the dtype of the memory: `batch H S queries D`."""
@@ -354,17 +362,16 @@ class Infini(AttentionParts):
         local = torch.zeros_like(local) if "local" in self.silent else local
         return share * read + (1 - share) * local.to(read.dtype)
 
+    def state_bytes(self) -> int:
+        config = self.settings
+        dtype = tensor_kind(self, self.context)["dtype"]
+        features = self.head_dim * (1 if config.feature_map == "elu" else 2)
+        wide = torch.promote_types(dtype, torch.float32).itemsize
+        tokens = 3 * ((config.overlap + 1) * config.segment - 1) + 2 * config.sinks
+        each = features * (self.head_dim + 1) * wide + tokens * self.head_dim * dtype.itemsize
+        held = 0 if self.choice is None else self.choice.bytes_of(self.head_dim, dtype)
+        return self.n_kv_heads * each + held
+
     def gates(self) -> dict[str, nn.Parameter]:
         """Under a shared denominator there is none: the share is another at every token."""
         return {} if self.shared else {"memory": self.gate}
-
-    def restores(self) -> dict[str, AbstractContextManager[None]]:
-        return {} if self.settings.sinks else {"first_token": self._with_sink()}
-
-    @contextmanager
-    def _with_sink(self) -> Iterator[None]:
-        before, self.settings = self.settings, replace(self.settings, sinks=1)
-        try:
-            yield
-        finally:
-            self.settings = before

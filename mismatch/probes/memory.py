@@ -365,5 +365,5 @@ def _carried(cache: DynamicCache, layer: int) -> list[tuple[str, Tensor]]:
         for name, tensor in one.rows.items()
         if tensor.is_floating_point()
         and tensor.numel()
-        and not name.startswith(("open", "near", "sink"))
+        and not name.startswith(("open", "near", "earlier", "sink", "slot"))
     ]

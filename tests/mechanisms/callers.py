@@ -13,7 +13,8 @@ from test_mechanism_contract import fits
 from tiny_models import positions, tokens
 
 CALLS = PLAIN | {
-    "infini": "infini(segment=4, sinks=2, overlap=1, normalizer=shared, feature_map=hedgehog)",
+    "infini": "infini(segment=4, sinks=2, overlap=1, normalizer=shared, feature_map=hedgehog, slots=2, "
+    "slot_score=recall_error)",
     "kv_slots": "kv_slots(segment=4, sinks=2, slots=3, slot_score=value_norm)",
     "parallel": "parallel(infini(segment=4, sinks=2), alpha=0.5)",
     "sliding_window": "sliding_window(window=5, sinks=2, global_every=4)",

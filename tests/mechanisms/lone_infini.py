@@ -90,6 +90,7 @@ def by_definition(infini, x):
             scaling=infini.scaling, update=s.update, feature_map=s.feature_map, sinks=s.sinks,
             first_segment=s.first_segment, overlap=s.overlap, log_c=log_c[b],
             maps=(infini.map_q, infini.map_k) if learned else None,
+            slots=(s.slots,) * 2 if isinstance(s.slots, int) else s.slots, slot_score=s.slot_score,
         )
         for b in range(len(x))
     ]  # fmt: skip
@@ -119,4 +120,7 @@ VARIANTS = [
     FULL,
     {**FULL, "overlap": 2, "segment": 5, "sinks": 7},
     {**FULL, "segment": 1, "overlap": 3, "sinks": 1},
+    {"slots": 3, "slot_score": "recall_error", "update": "delta"},
+    {"slots": (5, 0), "slot_score": "value_norm", "sinks": 2, "segment": 4},
+    {**FULL, "segment": 4, "slots": (2, 6), "slot_score": "recall_error", "sinks": 1},
 ]

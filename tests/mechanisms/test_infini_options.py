@@ -14,7 +14,7 @@ from lone_infini import FULL, OFF, ON, N, llama, module, run, state_after, strea
 from tiny_models import in_chunks, part, positions, swap, tiny, tokens
 from transformers import DynamicCache, StaticCache
 
-from mismatch.errors import SurgeryError
+from mismatch.errors import SpecError, SurgeryError
 from mismatch.mechanisms.base import Context
 from mismatch.mechanisms.parts.feature_maps import elu_plus_one
 from mismatch.mechanisms.parts.rotary import FixedTurn
@@ -238,7 +238,11 @@ def test_far_queries_know_no_position_of_their_own():
 
 # the state ---------------------------------------------------------------------------------------
 
-STATES = [{"overlap": 1}, {"overlap": 3, "sinks": 2, "update": "delta"}, FULL, {**FULL, "sinks": 3}]
+STATES = [
+    {"overlap": 1}, {"overlap": 3, "sinks": 2, "update": "delta"}, FULL, {**FULL, "sinks": 3},
+    {"slots": (4, 1), "slot_score": "value_norm"},
+    {**FULL, "sinks": 1, "slots": 5, "slot_score": "recall_error"},
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("size", [1, 7, N, N + 1, 3 * N])
@@ -268,7 +272,7 @@ def test_padding_is_neither_counted_nor_written_nor_read(side, size):
         alone = DynamicCache(config=student.config)
         wanted = student(real[row : row + 1, : length - pad], past_key_values=alone).logits[0]
         torch.testing.assert_close(padded[row][mask[row] == 1], wanted, atol=1e-4, rtol=0)
-        for name in ("memory", "norm", "sink_k", "near_v"):
+        for name in ("memory", "norm", "sink_k", "earlier_v"):
             a, b = cache.layers[1].rows[name][row], alone.layers[1].rows[name][0]
             torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-5)
 
@@ -308,7 +312,7 @@ def test_memory_is_at_least_float32_and_the_output_is_of_the_model():
     x = stream(1, 4 * N, dtype=torch.bfloat16)
     rows = state_after(infini, x).rows
     assert rows["memory"].dtype == rows["norm"].dtype == torch.float32
-    assert rows["near_k"].dtype == run(infini, x).dtype == torch.bfloat16
+    assert rows["earlier_k"].dtype == run(infini, x).dtype == torch.bfloat16
     wide = module(**FULL)
     torch.testing.assert_close(run(infini, x).float(), run(wide, x.float()), atol=0.2, rtol=0.1)
 
@@ -318,3 +322,71 @@ def test_the_plan_names_a_window_that_is_narrower_than_what_local_attention_read
     assert any("own window of 7 tokens" in note for note in part(student).notes())
     student = swap(tiny("mistral_window"), "layer1:infini(segment=4)")
     assert not any("own window" in note for note in part(student).notes())
+
+
+# slots -------------------------------------------------------------------------------------------
+
+
+def test_slots_for_all_far_tokens_are_softmax_attention_where_the_memory_is_not_read():
+    model, ids = llama(), tokens(2, 4 * N + 3)
+    text = f"all:infini(segment={N}, slots=40, slot_score=recall_error, sinks=2, gate_init={OFF})"
+    student = swap(model, text).model
+    torch.testing.assert_close(student(ids).logits, model(ids).logits, atol=1e-4, rtol=0)
+    torch.testing.assert_close(in_chunks(student, ids, 5), model(ids).logits, atol=1e-4, rtol=0)
+
+
+def test_the_memory_holds_what_the_slots_hold():
+    x = stream(1, 4 * N)
+    a, b = (state_after(module(**s), x).rows for s in ({}, {"slots": 4, "slot_score": "first"}))
+    assert torch.equal(a["norm"], b["norm"])
+    assert torch.equal(a["memory"], b["memory"])
+
+
+def test_what_the_memory_recalls_badly_is_kept():
+    """Of segments that say one thing over and over, the token that says another."""
+    infini, x = module(slots=1, slot_score="recall_error"), stream(1, 1).repeat(1, 4 * N, 1)
+    x[:, 2 * N + 3] += 5.0
+    cache = DynamicCache()
+    run(infini, x[:, : 2 * N], 0, cache)
+    first = cache.layers[1].rows["slot_v"].clone()  # an empty memory recalls no value
+    run(infini, x[:, 2 * N :], 2 * N, cache)
+    v = infini.qkv(x)[2]
+    torch.testing.assert_close(first, v[:, :, 0:1].flatten(1, 2), atol=1e-5, rtol=1e-5)
+    assert (v[0, :, 2 * N + 3].norm(dim=-1) > v[0, :, 0].norm(dim=-1)).all()
+    wanted = v[:, :, 2 * N + 3 : 2 * N + 4].flatten(1, 2)
+    torch.testing.assert_close(cache.layers[1].rows["slot_v"], wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_learned_scores_are_new_and_say_that_they_are_untrained():
+    student = swap(llama(), f"layer1:infini(segment={N}, slots=3)")
+    assert any("untrained and tie" in note for note in part(student).notes())
+    assert sum(n.startswith("choice.net.") for n in student.plan.clauses[0].new_parameters) == 4
+    assert part(student).score_net() is part(student).choice.net
+    assert module(slots=3, slot_score="recall_error").score_net() is None
+    assert module().score_net() is None
+    x = stream(2, 4 * N)
+    rotation = module().rotary(x, torch.arange(4 * N)[None])
+    targets = module(slots=3, sinks=2).score_targets(x, position_embeddings=rotation)
+    assert targets.shape == (2, 4 * N, 2)
+    assert targets[:, 2 : 3 * N].isfinite().all()
+    assert targets[:, :2].isnan().all()
+
+
+def test_a_list_of_slots_of_another_length_is_refused():
+    with pytest.raises(SpecError, match="`slots` has 3 numbers, and the module has 2 kv heads"):
+        swap(llama(), "layer1:infini(slots=[1, 2, 3])")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {}, {"feature_map": "softmax", "sinks": 3}, {"overlap": 2, "slots": (5, 1)}, FULL,
+        {**FULL, "sinks": 2, "slots": 4, "slot_score": "recall_error"},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_the_bytes_of_the_state_are_those_that_a_cache_holds(settings, dtype):
+    infini = module(dtype=dtype, **settings)
+    rows = state_after(infini, stream(1, 6 * N - 1, dtype=dtype)).rows
+    assert infini.state_bytes() == sum(x.numel() * x.element_size() for x in rows.values())

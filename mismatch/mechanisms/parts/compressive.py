@@ -6,12 +6,17 @@
     z         z <- z + sum_t phi(K_t)                                         both rules
 
 phi makes queries and keys positive. A key whose phi is 0 writes nothing.
+
+Under one denominator with a softmax, sum_j exp(s_j) v_j + c phi(Q) M over sum_j exp(s_j) + c phi(Q) z, the memory has
+the share c phi(Q) z / (sum_j exp(s_j) + c phi(Q) z) (`joint_share`).
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from mismatch.mechanisms.parts.segments import Grid
 
 # A smaller phi(Q) z is no memory of this query; dividing by it would overflow float32 gradients.
 EMPTY = 1e-20
@@ -58,3 +63,24 @@ def delta(phi: Tensor, v: Tensor, memory: Tensor, norm: Tensor) -> tuple[Tensor,
         memories.append(memories[-1] + phi[:, :, s].transpose(-1, -2) @ (v[:, :, s] - known))
         norms.append(norms[-1] + phi[:, :, s].sum(-2))
     return torch.stack(memories, dim=2), torch.stack(norms, dim=2)
+
+
+def joint_share(weight: Tensor, log_c: Tensor, lse: Tensor) -> Tensor:
+    """The share of the memory under one denominator, 0 where it is empty, all of one shape.
+
+    Args:
+        weight: phi(Q) z.
+        log_c: log c.
+        lse: log sum_j exp(s_j).
+    """
+    empty = weight < EMPTY
+    # No exponential of a score, which could overflow; filled in before the logarithm, as in `retrieve`.
+    return torch.sigmoid(weight.masked_fill(empty, 1.0).log() + log_c - lse).masked_fill(empty, 0.0)
+
+
+def not_written(grid: Grid, overlap: int, sinks: int, device: torch.device) -> Tensor:
+    """Of the segments that are left behind in this call the tokens that are not written, bool `batch closed N`: those
+    before the text began, and the first `sinks` of it."""
+    first = grid.starts(device)[:, :1] - overlap * grid.size
+    number = first + torch.arange(grid.closed * grid.size, device=device)
+    return (number < sinks).unflatten(1, (grid.closed, grid.size))

@@ -6,8 +6,8 @@
 
 This is learned KV-cache eviction: a small net on the hidden state says what is worth keeping (KVzap, arXiv 2601.07891),
 beside local attention with sinks (DuoAttention, arXiv 2410.10819; LoLA, arXiv 2505.23666, keeps what its linear memory
-recalls badly). The score of a token depends on the token alone, so a text that comes in pieces keeps the same tokens as
-one that comes whole.
+recalls badly). The score of a token depends on the token alone (`recall_error`: and on the segments before its own, as
+its segment becomes far), so a text that comes in pieces keeps the same tokens as one that comes whole.
 
 | slot_score | score of token n in kv head h |
 |---|---|
@@ -16,6 +16,7 @@ one that comes whole.
 | `recent` | n: the last far tokens stay |
 | `first` | the same for all: the first tokens stay |
 | `random` | a hash of n, the head and the seed: whatever the chunks are |
+| `recall_error` | of a mechanism with a memory: how far what that recalls for its key is from its value |
 
 Scores are computed in float32 at least and rounded to 1/1024. Equal tokens get equal hidden states in the first layer,
 and the last bits of their scores depend on how many tokens were computed at once; rounded, they tie, and position
@@ -42,6 +43,10 @@ HIDDEN = 64
 """Width of the net, as in the prototypes of KVzap's kind: 37 thousand weights at d_model 576."""
 STEPS = 1024
 """Of a score, between two whole numbers."""
+UNTRAINED = (
+    "the scores are untrained and tie: the first tokens keep the slots until `mismatch repair` trains them (stage "
+    "scores)"
+)
 SHORTEST = 1e-6  # a shorter key or value counts as this long: log 0 is no score
 _32 = 0xFFFFFFFF
 
@@ -145,7 +150,7 @@ class Slots(nn.Module):
                 side = v if self.score == "value_norm" else k
                 wide = torch.promote_types(side.dtype, torch.float32)
                 score = side.to(wide).norm(dim=-1).clamp(min=SHORTEST).log()
-            return ((score * STEPS).round() / STEPS).float()[..., None]
+            return rounded(score)[..., None]
 
     def _by_number(self, number: Tensor, head: int) -> Tensor:
         if self.score == "first":
@@ -159,21 +164,35 @@ class Slots(nn.Module):
         return h >> 8
 
     def choose(
-        self, own: Pair, earlier: Pair, scores: Tensor, grid: Grid, rows: dict[str, Tensor]
+        self,
+        own: Pair,
+        earlier: Pair,
+        scores: Tensor,
+        grid: Grid,
+        rows: dict[str, Tensor],
+        *,
+        late: bool = False,
     ) -> tuple[Kept | None, dict[str, Tensor]]:
         """What each segment of the grid has kept, and the rows for the next call.
 
         Args:
             own: on the grid, `batch KV S width D`.
             earlier: before it, `batch KV overlap N D`.
-            scores: from `scores`.
+            scores: from `scores`; late: of the segments that become far now, `batch KV closed N`.
             grid: where the tokens stand.
             rows: of the state before this call.
         """
         if not self.most:
             return None, {}
-        placed = grid.place(scores, rows.get("open_score"))
-        before = earlier_before(rows.get("earlier_score"), placed, self.overlap, self.size)
+        waiting: dict[str, Tensor] = {}
+        if not late:
+            placed = grid.place(scores, rows.get("open_score"))
+            before = earlier_before(rows.get("earlier_score"), placed, self.overlap, self.size)
+            waiting = {
+                "open_score": grid.rest(placed),
+                "earlier_score": earlier_after(before, placed, grid),
+            }
+            scores = torch.cat([before, placed], dim=2)[..., 0] if grid.closed else placed[..., 0]
         k, v, score = self._held(own, rows)
         # No more tokens than these are far for any query of this call.
         far = int(grid.start.max()) + (grid.count - 1 - self.overlap) * self.size - self.sinks
@@ -183,7 +202,7 @@ class Slots(nn.Module):
             last = [k, v, score[..., None]]
         else:
             # Where a kept key stands: the slots of before, then the segments before the grid, then the grid.
-            chosen, at = self._merged(score, torch.cat([before, placed], dim=2)[..., 0], grid)
+            chosen, at = self._merged(score, scores, grid)
             sources = [
                 torch.cat([old, early.flatten(2, 3), new.flatten(2, 3)], dim=2)
                 for old, early, new in zip((k, v), earlier, own, strict=True)
@@ -199,8 +218,7 @@ class Slots(nn.Module):
             "slot_k": slot_k,
             "slot_v": slot_v,
             "slot_score": slot_score[..., 0],
-            "open_score": grid.rest(placed),
-            "earlier_score": earlier_after(before, placed, grid),
+            **waiting,
         }
 
     def _merged(self, score: Tensor, tokens: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
@@ -209,7 +227,7 @@ class Slots(nn.Module):
 
         Args:
             score: of the slots before the grid, `batch KV most`.
-            tokens: scores of the segments before the grid and on it, `batch KV overlap+S N`.
+            tokens: scores of the segments that become far, `batch KV closed N`, or of more behind them.
         """
         number = torch.arange(self.most, device=score.device)
         allowed = number < torch.tensor(self.counts, device=score.device)[:, None]
@@ -258,12 +276,17 @@ class Slots(nn.Module):
         """Bytes of one row's slots and of all scores, with a full open segment."""
         if not self.most:
             return 0
-        near = self.overlap * self.size + self.size - 1
+        near = 0 if self.score == "recall_error" else (self.overlap + 1) * self.size - 1
         score = torch.float32.itemsize
         return (
             sum(self.counts) * (2 * head_dim * dtype.itemsize + score)
             + near * len(self.counts) * score
         )
+
+
+def rounded(score: Tensor) -> Tensor:
+    """Scores as they are compared, float32."""
+    return ((score * STEPS).round() / STEPS).float()
 
 
 def _picked(source: Tensor, at: Tensor) -> Tensor:
