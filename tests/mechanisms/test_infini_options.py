@@ -183,7 +183,10 @@ def test_new_parameters_of_the_whole():
     assert clause.dropped == {}
 
 
-ROTATED = ("llama", "mistral", "qwen3", "gemma2", "gemma3", "olmo2", "phi3", "gpt_neox", "smollm3")
+ROTATED = (
+    "llama", "mistral", "qwen3", "qwen3_5", "gemma2", "gemma3", "gemma4", "olmo2", "olmo3", "phi3", "gpt_neox",
+    "smollm3",
+)  # fmt: skip
 SCALED = {
     "linear": {"factor": 4.0},
     "llama3": {
@@ -200,7 +203,7 @@ def turned(model, layer, distance):
     rotary = getattr(model, model.base_model_prefix).rotary_emb
     x, at = torch.zeros(1, 1, 24), torch.tensor([[distance]])
     kinds = getattr(model.config, "layer_types", None)
-    several = model.config.model_type == "gemma3_text"
+    several = model.config.model_type in ("gemma3_text", "gemma4_text", "olmo3")
     theirs = rotary(x, at, kinds[layer]) if several else rotary(x, at)
     return FixedTurn(context, distance)(theirs[0]), theirs
 

@@ -102,8 +102,15 @@ def own_frequencies(config: Any, layer: int | None, width: int) -> Tensor:
     trained = getattr(config, "original_max_position_embeddings", None)
     if trained is not None:
         head.original_max_position_embeddings = trained
-    # `width` is what is rotated: no part of it is to be left out again.
-    head.rope_parameters = {**own, "rope_type": kind, **stretch, "partial_rotary_factor": 1.0}
+    # `width` is what cos and sin have: no part of it is to be left out again, but where the rule itself
+    # lets a part of them stand still.
+    fraction = own.get("partial_rotary_factor", 1.0) if kind == "proportional" else 1.0
+    head.rope_parameters = {
+        **own,
+        "rope_type": kind,
+        **stretch,
+        "partial_rotary_factor": fraction,
+    }
     return ROPE_INIT_FUNCTIONS[kind](head, torch.device("cpu"), seq_len=None)[0]
 
 
