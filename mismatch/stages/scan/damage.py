@@ -1,8 +1,8 @@
 """What each replaced layer costs on each task, larger is worse: the numbers of the atlas, of its table and its words.
 
 Text is read as KL, a distance. On repeated tokens, a passkey, needles and lists the right token is known, so what is
-read is what it lost: nats per token of the second copy, nats per key, nats per answer token. That has a sign: a layer whose
-loss helps is on the other side.
+read is what it lost: nats per token of the second copy, per key, per token of the answer. That has a sign: a layer
+whose loss helps is on the other side.
 """
 
 from __future__ import annotations

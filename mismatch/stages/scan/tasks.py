@@ -5,7 +5,7 @@
 | `text` | windows of held-out text | a seeded share of all | document, or block of windows |
 | `induction` | random tokens, twice (`mismatch.probes.induction`) | the second copy | sequence |
 | `passkey` | a key hidden in filler, asked for (`mismatch.probes.passkey`) | the key's digits | prompt |
-| `needles` | sentences hidden in held-out text, one asked for (`mismatch.probes.needles`) | the value's digits | prompt |
+| `needles` | sentences in held-out text, one asked for (`mismatch.probes.needles`) | the value's digits | prompt |
 | `kv_lookup` | a list of pairs, one asked for (`mismatch.probes.kv_lookup`) | the value's digits | prompt |
 
 All are one thing: a number per scored prediction, so one pass serves them. Text is read as KL, the others as what the
@@ -47,8 +47,8 @@ class Task:
         docs: int64 `rows`: the unit of each row; intervals are over them.
         reading: how the table calls the log-loss of the right tokens; "" for text.
         summed: it is summed over the predictions of a row (nats per key), not averaged (nats per token).
-        chance: the log-loss of a model that knows nothing: all tokens alike, or all digits where only digits can follow;
-            None: text, of which that is not asked.
+        chance: the log-loss of a model that knows nothing: all tokens alike, or all digits where only they can
+            follow; None: text, of which that is not asked.
         units: what `docs` numbers.
     """
 
