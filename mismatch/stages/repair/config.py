@@ -9,7 +9,7 @@ from mismatch.config import DANGEROUS, MODEL, OUTPUT, SwapConfig
 from mismatch.errors import ConfigError
 from mismatch.registry import did_you_mean, mechanisms, probes
 
-STAGES = ("closed-form", "local", "block", "window", "end-to-end")
+STAGES = ("scores", "closed-form", "local", "block", "window", "end-to-end")
 """The repair ladder, from cheap to costly. `inherit`, what the swap starts from, comes before and is always there."""
 
 
@@ -48,7 +48,7 @@ class RepairConfig(SwapConfig):
     trained_controls: tuple[str, ...] = ()
     """Controls that are trained for the same steps as the swap: identity (does training alone move the model?), zero
     (what is recovered without the mechanism?). Each takes as long as the repair; none for no such control."""
-    stages: tuple[str, ...] = ("closed-form", "local", "block", "window", "end-to-end")
+    stages: tuple[str, ...] = ("scores", "closed-form", "local", "block", "window", "end-to-end")
     """Stages of the repair ladder to run, in its order."""
     tokens: Annotated[int, ">= 1"] = 8192
     """Evaluation tokens."""

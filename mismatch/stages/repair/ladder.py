@@ -1,6 +1,6 @@
 """The ladder: each stage repairs what it can, is evaluated, and is kept only if it helped.
 
-    inherit -> closed-form -> local -> block -> window -> end-to-end
+    inherit -> scores -> closed-form -> local -> block -> window -> end-to-end
 
 A stage's weights are those that did best on validation windows; the evaluation windows are others, and are only run
 between stages. When the KL on them got worse, the weights from before the stage come back. After each stage the
@@ -36,6 +36,7 @@ from mismatch.stages.repair.ladder_stages.budget import LOOKS, Pace, planned
 from mismatch.stages.repair.ladder_stages.closed_form import closed_form
 from mismatch.stages.repair.ladder_stages.local import NEVER, LocalLoss, groups
 from mismatch.stages.repair.ladder_stages.module_pair import ModulePair
+from mismatch.stages.repair.ladder_stages.scores import SCORES, asked, scores
 from mismatch.stages.repair.ladder_stages.snapshot import bits, fingerprint, tensor
 from mismatch.stages.repair.ladder_stages.stage_result import StageResult
 from mismatch.stages.repair.ladder_stages.training import Group, Trained, Trainer
@@ -125,7 +126,7 @@ class Ladder:
         else:
             self._load_weights()
             self.best = self._evaluated()
-        for name in self.config.stages[len(self.stages) - 1 :]:
+        for name in asked(self)[len(self.stages) - 1 :]:
             if self._exhausted():
                 self.say(
                     f"the ladder ends before {name}: no time is left, or two stages gained too little"
@@ -171,6 +172,7 @@ class Ladder:
         )
 
     # ---- the stages ------------------------------------------------------------------------------
+    _scores = scores
 
     def _closed_form(self, name: str) -> StageResult:
         stage, started = StageResult(name), time.monotonic()
@@ -301,7 +303,7 @@ class Ladder:
 
     def _run_teacher(self) -> None:
         """Everything that the cheap stages need, in one pass; end-to-end needs the whole model and runs it itself."""
-        modules = [] if self._in_turn() else list(self.parts)
+        modules = [] if self._in_turn() or self.config.stages == (SCORES,) else list(self.parts)
         if "block" in self.config.stages and not self._in_turn():
             modules += [block(self.teacher, layer) for layer in self.companions]
         if "window" in self.config.stages:
@@ -322,9 +324,9 @@ class Ladder:
         return block(self.teacher, self.first), block(self.teacher, last)
 
     def stores(
-        self, own: Sequence[ModulePair], modules: Sequence[ModulePair]
+        self, own: Sequence[ModulePair], modules: Sequence[ModulePair], every: int = 1
     ) -> tuple[Store, Store]:
-        """Training and held-out activations; `own` are parts that read the student's stream when they come in order."""
+        """Activations of each `every`-th training batch and held-out; `own`: parts that read the student's, in turn."""
         behind = self.parts.index(own[0]) > 0 if own else False
         inputs = self.student.layout if behind and self.config.order == "sequential" else None
         whose = "teacher" if inputs is None else fingerprint(self._weights())
@@ -339,6 +341,7 @@ class Ladder:
                 dtype=getattr(torch, self.config.activations_dtype),
                 key={**self.texts.key, "text": kind, "inputs": whose},
                 inputs=inputs,
+                every=every if kind == "train" else 1,
             )
             if store.folder is not None and len(store.stored) < len(modules):
                 self.say(

@@ -49,6 +49,7 @@ class Store:
         budget: bytes on disk.
         dtype: of the shards.
         key: facts about model and text that the shards depend on.
+        every: only each so many-th batch is run and gone through by `batches_of`.
         inputs: another model, whose stream the parts get as input (the student as repaired so far); the targets stay
             the teacher's. `key` must then say which student.
     """
@@ -64,13 +65,15 @@ class Store:
         dtype: torch.dtype = torch.float32,
         key: dict[str, str] | None = None,
         inputs: Layout | None = None,
+        every: int = 1,
     ) -> None:
         self.teacher, self.batches, self.dtype = teacher, batches, dtype
         self.modules, self.inputs = tuple(modules), inputs
+        self.chosen = range(0, len(batches), every)
         facts = {**(key or {}), "dtype": str(dtype), "shape": [list(b.shape) for b in batches[:1]]}
         name = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
         self.folder = None if folder is None else folder / name
-        tokens = sum(batch.numel() for batch in batches)
+        tokens = sum(batches[index].numel() for index in self.chosen)
         # d_model in and out; a fused projection may be wider, and then the budget is kept by the file sizes.
         self.bytes_per_module = tokens * 2 * _width(teacher) * dtype.itemsize
         room = 0 if self.folder is None else int(budget // max(1, self.bytes_per_module))
@@ -83,9 +86,10 @@ class Store:
         return self.bytes_per_module * len(self.modules)
 
     def fill(self, progress: Callable[[int], None] = lambda _n: None) -> int:
-        """Run the teacher over every batch that has no shard yet, once for all modules; the number of tokens run."""
+        """Run the teacher over every chosen batch that has no shard yet, once for all modules; the tokens run."""
         ran = 0
-        for index, ids in enumerate(self.batches):
+        for index in self.chosen:
+            ids = self.batches[index]
             missing = [p for p in self.stored if not self._shard(index, p).exists()]
             if missing:
                 for part, (x, y) in zip(missing, self._run(missing, ids), strict=True):
@@ -110,8 +114,8 @@ class Store:
         )
 
     def batches_of(self, part: ModulePair) -> Iterator[Example]:
-        """Every batch of a module, in order."""
-        for index in range(len(self.batches)):
+        """Every batch of a module that is chosen, in order."""
+        for index in self.chosen:
             yield self.batch(part, index)
 
     def _run(self, parts: Sequence[ModulePair], ids: Tensor) -> list[tuple[Tensor, Tensor]]:

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 
 from torch import Tensor, nn
 
-from mismatch.mechanisms.base import trains_new_first
+from mismatch.mechanisms.base import scored_in, trains_new_first
 from mismatch.stages.repair.ladder_stages.activation_store import Store
 from mismatch.stages.repair.ladder_stages.loss import Loss, relative_error
 from mismatch.stages.repair.ladder_stages.module_pair import ModulePair
@@ -36,6 +36,8 @@ def groups(part: ModulePair, fresh: Iterable[str], rate: float, gate_rate: float
         rate, gate_rate: the highest learning rates.
     """
     fresh = set(fresh)
+    # What chooses has no gradient here; the stage `scores` trains it.
+    choosing = {id(p) for _, net in scored_in(part.student) for p in net.parameters()}
     kinds: dict[str, dict[str, nn.Parameter]] = {
         "gates": {},
         "new": {},
@@ -43,6 +45,8 @@ def groups(part: ModulePair, fresh: Iterable[str], rate: float, gate_rate: float
         "queries": {},
     }
     for name, parameter in part.student.named_parameters():
+        if id(parameter) in choosing:
+            continue
         pieces = name.split(".")
         if pieces[-1] in GATES:
             kind = "gates"

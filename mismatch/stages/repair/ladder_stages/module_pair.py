@@ -7,7 +7,7 @@ so there is no code per family.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,8 +51,8 @@ class Call:
     by_keyword: bool
     dtype: torch.dtype
 
-    def __call__(self, module: nn.Module, x: Tensor) -> Tensor:
-        """The module's output for the stream `x`, `batch pos d_model`."""
+    def __call__(self, module: Callable[..., Any], x: Tensor) -> Tensor:
+        """The output of a module, or of anything that is called as it is, for the stream `x`, `batch pos d_model`."""
         args, kwargs = _rows(self.args, len(x)), _rows(self.kwargs, len(x))
         x = x.to(self.dtype)
         if self.by_keyword:

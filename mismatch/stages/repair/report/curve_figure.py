@@ -20,6 +20,7 @@ COLUMNS = (
 )
 STAGE_COLOURS = {
     "inherit": "#777777",
+    "scores": "#d55e00",
     "closed-form": "#0072b2",
     "local": "#009e73",
     "block": "#56b4e9",
