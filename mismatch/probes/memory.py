@@ -1,15 +1,17 @@
 """Is the memory used, and for what? Branches, gates and state of a mechanism that has them.
 
 Definition: of every mechanism that names branches (`Mechanism.branches`) each branch is switched off in turn, and
-(whole - without it) is its contribution. On text, from the second segment on (the memory is empty before), per swapped
-layer:
+(whole - without it) is its contribution. On text, from the second segment on (the memory is empty before, and with
+overlap in as many segments more), per swapped layer:
     kl               KL(teacher || student) of the whole model as it is; kl[without=B] with a branch switched off,
                      kl[with=first_token] with the first token (the attention sink) restored; kl_change[...]
                      is the paired difference to kl: below 0 is better without; nll likewise
     share            per head: ||contribution of a branch|| / sum over branches, on the teacher's stream
     query_variation  per head: ||c - mean over the segment's queries|| / ||c||, c the contribution of a branch: 0 is
                      the same answer to every query
-    gate             per head: the weight of a branch, 0..1
+    gate             per head: the weight of a branch, 0..1. Not applicable where no branch has one of its own:
+                     under a shared denominator (infini, normalizer=shared) it is another at every token, and
+                     `share` says what comes of it
     gate_gradient    d MSE(update, teacher's update) / d gate, mean over heads, from the first segment (part=first),
                      where the memory is empty, and from all others (part=rest)
     travel           how far the planned training can move a gate: sum of the planned learning rates
@@ -185,7 +187,9 @@ class Memory(Probe):
                 shares = torch.sigmoid(gate.detach().float()).tolist()
                 for head, value in _used(mechanism, shares):
                     yield Measure.number(under("gate", branch=name), value, 1, head=head, **address)
-        if any(mechanism.gates() for mechanism in mechanisms):
+        if not any(mechanism.gates() for mechanism in mechanisms):
+            yield Measure.absent("gate", layer=layer, site="attn_out")
+        else:
             first, rest = np.concatenate(slopes).T
             yield Measure.mean(under("gate_gradient", part="first"), first, size, **address)
             yield Measure.mean(under("gate_gradient", part="rest"), rest, tokens, **address)

@@ -31,6 +31,7 @@ INSIDE = {
     "forecast_fresh": "writes NaN as null",
     "forecast_record": "reads what a repair knows before it trains",
     "forecast_score": "tests the forecast of a repair",
+    "infini_options": "trains many forms on one pass of the teacher, and counts all against one swap",
     "interval_coverage": "names what the table says that intervals are over",
     "malformed_inputs": "runs the command line in its own process",
     "mechanism_costs": "counts models that have no weights",

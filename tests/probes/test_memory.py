@@ -211,6 +211,20 @@ def test_travel_and_its_warning():
         assert any("sum up to 0.05; below 4" in text for text in probe.warnings()) == warned
 
 
+def test_under_a_shared_denominator_there_is_no_gate_and_the_share_is_read():
+    text = "layer1:infini(segment=16, overlap=1, normalizer=shared, feature_map=hedgehog, sinks=1)"
+    answers = Memory(setting()).run(subjects(build("llama"), text))
+    mine = answers["swap"]
+    (gate,) = [m for m in mine if m.stat.startswith("gate")]
+    assert gate.stat == "gate"
+    assert np.isnan(gate.value())
+    shares = [m.value() for m in mine if m.stat.startswith("share[branch=memory]")]
+    assert len(shares) == 4
+    assert all(0 < share < 1 for share in shares)
+    carried = {m.stat for m in mine if m.stat.startswith("state_max")}
+    assert carried == {"state_max[tensor=memory]", "state_max[tensor=norm]"}
+
+
 def test_what_has_no_branches_is_not_applicable():
     answers = Memory(setting()).run(subjects(build("llama"), "layer1:nope", ("zero",)))
     for name in ("teacher", "swap", "zero"):

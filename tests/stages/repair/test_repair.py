@@ -70,6 +70,29 @@ def test_repair_leaves_the_teacher_as_it_was(toy_teacher):
     assert not any(p.requires_grad for p in after.values())
 
 
+def test_new_parameters_train_alone_first_and_are_used(toy_teacher, tmp_path):
+    result = mismatch.repair(
+        toy_teacher,
+        "layer2:infini(segment=16, overlap=1, normalizer=shared, feature_map=hedgehog, memory_position=far)",
+        stages=("closed-form", "local"),
+        output=str(tmp_path / "run"),
+        **{**SMALL, "train_tokens": 8192, "probes": (), "trace_tokens": 0},
+    )
+    closed, local = result.plan.stages[1:]
+    assert closed.notes == ["nothing in these parts has a closed form"]
+    assert local.kept
+    path = result.plan.clauses[0].path
+    theirs = dict(toy_teacher.model.get_submodule(path).named_parameters())
+    mine = dict(result.student.model.get_submodule(path).named_parameters())
+    assert all(torch.equal(mine[name], value) for name, value in theirs.items())
+    moved = mine.keys() - theirs.keys()
+    assert moved == {"gate", "gate_x", "map_q", "map_k", "own_q", "own_k"}
+    assert (mine["own_q"] != 0).any()
+    assert result.plan.gates.weighs == {}
+    assert [name for name in result.plan.gates.end if name.endswith(".gate")]
+    assert {branch.branch for branch in result.plan.branches} == {"memory", "local"}
+
+
 @pytest.mark.parametrize("order", ["sequential", "joint"])
 def test_several_modules(toy_teacher, order):
     result = mismatch.repair(
