@@ -32,9 +32,7 @@ nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import torch
@@ -43,7 +41,7 @@ from torch import Tensor, nn
 from mismatch.errors import SurgeryError
 from mismatch.mechanisms.base import Context, tensor_kind
 from mismatch.mechanisms.parts.calling import cache_in, hidden_in
-from mismatch.mechanisms.parts.far_attention import far_attention
+from mismatch.mechanisms.parts.choosing import Choosing
 from mismatch.mechanisms.parts.local_softmax import (
     Pair,
     earlier_after,
@@ -52,10 +50,9 @@ from mismatch.mechanisms.parts.local_softmax import (
     local_softmax,
 )
 from mismatch.mechanisms.parts.own_state import OwnState, entry
-from mismatch.mechanisms.parts.projections import AttentionParts
 from mismatch.mechanisms.parts.rest import bytes_of, with_rest
 from mismatch.mechanisms.parts.segments import Grid
-from mismatch.mechanisms.parts.slots import Slots, per_kv_head
+from mismatch.mechanisms.parts.slots import UNTRAINED, Slots, per_kv_head
 from mismatch.mechanisms.parts.text_by_text import text_by_text
 from mismatch.mechanisms.parts.token_facts import facts_in
 
@@ -79,10 +76,11 @@ class KVSlotsConfig:
     are."""
 
 
-class KVSlots(AttentionParts):
+class KVSlots(Choosing):
     """Local attention with slots over the projections of the attention it replaces."""
 
     Config = KVSlotsConfig
+    choice: Slots
     slots = ("attn",)
     heads = True
     identity = "segment * (overlap + 1) >= length; slots >= length where the module has no window of its own"
@@ -117,10 +115,7 @@ class KVSlots(AttentionParts):
     def notes(self) -> tuple[str, ...]:
         notes = []
         if self.choice.net is not None and not self.context.restoring:
-            notes.append(
-                "the scores are untrained and tie: the first tokens keep the slots until "
-                "`mismatch repair` trains them (stage scores)"
-            )
+            notes.append(UNTRAINED)
         if self.window is not None:
             notes.append(
                 f"the module's own window of {self.window} tokens is kept for the segments that are read whole; "
@@ -188,40 +183,3 @@ class KVSlots(AttentionParts):
             }
             state.advance(grid.new, length, near | held)
         return self.project(grid.take(heads.to(x.dtype)), x), None
-
-    def score_net(self) -> nn.Module | None:
-        """The net of learned scores, which the stage `scores` trains: `... d_model` -> `... KV` logits; None without
-        one."""
-        return self.choice.net
-
-    @torch.no_grad()
-    def score_targets(self, *args: Any, **kwargs: Any) -> Tensor:
-        """What the scores of whole texts should rise with, `batch pos KV`; called as `forward` is, without a cache.
-
-        See `far_attention`; computed from this module's queries and keys as they are.
-        """
-        q, k, _ = self.qkv(hidden_in(args, kwargs))
-        q, k = self.rotate(q, k, kwargs.get("position_embeddings"))
-        config = self.settings
-        return far_attention(
-            q,
-            k,
-            segment=config.segment,
-            overlap=config.overlap,
-            sinks=config.sinks,
-            scaling=self.scaling,
-            softcap=self.softcap,
-            window=self.window,
-        )
-
-    def restores(self) -> dict[str, AbstractContextManager[None]]:
-        return {} if self.settings.sinks else {"first_token": self._with_sink()}
-
-    @contextmanager
-    def _with_sink(self) -> Iterator[None]:
-        before, self.settings = self.settings, replace(self.settings, sinks=1)
-        self.choice.sinks = 1
-        try:
-            yield
-        finally:
-            self.settings, self.choice.sinks = before, before.sinks
