@@ -36,13 +36,17 @@ class Template:
     def __str__(self) -> str:
         return str(self.call) if self.slot is None else f"{self.slot}:{self.call}"
 
-    def at(self, layer: int) -> Spec:
-        """The swap of one layer."""
-        return self.over((Range(layer, layer),))
+    def at(self, layer: int, kind: str = "", head: int | None = None) -> Spec:
+        """The swap of one layer, or of one of its heads; `kind` is "heads" or "kv_heads"."""
+        heads = () if head is None else (Range(head, head),)
+        return self.over((Range(layer, layer),), kind, heads)
 
-    def over(self, ranges: tuple[Range, ...]) -> Spec:
-        """The swap of several layers."""
-        target = Target("layers", ranges, self.slot, self.call.at, self.slot_at)
+    def over(
+        self, ranges: tuple[Range, ...], kind: str = "", heads: tuple[Range, ...] = ()
+    ) -> Spec:
+        """The swap of several layers, or of some of their heads."""
+        at = self.call.at
+        target = Target("layers", ranges, self.slot, at, self.slot_at, kind, heads, at)
         return Spec((Clause(target, self.call),), self.text)
 
 

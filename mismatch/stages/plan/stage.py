@@ -79,6 +79,11 @@ class Plan(Stage[PlanConfig, Prepared]):
                 f"the run in {config.scan} is no scan",
                 hint="give a folder that `mismatch scan` made of this very model",
             )
+        if scan is not None and scan.plan.by != "layer":
+            raise UsageError(
+                f"the scan in {config.scan} is by {scan.plan.by}, and a plan chooses whole layers",
+                hint="make one by layer; heads are chosen by hand, as in --swap layer18.kv_heads[2]:...",
+            )
         scanning = opened.child(config.scan_config())
         cells = prepare(scanning, beside=config.controls)
         choice = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -18,7 +19,15 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from mismatch.report import readout, style
-from mismatch.stages.scan.damage import PANELS, Panel, atlas_data, paired, students
+from mismatch.stages.scan.damage import (
+    PANELS,
+    Panel,
+    atlas_data,
+    paired,
+    place,
+    students,
+    unit_of,
+)
 from mismatch.stages.scan.plan import ScanPlan
 
 NAMED, LEAST = 4, 0.001
@@ -62,14 +71,23 @@ def atlas(
     Raises:
         UsageError: the table is not that of a scan.
     """
-    data = atlas_data(table, dictionary=dictionary)
+    data, unit = atlas_data(table, dictionary=dictionary), unit_of(plan)
     columns = students(table, plan)
+    by_head = place(data) == ["layer", "head"]
+    if by_head:
+        table, data = _by_head(table, unit), _by_head(data, unit)
+        heads = range(int(data["head"].max()) + 1)
+        columns = {_of_head(n, h, unit): control for n, control in columns.items() for h in heads}
     panels = [panel for panel in PANELS if panel.task in set(data["task"])]
     layers = int(data["layer"].max()) + 1
     high = min(max(TALL / layers, LOW), HIGH)
     wide = (width - MARGIN) / len(panels)
     cell = (wide / len(columns), high)
     names = [_short(name, two_lines=cell[0] >= ROOM) for name in columns]
+    if by_head:  # the first column of a mechanism has its name, the others their number
+        names = [
+            n if at % len(heads) == 0 else n.rpartition(" ")[2] for at, n in enumerate(columns)
+        ]
     letters = max(len(line) for name in names for line in name.split("\n"))
     # What stands around the cells: title, panel titles, names, scale and caption.
     figure = style.new_figure(width, 1.75 + max(layers * high, 1.0) + 0.062 * letters)
@@ -81,11 +99,11 @@ def atlas(
         axis.set_xticks(range(len(columns)), names, rotation=90, ma="right", linespacing=0.95)
         title = textwrap.wrap(panel.title, max(int(wide * 15), 12))
         axis.set_title("\n".join(title), pad=5, fontweight="bold", va="bottom")
-    _layer_axis(axes[0], layers, high, named)
+    _layer_axis(axes[0], layers, high, named, unit)
     model = None if plan is None else plan.model
     style.frame(
         figure,
-        "One layer replaced at a time: what it costs" + (f" ({model})" if model else ""),
+        f"One {unit} replaced at a time: what it costs" + (f" ({model})" if model else ""),
         _caption(table, data, panels, columns),
     )
     return figure
@@ -158,14 +176,33 @@ def _readouts(
         controls = {
             f"control {name}": known.get((name, int(row.layer)), "")
             for name, control in columns.items()
-            if control and name != row.student
+            if control and name != row.student and _head_of(name) == _head_of(row.student)
         }
         said = {panel.unit: known.get(at, ""), **controls, **apart.get(at, {})}
         texts[at] = readout.lines(f"{row.student}, layer {row.layer}", said) if at in known else ""
     return texts
 
 
-def _layer_axis(ax: Axes, layers: int, high: float, named: set[int]) -> None:
+def _by_head(rows: pd.DataFrame, unit: str) -> pd.DataFrame:
+    """The rows of a scan by heads, each head of a mechanism as a mechanism of its own."""
+    of = [
+        name if pd.isna(head) else _of_head(name, int(head), unit)
+        for name, head in zip(rows["student"], rows["head"], strict=True)
+    ]
+    return rows.assign(student=of)
+
+
+def _of_head(name: str, head: int, unit: str) -> str:
+    return f"{name}, {unit} {head}"
+
+
+def _head_of(name: str) -> str:
+    """`, kv head 2` at the end of a column's name; "" of a scan by layers."""
+    found = re.search(r", (kv )?head \d+$", name)
+    return found.group() if found else ""
+
+
+def _layer_axis(ax: Axes, layers: int, high: float, named: set[int], unit: str) -> None:
     """Every layer where there is room; those with a number written in are bold."""
     if high >= TIGHT:
         ax.set_yticks(range(layers))
@@ -175,7 +212,7 @@ def _layer_axis(ax: Axes, layers: int, high: float, named: set[int]) -> None:
     for at, label in zip(ax.get_yticks(), ax.get_yticklabels(), strict=True):
         if round(at) in named:
             label.set_fontweight("bold")
-    ax.set_ylabel("layer that is replaced, alone")
+    ax.set_ylabel("layer that is replaced, alone" if unit == "layer" else "layer")
 
 
 def _short(name: str, two_lines: bool) -> str:

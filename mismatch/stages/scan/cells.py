@@ -1,4 +1,4 @@
-"""Layers x mechanisms: the columns of a scan, its cells, and which of them cannot be built."""
+"""Layers (or heads) x mechanisms: the columns of a scan, its cells, and which of them cannot be built."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from mismatch import registry, spec
 from mismatch.errors import LayoutError, SurgeryError
 from mismatch.models.layout import Layout
 from mismatch.spec import Call, Placement, Template
+from mismatch.stages.scan.config import HEADS_OF
 from mismatch.surgery import operate as surgery
 from mismatch.surgery.operate import placed
 
@@ -37,17 +38,25 @@ class Cell:
         layer: the swapped layer; None for a swap of several.
         placements: what goes where.
         first: the first swapped block.
+        head: the swapped head, or kv head; None: the whole layer.
     """
 
     name: str
     layer: int | None
     placements: tuple[Placement, ...]
     first: int
+    head: int | None = None
+
+    @property
+    def where(self) -> str:
+        """`layer 18`, `layer 18 head 2`."""
+        return f"layer {self.layer}" + ("" if self.head is None else f" head {self.head}")
 
     @property
     def key(self) -> str:
         """Names the cell in a saved state."""
-        return f"{self.name}@{'joint' if self.layer is None else self.layer}"
+        where = "joint" if self.layer is None else str(self.layer)
+        return f"{self.name}@{where}{'' if self.head is None else f'.{self.head}'}"
 
 
 def columns(templates: Sequence[Template], controls: Sequence[str]) -> tuple[Column, ...]:
@@ -87,16 +96,26 @@ def control_of(template: Template, control: str) -> Template:
     return Template(Call(control), own if own in slots and own != slots[0] else None, control)
 
 
-def cells(columns: Iterable[Column], layers: Iterable[int], layout: Layout) -> tuple[Cell, ...]:
-    """Every column at every layer, layer by layer: the order in which streams can be let go.
+def cells(
+    columns: Iterable[Column], layers: Iterable[int], layout: Layout, by: str = "layer"
+) -> tuple[Cell, ...]:
+    """Every column at every layer (or head), layer by layer: the order in which streams can be let go.
+
+    Args:
+        columns: mechanisms and controls.
+        layers: 0-based.
+        layout: of the model.
+        by: "layer", "head" or "kv-head".
 
     Raises:
-        SpecError: a slot that this family of models does not have.
+        SpecError: a slot that this family of models does not have; a control that cannot take heads.
     """
-    columns = tuple(columns)
+    columns, kind = tuple(columns), HEADS_OF.get(by, "")
+    count = {"head": layout.n_heads, "kv-head": layout.n_kv_heads}.get(by)
     return tuple(
-        Cell(column.name, layer, placed(column.template.at(layer), layout), layer)
+        Cell(column.name, layer, placed(column.template.at(layer, kind, head), layout), layer, head)
         for layer in layers
+        for head in (range(count) if count else (None,))
         for column in columns
     )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Annotated, Self
+from typing import Annotated, Literal, Self
 
 from mismatch import spec
 from mismatch.config import (
@@ -23,6 +23,10 @@ from mismatch.registry import did_you_mean
 
 TASKS = ("text", "induction", "passkey", "needles", "kv_lookup")
 """The tasks of each cell, in this order: see `mismatch.stages.scan.tasks`."""
+
+
+HEADS_OF = {"head": "heads", "kv-head": "kv_heads"}
+"""The word of the swap for what `--by` says."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +63,7 @@ class ScanConfig(SweepConfig):
 
     groups = {
         "model": MODEL,
-        "cells": ("swap", "among", "controls"),
+        "cells": ("swap", "among", "by", "controls"),
         "tasks": ("tasks", "scored", "samples", "length", "depth"),
         "text": (
             *SCORED_TEXT,
@@ -74,6 +78,8 @@ class ScanConfig(SweepConfig):
     """Mechanisms, without a target: each goes into every layer, one layer at a time. May be repeated."""
     among: str = "all"
     """Layers to go through: all, or ranges such as 0-9, 0,4,8, 0-last/2."""
+    by: Literal["layer", "head", "kv-head"] = "layer"
+    """What is replaced at a time: a layer, one of its query heads, or the query heads of one of its kv heads."""
     tasks: tuple[str, ...] | None = None
     """Tasks of each cell: text, induction, passkey, needles, kv_lookup. All that this model can do when not given."""
 
@@ -83,7 +89,9 @@ class ScanConfig(SweepConfig):
             raise ConfigError(
                 "there is no swap", hint=f"give mechanisms, such as {self.examples['swap']}"
             )
-        spec.templates(self.swap)
+        for template in spec.templates(self.swap):
+            if self.by != "layer":
+                spec.check(template.at(0, HEADS_OF[self.by], 0))
         spec.parse_layers(self.among)
         for index, name in enumerate(self.tasks or ()):
             if name not in TASKS:

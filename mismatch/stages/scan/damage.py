@@ -66,7 +66,8 @@ def atlas_data(
         plan, dictionary: not needed; as the other figures take them.
 
     Returns:
-        Rows task, unit, student, layer, value, lo, hi, over, n, kind. `value` is the damage in nats, larger is worse;
+        Rows task, unit, student, layer (and head, of a scan by heads), value, lo, hi, over, n, kind. `value` is the
+        damage in nats, larger is worse;
         `kind` is value, zero (exactly no change), unclear (its interval holds 0) or missing (not scanned, not
         applicable, or not finite).
 
@@ -78,14 +79,15 @@ def atlas_data(
         rows = _rows(table, panel.metric, panel.stat)
         if rows.empty:
             continue
+        names = place(rows)
+        ends = [range(int(rows[name].max()) + 1) for name in names]
         grid = pd.MultiIndex.from_product(
-            [list(dict.fromkeys(rows["student"])), range(int(rows["layer"].max()) + 1)],
-            names=["student", "layer"],
+            [list(dict.fromkeys(rows["student"])), *ends], names=["student", *names]
         ).to_frame(index=False)
-        grid["layer"] = grid["layer"].astype("Int16")
+        grid = grid.astype(dict.fromkeys(names, "Int16"))
         cells = grid.merge(
-            rows[["student", "layer", "value", "lo", "hi", "over", "n"]],
-            on=["student", "layer"],
+            rows[["student", *names, "value", "lo", "hi", "over", "n"]],
+            on=["student", *names],
             how="left",
         )
         if panel.sign < 0:
@@ -103,6 +105,30 @@ def atlas_data(
     if not found:
         raise UsageError("the table holds no scan", hint="make one by `mismatch scan`")
     return pd.concat(found, ignore_index=True)
+
+
+Place = int | tuple[int, int]
+"""A layer, or a layer and a head."""
+
+
+def place(rows: pd.DataFrame) -> list[str]:
+    """The columns that say where a cell is: `layer`, and `head` in a scan by heads."""
+    return ["layer", "head"] if "head" in rows and rows["head"].notna().any() else ["layer"]
+
+
+def place_of(row: Any) -> Place:
+    """Where a row of `atlas_data` is, of its `itertuples`."""
+    return (int(row.layer), int(row.head)) if "head" in row._fields else int(row.layer)
+
+
+def unit_of(plan: ScanPlan | None) -> str:
+    """What was replaced at a time: `layer`, `head` or `kv head`."""
+    return "layer" if plan is None else plan.by.replace("-", " ")
+
+
+def told(at: Place, unit: str) -> str:
+    """`layer 18`, `layer 18 kv head 2`."""
+    return f"layer {at}" if isinstance(at, int) else f"layer {at[0]} {unit} {at[1]}"
 
 
 def _rows(table: pd.DataFrame, metric: str, stat: str) -> pd.DataFrame:
@@ -131,7 +157,7 @@ def paired(table: pd.DataFrame, panel: Panel) -> pd.DataFrame:
     """Each mechanism minus each control in the same layer, on the same documents or keys.
 
     Returns:
-        Rows student, layer, control, value, lo, hi; larger is worse than the control.
+        Rows student, layer (and head), control, value, lo, hi; larger is worse than the control.
     """
     stem = panel.stat.removesuffix("_minus_teacher") + "_minus_"
     rows = table[
@@ -142,15 +168,15 @@ def paired(table: pd.DataFrame, panel: Panel) -> pd.DataFrame:
         & table["stat"].str.startswith(stem)
         & (table["stat"] != panel.stat)
     ]
-    found = rows[["student", "layer", "value", "lo", "hi"]].copy()
-    found.insert(2, "control", rows["stat"].str.removeprefix(stem))
+    found = rows[["student", *place(rows), "value", "lo", "hi"]].copy()
+    found.insert(found.columns.get_loc("value"), "control", rows["stat"].str.removeprefix(stem))
     if panel.sign < 0:
         found["value"], found["lo"], found["hi"] = -found["value"], -found["hi"], -found["lo"]
     return found.reset_index(drop=True)
 
 
 def against(table: pd.DataFrame, panel: Panel) -> pd.DataFrame:
-    """In how many layers a mechanism is better or worse than a control, as far as the paired intervals tell.
+    """In how many layers (or heads) a mechanism is better or worse than a control, as far as the paired intervals tell.
 
     Returns:
         Rows student, control, better, worse, open (not told apart), none (no interval).

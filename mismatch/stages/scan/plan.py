@@ -45,7 +45,7 @@ class HasTasks(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class ScanPlan:
-    """What was scanned, and what was left out with the reason."""
+    """What was scanned, and what was left out with the reason; `by` layer, head or kv-head."""
 
     model: str
     columns: tuple[ColumnPlan, ...]
@@ -53,3 +53,4 @@ class ScanPlan:
     n_layers: int
     tasks: dict[str, TaskPlan]
     notes: tuple[str, ...]
+    by: str = "layer"

@@ -63,7 +63,7 @@ class Prepared:
             plain = reason.replace(f"layer{cell.layer}.", "").replace(f"layer {cell.layer} ", "")
             reasons.setdefault((cell.name, plain), []).append(cell.layer)
         for (name, reason), layers in reasons.items():
-            where = ", ".join(map(str, layers))
+            where = ", ".join(map(str, dict.fromkeys(layers)))  # of a layer all heads alike
             found.append(f"{name} is not applicable in layers {where}: {reason}")
         return found
 
@@ -71,9 +71,11 @@ class Prepared:
         """For a person, before it starts."""
         asked = [f"{t.name} ({len(t.ids)} x {t.ids.shape[1]} tokens)" for t in self.tasks]
         names = [c.name + (" (control)" if c.control else "") for c in self.columns]
+        count = len({cell.head for cell in self.cells})
+        heads = "" if config.by == "layer" else f" x {count} {config.by.replace('-', ' ')}s"
         lines = [
             f"model   {config.model} ({config.dtype})",
-            f"scan    {len(self.layers)} layers x {len(names)}: {', '.join(names)}",
+            f"scan    {len(self.layers)} layers{heads} x {len(names)}: {', '.join(names)}",
             f"tasks   {', '.join(asked)}",
             *self.estimate.lines(),
             *(f"warning: {note}" for note in self.notes()),
@@ -94,7 +96,7 @@ def prepare(opened: Opened[ScanConfig], beside: Iterable[str] = ()) -> Prepared:
     config, skeleton = opened.config, opened.skeleton
     layers = spec.layers(config.among, skeleton.n_layers)
     made = columns(config.templates, config.controls)
-    every = cells(made, layers, skeleton)
+    every = cells(made, layers, skeleton, config.by)
     not_here = refused(every, skeleton)
     able = tuple(cell for cell in every if cell not in not_here)
     calls = [placement.call for cell in able for placement in cell.placements]

@@ -1,4 +1,4 @@
-"""The report of a scan: what hangs on one layer, the atlas, and a table of every layer."""
+"""The report of a scan: what hangs on one layer (or head), the atlas, and a table of every one."""
 
 from __future__ import annotations
 
@@ -12,17 +12,26 @@ from mismatch.report.page import Cell, Html, grid, join, reading, tag, whole
 from mismatch.report.sections import Section, verdict
 from mismatch.runs.folder import Run
 from mismatch.stages.scan.atlas import atlas
-from mismatch.stages.scan.damage import PANELS, Panel, against, atlas_data, students
+from mismatch.stages.scan.damage import (
+    PANELS,
+    Panel,
+    against,
+    atlas_data,
+    place_of,
+    students,
+    unit_of,
+)
 from mismatch.stages.scan.plan import ScanPlan
 from mismatch.stages.scan.words import can_do, carrier, scan_verdict, teacher_words
 
 FIGURES = (
     ReportFigure(
         "atlas",
-        "Atlas: one layer replaced at a time",
+        "Atlas: one layer, or one head, replaced at a time",
         atlas,
         atlas_data,
-        "Each row is a layer, each column a mechanism, each panel a question. Read a column down: where is it cheap. "
+        "Each row is a layer, each column a mechanism (or one of its heads), each panel a question. Read a column "
+        "down: where is it cheap. "
         "Read a row across the panels: a layer that is pale on text and dark on retrieval carries something that "
         "ordinary text does not ask for, and should be kept. A mechanism no paler than `zero` in its row has not "
         "earned its place there.",
@@ -43,7 +52,7 @@ def sections(run: Run) -> list[Section]:
     return [
         verdict(scan_verdict(run.table, run.plan) or NOTHING),
         Section("", (*notes, *FIGURES)),
-        Section("Every layer", (every_layer(run.table, run.plan),)),
+        Section(f"Every {unit_of(run.plan)}", (every_layer(run.table, run.plan),)),
         Section("Against the controls", (controls(run.table, run.plan),)),
     ]
 
@@ -53,10 +62,10 @@ def _panels(data: pd.DataFrame) -> list[Panel]:
 
 
 def every_layer(table: pd.DataFrame, plan: ScanPlan) -> Html:
-    """A row for each mechanism and layer, with what it costs on each task; larger is worse."""
-    data = atlas_data(table)
+    """A row for each mechanism and layer (or head), with what it costs on each task; larger is worse."""
+    data, unit = atlas_data(table), unit_of(plan)
     panels = _panels(data)
-    cells = {(r.task, r.student, int(r.layer)): r for r in data.itertuples()}
+    cells = {(r.task, r.student, place_of(r)): r for r in data.itertuples()}
     alone = {
         (panel.task, name): carrier(
             data[
@@ -72,21 +81,23 @@ def every_layer(table: pd.DataFrame, plan: ScanPlan) -> Html:
     rows: list[tuple[Any, ...]] = []
     marked = []
     for name, control in students(table, plan).items():
-        for layer in sorted({layer for _, student, layer in cells if student == name}):
-            found = [cells.get((panel.task, name, layer)) for panel in panels]
-            if not control and layer in [at for (_, who), at in alone.items() if who == name]:
+        for at in sorted({at for _, student, at in cells if student == name}):
+            found = [cells.get((panel.task, name, at)) for panel in panels]
+            if not control and at in [one for (_, who), one in alone.items() if who == name]:
                 marked.append(len(rows))
-            rows.append((f"{name} (control)" if control else name, layer, *map(_cost, found)))
+            where = (at,) if isinstance(at, int) else at
+            rows.append((f"{name} (control)" if control else name, *where, *map(_cost, found)))
     words = (
-        "What the output or the answer loses where this layer alone is replaced; "
-        f"{intervals.named(data['over'])}; larger is worse. In colour: a layer on which a task hangs alone."
+        f"What the output or the answer loses where this {unit} alone is replaced; "
+        f"{intervals.named(data['over'])}; larger is worse. In colour: a {unit} on which a task hangs alone."
     )
     told = [
         tag("p", f"{panel.title}{teacher_words(table, panel)}{_unable(table, panel, plan)}.")
         for panel in panels
         if panel.signed
     ]
-    heads = ("mechanism", "layer", *(f"{p.title.partition(':')[0]}, {p.unit}" for p in panels))
+    places = ("layer",) if unit == "layer" else ("layer", unit)
+    heads = ("mechanism", *places, *(f"{p.title.partition(':')[0]}, {p.unit}" for p in panels))
     numbers = range(1, len(heads))
     return join([tag("p", words), *told, grid(heads, rows, numbers=numbers, marked=marked)])
 
@@ -117,8 +128,9 @@ def controls(table: pd.DataFrame, plan: ScanPlan) -> Html:
     ]
     if not rows:
         return tag("p", "No control was scanned beside the mechanisms.")
+    unit = unit_of(plan)
     words = (
-        "In how many layers a mechanism costs less (better) or more (worse) than the control in the same layer, as "
+        f"In how many {unit}s a mechanism costs less (better) or more (worse) than the control in the same {unit}, as "
         "far as the interval of the paired difference tells."
     )
     heads = (

@@ -31,7 +31,7 @@ class Scan(Stage[ScanConfig, Prepared]):
     Result = Scanned
     examples = (
         'mismatch scan --model smollm2 --swap "infini(segment=64); nope; sliding_window(64, 1)"',
-        'mismatch scan --model smollm2 --swap "mlp:zero" --among 0-9 --tasks text --tokens 2048',
+        'mismatch scan --model smollm2 --swap "sliding_window(64, 1)" --by kv-head --among 16-19',
     )
     report = "mismatch.stages.scan.report"
     plan = "mismatch.stages.scan.plan:ScanPlan"
@@ -97,6 +97,7 @@ def _plan(config: ScanConfig, prepared: Prepared, sums: Sums) -> ScanPlan:
         n_layers=prepared.n_layers,
         tasks={task.name: task_plan(task) for task in prepared.tasks},
         notes=(*prepared.notes(), *_broken(sums, prepared)),
+        by=config.by,
     )
 
 
@@ -132,7 +133,7 @@ def sweep_of(
 def _broken(sums: Sums, prepared: Prepared) -> list[str]:
     keys = {cell.key: cell for cell in prepared.cells}
     return [
-        f"{keys[key].name} in layer {keys[key].layer}: NaN or infinity on {task}"
+        f"{keys[key].name} in {keys[key].where}: NaN or infinity on {task}"
         for key, task in sorted(sums.broken)
     ]
 

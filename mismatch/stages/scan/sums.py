@@ -1,7 +1,8 @@
 """What is kept of each cell and task: sums per document, so parts merge and a run can go on; and rows made of them.
 
 Rows of the table, stage `scan`: `student` is the mechanism, `layer` the one it was put into (empty for a swap of
-several), `site` is logits. Text is `kl`, `nll`, `top1` as in a trace. A task's metric is its own name, with stats
+several), `head` that of a scan by heads (or by kv heads), `site` is logits. Text is `kl`, `nll`, `top1` as in a
+trace. A task's metric is its own name, with stats
 
     nll_second, logprob        what the student reads: nats per token of the second copy; per key of the passkey, per
                                digit of needles and kv_lookup
@@ -84,12 +85,13 @@ class Sums:
         """The rows of the table, without run id.
 
         Args:
-            controls: by column, the controls it is compared with in the same layer.
+            controls: by column, the controls it is compared with in the same layer and head.
         """
-        at = {(cell.name, cell.layer): cell for cell in self.cells}
+        at = {(cell.name, cell.layer, cell.head): cell for cell in self.cells}
         for task in self.tasks:
             for cell in self.cells:
-                others = [at.get((name, cell.layer)) for name in controls.get(cell.name, ())]
+                place, names = (cell.layer, cell.head), controls.get(cell.name, ())
+                others = [at.get((name, *place)) for name in names]
                 for metric, reading in self._readings(cell, task, [o for o in others if o]):
                     yield _row(cell, metric, reading)
 
@@ -177,6 +179,7 @@ def _row(cell: Cell, metric: str, reading: Reading) -> dict[str, Any]:
         "mode": "free",
         "student": cell.name,
         "layer": cell.layer,
+        "head": cell.head,
         "site": "logits",
         "metric": metric,
         **reading.as_row(),

@@ -111,7 +111,7 @@ class Sweep:
             with holding(
                 self.base, cell.placements, seed=self.seed, calibrations=self.calibrations
             ):
-                who = f"`{cell.name}` at layer {cell.layer}"
+                who = f"`{cell.name}` at {cell.where}"
                 state = run_suffix(layout, ids, cell.first, streams, who)
             self.work.blocks += (layout.n_layers - cell.first) * ids.numel()
             ran()

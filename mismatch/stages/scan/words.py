@@ -8,7 +8,17 @@ import pandas as pd
 
 from mismatch.report import intervals
 from mismatch.report.style import interval, number
-from mismatch.stages.scan.damage import PANELS, Panel, against, atlas_data, students
+from mismatch.stages.scan.damage import (
+    PANELS,
+    Panel,
+    Place,
+    against,
+    atlas_data,
+    place_of,
+    students,
+    told,
+    unit_of,
+)
 from mismatch.stages.scan.plan import HasTasks, ScanPlan
 
 SHOWN = 3
@@ -28,7 +38,7 @@ def scan_summary(table: pd.DataFrame, plan: ScanPlan | None = None) -> str:
         table: the long table of a scan.
         plan: of the run.
     """
-    data = atlas_data(table)
+    data, unit = atlas_data(table), unit_of(plan)
     rows = students(table, plan)
     parts = [f"warning: {note}" for note in (() if plan is None else plan.notes)]
     for panel in PANELS:
@@ -41,38 +51,39 @@ def scan_summary(table: pd.DataFrame, plan: ScanPlan | None = None) -> str:
             parts.append("  the teacher itself cannot do this: nothing follows from these numbers")
         for name, control in rows.items():
             cells = here[here["student"] == name]
-            parts += _lines(table, panel, name, cells, control)
-            if able and panel.signed and (layer := carrier(cells)) is not None:
-                parts.append(f"    -> layer {layer} alone carries it{_on_text(data, name, layer)}")
-            parts += [f"    {text}" for text in _against(table, panel, name)]
+            parts += _lines(name, cells, control, unit)
+            if able and panel.signed and (at := carrier(cells)) is not None:
+                text = _on_text(data, name, at, unit)
+                parts.append(f"    -> {told(at, unit)} alone carries it{text}")
+            parts += [f"    {text}" for text in _against(table, panel, name, unit)]
     return "\n".join(parts).strip("\n")
 
 
 def scan_verdict(table: pd.DataFrame, plan: ScanPlan | None = None) -> str:
-    """What hangs on one layer, and of which mechanism that is true; "" where nothing was asked that could.
+    """What hangs on one layer (or head), and of which mechanism that is true; "" where nothing was asked that could.
 
     Args:
         table: the long table of a scan.
         plan: of the run.
     """
-    data = atlas_data(table)
+    data, unit = atlas_data(table), unit_of(plan)
     sentences = []
     for panel in PANELS:
         here = data[(data["task"] == panel.task) & (data["kind"] != "missing")]
         if not panel.signed or here.empty or not can_do(table, panel.task, plan):
             continue
-        at: dict[int, list[str]] = {}
+        at: dict[Place, list[str]] = {}
         for name, control in students(table, plan).items():
             cells = here[here["student"] == name]
-            if not control and (layer := carrier(cells)) is not None:
+            if not control and (where := carrier(cells)) is not None:
                 worst = float(cells["value"].max())
-                at.setdefault(layer, []).append(f"{name} {number(worst)}")
+                at.setdefault(where, []).append(f"{name} {number(worst)}")
         what = panel.title.partition(":")[0]
-        said = "; ".join(f"layer {layer} ({', '.join(names)})" for layer, names in at.items())
+        said = "; ".join(f"{told(one, unit)} ({', '.join(names)})" for one, names in at.items())
         sentences.append(
-            f"{what} hangs on one layer, in {panel.unit} lost: {said}."
+            f"{what} hangs on one {unit}, in {panel.unit} lost: {said}."
             if said
-            else f"{what} hangs on no single layer."
+            else f"{what} hangs on no single {unit}."
         )
     return " ".join(sentences)
 
@@ -102,35 +113,36 @@ def teacher_words(table: pd.DataFrame, panel: Panel) -> str:
     return "" if reads is None else f"; the teacher reads {number(reads)}"
 
 
-def _lines(
-    table: pd.DataFrame,
-    panel: Panel,
-    name: str,
-    cells: pd.DataFrame,
-    control: bool,
-) -> list[str]:
+def _lines(name: str, cells: pd.DataFrame, control: bool, unit: str) -> list[str]:
     if cells.empty:
         return [f"  {name}: nowhere measured"]
     order = cells.sort_values("value", ascending=False, kind="stable")
     title = f"  {name}" + (" (control)" if control else "")
     if not order["value"].abs().any():
-        return [f"{title}: exactly 0 in all {len(order)} layers"]
+        return [f"{title}: exactly 0 in all {len(order)} {unit}s"]
     worst = order.head(SHOWN)
     rest = order.iloc[SHOWN:].tail(SHOWN).iloc[::-1]
-    lines = [title, f"    worst layers  {_named(worst)}"]
+    lines = [title, f"    worst {unit}s  {_named(worst)}"]
     if len(rest):
-        lines.append(f"    best layers   {_named(rest)}")
+        lines.append(f"    best {unit}s   {_named(rest)}")
     return lines
 
 
 def _named(cells: pd.DataFrame) -> str:
     return "   ".join(
-        f"{cell.layer}: {interval(cell.value, cell.lo, cell.hi)}" for cell in cells.itertuples()
+        f"{_short(place_of(cell))}: {interval(cell.value, cell.lo, cell.hi)}"
+        for cell in cells.itertuples()
     )
 
 
-def carrier(cells: pd.DataFrame) -> int | None:
-    """The layer that costs a task so much more than every other that they hardly count; None where there is none.
+def _short(at: Place) -> str:
+    """`18`, or `18.2` of a head."""
+    return str(at) if isinstance(at, int) else f"{at[0]}.{at[1]}"
+
+
+def carrier(cells: pd.DataFrame) -> Place | None:
+    """The layer (or head) that costs a task so much more than every other that they hardly count; None where there is
+    none.
 
     Args:
         cells: of one mechanism on one task, as `atlas_data` gives them.
@@ -139,30 +151,31 @@ def carrier(cells: pd.DataFrame) -> int | None:
     values = order["value"].to_numpy(dtype=float)
     if len(values) < 3 or values[0] < LEAST or values[0] < ALONE * max(values[1], 0.0):
         return None
-    return int(order["layer"].iloc[0])
+    return place_of(next(order.itertuples()))
 
 
-def _on_text(data: pd.DataFrame, name: str, layer: int) -> str:
+def _on_text(data: pd.DataFrame, name: str, at: Place, unit: str) -> str:
     """What ordinary text says of the same swap."""
     cells = data[(data["task"] == "text") & (data["student"] == name) & (data["kind"] != "missing")]
-    here = cells[cells["layer"] == layer]
-    if here.empty:
+    here = [cell.value for cell in cells.itertuples() if place_of(cell) == at]
+    if not here:
         return ""
-    value = float(here["value"].iloc[0])
+    value = float(here[0])
     rank = 1 + int((cells["value"] > value).sum())
-    return f"; on text it costs {number(value)} nats, number {rank} of {len(cells)} layers"
+    return f"; on text it costs {number(value)} nats, number {rank} of {len(cells)} {unit}s"
 
 
-def _against(table: pd.DataFrame, panel: Panel, name: str) -> list[str]:
-    """In how many layers it is better or worse than a control."""
+def _against(table: pd.DataFrame, panel: Panel, name: str, unit: str) -> list[str]:
+    """In how many layers (or heads) it is better or worse than a control."""
     rows = against(table, panel)
     return [
-        f"against {row.control}: {_told(row)}" for row in rows[rows["student"] == name].itertuples()
+        f"against {row.control}: {_told(row, unit)}"
+        for row in rows[rows["student"] == name].itertuples()
     ]
 
 
-def _told(row: Any) -> str:
+def _told(row: Any, unit: str) -> str:
     if not (row.better or row.worse or row.open):
         return intervals.WHY_NONE
-    words = f"better in {row.better} layers, worse in {row.worse}, not told apart in {row.open}"
+    words = f"better in {row.better} {unit}s, worse in {row.worse}, not told apart in {row.open}"
     return words + (f", {intervals.NONE} in {row.none}" if row.none else "")

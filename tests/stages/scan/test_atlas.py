@@ -12,6 +12,7 @@ from plans import scan_plan, task_plan
 
 from mismatch.errors import UsageError
 from mismatch.report import style
+from mismatch.report.readout import texts_of
 from mismatch.runs.table import as_table
 from mismatch.stages.scan import atlas as drawing
 from mismatch.stages.scan.atlas import PANELS, atlas, atlas_data, students
@@ -245,3 +246,57 @@ def test_every_panel_has_a_task():
     from mismatch.stages.scan.config import TASKS
 
     assert tuple(panel.task for panel in PANELS) == TASKS
+
+
+@pytest.fixture(scope="module")
+def heads():
+    """Two layers of three kv heads; the passkey hangs on head 2 of layer 1."""
+    lost = {
+        "window": [[0.1, 0.0, 0.2], [0.1, -0.2, 9.0]],
+        "zero": [[3.0, 2.0, 4.0], [3.0, 2.0, 9.5]],
+    }
+    rows = [row("teacher", None, "passkey", "logprob", -0.07)]
+    for name, layers in lost.items():
+        for layer, values in enumerate(layers):
+            for head, x in enumerate(values):
+                at = {"head": head}
+                rows.append(row(name, layer, "passkey", "logprob_minus_teacher", -x, **at))
+                rows.append(row(name, layer, "kl", "mean", 0.01 * (1 + head), 0.001, **at))
+    rows.append(row("window", 1, "passkey", "logprob_minus_zero", 0.5, head=2))
+    return as_table(rows)
+
+
+HEADS_PLAN = scan_plan(
+    columns=(ColumnPlan("window", False, ("zero",)), ColumnPlan("zero", True, ())),
+    tasks={"passkey": task_plan(40.0)},
+    layers=(0, 1),
+    by="kv-head",
+)
+
+
+def test_a_scan_by_heads_has_a_cell_for_each(heads):
+    data = atlas_data(heads)
+    mine = data[(data["task"] == "passkey") & (data["student"] == "window")]
+    assert [(r.layer, r.head, r.value) for r in mine.itertuples()][-1] == (1, 2, 9.0)
+    assert len(mine) == 6
+
+
+def test_heads_stand_side_by_side_in_the_atlas(heads):
+    figure = atlas(heads, plan=HEADS_PLAN)
+    axis = figure.axes[0]
+    names = [label.get_text() for label in axis.get_xticklabels()]
+    assert [n.split(",")[0].strip() for n in names] == ["window", "1", "2", "zero", "1", "2"]
+    said = texts_of(figure)["cells-passkey"]
+    one = next(text for text in said if text.startswith("window, kv head 2, layer 1"))
+    assert "9.00" in one and "minus zero, paired" in one
+    assert "control zero, kv head 2" in one and "kv head 1" not in one
+
+
+def test_heads_in_words(heads):
+    text = scan_summary(heads, HEADS_PLAN)
+    assert "worst kv heads  1.2: 9.00 [8.95, 9.05]" in text
+    assert "-> layer 1 kv head 2 alone carries it; on text it costs 0.0300 nats" in text
+    assert "against zero: better in 1 kv heads, worse in 0" in text
+    assert scan_verdict(heads, HEADS_PLAN) == (
+        "Retrieval hangs on one kv head, in nats per key lost: layer 1 kv head 2 (window 9.00)."
+    )

@@ -368,3 +368,44 @@ def test_sums_come_back_from_their_state_bit_for_bit(llama):
     rows = [row | {"run_id": "test"} for row in again.rows({})]
     mine = [row | {"run_id": "test"} for row in sums.rows({})]
     assert as_table(rows).equals(as_table(mine))
+
+
+@pytest.mark.parametrize("by, count, word", [("head", 4, "heads"), ("kv-head", 2, "kv_heads")])
+def test_a_cell_of_a_head_is_the_trace_of_the_same_swap(tiny, by, count, word):
+    model = tiny("llama")
+    layout = Layout.of(model)
+    made = columns(spec.templates("sliding_window(8, 1); nope"), ("zero",))
+    every = cells(made, (0, 2), layout, by)
+    assert [(c.layer, c.head) for c in every if c.name == "nope"] == [
+        (layer, head) for layer in (0, 2) for head in range(count)
+    ]
+    sums = measure(
+        Sweep(layout, surgery.blank(layout)), every, (text_task(cut()),), batch_tokens=48
+    )
+    table = as_table(
+        [row | {"run_id": "test"} for row in sums.rows({c.name: c.controls for c in made})]
+    )
+    for name, head in (("sliding_window(window=8, sinks=1)", 1), ("nope", 0), ("zero", count - 1)):
+        cell = value(table[table["head"] == head], name, 2)
+        traced, _ = measured(model, f"layer2.{word}[{head}]:{name}", metrics=("kl",))
+        traced = traced[(traced["site"] == "logits") & (traced["student"] == "swap")]
+        wanted = traced[(traced["stat"] == "mean") & (traced["position"] == "all")].iloc[0]
+        assert tuple(cell[["value", "lo", "hi"]]) == tuple(wanted[["value", "lo", "hi"]])
+    apart = value(table[table["head"] == 1], "nope", 2, stat="mean_minus_zero")["value"]
+    nope, zero = (value(table[table["head"] == 1], n, 2)["value"] for n in ("nope", "zero"))
+    assert apart == pytest.approx(nope - zero, abs=1e-9)
+
+
+def test_where_a_family_has_one_kv_head_it_is_the_layer(tiny):
+    model = tiny("llama", num_key_value_heads=1)
+    layout = Layout.of(model)
+    made = columns(spec.templates("zero"), ())
+    tables = []
+    for by in ("layer", "kv-head"):
+        every = cells(made, (1,), layout, by)
+        sums = measure(
+            Sweep(layout, surgery.blank(layout)), every, (text_task(cut()),), batch_tokens=48
+        )
+        tables.append(as_table([row | {"run_id": "test"} for row in sums.rows({})]))
+    whole, one = (value(table, "zero", 1)["value"] for table in tables)
+    assert one == pytest.approx(whole, rel=1e-5)
