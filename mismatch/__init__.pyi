@@ -272,6 +272,7 @@ def scan(
     length: int = 256,
     depth: float = 0.1,
     among: str = 'all',
+    by: Literal['layer', 'head', 'kv-head'] = 'layer',
     tasks: Sequence[str] | None = None,
     progress: bool = False,
 ) -> Scanned:
@@ -299,11 +300,12 @@ def scan(
         calibration_data: Calibration text, which mechanisms and controls set themselves from. Never overlaps with the evaluation text. Or a list of strings.
         tokens: Evaluation tokens of the task text.
         scored: Share of the evaluation tokens whose predictions are compared, for the head is costly. A trace compares all.
-        samples: Sequences of induction, prompts of passkey. With fewer than 8 the intervals are too narrow.
-        length: Tokens of a passkey prompt.
-        depth: Where the passkey stands: 0 is the start of the prompt, 1 its end.
+        samples: Sequences of induction, prompts of passkey, needles and kv_lookup. With fewer than 8 the intervals are too narrow.
+        length: Tokens of a prompt of passkey, needles and kv_lookup.
+        depth: Where the passkey, or the needle that is asked for, stands: 0 is the start of the prompt, 1 its end.
         among: Layers to go through: all, or ranges such as 0-9, 0,4,8, 0-last/2.
-        tasks: Tasks of each cell: text, induction, passkey. All that this model can do when not given.
+        by: What is replaced at a time: a layer, one of its query heads, or the query heads of one of its kv heads.
+        tasks: Tasks of each cell: text, induction, passkey, needles, kv_lookup. All that this model can do when not given.
         progress: talk on stderr, with a progress bar.
 
     Returns:
@@ -374,9 +376,9 @@ def plan(
         calibration_data: Calibration text, which mechanisms and controls set themselves from. Never overlaps with the evaluation text. Or a list of strings.
         tokens: Evaluation tokens of the chosen set: text that chose nothing.
         scored: Share of the evaluation tokens whose predictions are compared, for the head is costly. A trace compares all.
-        samples: Sequences of induction, prompts of passkey. With fewer than 8 the intervals are too narrow.
-        length: Tokens of a passkey prompt.
-        depth: Where the passkey stands: 0 is the start of the prompt, 1 its end.
+        samples: Sequences of induction, prompts of passkey, needles and kv_lookup. With fewer than 8 the intervals are too narrow.
+        length: Tokens of a prompt of passkey, needles and kv_lookup.
+        depth: Where the passkey, or the needle that is asked for, stands: 0 is the start of the prompt, 1 its end.
         layers: How many layers to replace; as many as the budget allows when not given.
         among: Layers that may be replaced: all, or ranges such as 4-last.
         selection_tokens: Selection tokens, of the same source: what the layers are chosen on.

@@ -85,8 +85,12 @@ def atlas(
     cell = (wide / len(columns), high)
     names = [_short(name, two_lines=cell[0] >= ROOM) for name in columns]
     if by_head:  # the first column of a mechanism has its name, the others their number
+        between = "\n" if cell[0] >= ROOM else ", "
         names = [
-            n if at % len(heads) == 0 else n.rpartition(" ")[2] for at, n in enumerate(columns)
+            f"{_short(name.removesuffix(_head_of(name)), cell[0] >= ROOM)}{between}{unit} 0"
+            if at % len(heads) == 0
+            else name.rpartition(" ")[2]
+            for at, name in enumerate(columns)
         ]
     letters = max(len(line) for name in names for line in name.split("\n"))
     # What stands around the cells: title, panel titles, names, scale and caption.

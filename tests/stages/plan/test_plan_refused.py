@@ -12,6 +12,7 @@ from wonderland import documents, jsonl
 import mismatch
 from mismatch import cli
 from mismatch.errors import NumericsError, UsageError
+from mismatch.runs.folder import load_run
 from mismatch.stages.scan import batches
 
 
@@ -102,6 +103,16 @@ def test_torchrun_is_refused(words, tmp_path, capsys, monkeypatch):
     refused_under_torchrun(
         [*words, "--output", str(tmp_path / "run")], tmp_path, capsys, monkeypatch
     )
+
+
+def test_a_scan_by_heads_is_refused(words, shared, tmp_path, capsys):
+    run = tmp_path / "heads"
+    asked = ["--swap", "zero", "--tasks", "text", "--by", "kv-head", "--among", "1"]
+    assert cli.main(["scan", *shared, *asked, "--output", str(run)]) == 0
+    assert load_run(run).table["head"].dropna().nunique() > 1
+    capsys.readouterr()
+    err = refused([*words, "--scan", str(run)], tmp_path, capsys)
+    assert "is by kv-head, and a plan chooses whole layers" in err
 
 
 def test_the_text_that_chose_and_the_text_that_is_evaluated(words, scan, folder, tmp_path):

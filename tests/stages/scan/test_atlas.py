@@ -285,7 +285,7 @@ def test_heads_stand_side_by_side_in_the_atlas(heads):
     figure = atlas(heads, plan=HEADS_PLAN)
     axis = figure.axes[0]
     names = [label.get_text() for label in axis.get_xticklabels()]
-    assert [n.split(",")[0].strip() for n in names] == ["window", "1", "2", "zero", "1", "2"]
+    assert names == ["window\nkv head 0", "1", "2", "zero\nkv head 0", "1", "2"]
     said = texts_of(figure)["cells-passkey"]
     one = next(text for text in said if text.startswith("window, kv head 2, layer 1"))
     assert "9.00" in one and "minus zero, paired" in one
