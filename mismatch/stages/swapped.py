@@ -8,7 +8,7 @@ from typing import Any
 
 from mismatch import registry, spec
 from mismatch.mechanisms.parts.user_module import configured
-from mismatch.runs.plan import SwapPlan
+from mismatch.runs.plan import Replaced, SwapPlan
 from mismatch.stages.opening import Opened
 from mismatch.texts.documents import Documents
 from mismatch.texts.windows import Windows
@@ -31,6 +31,18 @@ def warned(plan: SwapPlan, seq_len: int, controls: Sequence[str] = ()) -> SwapPl
                 "memory is never read; take a smaller segment or a longer --seq-len"
             )
     return dataclasses.replace(plan, warnings=(*plan.warnings, *found))
+
+
+def reach(clauses: Iterable[Replaced]) -> int:
+    """Tokens that the local parts of all swapped mechanisms hold: up to there they lack no context."""
+    found = [0]
+    for clause in clauses:
+        card = registry.mechanisms().card(clause.mechanism)
+        for name in ("segment", "window"):
+            arg = card.arg(name)
+            held = clause.args.get(name, None if arg is None else arg.default)
+            found += [held] if isinstance(held, int) else []
+    return max(found)
 
 
 def calibration_tokens(

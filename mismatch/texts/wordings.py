@@ -128,7 +128,7 @@ TRAINING_LISTS = (
     "{name}={value}; ",
     "| {name} | {value} |\n",
     '"{name}": "{value}",\n',
-    "{name}\t{value}\n",
+    "{name} .. {value}\n",
     "- {name}: {value}\n",
 )
 """Key-value lists of training text: asked for in the same format, the value last."""

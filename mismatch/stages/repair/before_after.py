@@ -28,7 +28,7 @@ from mismatch.surgery.students import Teacher
 from mismatch.texts.windows import Windows, windows
 
 REPAIRED = "repaired"
-USUAL = ("passkey", "induction", "generation")
+USUAL = ("passkey", "needles", "kv_lookup", "induction", "generation")
 """The probes that are asked when none is named, of those that the model can be asked."""
 SAMPLES = 8
 LENGTH = 256  # tokens of a passkey prompt

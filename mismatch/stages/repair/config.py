@@ -13,6 +13,10 @@ STAGES = ("scores", "closed-form", "local", "block", "window", "end-to-end")
 """The repair ladder, from cheap to costly. `inherit`, what the swap starts from, comes before and is always there."""
 
 
+USUAL_RETRIEVAL = 0.25
+"""Share of the training tokens in which something must be retrieved, at most, when nobody says."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class RepairConfig(SwapConfig):
     """Settings of `mismatch repair`."""
@@ -32,6 +36,7 @@ class RepairConfig(SwapConfig):
                 "train_data",
                 "train_tokens",
                 "self_generated",
+                "retrieval_text",
                 "val_tokens",
             ),
             *("calibration_tokens", "seq_len", "batch_size", "seed"),
@@ -59,20 +64,25 @@ class RepairConfig(SwapConfig):
     self_generated: Annotated[float, ">= 0"] = 0.5
     """Share of the training tokens that is sampled from the teacher, which knows more kinds of text than one source
     has; the rest is training text. Sampling may take two fifths of --max-minutes. 0 = training text alone."""
+    retrieval_text: Annotated[float, ">= 0"] | None = None
+    """Share of the training tokens in which something must be retrieved: needles, copies and lists made of training
+    text. By default half of what --self-generated leaves, at most 0.25, where the tokenizer and --seq-len allow it;
+    0 = none."""
     val_tokens: Annotated[int, ">= 1"] = 2048
     """Validation tokens, of other documents of the evaluation source: they select checkpoints and end a stage early."""
     trace_tokens: Annotated[int, ">= 0"] = 2048
     """Evaluation tokens behind the heatmaps before and after the repair; 0 = no heatmaps."""
     probes: tuple[str, ...] | None = None
-    """Probes of teacher, swap and repaired model. By default passkey, induction and generation where the model can
-    answer them; none = no probe."""
+    """Probes of teacher, swap and repaired model. By default passkey, needles, kv_lookup, induction and generation
+    where the model can answer them; none = no probe."""
     batch_size: Annotated[int, ">= 1"] = 1
     """Windows per training step. Small steps learn more from the same tokens; a GPU wants more windows at once."""
     epochs: Annotated[int, ">= 1"] = 10
     """Passes over the training text per stage; no progress on validation text ends a stage earlier."""
     max_minutes: Annotated[float, "> 0"] | None = 10.0
-    """Wall-clock minutes for all stages together, evaluation not counted; a stage plans its steps for its share. none =
-    by tokens alone."""
+    """Wall-clock minutes that sampling and training may take: self-generated text, the teacher's activations, all
+    stages together; a stage plans its steps for its share. Not counted: loading, evaluation after each stage, controls,
+    branches, probes, the heatmaps. none = by tokens alone."""
     lr: Annotated[float, "> 0"] = 2e-3
     """Peak learning rate of weights."""
     gate_lr: Annotated[float, "> 0"] = 3e-2
@@ -108,6 +118,12 @@ class RepairConfig(SwapConfig):
                 f"--self-generated must be less than 1, got {self.self_generated:g}",
                 hint="it is a share: 0.5 is half of the tokens; some text must be left",
             )
+        if self.self_generated + (self.retrieval_text or 0.0) >= 1:
+            raise ConfigError(
+                f"--self-generated {self.self_generated:g} and --retrieval-text {self.retrieval_text:g} leave no "
+                "training text",
+                hint="together they must be less than 1: both are shares of the training tokens",
+            )
         if not self.stages:
             raise ConfigError("`stages` is empty", hint=f"name some of {', '.join(STAGES)}")
         if list(self.stages) != [name for name in STAGES if name in self.stages]:
@@ -120,6 +136,18 @@ class RepairConfig(SwapConfig):
     def to_generate(self) -> int:
         """Training tokens that are sampled from the teacher: whole windows."""
         return int(self.train_tokens * self.self_generated) // self.seq_len * self.seq_len
+
+    @property
+    def retrieval_share(self) -> float:
+        """Share of the training tokens that is retrieval-shaped, where it can be made."""
+        if self.retrieval_text is not None:
+            return self.retrieval_text
+        return min(USUAL_RETRIEVAL, (1 - self.self_generated) / 2)
+
+    @property
+    def to_make(self) -> int:
+        """Training tokens that are retrieval-shaped: whole windows."""
+        return int(self.train_tokens * self.retrieval_share) // self.seq_len * self.seq_len
 
     @property
     def behind(self) -> bool:

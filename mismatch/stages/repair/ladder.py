@@ -3,8 +3,9 @@
     inherit -> scores -> closed-form -> local -> block -> window -> end-to-end
 
 A stage's weights are those that did best on validation windows; the evaluation windows are others, and are only run
-between stages. When the KL on them got worse, the weights from before the stage come back. After each stage the
-weights are saved, so a run that was killed goes on at the last stage, and inside it at the last saved step.
+between stages. When the KL on them, or retrieval, got worse (`mismatch.stages.repair.judge`), the weights from before
+the stage come back. After each stage the weights are saved, so a run that was killed goes on at the last stage, and
+inside it at the last saved step.
 """
 
 from __future__ import annotations
@@ -18,13 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mismatch.forward.heldout import Evaluated, HeldOut
 from mismatch.mechanisms.base import trains_new_first
 from mismatch.models.layout import Layout
 from mismatch.report.intervals import band
 from mismatch.runs.plan import from_json
 from mismatch.runs.state import State
 from mismatch.stages.repair.config import RepairConfig
+from mismatch.stages.repair.judge import Judge, Judged
 from mismatch.stages.repair.ladder_stages.activation_store import Store
 from mismatch.stages.repair.ladder_stages.block_window_kl import (
     EndToEndLoss,
@@ -64,7 +65,7 @@ class Ladder:
         config: the settings.
         teacher: layout of the untouched model.
         learner: the student, its parts and what else of it trains.
-        held_out: evaluation text, behind every reported number.
+        judge: evaluates: text behind every reported number, and prompts of retrieval.
         texts: to train on, and to validate on.
         folder: for activations.
         state: where stages are saved; None never.
@@ -79,7 +80,7 @@ class Ladder:
         config: RepairConfig,
         teacher: Layout,
         learner: Trainable,
-        held_out: HeldOut,
+        judge: Judge,
         texts: Texts,
         *,
         folder: Path,
@@ -94,20 +95,20 @@ class Ladder:
         self.neighbours = learner.neighbours
         self.first = learner.student.plan.first or 0
         """The first block that is not the teacher's own."""
-        self.held_out, self.texts = held_out, texts
+        self.judge, self.texts = judge, texts
         self.folder, self.state, self.fingerprint = folder, state, fingerprint
         self.stopping, self.say = stopping, say
         self.stages: list[StageResult] = []
-        self.swapped: Evaluated
+        self.swapped: Judged
         """On the evaluation text, before the first stage; known behind `begin`."""
-        self.best: Evaluated
+        self.best: Judged
         """After the stages that were kept."""
         new_first = any(trains_new_first(part.student) for part in self.parts)
         self.pace = Pace(config, spent, new_first)
 
     # ---- the run --------------------------------------------------------------------------------
 
-    def begin(self) -> Evaluated:
+    def begin(self) -> Judged:
         """What comes before the first stage: the teacher's activations, and the damage. Weights are those of the swap
         even where a run is resumed."""
         self._resume()
@@ -137,10 +138,10 @@ class Ladder:
             before = self._weights()
             stage = getattr(self, "_" + name.replace("-", "_"))(name)
             now = self._evaluated()
-            if now.kl.total > self.best.kl.total:
+            if (why := now.worse_than(self.best)) is not None:
                 self._set(before)
                 stage.kept = False
-                stage.notes.append("the held-out KL got worse: undone")
+                stage.notes.append(f"{why}: undone")
             else:
                 self.best = now
             self._report(stage, now)
@@ -156,18 +157,16 @@ class Ladder:
         tired = [gain < self.config.min_gain for gain in gains]
         return len(tired) >= 2 and all(tired[-2:])
 
-    def _evaluated(self) -> Evaluated:
+    def _evaluated(self) -> Judged:
         with self.pace.uncounted():
-            return self.held_out.evaluate(self.student.layout)
+            return self.judge.evaluate(self.student.layout)
 
-    def _report(self, stage: StageResult, found: Evaluated) -> None:
-        stage.kl, stage.lo, stage.hi = found.kl.mean()[:3]
-        stage.nll = found.nll.mean().value
-        stage.gap_closed, stage.gap_lo, stage.gap_hi = found.kl.gap_closed(self.swapped.kl)[:3]
+    def _report(self, stage: StageResult, found: Judged) -> None:
+        found.into(stage, self.swapped)
         self.stages.append(stage)
         self.say(
             f"{stage.name:12} KL {stage.kl:.4f} {band(stage.lo, stage.hi, '{:.4f}'.format)}  gap closed "
-            f"{100 * stage.gap_closed:.1f} %  {stage.tokens} tokens  {stage.seconds:.0f} s"
+            f"{100 * stage.gap_closed:.1f} %  {stage.retrieval_words}  {stage.tokens} tokens  {stage.seconds:.0f} s"
             + ("" if stage.kept else "  (undone)")
         )
 

@@ -67,7 +67,7 @@ class Repaired(Result):
 
     def _stage_lines(self) -> list[str]:
         lines = []
-        for row in self.stages.itertuples():
+        for row, stage in zip(self.stages.itertuples(), self.plan.stages, strict=True):
             line = f"{row.stage:12}  KL {row.kl:.4f} {band(row.lo, row.hi, NATS)} nats"
             if row.Index:
                 line += (
@@ -77,6 +77,7 @@ class Repaired(Result):
                 )
                 said = score(self.plan.forecast, row.stage)
                 line += f"   {said}" if said else ""
+            line += f"   {stage.retrieval_words}" if stage.retrieval_words else ""
             lines.append(line + ("" if row.kept else "   undone: it got worse"))
         return lines
 

@@ -2,6 +2,7 @@
 
     stage    student    stat
     repair   swap       mean[after=S], gap_closed[after=S]     after a stage of the ladder; step counts the stages
+                        answers_minus_teacher[after=S]         NLL of the answers of the judge's prompts, where it asks
     surgery  swap       mean                                 as it was swapped; of controls under their own name
     repair   swap       mean, mean_minus_C                   as repaired; its paired difference to control C
     repair   swap       mean[without=W.B]                    as repaired, branch B at W taken out
@@ -18,6 +19,7 @@ from typing import Any
 from mismatch.forward.heldout import Evaluated
 from mismatch.metrics.sums.per_document import Estimate
 from mismatch.metrics.sums.readings import Reading
+from mismatch.runs.intervals import SAMPLES
 from mismatch.runs.table import under
 from mismatch.stages.repair.ladder_stages.stage_result import StageResult
 from mismatch.stages.repair.plan import Branch
@@ -26,7 +28,7 @@ AS_SWAPPED, AS_REPAIRED = "swap", "repaired"
 
 
 def stage_rows(stages: Sequence[StageResult], tokens: int, over: str) -> list[dict[str, Any]]:
-    """KL and gap closed after each stage, on so many held-out tokens."""
+    """KL and gap closed after each stage, on so many held-out tokens; and what the answers of prompts lost."""
     rows = []
     for number, stage in enumerate(stages):
         for stat, found in (
@@ -34,6 +36,11 @@ def stage_rows(stages: Sequence[StageResult], tokens: int, over: str) -> list[di
             ("gap_closed", Estimate(stage.gap_closed, stage.gap_lo, stage.gap_hi, tokens, over)),
         ):
             rows.append(_row("kl", under(stat, after=stage.name), found, step=number))
+        if stage.answers:
+            lost = (stage.retrieval, stage.retrieval_lo, stage.retrieval_hi)
+            found = Estimate(*lost, stage.answers, SAMPLES)
+            stat = under("answers_minus_teacher", after=stage.name)
+            rows.append(_row("nll", stat, found, step=number))
     return rows
 
 

@@ -26,6 +26,7 @@ from mismatch.stages.repair import before_after
 from mismatch.stages.repair.config import RepairConfig
 from mismatch.stages.repair.forecast_readings import foretell
 from mismatch.stages.repair.gates import standing, weighing
+from mismatch.stages.repair.judge import Judge, Selection, selection
 from mismatch.stages.repair.knockout import knocked_out
 from mismatch.stages.repair.ladder import Ladder, Texts
 from mismatch.stages.repair.ladder_stages.module_pair import pairs_of
@@ -44,7 +45,7 @@ from mismatch.stages.repair.texts import RepairTexts, read_texts
 from mismatch.stages.repair.trainable import trainable
 from mismatch.stages.repair.trained_controls import TrainedControl
 from mismatch.stages.repair.training_text import readable, training_text
-from mismatch.stages.swapped import calibration_tokens, warned
+from mismatch.stages.swapped import calibration_tokens, reach, warned
 from mismatch.surgery.operate import Student
 from mismatch.surgery.students import students_of
 from mismatch.texts.windows import Windows
@@ -53,12 +54,13 @@ from mismatch.texts.windows import Windows
 @dataclass(frozen=True)
 class Prepared:
     """Texts in their roles; windows to calibrate on (None: nothing does); probes before and after (None: none); which
-    usual probes are not asked, with the reason."""
+    usual probes are not asked, with the reason; prompts that the ladder is judged on."""
 
     texts: RepairTexts
     calibration: Windows | None
     asked: Questions | None
     unasked: tuple[str, ...]
+    selection: Selection
 
 
 class Repair(Stage[RepairConfig, Prepared]):
@@ -97,7 +99,8 @@ class Repair(Stage[RepairConfig, Prepared]):
         calls = [clause.call for clause in clauses]
         wanted = calibration_tokens(calls, controls, d_model=opened.skeleton.d_model)
         calibration = opened.calibration(wanted, texts.documents)
-        return Prepared(texts, calibration, asked, tuple(unasked))
+        judged_on = selection(opened, texts.validation, reach(swap.plan.clauses))
+        return Prepared(texts, calibration, asked, tuple(unasked), judged_on)
 
     def announce(self, opened: Opened[RepairConfig], prepared: Prepared) -> str:
         config, texts = opened.config, prepared.texts
@@ -160,7 +163,9 @@ def _run(
         "spent": trained_on.seconds,
     }
     beside = {control.name: held_out.evaluate(control.layout) for control in controls}
-    ladder = Ladder(config, teacher.layout, mine, held_out, batches, state=opened.state(), **shared)
+    judge = Judge(held_out, prepared.selection)
+    opened.say(judge.note)
+    ladder = Ladder(config, teacher.layout, mine, judge, batches, state=opened.state(), **shared)
     ladder.begin()
     foretold = foretell(config, teacher, ladder, beside)
     for line in forecast_lines(foretold):
@@ -170,9 +175,7 @@ def _run(
     for control in _trained_controls(opened, swap, calibration):
         opened.say(f"the control {control.name} is trained for the same steps")
         other = trainable(teacher.layout, config, control)
-        like = TrainedControl(
-            config, teacher.layout, other, held_out, batches, state=None, **shared
-        )
+        like = TrainedControl(config, teacher.layout, other, judge, batches, state=None, **shared)
         beside[f"{control.name}-trained"] = like.run_like(stages)
     evaluated = {AS_SWAPPED: ladder.swapped, AS_REPAIRED: ladder.best, **beside}
     branches = knocked_out(held_out, student, parts, ladder.best)
@@ -192,7 +195,12 @@ def _run(
         branches=tuple(branches),
         gates=Gates(weighing(parts), start, standing(parts)),
         forecast=foretold.scored(stages),
-        notes=(*trained_on.lines(config.train_data), *prepared.unasked),
+        notes=(
+            *trained_on.lines(config.train_data),
+            *texts.notes,
+            judge.note,
+            *prepared.unasked,
+        ),
         teacher=teacher.info.as_dict(),
         over=over,
     )

@@ -39,7 +39,7 @@ class TrainedControl(Ladder):
             if stage.kept and stage.steps:
                 self._steps = stage.steps // self._loops(stage.name)
                 getattr(self, "_" + stage.name.replace("-", "_"))(stage.name)
-        return self.held_out.evaluate(self.student.layout)
+        return self.judge.evaluate(self.student.layout)
 
     def _loops(self, name: str) -> int:
         """How many loops share the steps of a stage."""

@@ -19,6 +19,7 @@ from mismatch.stages.repair.config import RepairConfig
 from mismatch.stages.repair.self_generated import Writer
 from mismatch.surgery.students import Teacher
 from mismatch.texts.overlap import repeats
+from mismatch.texts.retrieval import made_tokens
 from mismatch.texts.windows import Windows
 
 SHARE = 0.4  # of the time there is, that sampling may take
@@ -31,7 +32,7 @@ class TrainingText:
 
     Attributes:
         windows: training text first, then the self-generated text; the latter is one document.
-        read, generated: tokens of each.
+        read, generated: tokens of each; of what was read, retrieval-shaped windows too.
         repeated: tokens that were sampled and left out, for they stand in held-out text.
         seconds: that sampling took.
     """
@@ -44,11 +45,13 @@ class TrainingText:
 
     def lines(self, source: str) -> list[str]:
         """For the reader of a report; `source` is the training text."""
+        made = made_tokens(self.windows)
+        read = f"{self.read - made:,} tokens of {source}"
+        read += f", {made:,} retrieval-shaped ones made of it" if made else ""
         if not self.generated:
-            return [f"trained on {self.read:,} tokens of {source}"]
+            return [f"trained on {read}"]
         lines = [
-            f"trained on {self.read:,} tokens of {source} and {self.generated:,} sampled from the teacher in "
-            f"{self.seconds:.0f} s"
+            f"trained on {read} and {self.generated:,} sampled from the teacher in {self.seconds:.0f} s"
         ]
         if self.repeated:
             lines.append(f"{self.repeated:,} more repeated held-out text and were left out")

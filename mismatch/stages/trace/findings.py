@@ -22,11 +22,11 @@ from typing import Any
 
 import pandas as pd
 
-from mismatch import registry
 from mismatch.report import intervals
 from mismatch.runs.plan import Apart, Replaced
 from mismatch.spec.heads import named
 from mismatch.stages.base import SEVERITIES, Finding
+from mismatch.stages.swapped import reach
 
 Profile = dict[int, pd.Series]
 """The row of each range of positions, by its first position, in order."""
@@ -74,14 +74,7 @@ class Evidence:
 
     def reach(self) -> int:
         """Tokens that the local parts of all swapped mechanisms hold: up to there they lack no context."""
-        found = [0]
-        for clause in self.clauses:
-            card = registry.mechanisms().card(clause.mechanism)
-            for name in ("segment", "window"):
-                arg = card.arg(name)
-                held = clause.args.get(name, None if arg is None else arg.default)
-                found += [held] if isinstance(held, int) else []
-        return max(found)
+        return reach(self.clauses)
 
     def slots(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(c.slot for c in self.clauses))

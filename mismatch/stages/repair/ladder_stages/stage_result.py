@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from mismatch.report.intervals import band
+
 
 @dataclass(frozen=True)
 class Look:
@@ -20,7 +22,8 @@ class Look:
 
 @dataclass
 class StageResult:
-    """One stage as run. KL in nats per token on the evaluation text; errors relative."""
+    """One stage as run. KL in nats per token on the evaluation text; errors relative; `retrieval` is the NLL of answers
+    minus the teacher's, nats per token, over so many tokens of `answers`: 0 and NaN where it is not judged."""
 
     name: str
     where: str = ""
@@ -31,6 +34,10 @@ class StageResult:
     gap_closed: float = float("nan")
     gap_lo: float = float("nan")
     gap_hi: float = float("nan")
+    retrieval: float = float("nan")
+    retrieval_lo: float = float("nan")
+    retrieval_hi: float = float("nan")
+    answers: int = 0
     tokens: int = 0
     seconds: float = 0.0
     steps: int = 0
@@ -38,3 +45,11 @@ class StageResult:
     looks: list[Look] = field(default_factory=list)
     gates: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+
+    @property
+    def retrieval_words(self) -> str:
+        """`retrieval +0.12 [0.02, 0.22] nats`; "" where it is not judged."""
+        if not self.answers:
+            return ""
+        between = band(self.retrieval_lo, self.retrieval_hi, "{:+.2f}".format)
+        return f"retrieval {self.retrieval:+.2f} {between} nats"

@@ -16,6 +16,7 @@ from mismatch.stages.repair.plan import Branch, RepairPlan
 
 COLUMNS = (
     *("stage", "kl", "lo", "hi", "nll", "gap_closed", "gap_lo", "gap_hi"),
+    *("retrieval", "retrieval_lo", "retrieval_hi"),
     *("tokens", "steps", "seconds", "kept"),
 )
 STAGE_COLOURS = {
@@ -70,11 +71,15 @@ def repair_figure(_table: pd.DataFrame, *, plan: RepairPlan, dictionary: Any = N
 
 @style.styled
 def repair_curve(plan: RepairPlan) -> Figure:
-    """Held-out KL of every stage, with its interval; controls as lines. Stages that were undone are hollow."""
+    """Held-out KL of every stage, with its interval; controls as lines; retrieval, where the ladder was judged on it.
+    Stages that were undone are hollow."""
     frame = stage_table(plan)
     frame = frame[(frame["stage"] == "inherit") | (frame["tokens"] > 0)]  # others were left out
     figure = style.new_figure(style.WIDTH, 3.0)
-    left, right = figure.subplots(1, 2, sharey=True)
+    judged = frame["retrieval"].notna().any()
+    left, right, *more = figure.subplots(1, 3 if judged else 2)
+    right.sharey(left)
+    right.tick_params(labelleft=False)
     controls = {
         name: found.kl[0]
         for name, found in plan.students.items()
@@ -98,6 +103,8 @@ def repair_curve(plan: RepairPlan) -> Figure:
         ax.yaxis.set_minor_locator(NullLocator())
         ax.set_ylim(low, high)
     left.set_ylabel("KL to the teacher, nats per token")
+    for ax in more:
+        _retrieval(ax, frame)
     marks = [
         Line2D([], [], ls="none", marker="o", ms=5, color=STAGE_COLOURS[r]) for r in frame["stage"]
     ]
@@ -118,7 +125,12 @@ def repair_curve(plan: RepairPlan) -> Figure:
     style.frame(
         figure,
         "What is left of the damage, on held-out text",
-        f"Bars: {intervals.named([plan.over])}. Hollow: a stage that made it worse and was undone. Dashed: controls.",
+        f"Bars: {intervals.named([plan.over])}. Hollow: a stage that made it worse and was undone. Dashed: controls."
+        + (
+            " Right: prompts in which something must be retrieved; 0 is the teacher."
+            if judged
+            else ""
+        ),
     )
     edge = right.get_xlim()[1]
     style.label_ends(
@@ -126,6 +138,24 @@ def repair_curve(plan: RepairPlan) -> Figure:
         [(edge, kl, name, style.look(name, list(controls))[0]) for name, kl in controls.items()],
     )
     return figure
+
+
+def _retrieval(ax: Axes, frame: pd.DataFrame) -> None:
+    """What the answers of the judge's prompts lost, stage by stage."""
+    for at, row in enumerate(frame.itertuples()):
+        colour = STAGE_COLOURS[row.stage]
+        if row.retrieval_lo == row.retrieval_lo:
+            ax.plot([at, at], [row.retrieval_lo, row.retrieval_hi], color=colour, linewidth=1.1)
+        (point,) = ax.plot(
+            at, row.retrieval, marker="o", ms=5, color=colour, mfc=colour if row.kept else "white"
+        )
+        said = style.interval(row.retrieval, row.retrieval_lo, row.retrieval_hi)
+        text = readout.lines(row.stage, {"NLL of the answers minus the teacher's": said})
+        readout.read_out(point, f"retrieval-{at}", [text])
+    ax.axhline(0, color=style.FAINT, linewidth=0.6, zorder=0)
+    ax.set_xticks(range(len(frame)), [])
+    ax.set_xlabel("stages, in their order")
+    ax.set_ylabel("retrieval lost, nats per token of an answer")
 
 
 def _range(frame: pd.DataFrame, controls: Mapping[str, float]) -> tuple[float, float]:

@@ -54,11 +54,13 @@ def percent(read: Sequence[float]) -> str:
 def stages(plan: RepairPlan) -> Html:
     """A row per stage: share and nats, with intervals, and what they cost; then what was forecast of them."""
     frame = stage_table(plan)
+    judged = frame["retrieval"].notna().any()
     rows = [
         (
             r.stage,
             Cell(percent((r.gap_closed, r.gap_lo, r.gap_hi)), r.gap_closed) if r.Index else "-",
             reading(r.kl, r.lo, r.hi),
+            reading(r.retrieval, r.retrieval_lo, r.retrieval_hi) if judged else "not judged",
             whole(r.tokens) if r.Index else "-",
             whole(r.steps) if r.Index else "-",
             Cell(f"{r.seconds:.0f}", r.seconds) if r.Index else "-",
@@ -68,10 +70,11 @@ def stages(plan: RepairPlan) -> Html:
     ]
     heads = (
         *("stage", f"gap closed, {intervals.named([plan.over])}", "KL left, nats per token"),
+        "retrieval: NLL of answers minus the teacher's",
         *("tokens", "steps", "seconds", "kept"),
     )
     kept = [i for i, r in enumerate(frame.itertuples()) if r.kept]
-    return join([grid(heads, rows, numbers=(1, 2, 3, 4, 5), marked=kept[-1:]), foretold(plan)])
+    return join([grid(heads, rows, numbers=(1, 2, 3, 4, 5, 6), marked=kept[-1:]), foretold(plan)])
 
 
 def foretold(plan: RepairPlan) -> Html:
