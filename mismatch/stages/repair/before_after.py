@@ -16,11 +16,15 @@ from typing import Any
 
 from mismatch.errors import MismatchError
 from mismatch.metrics.sums.per_document import Units
+from mismatch.probes.needles import Needles
 from mismatch.runs.table import SWAP
 from mismatch.stages.opening import Opened
 from mismatch.stages.probe.questions import Questions, answers, light, needs_text, questions
 from mismatch.stages.repair.config import RepairConfig
+from mismatch.stages.repair.knockout import needle_rows
+from mismatch.stages.repair.ladder_stages.module_pair import ModulePair
 from mismatch.stages.repair.texts import RepairTexts
+from mismatch.stages.swapped import reach
 from mismatch.stages.trace.batches import measure
 from mismatch.stages.trace.meters import Collector
 from mismatch.surgery.operate import Student
@@ -31,7 +35,7 @@ REPAIRED = "repaired"
 USUAL = ("passkey", "needles", "kv_lookup", "induction", "generation")
 """The probes that are asked when none is named, of those that the model can be asked."""
 SAMPLES = 8
-LENGTH = 256  # tokens of a passkey prompt
+LENGTH = 256  # tokens of a prompt of passkey and needles, at least
 METRICS = ("rel_l2", "norm_ratio")
 """The metrics of the heatmaps: how far, and whether too large or too small."""
 
@@ -62,8 +66,11 @@ def asked(opened: Opened[RepairConfig], texts: RepairTexts) -> tuple[Questions |
 
 def _made(opened: Opened[RepairConfig], names: Sequence[str], texts: RepairTexts) -> Questions:
     # batch_size: these inputs are short, and what a training step can hold has no bearing on them.
+    # Twice what the local part of the swap holds: where a key stands within it, nothing is retrieved.
+    held = reach(opened.planned()[0].plan.clauses)
+    length = max(LENGTH, min(2 * held, opened.config.seq_len))
     own = light(
-        opened.config, names, controls=(), batch_size=4, samples=SAMPLES, lengths=(str(LENGTH),)
+        opened.config, names, controls=(), batch_size=4, samples=SAMPLES, lengths=(str(length),)
     )
     cut = None
     if needs_text(own):
@@ -72,10 +79,18 @@ def _made(opened: Opened[RepairConfig], names: Sequence[str], texts: RepairTexts
 
 
 def probe_rows(
-    put: Questions, teacher: Teacher, swap: Student, repaired: Student
+    put: Questions,
+    teacher: Teacher,
+    swap: Student,
+    repaired: Student,
+    parts: Sequence[ModulePair],
 ) -> list[dict[str, Any]]:
-    """The answers of teacher, swap and repaired model, as rows without run id."""
-    found, _ = answers(put, teacher, _beside(swap, repaired))
+    """The answers of teacher, swap and repaired model, as rows without run id; of needles also by branches."""
+    students = _beside(swap, repaired)
+    found, _ = answers(put, teacher, students)
+    if isinstance(probe := put.probes.get("needles"), Needles):
+        local = reach(swap.plan.clauses)
+        found += needle_rows(probe, teacher.layout, students, parts, local)
     return [_staged(row) for row in found]
 
 

@@ -13,6 +13,9 @@ from mismatch.stages.repair.ladder_stages.stage_result import StageResult
 Reading = tuple[float, float, float]
 """Value, and the ends of its 95 % interval."""
 
+ALL, NONE = "all", "none"
+"""Which branches are kept while needles are asked for: every one, none; else the name of the one that is."""
+
 
 @dataclass(frozen=True)
 class StudentReading:

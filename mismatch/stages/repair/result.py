@@ -14,6 +14,7 @@ from mismatch.stages.base import Result
 from mismatch.stages.repair.plan import RepairPlan
 from mismatch.stages.repair.report.curve_figure import branch_line, repair_curve, stage_table
 from mismatch.stages.repair.report.forecast_words import score
+from mismatch.stages.repair.report.needles_by_branch import needle_lines
 from mismatch.stages.repair.report.page import probe_lines
 
 if TYPE_CHECKING:
@@ -60,6 +61,7 @@ class Repaired(Result):
         whole = plan.students["repaired"].kl[0]
         notes = [note for stage in plan.stages for note in stage.notes]
         notes += [branch_line(at, whole) for at in plan.branches]
+        notes += needle_lines(self.table)
         parts.append([f"- {note}" for note in dict.fromkeys([*notes, *plan.notes])])
         if self.checkpoint is not None:
             parts.append([f'next: mismatch generate {self.checkpoint} "Once upon a time"'])

@@ -42,7 +42,7 @@ from mismatch.stages.repair.rows import (
     student_rows,
 )
 from mismatch.stages.repair.texts import RepairTexts, read_texts
-from mismatch.stages.repair.trainable import trainable
+from mismatch.stages.repair.trainable import Trainable, trainable
 from mismatch.stages.repair.trained_controls import TrainedControl
 from mismatch.stages.repair.training_text import readable, training_text
 from mismatch.stages.swapped import calibration_tokens, reach, warned
@@ -182,7 +182,7 @@ def _run(
     for at in branches:
         opened.say(branch_line(at, ladder.best.kl.mean().value))
     began = time.monotonic()
-    rows = _before_and_after(opened, prepared, swap, student)
+    rows = _before_and_after(opened, prepared, swap, mine)
     base = warned(student.plan, texts.evaluation.seq_len)
     over = ladder.best.kl.mean().over
     plan = RepairPlan(
@@ -253,10 +253,10 @@ def _with_trained_controls(config: RepairConfig) -> RepairConfig:
 
 
 def _before_and_after(
-    opened: Opened[RepairConfig], prepared: Prepared, swap: Student, repaired: Student
+    opened: Opened[RepairConfig], prepared: Prepared, swap: Student, learner: Trainable
 ) -> list[dict[str, Any]]:
     """Shift of both at every site, and the probes."""
-    config, rows = opened.config, []
+    config, repaired, rows = opened.config, learner.student, []
     if config.trace_tokens:
         cut = before_after.few(prepared.texts.evaluation, config.trace_tokens)
         opened.say(f"swap and repaired model are traced on {cut.tokens:,} evaluation tokens")
@@ -265,7 +265,9 @@ def _before_and_after(
         )
     if prepared.asked is not None:
         opened.say(f"probes: {', '.join(prepared.asked.probes)}")
-        rows += before_after.probe_rows(prepared.asked, opened.teacher, swap, repaired)
+        rows += before_after.probe_rows(
+            prepared.asked, opened.teacher, swap, repaired, learner.parts
+        )
     for line in prepared.unasked:
         opened.say(line)
     return rows

@@ -21,6 +21,7 @@ from mismatch.stages.repair.report.before_after_figure import before_after_data
 from mismatch.stages.repair.report.curve_figure import repair_data, repair_figure, stage_table
 from mismatch.stages.repair.report.forecast_words import SURE, forecast_lines, inside, share
 from mismatch.stages.repair.report.gates_figure import gates_data, gates_figure
+from mismatch.stages.repair.report.needles_by_branch import needle_section
 
 CLOSED = 0.5
 """Share of the gap from which the KL counts as closed; a retrieval of which less came back is warned of."""
@@ -159,7 +160,7 @@ def before_after(table: pd.DataFrame, dictionary: Mapping[str, Any] | None = Non
         gain).
     """
     of = probes_of(table)
-    mine = table[table["metric"].isin(of)]
+    mine = table[table["metric"].isin(of) & ~table["stat"].str.contains("[kept=", regex=False)]
     teacher = mine["student"] == "teacher"
     parts = {}
     for stage in ("surgery", "repair"):
@@ -322,7 +323,7 @@ def sections(run: Run) -> list[Section]:
         Section("", (*(tag("p", text, class_="warning") for text in warned), stages(plan), curve)),
         Section("Beside the controls", (students(plan),)),
         Section("Before and after", (shift, gates)),
-        Section("Are the branches used?", (branches(plan),)),
+        Section("Are the branches used?", (branches(plan), needle_section(run.table))),
         Section("Retrieval and free generation", (asked(run),)),
         Section("Notes of the stages", (_notes(plan),)),
         replaced(run),
