@@ -7,10 +7,10 @@ softmax with the module's own scaling and softcap,
     and by kv head `slots` of the far tokens (segments before s - overlap, no sinks): those of highest score
 
 with the keys as they were rotated. This is learned KV-cache eviction. The score of a token depends on the token alone,
-so the state is merged once a segment and never read again; `parts/slots.py` defines scores, merge and ties,
-`parts/local_softmax.py` the softmax. From their abstracts: KVzap (arXiv 2601.07891) scores tokens by a net on the
-hidden state; DuoAttention (arXiv 2410.10819) leaves most heads local with sinks; LoLA (arXiv 2505.23666) keeps an exact
-cache of tokens beside local attention and a linear memory. They are not reproduced here.
+so the slots are merged once a segment, and older text is not read again; `parts/slots.py` defines scores, merge and
+ties, `parts/local_softmax.py` the softmax. From their abstracts: KVzap (arXiv 2601.07891) scores tokens by a net on
+the hidden state; DuoAttention (arXiv 2410.10819) leaves most heads local with sinks; LoLA (arXiv 2505.23666) keeps an
+exact cache of tokens beside local attention and a linear memory. They are not reproduced here.
 
 As decided here:
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from reference_kv_slots import far_target, reference
 from tiny_models import in_chunks, part, positions, swap, tiny, tokens
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, StaticCache
 
 from mismatch.errors import SpecError, SurgeryError
@@ -218,6 +219,30 @@ def test_the_state_is_what_is_promised_and_does_not_grow(text, dtype):
         held[at + 1] = sum(x.nbytes for x in rows)
         assert held[at + 1] == sum(x.untyped_storage().nbytes() for x in rows)
     assert max(held.values()) == held[3 * N - 1] == held[12 * N - 1] == promised
+
+
+class Largest(TorchDispatchMode):
+    """The most numbers that any tensor holds which an operation gives."""
+
+    most = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(tensor, torch.Tensor):
+                self.most = max(self.most, tensor.untyped_storage().nbytes())
+        return out
+
+
+def test_the_largest_tensor_is_linear_in_the_length():
+    mechanism, found = module(slots=5, dtype=torch.float32), []
+    for length in (128, 256, 512):
+        with torch.no_grad(), Largest() as seen:
+            x = stream(1, length, torch.float32)
+            run(mechanism, x)
+            mechanism.score_targets(hidden_states=x, position_embeddings=embeddings(mechanism, x))
+        found.append(seen.most)
+    assert found[2] - found[1] <= 2.02 * (found[1] - found[0])  # a square would be 4
 
 
 def test_beams_take_their_slots_along():

@@ -40,7 +40,7 @@ from mismatch.mechanisms.parts.local_softmax import Kept, Pair, earlier_after, e
 from mismatch.mechanisms.parts.segments import Grid
 
 HIDDEN = 64
-"""Width of the net, as in the prototypes of KVzap's kind: 37 thousand weights at d_model 576."""
+"""Width of the net: 37 thousand weights at d_model 576."""
 STEPS = 1024
 """Of a score, between two whole numbers."""
 UNTRAINED = (
