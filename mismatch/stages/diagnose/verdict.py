@@ -16,13 +16,12 @@ from mismatch.stages.base import SEVERITIES, Finding
 from mismatch.stages.diagnose.config import DiagnoseConfig
 from mismatch.stages.diagnose.figure import CAUSES, percent
 from mismatch.stages.diagnose.numbers import Correction, Found, Share
+from mismatch.stages.lost_retrieval import ABLE, LOST, command
 
 SPOKEN = 0.1
 """A smaller share is left to the table."""
 MUCH = 0.5
 CLOSED_FORM = ("scale", "mean", "affine", "linear")
-LOST = {"passkey": 1.0, "induction": 0.5}
-"""Nats that a probe must have lost for its verdict."""
 SMALL_STEP = 0.3
 """||update|| / ||stream||: a larger one is no small correction to the stream."""
 
@@ -217,25 +216,36 @@ def _premise(found: Found, _ask: _Next) -> Iterator[Finding]:
 
 def _elsewhere(found: Found, ask: _Next) -> Iterator[Finding]:
     """What probes of an earlier run say."""
-    words = {
+    told = {
         "passkey": ("retrieval is carried here", "the log-probability of the key"),
+        "needles": ("retrieval is carried here", "the log-probability of facts in real text"),
+        "kv_lookup": ("retrieval is carried here", "the log-probability of pairs of a list"),
         "induction": ("copying is carried here", "NLL of the second copy of random tokens"),
+        "copying": ("copying is carried here", "NLL of the second copy of random tokens"),
     }
     for reading in found.evidence:
         name = reading["probe"]
-        title, what = words[name]
-        lost = -reading["value"] if name == "passkey" else reading["value"]
-        sure = reading["hi"] < 0 if name == "passkey" else reading["lo"] > 0
-        if lost < LOST[name] or not sure:
+        title, what = told[name]
+        retrieval = name in ABLE
+        lost = -reading["value"] if retrieval else reading["value"]
+        sure = reading["hi"] < 0 if retrieval else reading["lo"] > 0
+        if lost < LOST[name] or not sure or (retrieval and reading["teacher"] < ABLE[name]):
             continue
+        keeps = command(ask.model, ask.clauses) if retrieval else None
+        advice = (
+            "Keep the exact keys and values of the far tokens that are worth it, or keep the part and add the "
+            "mechanism beside it."
+            if keeps
+            else "Do not replace the part: keep it, and add the mechanism beside it."
+        )
         yield Finding(
             "high",
             f"{title} ({name} {reading['value']:+.2f} nats)",
             f"{what} moves by {reading['value']:+.2f} [{reading['lo']:.2f}, {reading['hi']:.2f}] nats from the "
             f"teacher's {reading['teacher']:.2f}: ordinary text does not show it, and training on text brings it back "
-            "only in part. Do not replace the part: keep it, and add the mechanism beside it.",
+            f"only in part. {advice}",
             {k: v for k, v in reading.items() if k != "probe"},
-            ask.parallel(),
+            keeps or ask.parallel(),
         )
 
 
@@ -255,6 +265,7 @@ class _Next:
         self.model, self.flag = config.model, config.flag
         self.swap = found.swap if config.student else spec.format(config.swap_spec)
         self.apart, self.evidence = apart, config.earlier_run
+        self.clauses = clauses
         self.slots = {c.mechanism: c.slot for c in clauses}
 
     def cure(self, one: Correction) -> str | None:

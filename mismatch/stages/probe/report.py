@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from mismatch.report.figures import ReportFigure
 from mismatch.report.page import Html, grid, reading
-from mismatch.report.sections import Section, replaced
+from mismatch.report.sections import Section, findings, replaced
 from mismatch.runs.folder import Run
 from mismatch.stages.probe.passkey_figure import passkey, passkey_data
 from mismatch.stages.probe.words import headlines, named, probes_of
@@ -29,8 +29,9 @@ def figures(run: Run) -> tuple[ReportFigure, ...]:
 
 
 def sections(run: Run) -> list[Section]:
-    """Answers, what was replaced, figures."""
-    return [*answers(run), replaced(run), Section("", figures(run))]
+    """Answers, what they say, what was replaced, figures."""
+    said = [findings(run)] if run.findings else []
+    return [*answers(run), *said, replaced(run), Section("", figures(run))]
 
 
 def answers(run: Run) -> tuple[Section, ...]:

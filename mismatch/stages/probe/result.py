@@ -26,7 +26,12 @@ class Probed(Result):
         return headlines(self.table, self.run.dictionary)
 
     def words(self) -> str:
-        return probe_summary(self.table, self.plan, self.run.dictionary)
+        text = probe_summary(self.table, self.plan, self.run.dictionary)
+        said = [
+            f"{f.title}: {f.text}\n  -> {f.next}" if f.next else f"{f.title}: {f.text}"
+            for f in self.findings
+        ]
+        return "\n\n".join([text, *said])
 
     def as_dict(self) -> dict[str, Any]:
         rows = json.loads(self.headlines.to_json(orient="records"))

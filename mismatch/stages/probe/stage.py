@@ -4,10 +4,14 @@ not resumed.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import pandas as pd
+
 from mismatch.report.words import plan_lines, subject
-from mismatch.stages.base import Outcome, Stage
+from mismatch.stages.base import Finding, Outcome, Stage
+from mismatch.stages.lost_retrieval import lost_retrieval
 from mismatch.stages.opening import Opened
 from mismatch.stages.probe.config import ProbeConfig
 from mismatch.stages.probe.questions import Questions, answers, needs_text, questions
@@ -60,3 +64,9 @@ class Probe(Stage[ProbeConfig, Prepared]):
         texts = [text for probe in asked.probes.values() for text in probe.warnings()]
         plan = replace(plan, warnings=(*plan.warnings, *texts))
         return Outcome(found, plan, {"samples": config.samples}, seconds)
+
+    def findings(
+        self, opened: Opened[ProbeConfig], outcome: Outcome, table: pd.DataFrame
+    ) -> Sequence[Finding]:
+        found = lost_retrieval(table, outcome.plan.clauses, opened.config.model)
+        return () if found is None else (found,)

@@ -11,6 +11,7 @@ excludes zero, and never from a value at or below the floor.
 | `depth` | does the shift grow or heal behind the swap? |
 | `late_tokens` | does it hurt more the later the token, more than deleting the module (`zero`) does? |
 | `most_changed` | of a fine-tune, in which nothing was swapped: which block changed most? |
+| `retrieval` | where probes were asked: is retrieval lost, which text does not show? |
 | `premise` | is this layer's update a small correction to the stream, as deep models expect? |
 """
 
@@ -26,6 +27,7 @@ from mismatch.report import intervals
 from mismatch.runs.plan import Apart, Replaced
 from mismatch.spec.heads import named
 from mismatch.stages.base import SEVERITIES, Finding
+from mismatch.stages.lost_retrieval import lost_retrieval
 from mismatch.stages.swapped import reach
 
 Profile = dict[int, pd.Series]
@@ -279,6 +281,10 @@ def _rises(swap: Profile, zero: Profile, low: int, high: int) -> bool:
     return bool(apart and b.lo * zero[low].value > a.hi * zero[high].value)
 
 
+def retrieval(e: Evidence) -> Finding | None:
+    return lost_retrieval(e.table, e.clauses, e.model)
+
+
 def premise(e: Evidence) -> Finding | None:
     worst, at = None, (0, "")
     for layer in e.swapped:
@@ -332,6 +338,7 @@ RULES: tuple[Callable[[Evidence], Finding | None], ...] = (
     scale,
     depth,
     late_tokens,
+    retrieval,
     premise,
 )
 

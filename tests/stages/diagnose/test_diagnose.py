@@ -215,6 +215,15 @@ def test_every_verdict_names_a_next_command(diagnosed, toy_teacher):
         'mismatch trace --model m --swap "layer18.attn:parallel(infini(segment=64), alpha=0.1); '
         'layer16.rope:parallel(nope, alpha=0.1)"'
     )
+    # Where attention alone was swapped, what keeps retrieval is named; a teacher that guesses says nothing.
+    single = DiagnoseConfig(model="m", swap=("layer18:infini(segment=64)",))
+    needles = reading | {"probe": "needles", "teacher": -0.2, "value": -1.7, "lo": -1.8, "hi": -1.6}
+    for teacher, told in ((-0.2, 1), (-2.2, 0)):
+        evidence = (needles | {"teacher": teacher},)
+        found = Found(**{**vars(diagnosed.found), "evidence": evidence})
+        first = [f for f in verdicts(found, single, clauses[:1]) if "retrieval" in f.title]
+        assert len(first) == told
+        assert all("kv_slots(slots=96" in f.next and "mismatch repair" in f.next for f in first)
     sure = [f for f in said if f.severity in ("medium", "high") and "behind" not in f.title]
     assert all(f.next for f in sure)
     assert not [f for f in verdicts(diagnosed.found, config, clauses) if f.severity == "high"]
