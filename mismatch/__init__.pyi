@@ -423,6 +423,7 @@ def repair(
     train_data: Any = 'sotu',
     train_tokens: int = 131072,
     self_generated: float = 0.5,
+    retrieval_text: float | None = None,
     val_tokens: int = 2048,
     trace_tokens: int = 2048,
     probes: Sequence[str] | None = None,
@@ -467,11 +468,12 @@ def repair(
         train_data: Training text, of another source than the evaluation text. Mechanisms that need calibration use it too. Or a list of strings.
         train_tokens: Training tokens.
         self_generated: Share of the training tokens that is sampled from the teacher, which knows more kinds of text than one source has; the rest is training text. Sampling may take two fifths of --max-minutes. 0 = training text alone.
+        retrieval_text: Share of the training tokens in which something must be retrieved: needles, copies and lists made of training text. By default half of what --self-generated leaves, at most 0.25, where the tokenizer and --seq-len allow it; 0 = none.
         val_tokens: Validation tokens, of other documents of the evaluation source: they select checkpoints and end a stage early.
         trace_tokens: Evaluation tokens behind the heatmaps before and after the repair; 0 = no heatmaps.
-        probes: Probes of teacher, swap and repaired model. By default passkey, induction and generation where the model can answer them; none = no probe.
+        probes: Probes of teacher, swap and repaired model. By default passkey, needles, kv_lookup, induction and generation where the model can answer them; none = no probe.
         epochs: Passes over the training text per stage; no progress on validation text ends a stage earlier.
-        max_minutes: Wall-clock minutes for all stages together, evaluation not counted; a stage plans its steps for its share. none = by tokens alone.
+        max_minutes: Wall-clock minutes that sampling and training may take: self-generated text, the teacher's activations, all stages together; a stage plans its steps for its share. Not counted: loading, evaluation after each stage, controls, branches, probes, the heatmaps. none = by tokens alone.
         lr: Peak learning rate of weights.
         gate_lr: Peak learning rate of gates and decays, which have far to go.
         window_blocks: Blocks behind the last swapped one whose stream the stage `window` matches.
