@@ -418,7 +418,7 @@ def repair(
     run_name: str | None = None,
     student: Any = None,
     trained_controls: Sequence[str] = (),
-    stages: Sequence[str] = ('scores', 'closed-form', 'local', 'block', 'window', 'end-to-end'),
+    stages: Sequence[str] = ('scores', 'slots', 'closed-form', 'local', 'block', 'window', 'end-to-end'),
     tokens: int = 8192,
     train_data: Any = 'sotu',
     train_tokens: int = 131072,
@@ -428,6 +428,7 @@ def repair(
     trace_tokens: int = 2048,
     probes: Sequence[str] | None = None,
     epochs: int = 10,
+    state_bytes: int | None = None,
     max_minutes: float | None = 10.0,
     lr: float = 0.002,
     gate_lr: float = 0.03,
@@ -473,6 +474,7 @@ def repair(
         trace_tokens: Evaluation tokens behind the heatmaps before and after the repair; 0 = no heatmaps.
         probes: Probes of teacher, swap and repaired model. By default passkey, needles, kv_lookup, induction and generation where the model can answer them; none = no probe.
         epochs: Passes over the training text per stage; no progress on validation text ends a stage earlier.
+        state_bytes: Bytes of state that a text may take in all swapped modules together: shared out as slots among their kv heads, by what each loses without them. none = slots as the swap says.
         max_minutes: Wall-clock minutes that sampling and training may take: self-generated text, the teacher's activations, all stages together; a stage plans its steps for its share. Not counted: loading, evaluation after each stage, controls, branches, probes, the heatmaps. none = by tokens alone.
         lr: Peak learning rate of weights.
         gate_lr: Peak learning rate of gates and decays, which have far to go.

@@ -283,7 +283,7 @@ def placed(parsed: Spec, layout: Layout) -> tuple[Placement, ...]:
     both = Spec((*earlier, *parsed.clauses), parsed.text)
     return tuple(
         dataclasses.replace(one, clause_index=one.clause_index - len(earlier))
-        for one in _resolved(both, layout)
+        for one in resolved(both, layout)
         if one.clause_index >= len(earlier)
     )
 
@@ -297,12 +297,13 @@ def layout_of(model: CausalLM) -> Layout:
     if not isinstance(model, saving.Swapped):
         return Layout.of(model)
     layout = Layout(model, family_of(model.config))
-    taken = _resolved(Spec(_swapped_before(model), ""), layout)
+    taken = resolved(Spec(_swapped_before(model), ""), layout)
     whole = {p.layer for p in taken if p.slot == "block" and p.layer is not None}
     return dataclasses.replace(layout, whole_blocks=frozenset(whole))
 
 
-def _resolved(spec: Spec, layout: Layout) -> tuple[Placement, ...]:
+def resolved(spec: Spec, layout: Layout) -> tuple[Placement, ...]:
+    """The slots of a swap in a model of this layout, taken or not; as `mismatch.spec.resolve`."""
     family = layout.family
     heads = Heads(layout.n_heads, layout.n_kv_heads)
     return resolve(spec, layout.n_layers, family.slot_names(), family.name, family.lacks, heads)

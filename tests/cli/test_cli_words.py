@@ -141,4 +141,5 @@ def test_a_default_is_shown_for_every_setting_that_has_one(capsys, name):
                 ",".join(arg.default) or "none" if isinstance(arg.default, tuple) else arg.default
             )
             after = text.split(f"--{arg.name.replace('_', '-')} ")[-1]
+            after = after.replace("- ", "-")  # a line may end behind a hyphen
             assert f"(default: {shown})" in after, arg.name

@@ -25,6 +25,12 @@ class Choosing(AttentionParts):
 
     choice: Slots | None
 
+    def set_slots(self, counts: tuple[int, ...]) -> None:
+        """Give each kv head so many slots from the next text on; `state_bytes` follows."""
+        assert self.choice is not None  # who asks has looked for it
+        self.settings = replace(self.settings, slots=counts)
+        self.choice.counts = counts
+
     def score_net(self) -> nn.Module | None:
         """The net of learned scores, which the stage `scores` trains: `... d_model` -> `... KV` logits; None without
         one."""

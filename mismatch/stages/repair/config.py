@@ -9,7 +9,7 @@ from mismatch.config import DANGEROUS, MODEL, OUTPUT, SwapConfig
 from mismatch.errors import ConfigError
 from mismatch.registry import did_you_mean, mechanisms, probes
 
-STAGES = ("scores", "closed-form", "local", "block", "window", "end-to-end")
+STAGES = ("scores", "slots", "closed-form", "local", "block", "window", "end-to-end")
 """The repair ladder, from cheap to costly. `inherit`, what the swap starts from, comes before and is always there."""
 
 
@@ -25,7 +25,7 @@ class RepairConfig(SwapConfig):
         "model": MODEL,
         "swap": ("swap", "student", "controls", "trained_controls"),
         "ladder": (
-            *("stages", "max_minutes", "epochs", "lr", "gate_lr", "window_blocks"),
+            *("stages", "state_bytes", "max_minutes", "epochs", "lr", "gate_lr", "window_blocks"),
             *("lora_blocks", "lora_rank", "order", "min_gain"),
         ),
         "text": (
@@ -53,7 +53,15 @@ class RepairConfig(SwapConfig):
     trained_controls: tuple[str, ...] = ()
     """Controls that are trained for the same steps as the swap: identity (does training alone move the model?), zero
     (what is recovered without the mechanism?). Each takes as long as the repair; none for no such control."""
-    stages: tuple[str, ...] = ("scores", "closed-form", "local", "block", "window", "end-to-end")
+    stages: tuple[str, ...] = (
+        "scores",
+        "slots",
+        "closed-form",
+        "local",
+        "block",
+        "window",
+        "end-to-end",
+    )
     """Stages of the repair ladder to run, in its order."""
     tokens: Annotated[int, ">= 1"] = 8192
     """Evaluation tokens."""
@@ -79,6 +87,9 @@ class RepairConfig(SwapConfig):
     """Windows per training step. Small steps learn more from the same tokens; a GPU wants more windows at once."""
     epochs: Annotated[int, ">= 1"] = 10
     """Passes over the training text per stage; no progress on validation text ends a stage earlier."""
+    state_bytes: Annotated[int, ">= 1"] | None = None
+    """Bytes of state that a text may take in all swapped modules together: shared out as slots among their kv heads, by
+    what each loses without them. none = slots as the swap says."""
     max_minutes: Annotated[float, "> 0"] | None = 10.0
     """Wall-clock minutes that sampling and training may take: self-generated text, the teacher's activations, all
     stages together; a stage plans its steps for its share. Not counted: loading, evaluation after each stage, controls,

@@ -1,6 +1,6 @@
 """The ladder: each stage repairs what it can, is evaluated, and is kept only if it helped.
 
-    inherit -> scores -> closed-form -> local -> block -> window -> end-to-end
+    inherit -> scores -> slots -> closed-form -> local -> block -> window -> end-to-end
 
 A stage's weights are those that did best on validation windows; the evaluation windows are others, and are only run
 between stages. When the KL on them, or retrieval, got worse (`mismatch.stages.repair.judge`), the weights from before
@@ -38,6 +38,7 @@ from mismatch.stages.repair.ladder_stages.closed_form import closed_form
 from mismatch.stages.repair.ladder_stages.local import NEVER, LocalLoss, groups
 from mismatch.stages.repair.ladder_stages.module_pair import ModulePair
 from mismatch.stages.repair.ladder_stages.scores import SCORES, asked, scores
+from mismatch.stages.repair.ladder_stages.slot_counts import SLOTS, give, keepers, slots
 from mismatch.stages.repair.ladder_stages.snapshot import bits, fingerprint, tensor
 from mismatch.stages.repair.ladder_stages.stage_result import StageResult
 from mismatch.stages.repair.ladder_stages.training import Group, Trained, Trainer
@@ -91,8 +92,8 @@ class Ladder:
         spent: float = 0.0,
     ) -> None:
         self.config, self.teacher, self.student = config, teacher, learner.student
-        self.parts, self.companions = learner.parts, learner.companions
-        self.neighbours = learner.neighbours
+        self.learner, self.parts = learner, learner.parts
+        self.companions, self.neighbours = learner.companions, learner.neighbours
         self.first = learner.student.plan.first or 0
         """The first block that is not the teacher's own."""
         self.judge, self.texts = judge, texts
@@ -138,7 +139,7 @@ class Ladder:
             before = self._weights()
             stage = getattr(self, "_" + name.replace("-", "_"))(name)
             now = self._evaluated()
-            if (why := now.worse_than(self.best)) is not None:
+            if (why := now.worse_than(self.best)) is not None and name != SLOTS:
                 self._set(before)
                 stage.kept = False
                 stage.notes.append(f"{why}: undone")
@@ -171,7 +172,7 @@ class Ladder:
         )
 
     # ---- the stages ------------------------------------------------------------------------------
-    _scores = scores
+    _scores, _slots = scores, slots
 
     def _closed_form(self, name: str) -> StageResult:
         stage, started = StageResult(name), time.monotonic()
@@ -190,7 +191,7 @@ class Ladder:
 
     def _local(self, name: str) -> StageResult:
         stage = StageResult(name)
-        fresh = self._fresh()
+        fresh = self.learner.fresh()
         seconds = self.pace.share(name) / len(self.parts)
         for index, part in enumerate(self.parts):
             store, held = self.stores([part], [part])
@@ -217,7 +218,7 @@ class Ladder:
         self, parts: Sequence[ModulePair], companions: dict[str, nn.Parameter], share: float
     ) -> list[Group]:
         """Modules that were trained alone, and what stands around them, all at once."""
-        learning, fresh = [], self._fresh()
+        learning, fresh = [], self.learner.fresh()
         rates = (share * self.config.lr, share * self.config.gate_lr)
         for part in parts:
             learning += groups(part, fresh[part.path], *rates)
@@ -352,31 +353,14 @@ class Ladder:
             found.append(store)
         return found[0], found[1]
 
-    def _fresh(self) -> dict[str, set[str]]:
-        """By path, the parameters that the teacher did not have."""
-        fresh: dict[str, set[str]] = {}
-        for clause in self.student.plan.clauses:
-            fresh.setdefault(clause.path, set()).update(clause.new_parameters)
-        return fresh
-
     # ---- weights --------------------------------------------------------------------------------
 
-    def _named(self) -> dict[str, Tensor]:
-        named = {
-            f"{part.path}.{name}": tensor
-            for part in self.parts
-            for name, tensor in part.student.state_dict(keep_vars=True).items()
-        }
-        for companions in self.companions.values():
-            named |= companions
-        return named | self.neighbours
-
     def _weights(self) -> dict[str, Tensor]:
-        return {name: tensor.detach().clone() for name, tensor in self._named().items()}
+        return {name: tensor.detach().clone() for name, tensor in self.learner.named().items()}
 
     @torch.no_grad()
     def _set(self, weights: dict[str, Tensor]) -> None:
-        for name, own in self._named().items():
+        for name, own in self.learner.named().items():
             own.copy_(weights[name])
 
     def _save(self) -> None:
@@ -395,5 +379,9 @@ class Ladder:
         self.pace.earlier = info["seconds"]
 
     def _load_weights(self) -> None:
-        named = self._named()
+        for stage in self.stages:
+            if stage.slots:
+                counts = {int(layer): tuple(own) for layer, own in stage.slots.items()}
+                give(self.student, keepers(self.parts), counts)
+        named = self.learner.named()
         self._set({n: tensor(a, named[n]) for n, a in self._arrays.items()})

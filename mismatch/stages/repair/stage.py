@@ -30,6 +30,7 @@ from mismatch.stages.repair.judge import Judge, Selection, selection
 from mismatch.stages.repair.knockout import knocked_out
 from mismatch.stages.repair.ladder import Ladder, Texts
 from mismatch.stages.repair.ladder_stages.module_pair import pairs_of
+from mismatch.stages.repair.ladder_stages.slot_counts import check_budget, keepers
 from mismatch.stages.repair.plan import Gates, RepairPlan, StudentReading
 from mismatch.stages.repair.report.curve_figure import branch_line
 from mismatch.stages.repair.report.forecast_words import forecast_lines
@@ -89,7 +90,9 @@ class Repair(Stage[RepairConfig, Prepared]):
 
     def prepare(self, opened: Opened[RepairConfig]) -> Prepared:
         swap, *_ = opened.planned()  # refuses what model, swap and controls do not allow
-        pairs_of(opened.skeleton, swap)
+        parts = pairs_of(opened.skeleton, swap)
+        if opened.config.state_bytes is not None:
+            check_budget(keepers(parts), opened.config.state_bytes)
         if opened.config.trained_controls:
             opened.child(_with_trained_controls(opened.config)).planned()
         texts = read_texts(opened)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from torch import nn
+from torch import Tensor, nn
 
 from mismatch import spec
 from mismatch.forward.verify import prove_student
@@ -34,6 +34,24 @@ class Trainable:
     parts: tuple[ModulePair, ...]
     companions: dict[int, dict[str, nn.Parameter]]
     neighbours: dict[str, nn.Parameter]
+
+    def named(self) -> dict[str, Tensor]:
+        """Every tensor that a stage may change, by its name in the model."""
+        named: dict[str, Tensor] = {
+            f"{part.path}.{name}": tensor
+            for part in self.parts
+            for name, tensor in part.student.state_dict(keep_vars=True).items()
+        }
+        for companions in self.companions.values():
+            named |= companions
+        return named | self.neighbours
+
+    def fresh(self) -> dict[str, set[str]]:
+        """By path, the parameters that the teacher did not have."""
+        fresh: dict[str, set[str]] = {}
+        for clause in self.student.plan.clauses:
+            fresh.setdefault(clause.path, set()).update(clause.new_parameters)
+        return fresh
 
 
 def trainable(teacher: Layout, config: RepairConfig, swap: Student) -> Trainable:

@@ -85,7 +85,7 @@ def test_without_learned_scores_there_is_no_such_stage(toy_teacher):
         (SWAP, ("scores", "local")),
     ):
         parts, lines = pairs_of(Layout.of(toy_teacher.model), mismatch.swap(toy_teacher, swap)), []
-        config = SimpleNamespace(stages=("scores", "local"))
+        config = SimpleNamespace(stages=("scores", "slots", "local"), state_bytes=None)
         ladder = SimpleNamespace(config=config, parts=parts, say=lines.append)
         assert module.asked(ladder) == stages
         said = ["no part has learned scores: there is no stage `scores`"]

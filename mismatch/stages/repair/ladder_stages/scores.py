@@ -29,6 +29,7 @@ from mismatch.mechanisms.base import Scored, scored_in
 from mismatch.runs.state import State
 from mismatch.stages.repair.ladder_stages.activation_store import GB, Store
 from mismatch.stages.repair.ladder_stages.module_pair import ModulePair
+from mismatch.stages.repair.ladder_stages.slot_counts import SLOTS
 from mismatch.stages.repair.ladder_stages.snapshot import bits, tensor
 from mismatch.stages.repair.ladder_stages.stage_result import StageResult
 
@@ -73,10 +74,11 @@ class Judged:
 
 def asked(ladder: Ladder) -> tuple[str, ...]:
     """The stages that were asked for and have something to do."""
-    if SCORES not in ladder.config.stages or list(_learners(ladder.parts)):
-        return ladder.config.stages
-    ladder.say(f"no part has learned scores: there is no stage `{SCORES}`")
-    return tuple(name for name in ladder.config.stages if name != SCORES)
+    idle = {SLOTS} if ladder.config.state_bytes is None else set()
+    if SCORES in ladder.config.stages and not list(_learners(ladder.parts)):
+        ladder.say(f"no part has learned scores: there is no stage `{SCORES}`")
+        idle.add(SCORES)
+    return tuple(name for name in ladder.config.stages if name not in idle)
 
 
 def scores(ladder: Ladder, name: str) -> StageResult:

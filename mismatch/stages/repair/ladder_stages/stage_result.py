@@ -45,6 +45,8 @@ class StageResult:
     looks: list[Look] = field(default_factory=list)
     gates: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    slots: dict[str, list[int]] = field(default_factory=dict)
+    """Slots of each kv head by layer, where the stage shared them out."""
 
     @property
     def retrieval_words(self) -> str:
