@@ -196,6 +196,19 @@ def repair() -> str:
     return _table(head, rows)
 
 
+def options() -> str:
+    """What `python analyses/infini_options.py` measured."""
+    rows = []
+    for row in _read("infini_options/table.csv"):
+        closed = tuple(100 * float(row[name]) for name in ("closed", "closed_lo", "closed_hi"))
+        gap = "{:.1f} % [{:.1f}, {:.1f}]".format(*closed)
+        seconds = float(row["cpu_seconds"])
+        cost = f"{seconds:.0f}" if seconds else ""
+        kl = _interval({"value": row["kl"], "lo": row["kl_lo"], "hi": row["kl_hi"]})
+        rows.append((row["kind"], row["row"], kl, gap, cost))
+    return _table(("", "form", "KL left", "closed", "CPU seconds"), rows)
+
+
 def fresh() -> str:
     """What `python analyses/forecast_fresh.py` measured."""
     rows = []
@@ -247,6 +260,7 @@ TABLES = {
     "repair cost": repair_cost,
     "stages": stages,
     "repair": repair,
+    "options": options,
     "forecast": fresh,
 }
 

@@ -66,6 +66,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mismatch.errors import ConfigError
 from mismatch.mechanisms.base import Context, tensor_kind
 from mismatch.mechanisms.parts.calling import cache_in, hidden_in
 from mismatch.mechanisms.parts.choosing import Choosing
@@ -149,7 +150,7 @@ class Infini(Choosing):
     def __init__(self, original: nn.Module, config: InfiniConfig, context: Context) -> None:
         """Raises:
         SurgeryError: memory_position=far where nothing is rotated.
-        ConfigError: a list of slots that has not one number per kv head.
+        ConfigError: a list of slots that has not one number per kv head; a score without slots.
         """
         super().__init__(original, config, context)
         kind = tensor_kind(original, context)
@@ -173,6 +174,12 @@ class Infini(Choosing):
             distance = (config.overlap + 1) * config.segment
             self.turn = FixedTurn(context, distance)
         counts = per_kv_head(config.slots, self.n_kv_heads)
+        if config.slot_score != "learned" and not any(counts):
+            raise ConfigError(
+                f"`slot_score={config.slot_score}` chooses far tokens, and there are no slots for them",
+                hint="say how many a kv head keeps: slots=96",
+                argument="slot_score",
+            )
         reach = {"overlap": config.overlap, "size": config.segment, "sinks": config.sinks}
         self.choice = (
             Slots(original, context, counts, config.slot_score, **reach) if any(counts) else None

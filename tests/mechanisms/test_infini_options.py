@@ -375,9 +375,11 @@ def test_learned_scores_are_new_and_say_that_they_are_untrained():
     assert targets[:, :2].isnan().all()
 
 
-def test_a_list_of_slots_of_another_length_is_refused():
+def test_slots_that_do_not_fit_are_refused():
     with pytest.raises(SpecError, match="`slots` has 3 numbers, and the module has 2 kv heads"):
         swap(llama(), "layer1:infini(slots=[1, 2, 3])")
+    with pytest.raises(SpecError, match="chooses far tokens, and there are no slots for them"):
+        swap(llama(), "layer1:infini(slot_score=recall_error)")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
