@@ -1,6 +1,7 @@
 """What does a trace cost, against the model work it cannot avoid and against the way people do it today?
 
     python analyses/benchmark_trace.py time       about 40 minutes; wants a quiet machine
+    python analyses/benchmark_trace.py shares     about 6 minutes: what a trace does beside its models
     python analyses/benchmark_trace.py memory     about 10 minutes on two cores
 
 Time is CPU time of one process with one thread, all ways interleaved in one run after a short warm-up.
@@ -15,6 +16,17 @@ Time is CPU time of one process with one thread, all ways interleaved in one run
 The last way runs over the first 4096 tokens, for more do not fit into memory, and is scaled. It needs a package that
 `make` does not install: `.venv/bin/python -m pip install -c constraints.txt pytorch_cka`.
 
+`shares` divides the CPU time of one trace of 8192 tokens by what it is spent on, each second counted once:
+
+| share | what |
+|---|---|
+| `models` | blocks and heads of teacher, swap, `zero` and `mean`: the work that cannot be avoided |
+| `metrics` | sums over tokens, documents and channels; log-softmax and divergences |
+| `calibration` | the pass that sets the control `mean` |
+| `floor` | the first window once more in another shape |
+| `table` | intervals, rows, findings, summary |
+| `rest` | reading and cutting the texts, planning, proofs |
+
 Memory is the peak of a process of its own: `mismatch trace` over 8k and over 64k tokens.
 """
 
@@ -28,22 +40,33 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
 from matplotlib.figure import Figure
 
 import mismatch
+from mismatch.forward import paired_sites
 from mismatch.models.layout import Layout
+from mismatch.runs.table import FLOOR
+from mismatch.stages import runner
+from mismatch.stages.trace import batches as loop
+from mismatch.stages.trace import stage
+from mismatch.stages.trace.batch import Batch
+from mismatch.surgery import students as making
 from mismatch.surgery.controls import control_specs
 from mismatch.surgery.students import calibrated_swap
 
 SWAP = "layer12:infini(segment=64)"
 BLUE = "#4c78a8"
 STORED = 4096  # tokens whose activations fit into memory, for the way that stores them
+SHARES = ("models", "metrics", "calibration", "floor", "table", "rest")
+WHOLE = ("calibration", "floor")  # what runs inside them is theirs
 HERE = Path(__file__).resolve().parent.parent / "figures" / "benchmark_trace"
 
 
@@ -52,8 +75,8 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--quick", action="store_true", help="fewer tokens: a look, not a claim")
-    parser.add_argument("part", choices=("time", "memory"))
-    parser.add_argument("--tokens", type=int, default=16384, help="of the timing")
+    parser.add_argument("part", choices=("time", "shares", "memory"))
+    parser.add_argument("--tokens", type=int, help="of the timing: 16384, or 8192 for shares")
     parser.add_argument("--rounds", type=int, default=2, help="rounds of timing")
     parser.add_argument("--output", type=Path, default=HERE, help="folder of the results")
     args = parser.parse_args()
@@ -62,10 +85,15 @@ def main() -> None:
             "`time` compares with pytorch-cka, which is not installed\n\n"
             f"hint: {sys.executable} -m pip install -c constraints.txt pytorch_cka"
         )
-    if args.part == "time":
+    if args.part != "memory":
         torch.set_num_threads(1)
-    tokens, seq_len, rounds = (1024, 512, 1) if args.quick else (args.tokens, 1024, args.rounds)
-    if args.part == "time":
+    usual = {"time": 16384, "shares": 8192}.get(args.part, 0)
+    tokens, seq_len = (1024, 512) if args.quick else (args.tokens or usual, 1024)
+    rounds = 1 if args.quick else args.rounds
+    if args.part == "shares":
+        settings = {"tokens": tokens, "seq_len": seq_len}
+        report_shares(args.output, shares(tokens, seq_len), settings)
+    elif args.part == "time":
         settings = {"tokens": tokens, "seq_len": seq_len, "rounds": rounds}
         report_times(args.output, times(tokens, seq_len, rounds), settings)
     else:
@@ -113,6 +141,101 @@ def times(tokens: int, seq_len: int, rounds: int) -> dict[str, list[float]]:
             found[name].append(spent * (part if name.startswith("nnsight") else 1))
             print(f"round {index + 1} {name}: {found[name][-1]:.1f} CPU-s", file=sys.stderr)
     return found
+
+
+class Stopwatch:
+    """CPU seconds by share. A second belongs to the innermost share that runs, or to an outer one of `WHOLE`."""
+
+    def __init__(self) -> None:
+        self.spent: dict[str, float] = {}
+        self._running: list[str] = []
+        self._since = time.process_time()
+
+    @contextmanager
+    def on(self, share: str) -> Iterator[None]:
+        if self._running and self._running[-1] in WHOLE:
+            share = self._running[-1]
+        self._book()
+        self._running.append(share)
+        try:
+            yield
+        finally:
+            self._book()
+            self._running.pop()
+
+    def _book(self) -> None:
+        now = time.process_time()
+        if self._running:
+            name = self._running[-1]
+            self.spent[name] = self.spent.get(name, 0.0) + now - self._since
+        self._since = now
+
+
+def timed(watch: Stopwatch, owner: Any, name: str, share: Callable[..., str]) -> Any:
+    """A patch of a function that books its time; `share` names it by the arguments."""
+    real = getattr(owner, name)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with watch.on(share(*args, **kwargs)):
+            return real(*args, **kwargs)
+
+    return mock.patch.object(owner, name, call)
+
+
+def shares(tokens: int, seq_len: int) -> dict[str, float]:
+    """CPU seconds of one trace by share."""
+    teacher = mismatch.load("smollm2")
+    swap = mismatch.swap(teacher, SWAP)
+    mismatch.trace(teacher, swap, data="wiki", tokens=256, seq_len=256, calibration_tokens=256)
+    watch = Stopwatch()
+    patches: list[tuple[Any, str, Callable[..., str]]] = [
+        (making, "calibrate", lambda *_, **__: "calibration"),
+        (loop, "stream", lambda *_, **__: "models"),
+        (
+            paired_sites._Pairing,
+            "free",
+            lambda pairing, *_: "floor" if pairing.runner.name == FLOOR else "models",
+        ),
+        (Batch, "met", lambda _, pair: "floor" if pair.student == FLOOR else "metrics"),
+        (Batch, "finish", lambda *_: "metrics"),
+        (Batch, "_logits", lambda _, scope, __: "floor" if scope == FLOOR else "metrics"),
+        (Layout, "head", lambda *_: "models"),
+        (stage.Collector, "rows", lambda *_: "table"),
+        (runner.tables, "as_table", lambda *_: "table"),
+        (stage, "findings_of", lambda *_: "table"),
+    ]
+    with ExitStack() as stack:
+        for owner, name, share in patches:
+            stack.enter_context(timed(watch, owner, name, share))
+        with watch.on("rest"):
+            mismatch.trace(teacher, swap, data="wiki", tokens=tokens, seq_len=seq_len)
+    return watch.spent
+
+
+def report_shares(folder: Path, seconds: dict[str, float], settings: dict) -> None:
+    """Each share beside the models' own."""
+    rows = [
+        {
+            "share": name,
+            "cpu_seconds": seconds[name],
+            "of_models": seconds[name] / seconds["models"],
+        }
+        for name in SHARES
+    ]
+    figure = Figure(figsize=(6, 2.6), layout="constrained")
+    ax = figure.subplots()
+    beside = rows[1:]
+    ax.barh([r["share"] for r in beside], [100 * r["of_models"] for r in beside], color=BLUE)
+    for index, row in enumerate(beside):
+        ax.text(100 * row["of_models"], index, f" {100 * row['of_models']:.1f} %", va="center")
+    total = sum(row["of_models"] for row in rows)
+    ax.set(
+        xlabel="CPU time, % of the models' own",
+        title=f"A trace is {total:.2f} times its models: {settings['tokens']} tokens, SmolLM2,\n{SWAP}",
+    )
+    ax.invert_yaxis()
+    ax.margins(x=0.15)
+    keep(figure, folder, "shares", rows, {"settings": settings})
 
 
 @torch.no_grad()

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from pathlib import Path
 
 import pytest
+from scripts import script as load
 
-SCRIPT = Path(__file__).resolve().parents[2] / "analyses" / "malformed_inputs.py"
 CHEAP = (
     *("swap text", "flags", "YAML", "Python settings", "config.json", "safetensors", "index.json"),
     *("checkpoint", "run folder", "metrics.parquet"),
@@ -17,12 +15,7 @@ CHEAP = (
 
 @pytest.fixture(scope="module")
 def script():
-    found = importlib.util.spec_from_file_location("malformed_inputs", SCRIPT)
-    module = importlib.util.module_from_spec(found)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(sys.modules, "malformed_inputs", module)
-        found.loader.exec_module(module)
-    return module
+    return load("malformed_inputs")
 
 
 def test_malformed_inputs_end_in_words(script, toy_folder, monkeypatch):
@@ -44,6 +37,8 @@ def test_a_thousand(script, toy_folder):
 def test_a_surprise_is_counted(script, tmp_path, monkeypatch):
     """A reader that fails is seen, and so is one that never ends or leaves something behind."""
 
+    spoilt = load("spoilt_inputs")
+
     def never(case):
         while True:
             pass
@@ -51,7 +46,7 @@ def test_a_surprise_is_counted(script, tmp_path, monkeypatch):
     def left(case):
         (tmp_path / "x.tmp").touch()
         Path("half.tmp").touch()
-        raise script.Refused("no", 2)
+        raise spoilt.Refused("no", 2)
 
     def broken(case):
         raise KeyError("x")
