@@ -190,6 +190,25 @@ SCORED_TEXT = (
 """The fields about text of the commands that can score answers alone, as their help groups them."""
 
 
+ALL_TOKENS = {
+    "diagnose": "its corrections are fitted to all tokens of a text, and what they leave is measured on the same kind",
+    "probe": "a probe makes its own inputs, and counts what it asks for",
+}
+"""Why a command about text cannot score answers alone."""
+
+
+def refused(command: str, words: str) -> str | None:
+    """Why a command does not take what others do; None: it is not known.
+
+    Args:
+        command: its name.
+        words: what it was given, with dashes or without.
+    """
+    if "answers_only" in words.replace("-", "_") and command in ALL_TOKENS:
+        return f"`mismatch {command}` counts all tokens: {ALL_TOKENS[command]}"
+    return None
+
+
 @dataclass(frozen=True, kw_only=True)
 class ScoredConfig(RunConfig):
     """A command that can leave tokens of the evaluation text out of all that it counts."""

@@ -89,9 +89,10 @@ def _of_run(args: Namespace, card: Card) -> dict[str, Any]:
     kind: type[config.RunConfig] = stages().config(made)
     trusted = {"trust_remote_code": args.trust_remote_code}
     found = config.load(kind, Path(args.run) / "config.yaml", trusted)
-    if getattr(found, "answers_only", False):
+    if getattr(found, "answers_only", False) and "answers_only" not in card.facts["takes"]:
         raise UsageError(
-            f"the run in {args.run} counts answers only, and `mismatch {args.command}` counts all tokens",
+            f"the run in {args.run} counts answers only, and `mismatch {args.command}` counts all tokens: "
+            + config.ALL_TOKENS[args.command],
             hint="give --model, --swap and --data themselves",
         )
     taken = {name: getattr(found, name) for name in card.facts["takes"]}

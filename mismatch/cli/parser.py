@@ -89,7 +89,9 @@ def read(words: Sequence[str]) -> argparse.Namespace:
                 )
             raise UsageError(
                 f"`mismatch {args.command}` has no flag `{word}`",
-                hint=f"did you mean `{near[0]}`?"
+                hint=why
+                if (why := config.refused(args.command, word))
+                else f"did you mean `{near[0]}`?"
                 if near
                 else f"`mismatch {args.command} --help` shows them",
             )

@@ -75,7 +75,7 @@ class HeldOut:
 
     Args:
         teacher: layout of the untouched model.
-        windows: of evaluation or validation text.
+        windows: of evaluation or validation text; where only some of their tokens count, no other is scored.
         first: the first swapped layer.
         batch_size: windows per forward.
         scored: share of the tokens whose predictions are compared.
@@ -103,7 +103,7 @@ class HeldOut:
             start = number * batch_size
             ids = on_device(teacher, part.ids)
             docs = on_device(teacher, self.units.of[start : start + len(part.ids)])
-            at = None if scored >= 1 else _drawn(ids, scored, generator)
+            at = _drawn(ids, torch.from_numpy(part.scored), scored, generator)
             with torch.no_grad():
                 final, streams = self.run_teacher(ids)
             predictions = Predictions.of(ids, docs, at)
@@ -155,10 +155,16 @@ class HeldOut:
         return batch.scored(final)
 
 
-def _drawn(ids: Tensor, share: float, generator: torch.Generator) -> Tensor:
-    """A seeded share of the flattened tokens."""
+def _drawn(ids: Tensor, counts: Tensor, share: float, generator: torch.Generator) -> Tensor | None:
+    """A seeded share of the flattened tokens that count (bool `batch pos`); None: all tokens."""
+    whole = bool(counts.all())
+    if share >= 1:
+        return None if whole else counts.flatten().nonzero()[:, 0].to(ids.device)
     drawn = torch.rand(ids.shape, generator=generator) < share
-    drawn[:, -2] = True  # no window without a scored token
+    if whole:
+        drawn[:, -2] = True  # no window without a scored token
+    drawn &= counts
+    drawn |= counts & ~drawn.any(1, keepdim=True)  # a window of few answers is scored whole
     return drawn.flatten().nonzero()[:, 0].to(ids.device)
 
 

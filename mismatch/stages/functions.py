@@ -11,7 +11,7 @@ from typing import Any, get_type_hints
 
 from torch import nn
 
-from mismatch.config import C, fields
+from mismatch.config import C, fields, refused
 from mismatch.errors import ConfigError, UsageError
 from mismatch.forward.measured import measured
 from mismatch.registry import did_you_mean
@@ -119,7 +119,7 @@ def _unfit(
     """Arguments that do not fit, as an error with the nearest name."""
     unknown = [key for key in kwargs if key not in signature.parameters]
     if unknown:
-        hint = did_you_mean(unknown[0], signature.parameters)
+        hint = refused(name, unknown[0]) or did_you_mean(unknown[0], signature.parameters)
         return ConfigError(f"mismatch.{name} has no setting `{unknown[0]}`", hint=hint)
     what = str(error).replace("missing a required argument:", "there is no")
     given = ", ".join(p.name for p in signature.parameters.values() if p.default is p.empty)

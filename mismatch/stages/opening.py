@@ -292,7 +292,8 @@ class Opened(Generic[C]):
             seq_len or self.config.seq_len,
             tokens,
             self.config.seed,
-            answers=role == "evaluation" and getattr(self.config, "answers_only", False),
+            answers=role in ("evaluation", "validation")
+            and getattr(self.config, "answers_only", False),
         )
         self.texts[role] = Text(documents, made)
         return made

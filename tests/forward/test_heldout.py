@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from contextlib import contextmanager
 
 import numpy as np
@@ -74,6 +75,27 @@ def test_scored_tokens_are_the_same_for_everybody(tiny):
     found = some.evaluate(student.layout).kl
     assert found.n == scored.sum()
     assert found.total == pytest.approx(float(kl[scored].sum()), rel=1e-4)
+
+
+@pytest.mark.parametrize("share", [1.0, 0.5])
+def test_tokens_that_do_not_count_are_not_scored(tiny, share):
+    model, windows = tiny("llama"), cut(6)
+    counts = np.random.default_rng(0).random(windows.ids.shape) < 0.3
+    counts[3] = False
+    counts[3, 7] = True  # a window with one token that counts
+    some = HeldOut(
+        Layout.of(model), dataclasses.replace(windows, scored=counts), 1, 3, scored=share, seed=4
+    )
+    scored = np.zeros_like(counts)
+    for batch in some.batches:
+        scored[3 * batch.number : 3 * batch.number + 3].reshape(-1)[batch.at] = True
+    assert not scored[~counts].any() and scored.any(1).all()
+    assert scored.sum() == counts.sum() if share == 1 else scored.sum() < counts.sum()
+    student = student_of(model, f"layer1:{SWAP}")
+    kl, _ = by_hand(model, student.model, windows)
+    found = some.evaluate(student.layout).kl
+    assert found.n == scored.sum()
+    assert found.total == pytest.approx(float(kl[torch.from_numpy(scored)].sum()), rel=1e-4)
 
 
 def test_many_at_once_are_each_alone(tiny):

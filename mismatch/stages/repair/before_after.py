@@ -112,7 +112,7 @@ def shift_rows(
         METRICS,
         units=Units.by(cut.doc, cut.offset),
         n_pos=cut.seq_len,
-        n_tokens=cut.tokens,
+        n_tokens=int(cut.scored.sum()),
         seed=seed,
     )
     measure(teacher.layout, students, collector, cut, batch_size=batch_size)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from mismatch.config import DANGEROUS, MODEL, OUTPUT, SwapConfig
+from mismatch.config import DANGEROUS, MODEL, OUTPUT, ScoredConfig, SwapConfig
 from mismatch.errors import ConfigError
 from mismatch.registry import did_you_mean, mechanisms, probes
 
@@ -18,7 +18,7 @@ USUAL_RETRIEVAL = 0.25
 
 
 @dataclass(frozen=True, kw_only=True)
-class RepairConfig(SwapConfig):
+class RepairConfig(ScoredConfig, SwapConfig):
     """Settings of `mismatch repair`."""
 
     groups = {
@@ -32,6 +32,7 @@ class RepairConfig(SwapConfig):
             *(
                 "data",
                 "text_field",
+                "answers_only",
                 "tokens",
                 "train_data",
                 "train_tokens",

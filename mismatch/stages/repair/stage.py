@@ -84,6 +84,7 @@ class Repair(Stage[RepairConfig, Prepared]):
         "student",
         "data",
         "text_field",
+        "answers_only",
         "seed",
         "seq_len",
     )

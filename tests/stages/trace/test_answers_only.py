@@ -129,10 +129,33 @@ def test_a_scan_of_chats(talking):
     assert text["scored"] < text["tokens"]
 
 
-@pytest.mark.parametrize("stage", ["probe", "diagnose", "repair"])
-def test_stages_that_count_all_tokens_have_no_such_setting(talking, stage):
-    with pytest.raises(UsageError, match="has no setting `answers_only`"):
+def test_a_repair_of_chats_is_evaluated_on_answers(talking):
+    done = mismatch.repair(
+        talking, "layer2:nope", data=chats(14), train_data="sotu", tokens=256, val_tokens=128, seq_len=32,
+        train_tokens=1024, stages=("closed-form",), self_generated=0, controls=(), probes=(), trace_tokens=128,
+        max_minutes=None, answers_only=True,
+    )  # fmt: skip
+    texts = done.run.manifest["texts"]
+    for role in ("evaluation", "validation"):
+        assert 0 < texts[role]["scored"] < texts[role]["tokens"]
+    assert texts["training"]["scored"] == texts["training"]["tokens"]
+    kl = done.table.query(
+        "metric == 'kl' and site == 'logits' and stat == 'mean' and position == 'all'"
+    )
+    assert texts["evaluation"]["scored"] in set(kl["n"])
+    assert kl["n"].max() == texts["evaluation"]["scored"]
+
+
+@pytest.mark.parametrize(
+    "stage, why",
+    [("probe", "a probe makes its own inputs"), ("diagnose", "its corrections are fitted to all")],
+)
+def test_stages_that_count_all_tokens_say_why(talking, stage, why, capsys):
+    with pytest.raises(UsageError, match="has no setting `answers_only`") as caught:
         getattr(mismatch, stage)(talking, "layer2:nope", answers_only=True)
+    assert f"`mismatch {stage}` counts all tokens: {why}" in caught.value.hint
+    assert cli.main([stage, "--model", "glassllm", "--swap", "layer2:nope", "--answers-only"]) == 2
+    assert f"counts all tokens: {why}" in capsys.readouterr().err
 
 
 def test_such_a_trace_is_no_start_for_a_stage_that_counts_all_tokens(talking, tmp_path, capsys):
