@@ -4,7 +4,8 @@ Definition: ||student - teacher|| / ||teacher|| per token; the mean of these rat
 of the means). 1 = as wrong as a zero vector.
 Unit: none. Range: [0, inf). Null: 0.
 Uses every real token, massive ones included: each counts once. inf where the teacher's vector is
-exactly zero and the student's is not.
+exactly zero and the student's is not. A trace adds `growth`: the mean behind the last block over that
+behind the last swapped one, paired over tokens.
 Source: plain definition.
 """
 

@@ -35,6 +35,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from mismatch import registry
 from mismatch.errors import UsageError
 from mismatch.metrics.sums.per_document import Total, Units, estimate
 from mismatch.models.layout import Layout
@@ -292,17 +293,28 @@ def rows(
         units: of the samples, where they are windows of text.
     """
     answers = {name: [m.by(units) for m in measures] for name, measures in answers.items()}
+    sign = _sign(probe)
     found: list[dict[str, Any]] = []
     by_address = {name: {m.address: m for m in measures} for name, measures in answers.items()}
     for name, measures in answers.items():
         for measure in measures:
-            found.append(_row(probe, name, measure.stat, measure, None, swapped))
+            found.append(_row(probe, name, measure.stat, measure, None, swapped, sign))
             for other in _compared(name, by_address):
                 base = by_address[other].get(measure.address)
                 if base is not None and measure.n and base.n:
                     stat = minus(measure.stat, other)
-                    found.append(_row(probe, name, stat, measure, base, swapped))
+                    found.append(_row(probe, name, stat, measure, base, swapped, sign))
     return found
+
+
+def _sign(probe: str) -> dict[str, float]:
+    """The headline of a probe, where it has one sign: 1 = cannot be negative, -1 = cannot be positive."""
+    if probe not in registry.probes().names():
+        return {}
+    facts = registry.probes().card(probe).facts
+    low, high = str(facts["range"]).strip("[]()").split(", ")
+    one = 1.0 if float(low) >= 0 else -1.0 if float(high) <= 0 else 0.0
+    return {facts["headline"]: one} if one else {}
 
 
 def minus(stat: str, other: str) -> str:
@@ -326,14 +338,21 @@ def _row(
     measure: Measure,
     base: Measure | None,
     swapped: Mapping[str, frozenset[int]],
+    sign: Mapping[str, float],
 ) -> dict[str, Any]:
+    one = sign.get(conditions(stat)[0], 0.0) if base is None else 0.0
     # Measures of other samples than the base's are not paired: no interval.
     paired = base is None or len(base.top) == len(measure.top)
     found = estimate(
-        lambda total: measure.ratio(total) - (0.0 if base is None else base.ratio(total)),
+        lambda total: (
+            (one or 1.0) * (measure.ratio(total) - (0.0 if base is None else base.ratio(total)))
+        ),
         measure.bottom if paired else measure.bottom[:1],  # one sample: no interval
         measure.over,
+        positive=one != 0,
     )
+    if one < 0:  # as a number that cannot be negative, and back
+        found = found._replace(value=-found.value, lo=-found.hi, hi=-found.lo)
     return {
         "mode": measure.mode,
         "student": student,

@@ -22,6 +22,8 @@ from mismatch import registry
 from mismatch.errors import RunError
 from mismatch.runs.intervals import BLOCKS, DOCUMENTS, DOCUMENTS_NEEDED, FORMER, SAMPLES
 
+GROWTH = "growth"
+"""A stat of `rel_l2`: its mean behind the last block over that behind the last swapped one, paired over tokens."""
 MAIN, FLOOR, SWAP = "main", "floor", "swap"
 """Students that the table knows by name."""
 SCHEMA_VERSION = 2

@@ -49,6 +49,21 @@ def test_rows():
     assert math.isnan(nothing.value) and nothing.n == 0
 
 
+@pytest.mark.parametrize(
+    "probe, stat, side", [("induction", "nll_second", 1), ("passkey", "logprob[length=64]", -1)]
+)
+def test_a_headline_of_one_sign_has_an_interval_of_one_sign(probe, stat, side):
+    few = side * np.array([0.01, 0.02, 0.02, 3.0])
+    given = {TEACHER: [Measure.mean(stat, few)], "swap": [Measure.mean(stat, few * 2)]}
+    one = rows(probe, given, {})[0]
+    assert one["value"] == pytest.approx(few.mean())
+    low, high = sorted((side * one["lo"], side * one["hi"]))
+    assert 0 <= low < abs(one["value"]) < high
+    assert {r["stat"] for r in rows(probe, given, {}) if r["lo"] < 0 < r["hi"]} == {
+        minus(stat, TEACHER)
+    }
+
+
 def test_windows_of_text_count_by_document_or_in_blocks():
     """Eight windows of four documents are four units; eight of one document stand in blocks."""
     given = {

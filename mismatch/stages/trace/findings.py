@@ -1,7 +1,8 @@
 """From the table to findings: what the numbers of one trace say, in words, with the numbers they rest on.
 
-Each rule is a function from the evidence to at most one finding. A rule speaks only from differences whose interval
-excludes zero, and never from a value at or below the floor.
+Each rule is a function from the evidence to at most one finding. A rule speaks only where the whole interval lies
+beyond its border, and never from a value at or below the floor; without intervals all but `worth_it` and `too_little`
+are silent.
 
 | rule | question |
 |---|---|
@@ -13,84 +14,28 @@ excludes zero, and never from a value at or below the floor.
 | `most_changed` | of a fine-tune, in which nothing was swapped: which block changed most? |
 | `retrieval` | where probes were asked: is retrieval lost, which text does not show? |
 | `premise` | is this layer's update a small correction to the stream, as deep models expect? |
+| `too_little` | there is text for numbers, and too little for intervals: what is not judged |
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
 
 import pandas as pd
 
 from mismatch.report import intervals
-from mismatch.runs.plan import Apart, Replaced
+from mismatch.runs.table import GROWTH
 from mismatch.spec.heads import named
 from mismatch.stages.base import SEVERITIES, Finding
 from mismatch.stages.lost_retrieval import lost_retrieval
-from mismatch.stages.swapped import reach
-
-Profile = dict[int, pd.Series]
-"""The row of each range of positions, by its first position, in order."""
+from mismatch.stages.trace.evidence import Evidence, Profile
 
 SMALL = 0.1
 """Share of the KL of `zero` up to which damage counts as low."""
-
-
-@dataclass(frozen=True)
-class Evidence:
-    """The table of one run, and what was replaced, with the look-ups that the rules share."""
-
-    table: pd.DataFrame
-    swapped: tuple[int, ...]
-    n_layers: int
-    model: str
-    clauses: tuple[Replaced, ...]
-    apart: Apart | None = None
-    """What else differs in a student that was trained elsewhere."""
-
-    def row(self, **where: Any) -> pd.Series | None:
-        """The single row with these values, or None. `layer=None` asks for rows without a layer."""
-        where = {"student": "swap", "mode": "free", "stat": "mean", "position": "all", **where}
-        rows = self.table
-        for column, value in where.items():
-            rows = rows[rows[column].isna() if value is None else rows[column] == value]
-        return None if rows.empty else rows.iloc[0]
-
-    def kl(self, student: str = "swap", **where: Any) -> pd.Series | None:
-        return self.row(student=student, metric="kl", site="logits", **where)
-
-    def by_position(self, student: str) -> Profile:
-        """The KL of a student by position."""
-        t = self.table
-        rows = t[
-            (t.student == student)
-            & (t["mode"] == "free")
-            & (t.metric == "kl")
-            & (t.site == "logits")
-            & (t.stat == "mean")
-            & (t.position != "all")
-        ]
-        starts = rows.position.str.split("-").str[0].astype(int)
-        return {int(starts[at]): rows.loc[at] for at in starts.sort_values().index}
-
-    def reach(self) -> int:
-        """Tokens that the local parts of all swapped mechanisms hold: up to there they lack no context."""
-        return reach(self.clauses)
-
-    def slots(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(c.slot for c in self.clauses))
-
-    def update_sites(self) -> tuple[str, ...]:
-        """The updates that the swapped slots feed."""
-        sites = []
-        for slot in self.slots():
-            sites.append(
-                "mlp_out"
-                if slot in ("mlp", "norm2", "norm2_post", "gate_proj", "up_proj", "down_proj")
-                else "attn_out"
-            )
-        return tuple(dict.fromkeys(sites))
+LARGE = 0.3
+"""Of the norm of an update (`local_error`), or of the stream it is added to (`premise`)."""
+RESIZED = 0.25
+"""Binary logarithm of the norm over the original's from which on an update is of another size."""
 
 
 def findings_of(evidence: Evidence) -> list[Finding]:
@@ -172,71 +117,80 @@ def worth_it(e: Evidence) -> Finding | None:
 
 
 def local_error(e: Evidence) -> Finding | None:
-    worst, at = None, (0, "")
-    for layer in e.swapped:
-        for site in e.update_sites():
-            row = e.row(mode="forced", layer=layer, site=site, metric="rel_l2")
-            if row is not None and (worst is None or row.value > worst.value):
-                worst, at = row, (layer, site)
-    if worst is None or worst.value == 0:
+    worst = e.worst("rel_l2", mode="forced")
+    if worst is None or not worst.lo > 0:
         return None
-    layer, site = at
+    layer, site = int(worst.layer), str(worst.site)
+    said = _times(worst)
     numbers: dict[str, float | str] = {"layer": layer, "site": site, "rel_l2_forced": worst.value}
-    if worst.value >= 1:
+    numbers |= {"rel_l2_lo": worst.lo, "rel_l2_hi": worst.hi}
+    if worst.lo >= 1:
         return Finding(
             "high",
             f"layer {layer}: the update misses its target by more than its own size",
-            f"On the teacher's own input, {site} of layer {layer} is off by {worst.value:.2f} times its norm; an "
+            f"On the teacher's own input, {site} of layer {layer} is off by {said} times its norm; an "
             "update of zero would be off by 1.",
             numbers,
         )
     return Finding(
-        "medium" if worst.value > 0.3 else "low",
+        "medium" if worst.lo > LARGE else "low",
         f"layer {layer}: local error {worst.value:.0%} of the update",
-        f"On the teacher's own input, {site} of layer {layer} is off by {worst.value:.2f} times its norm "
+        f"On the teacher's own input, {site} of layer {layer} is off by {said} times its norm "
         "(0 = exact, 1 = as far as an update of zero).",
         numbers,
     )
 
 
 def scale(e: Evidence) -> Finding | None:
-    worst, at = None, (0, "")
-    for layer in e.swapped:
-        for site in e.update_sites():
-            row = e.row(mode="forced", layer=layer, site=site, metric="norm_ratio")
-            if row is not None and (worst is None or abs(row.value) > abs(worst.value)):
-                worst, at = row, (layer, site)
-    if worst is None or not abs(worst.value) > 0.25:
+    worst = e.worst("norm_ratio", mode="forced")
+    if worst is None:
         return None
-    layer, site = at
-    factor = 2.0**worst.value
+    least = max(worst.lo, -worst.hi)  # the end nearer to 0, if 0 is outside
+    if not least > RESIZED:
+        return None
+    layer, site = int(worst.layer), str(worst.site)
+    factor, lo, hi = (2.0**x for x in (worst.value, worst.lo, worst.hi))
     return Finding(
-        "medium" if abs(worst.value) > 1 else "low",
+        "medium" if least > 1 else "low",
         f"layer {layer}: the update is {factor:.2f} times its size",
-        f"{site} of layer {layer} has {factor:.2f} times the norm of the original (geometric mean over tokens). "
-        "Scale and mean are what a closed-form correction repairs first.",
-        {"layer": layer, "site": site, "norm_factor": factor},
+        f"{site} of layer {layer} has {factor:.2f} [{lo:.2f}, {hi:.2f}] times the norm of the original (geometric mean "
+        "over tokens). Scale and mean are what a closed-form correction repairs first.",
+        {"layer": layer, "site": site, "norm_factor": factor, "norm_lo": lo, "norm_hi": hi},
     )
 
 
 def depth(e: Evidence) -> Finding | None:
-    if not e.swapped:
+    """By the paired ratio of the last block to the swapped one, on the same tokens."""
+    if not e.swapped or (after := max(e.swapped)) == (last := e.n_layers - 1):
         return None
-    last = e.n_layers - 1
-    after = max(e.swapped)
-    first_row = e.row(layer=after, site="resid_post", metric="rel_l2")
-    last_row = e.row(layer=last, site="resid_post", metric="rel_l2")
-    if first_row is None or last_row is None or after == last or first_row.value == 0:
+    at = {"site": "resid_post", "metric": "rel_l2"}
+    first_row, last_row = e.row(layer=after, **at), e.row(layer=last, **at)
+    grown = e.row(layer=last, stat=GROWTH, **at)
+    if first_row is None or last_row is None or grown is None:
         return None
-    growth = last_row.value / first_row.value
-    word = "grows" if growth > 1.1 else "heals" if growth < 0.9 else "stays"
+    if (side := intervals.side(grown.lo, grown.hi, 1.0)) == "none":
+        return None
+    # An interval of 1.02 to 1.06 is growth, and of no weight.
+    word = {"above": "grows", "below": "heals"}.get(side) if abs(grown.value - 1) > 0.1 else "stays"
+    if word is None:
+        return None
     return Finding(
-        "medium" if growth > 2 else "info",
+        "medium" if grown.lo > 2 else "info",
         f"the shift {word} behind the swap",
         f"The stream is off by {first_row.value:.3f} of its norm leaving layer {after} and by {last_row.value:.3f} "
-        f"leaving layer {last} ({growth:.2f} times).",
-        {"rel_l2_after_swap": first_row.value, "rel_l2_last": last_row.value, "growth": growth},
+        f"leaving layer {last} ({_times(grown)} times).",
+        {
+            "rel_l2_after_swap": first_row.value,
+            "rel_l2_last": last_row.value,
+            "growth": grown.value,
+            "growth_lo": grown.lo,
+            "growth_hi": grown.hi,
+        },
     )
+
+
+def _times(row: pd.Series) -> str:
+    return f"{row.value:.2f} [{row.lo:.2f}, {row.hi:.2f}]"
 
 
 def late_tokens(e: Evidence) -> Finding | None:
@@ -286,21 +240,38 @@ def retrieval(e: Evidence) -> Finding | None:
 
 
 def premise(e: Evidence) -> Finding | None:
-    worst, at = None, (0, "")
-    for layer in e.swapped:
-        for site in e.update_sites():
-            row = e.row(layer=layer, site=site, metric="update_size", stat="teacher")
-            if row is not None and (worst is None or row.value > worst.value):
-                worst, at = row, (layer, site)
-    if worst is None or not worst.value > 0.3:
+    worst = e.worst("update_size", stat="teacher")
+    if worst is None or not worst.lo > LARGE:
         return None
-    layer, site = at
+    layer, site = int(worst.layer), str(worst.site)
     return Finding(
         "medium",
         f"layer {layer} is not a small correction",
-        f"{site} of the original has {worst.value:.2f} times the norm of the stream it is added to: an error here "
+        f"{site} of the original has {_times(worst)} times the norm of the stream it is added to: an error here "
         "is an error of the stream.",
-        {"layer": layer, "site": site, "update_size": worst.value},
+        {"layer": layer, "site": site, "update_size": worst.value, "lo": worst.lo, "hi": worst.hi},
+    )
+
+
+def too_little(e: Evidence) -> Finding | None:
+    """Where `worth_it` has no control to say it of."""
+    asked = {"rel_l2": "mean", "norm_ratio": "mean", "update_size": "teacher"}
+    rows = [
+        e.row(mode=mode, layer=layer, site=site, metric=metric, stat=stat)
+        for metric, stat in asked.items()
+        for mode in ("forced", "free")
+        for layer in e.swapped
+        for site in e.update_sites()
+    ]
+    found = [row for row in rows if row is not None and row.value != 0]
+    if not found or any(intervals.side(row.lo, row.hi) != "none" for row in found):
+        return None
+    return Finding(
+        "info",
+        "there is too little text to judge the update",
+        "Local error, size, growth behind the swap and the residual premise are in the table and not judged: "
+        f"{intervals.WHY_NONE}.",
+        {},
     )
 
 
@@ -340,6 +311,7 @@ RULES: tuple[Callable[[Evidence], Finding | None], ...] = (
     late_tokens,
     retrieval,
     premise,
+    too_little,
 )
 
 

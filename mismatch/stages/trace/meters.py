@@ -24,7 +24,7 @@ from mismatch.metrics.sums.meter import StudentMeter, TeacherMeter
 from mismatch.metrics.sums.per_document import Units
 from mismatch.models.layout import Layout
 from mismatch.runs.plan import SwapPlan
-from mismatch.runs.table import BLOCK_SITES, FLOOR, MAIN, SWAP
+from mismatch.runs.table import BLOCK_SITES, FLOOR, GROWTH, MAIN, SWAP
 from mismatch.stages.trace.address import NO_LAYER, TEACHER, Address
 from mismatch.stages.trace.batch import Batch
 
@@ -182,7 +182,7 @@ class Collector:
         for student in self.students:
             rows += self._before(student)
             rows += self._resid_pre(student, rows)
-        return [*rows, *self._differences()]
+        return [*rows, *self._growth(), *self._differences()]
 
     def _before(self, student: str) -> Iterator[dict[str, Any]]:
         """Sites in front of the swap: null by construction (and proved on a probe)."""
@@ -232,6 +232,17 @@ class Collector:
             **reading.as_row(),
             "swapped": layer in self._swapped(address.student),
         }
+
+    def _growth(self) -> Iterator[dict[str, Any]]:
+        """How far off the stream is behind the last block, over how far it is behind the swap, on the same tokens."""
+        layers, last = self._swapped(SWAP), self.teacher.n_layers - 1
+        if not layers or max(layers) == last:
+            return
+        ends = [Address(MAIN, SWAP, "free", layer, "resid_post") for layer in (max(layers), last)]
+        if all(at in self.meters and "rel_l2" in self.meters[at].parts for at in ends):
+            before, behind = (self.meters[at].parts["rel_l2"].per_document("ratio") for at in ends)
+            if before.total > 0:
+                yield self._row(ends[1], "rel_l2", Reading.of(GROWTH, behind.over(before)))
 
     def _differences(self) -> Iterator[dict[str, Any]]:
         """Swap minus each control on the same tokens, by the paired interval."""

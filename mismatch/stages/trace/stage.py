@@ -23,7 +23,8 @@ from mismatch.stages.swapped import swap_texts, warned
 from mismatch.stages.trace.batches import measure
 from mismatch.stages.trace.check import Check, checked
 from mismatch.stages.trace.config import TraceConfig
-from mismatch.stages.trace.findings import Evidence, findings_of
+from mismatch.stages.trace.evidence import Evidence
+from mismatch.stages.trace.findings import findings_of
 from mismatch.stages.trace.meters import Collector
 from mismatch.stages.trace.result import Traced
 from mismatch.surgery.loading import load

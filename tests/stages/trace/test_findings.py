@@ -9,7 +9,8 @@ import pytest
 from plans import replaced
 
 from mismatch.runs.table import as_table
-from mismatch.stages.trace.findings import Evidence, findings_of, worth_it
+from mismatch.stages.trace.evidence import Evidence
+from mismatch.stages.trace.findings import findings_of, worth_it
 
 CLAUSES = (replaced("infini"),)
 
@@ -97,28 +98,81 @@ def test_the_next_command_keeps_the_arguments():
     assert "parallel(infini(segment=64), alpha=0.1)" in worth_it(swapped).next
 
 
-def test_an_update_that_misses_by_more_than_its_size():
-    where = {"layer": 2, "site": "attn_out", "mode": "forced"}
-    assert "layer 2: the update misses its target by more than its own size" in titles(
-        row("rel_l2", 1.4, **where)
-    )
-    assert "layer 2: local error 84% of the update" in titles(row("rel_l2", 0.84, **where))
-    assert titles(row("rel_l2", 0.0, **where)) == []
+NOTHING = float("nan")
+FORCED = {"layer": 2, "site": "attn_out", "mode": "forced"}
 
 
-def test_scale():
-    where = {"layer": 2, "site": "attn_out", "mode": "forced"}
-    assert titles(row("norm_ratio", 1.0, **where)) == ["layer 2: the update is 2.00 times its size"]
-    assert titles(row("norm_ratio", 0.1, **where)) == []
+@pytest.mark.parametrize(
+    "numbers, title, severity",
+    [
+        ((1.4, 1.2, 1.6), "misses its target by more than its own size", "high"),
+        ((1.1, 0.9, 1.3), "local error 110% of the update", "medium"),
+        ((0.84, 0.8, 0.9), "local error 84% of the update", "medium"),
+        ((0.35, 0.2, 0.5), "local error 35% of the update", "low"),
+    ],
+)
+def test_local_error_is_as_bad_as_the_better_end_of_its_interval(numbers, title, severity):
+    (found,) = findings_of(evidence(row("rel_l2", *numbers, **FORCED)))
+    assert title in found.title and found.severity == severity
+    assert f"{numbers[0]:.2f} [{numbers[1]:.2f}, {numbers[2]:.2f}]" in found.text
 
 
-@pytest.mark.parametrize("last, word", [(0.4, "grows"), (0.05, "heals"), (0.1, "stays")])
-def test_depth(last, word):
+def test_no_local_error_is_no_finding():
+    assert titles(row("rel_l2", 0.0, **FORCED)) == []
+
+
+@pytest.mark.parametrize(
+    "numbers, severity",
+    [
+        ((1.5, 1.2, 1.8), "medium"),
+        ((-1.5, -1.8, -1.2), "medium"),
+        ((1.0, 0.5, 1.5), "low"),
+        ((0.5, 0.2, 0.8), None),
+        ((-0.5, -1.1, 0.1), None),
+        ((0.1, 0.05, 0.15), None),
+    ],
+)
+def test_scale(numbers, severity):
+    found = findings_of(evidence(row("norm_ratio", *numbers, **FORCED)))
+    assert [f.severity for f in found] == ([severity] if severity else [])
+    if severity:
+        assert f"{2 ** numbers[0]:.2f} times its size" in found[0].title
+
+
+@pytest.mark.parametrize(
+    "growth, said",
+    [
+        ((4.0, 2.5, 6.0), ("grows", "medium")),
+        ((4.0, 1.5, 9.0), ("grows", "info")),
+        ((0.5, 0.3, 0.8), ("heals", "info")),
+        ((1.05, 1.02, 1.08), ("stays", "info")),
+        ((1.0, 0.9, 1.1), ("stays", "info")),
+        ((1.4, 0.9, 2.2), None),
+    ],
+)
+def test_depth(growth, said):
     rows = (
         row("rel_l2", 0.1, layer=2, site="resid_post"),
-        row("rel_l2", last, layer=5, site="resid_post"),
+        row("rel_l2", 0.1 * growth[0], layer=5, site="resid_post"),
+        row("rel_l2", *growth, layer=5, site="resid_post", stat="growth"),
     )
-    assert titles(*rows) == [f"the shift {word} behind the swap"]
+    found = [(f.title, f.severity) for f in findings_of(evidence(*rows))]
+    assert found == ([(f"the shift {said[0]} behind the swap", said[1])] if said else [])
+
+
+def test_without_intervals_the_update_is_not_judged_and_that_is_said():
+    rows = (
+        row("rel_l2", 1.4, NOTHING, NOTHING, **FORCED),
+        row("norm_ratio", 2.0, NOTHING, NOTHING, **FORCED),
+        row("rel_l2", 0.1, NOTHING, NOTHING, layer=2, site="resid_post"),
+        row("rel_l2", 0.4, NOTHING, NOTHING, layer=5, site="resid_post"),
+        row("rel_l2", 4.0, NOTHING, NOTHING, layer=5, site="resid_post", stat="growth"),
+        row("update_size", 0.6, NOTHING, NOTHING, layer=2, site="attn_out", stat="teacher"),
+    )
+    (found,) = findings_of(evidence(*rows))
+    assert found.title == "there is too little text to judge the update"
+    assert "no interval: that takes 4 documents" in found.text
+    assert titles(rows[0], row("norm_ratio", 0.01, 0.0, 0.02, **FORCED)) == []
 
 
 def profile(swap, zero=(0.3, 0.3, 0.3, 0.3), half=0.001):
@@ -162,5 +216,7 @@ def test_without_deleting_nothing_is_said_of_late_tokens():
 
 def test_premise():
     where = {"layer": 2, "site": "attn_out", "stat": "teacher"}
-    assert titles(row("update_size", 0.6, **where)) == ["layer 2 is not a small correction"]
+    (found,) = findings_of(evidence(row("update_size", 0.6, 0.5, 0.7, **where)))
+    assert found.title == "layer 2 is not a small correction" and "0.60 [0.50, 0.70]" in found.text
+    assert titles(row("update_size", 0.35, 0.25, 0.45, **where)) == []
     assert titles(row("update_size", 0.15, **where)) == []
