@@ -1,7 +1,8 @@
-"""A package of somebody else: `theirs`, and what stands in it."""
+"""Students of the contract, and a package of somebody else: `theirs`, and what stands in it."""
 
 from __future__ import annotations
 
+import functools
 import sys
 
 import pytest
@@ -163,6 +164,22 @@ class NotAModule:
 def a_function():
     pass
 '''
+
+
+@pytest.fixture(scope="module")
+def student():
+    """`student(family, name, attn)`: one for each file, which must not change it."""
+
+    def make(family, name, attn="sdpa"):
+        # Not at the top: a conftest is imported before assertions of other files are rewritten.
+        from callers import text
+        from tiny_models import swap, tiny
+
+        if name == "qlora":
+            pytest.importorskip("bitsandbytes")
+        return swap(tiny(family, attn), text(name)).model
+
+    return functools.cache(make)
 
 
 @pytest.fixture

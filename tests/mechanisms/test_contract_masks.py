@@ -2,30 +2,17 @@
 
 from __future__ import annotations
 
-import functools
 import threading
 
 import pytest
 import torch
-from callers import COUNTS, LENGTH, added, cases, decoder, padded, pairs, text
-from tiny_models import positions, swap, tiny
+from callers import COUNTS, LENGTH, added, cases, decoder, padded, pairs
+from tiny_models import positions
 from transformers import DynamicCache, StaticCache
 
 from mismatch.errors import SurgeryError
 
 FAMILIES = ("llama", "gpt2", "gpt_neox")
-
-
-@pytest.fixture(scope="module")
-def student():
-    """`student(family, name, attn)`: nothing here changes it."""
-
-    def make(family, name, attn="sdpa"):
-        if name == "qlora":
-            pytest.importorskip("bitsandbytes")
-        return swap(tiny(family, attn), text(name)).model
-
-    return functools.cache(make)
 
 
 def called(model, ids, mask, places, **more):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
 import pytest
 import torch
 from callers import COUNTS, TEXTS, blocks, cases, each_text_alone, packed, padded, text
@@ -13,18 +11,6 @@ from transformers import DataCollatorWithFlattening
 from mismatch.errors import SurgeryError
 
 FAMILIES = ("llama", "gemma3", "gpt2", "gpt_neox")
-
-
-@pytest.fixture(scope="module")
-def student():
-    """`student(family, name, attn)`: nothing here changes it."""
-
-    def make(family, name, attn="sdpa"):
-        if name == "qlora":
-            pytest.importorskip("bitsandbytes")
-        return swap(tiny(family, attn), text(name)).model
-
-    return functools.cache(make)
 
 
 @pytest.mark.parametrize("family, name", cases(FAMILIES))
