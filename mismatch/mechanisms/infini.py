@@ -27,7 +27,7 @@ What the paper leaves open, as decided here:
     last segment  an incomplete segment is attended and is not yet in the memory
     dtype         M, z and the blend in float32 at least (z overflows float16 after 4,000 tokens)
 
-Not in the paper, and off by default. In layer 12 of SmolLM2 all but the sink are needed together:
+Not in the paper, and off by default (analyses/infini_options.py: what they are worth at one layer):
 
     sinks         the first `sinks` real tokens stay visible to the softmax of every later segment
                   (in layer 12 of SmolLM2 the lost sink is most of the damage)
