@@ -79,9 +79,6 @@ TRAINED = {
         f"without {name}": infini(*(o for o in WHOLE if o != option))
         for name, option in OPTIONS.items()
     },
-    "hedgehog as learned": infini(
-        *("feature_map=learned" if o == OPTIONS["hedgehog"] else o for o in WHOLE)
-    ),
 }
 REPAIRED = {
     "the whole, 3 minutes": (infini(*WHOLE), 3.0),
