@@ -304,7 +304,7 @@ def figure(frame: pd.DataFrame) -> Figure:
         loc="left",
         fontsize=9,
     )
-    ax.legend(frameon=False, fontsize=7, loc="lower right")
+    ax.legend(frameon=False, fontsize=7, loc="upper left")
     return picture
 
 
