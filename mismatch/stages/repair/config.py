@@ -136,6 +136,11 @@ class RepairConfig(ScoredConfig, SwapConfig):
                 "training text",
                 hint="together they must be less than 1: both are shares of the training tokens",
             )
+        if self.state_bytes is not None and "slots" not in self.stages:
+            raise ConfigError(
+                "--state-bytes is shared out in the stage `slots`, which --stages leaves out",
+                hint="add it: --stages scores,slots",
+            )
         if not self.stages:
             raise ConfigError("`stages` is empty", hint=f"name some of {', '.join(STAGES)}")
         if list(self.stages) != [name for name in STAGES if name in self.stages]:

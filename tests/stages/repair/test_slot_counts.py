@@ -11,7 +11,7 @@ from test_repair import SMALL
 from wonderland import documents, jsonl
 
 import mismatch
-from mismatch.errors import UsageError
+from mismatch.errors import ConfigError, UsageError
 from mismatch.models.layout import Layout
 from mismatch.stages import runner
 from mismatch.stages.repair.config import RepairConfig
@@ -200,3 +200,8 @@ def test_a_budget_that_is_too_small_is_refused_before_weights(toy_folder, tmp_pa
     words = ["repair", f"--model={toy_folder}", f"--swap={BUDGETED['swap']}", "--state-bytes=9000"]
     said = refused([*words, f"--output={tmp_path / 'run'}", "--probes=none"], tmp_path, capsys)
     assert "--state-bytes 9,000 is less than" in said
+
+
+def test_bytes_without_the_stage_that_shares_them_out_are_refused():
+    with pytest.raises(ConfigError, match="in the stage `slots`, which --stages leaves out"):
+        RepairConfig(**{**BUDGETED, "stages": ("scores",)}, model="m", data="d")
