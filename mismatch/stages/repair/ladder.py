@@ -128,12 +128,15 @@ class Ladder:
         else:
             self._load_weights()
             self.best = self._evaluated()
-        for name in asked(self)[len(self.stages) - 1 :]:
-            if self._exhausted():
+        done, ended = {stage.name for stage in self.stages}, False
+        for name in (name for name in asked(self) if name not in done):
+            if not ended and self._exhausted():
                 self.say(
                     f"the ladder ends before {name}: no time is left, or two stages gained too little"
                 )
-                break
+                ended = True
+            if ended and name != SLOTS:  # a budget is kept, whatever the time
+                continue
             if self.stopping():
                 raise KeyboardInterrupt
             before = self._weights()

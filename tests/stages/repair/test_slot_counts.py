@@ -163,6 +163,14 @@ def test_a_repair_keeps_to_the_bytes_and_its_checkpoint_holds_the_slots(
         assert torch.equal(mismatch.load(tmp_path / "saved").model(text).logits, wanted)
 
 
+def test_the_bytes_are_kept_to_when_no_time_is_left(toy_teacher, fast, monkeypatch):
+    monkeypatch.setattr(Ladder, "_exhausted", lambda self: True)
+    given = {name: value for name, value in BUDGETED.items() if name != "swap"}
+    result = mismatch.repair(toy_teacher, BUDGETED["swap"], **given)
+    assert [stage.name for stage in result.plan.stages] == ["inherit", "slots"]
+    assert sum(clause.state_bytes for clause in result.plan.clauses) <= 30_000
+
+
 def test_a_run_that_was_stopped_behind_it_goes_on_with_its_slots(
     toy_folder, tmp_path, fast, monkeypatch
 ):
