@@ -1,7 +1,9 @@
 """What generalises, and what was one model alone? The same questions to every trained model at hand.
 
     python analyses/three_models.py scan MODEL       about 10 minutes of CPU for smollm2 and gemma3-270m, one thread
+    python analyses/three_models.py window MODEL     of these, only the window with the first token kept
     python analyses/three_models.py repair MODEL     about 5 minutes of CPU
+    python analyses/three_models.py asked MODEL      about 2 minutes of CPU
     python analyses/three_models.py tokens MODEL     seconds
     python analyses/three_models.py draw             the table and the figure, from what was kept
 
@@ -11,7 +13,8 @@ dequantised 4-bit models, so this is about those, not about the families.
 
 `scan` puts infini, nope and a window with and without the first token into every layer, one at a time, beside deleting
 the attention (`zero`), on text and on a passkey. `repair` closes what Infini-attention opens at one layer with the two
-cheap stages, and asks the behaviour before and after. `tokens` looks for massive tokens in the teacher, by the rule
+cheap stages, and asks the behaviour before and after. `asked` puts passkey and induction to the same layer, swapped,
+and diagnoses it. `tokens` looks for massive tokens in the teacher, by the rule
 that a trace leaves them out by.
 """
 
@@ -47,7 +50,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("part", choices=("scan", "repair", "tokens", "draw"))
+    parser.add_argument("part", choices=("scan", "window", "repair", "asked", "tokens", "draw"))
     parser.add_argument("model", nargs="?", choices=tuple(LAYER), help="for all but draw")
     parser.add_argument("--output", type=Path, default=HERE, help="folder of the results")
     args = parser.parse_args()
@@ -59,10 +62,13 @@ def main() -> None:
         parser.error("name a model")
     torch.set_num_threads(1)
     teacher = mismatch.load(args.model)
-    rows, made = {"scan": scanned, "repair": repaired, "tokens": tokens}[args.part](
-        args.model, teacher
-    )
-    place = args.output / f"{args.part}-{args.model}"
+    parts = {"scan": scanned, "repair": repaired, "asked": asked, "tokens": tokens}
+    name = "scan" if args.part == "window" else args.part
+    place = args.output / f"{name}-{args.model}"
+    if args.part == "window":
+        rows, made = windowed(args.model, teacher, place)
+    else:
+        rows, made = parts[args.part](args.model, teacher)
     rows.to_csv(place.with_suffix(".csv"), index=False, float_format="%.6g", lineterminator="\n")
     made |= {"versions": mismatch.versions()}
     place.with_suffix(".json").write_text(json.dumps(made, indent=2) + "\n")
@@ -73,11 +79,19 @@ def sizes(model: str) -> dict[str, int]:
     return SHORT.get(model, USUAL)
 
 
-def scanned(model: str, teacher: Any) -> tuple[pd.DataFrame, dict[str, Any]]:
+def scanned(
+    model: str, teacher: Any, mechanisms: tuple[str, ...] | None = None
+) -> tuple[pd.DataFrame, dict[str, Any]]:
     """Every cell."""
     size = sizes(model)
     wide = size["segment"]
-    swap = f"infini(segment={wide}); nope; sliding_window({wide}); sliding_window({wide}, 1)"
+    every = (
+        f"infini(segment={wide})",
+        "nope",
+        f"sliding_window({wide})",
+        f"sliding_window({wide}, 1)",
+    )
+    swap = "; ".join(mechanisms or every)
     settings = {name: size[name] for name in ("tokens", "seq_len", "length")}
     found = mismatch.scan(
         teacher, swap, tasks=("text", "passkey"), samples=SAMPLES, batch_size=4, progress=True, **settings
@@ -88,6 +102,55 @@ def scanned(model: str, teacher: Any) -> tuple[pd.DataFrame, dict[str, Any]]:
         "swap": swap,
         "finds_the_passkey": bool(can_do(found.table, "passkey", found.plan)),
     }
+
+
+def windowed(model: str, teacher: Any, place: Path) -> tuple[pd.DataFrame, dict[str, Any]]:
+    """A scan that was kept, with the window that keeps the first token measured again."""
+    kept, facts = (
+        pd.read_csv(place.with_suffix(".csv")),
+        json.loads(place.with_suffix(".json").read_text()),
+    )
+    fresh, made = scanned(model, teacher, (f"sliding_window({sizes(model)['segment']}, 1)",))
+    fresh = fresh[fresh.student.map(kind_of) == "window+1"]
+    columns = ["task", "student", "layer"]
+    others = kept[kept.student.map(kind_of) != "window+1"]
+    rows = pd.concat([others, fresh]).sort_values(columns, kind="stable")
+    return rows, made | {name: facts[name] for name in ("swap", "finds_the_passkey")}
+
+
+def asked(model: str, teacher: Any) -> tuple[pd.DataFrame, dict[str, Any]]:
+    """Passkey and induction beside the teacher, and what a diagnosis recovers, of one layer."""
+    size = sizes(model)
+    swap = f"layer{LAYER[model]}:infini(segment={size['segment']})"
+    done = mismatch.probe(
+        teacher, swap, probes=("passkey", "induction"), lengths=(str(size["length"]),), depths=("0.1", "0.5"),
+        samples=8, seq_len=min(64, size["seq_len"]), progress=True,
+    )  # fmt: skip
+    heads, rows = done.headlines, []
+    for row in heads[~heads["stat"].str.contains("[", regex=False)].itertuples():
+        if row.student == "swap":
+            rows.append((row.metric, "teacher", row.teacher, np.nan, np.nan))
+        rows.append((row.metric, row.student, row.value, row.lo, row.hi))
+        rows.append(
+            (
+                f"{row.metric} - teacher",
+                row.student,
+                row.difference,
+                row.difference_lo,
+                row.difference_hi,
+            )
+        )
+    found = mismatch.diagnose(
+        teacher, swap, tokens=1536, fit_tokens=2048, seq_len=size["seq_len"], heads=1, progress=True
+    )
+    shares = found.shares
+    rows += [
+        (f"recovered: {row.panel}", row.name, row.share, row.lo, row.hi)
+        for row in shares.itertuples(name="Share", index=False)
+    ]
+    columns = ["reading", "student", "value", "lo", "hi"]
+    made = {"swap": swap, "settings": size, "verdict": found.verdict, "leading": found.leading}
+    return pd.DataFrame(rows, columns=columns), made
 
 
 @torch.no_grad()
@@ -154,7 +217,11 @@ def summary(folder: Path) -> pd.DataFrame:
         cells = pd.read_csv(place)
         facts = json.loads(place.with_suffix(".json").read_text())
         found = pd.read_csv(folder / f"tokens-{model}.csv")
-        rows[model] = answers(cells, facts, found) | mended(folder / f"repair-{model}.csv")
+        rows[model] = (
+            answers(cells, facts, found)
+            | mended(folder / f"repair-{model}.csv")
+            | asked_of(folder / f"asked-{model}.csv")
+        )
     return pd.DataFrame(rows)
 
 
@@ -225,6 +292,36 @@ def mended(place: Path) -> dict[str, str]:
             said[f"repair, {kind}: tokens generated alike"] = (
                 f"{at.loc[('swap', 'agreed'), 'value']:.1f} -> {at.loc[('repaired', 'agreed'), 'value']:.1f} of 48"
             )
+    return said
+
+
+def asked_of(place: Path) -> dict[str, str]:
+    """What probes and a diagnosis say of one layer of a model."""
+    if not place.exists():
+        return {}
+    found = pd.read_csv(place)
+    facts = json.loads(place.with_suffix(".json").read_text())
+    at = found.set_index(["reading", "student"])
+    said = {"layer of repair, probes and diagnosis": str(facts["swap"].partition(":")[0])}
+    for metric, what in (("passkey", "log-probability"), ("induction", "loss of the second half")):
+        one = {name: at.loc[(metric, name), "value"] for name in ("teacher", "swap", "zero")}
+        gap = at.loc[(f"{metric} - teacher", "swap")]
+        said[f"{metric} of that layer, {what}, nats"] = (
+            f"teacher {one['teacher']:.3g}, swap {one['swap']:.3g} ({gap.value:+.2f} [{gap.lo:.2f}, {gap.hi:.2f}]), "
+            f"zero {one['zero']:.3g}"
+        )
+    causes = at.loc["recovered: cause", "value"]
+    said["diagnosis: share of each cause"] = ", ".join(
+        f"{name} {causes[name]:.0%}"
+        for name in ("distribution", "position", "premise", "unexplained")
+    )
+    best = found[
+        found.reading.isin(["recovered: distribution", "recovered: position", "recovered: premise"])
+    ]
+    best = best.loc[best.value.idxmax()]
+    said["diagnosis: what recovers most"] = (
+        f"{best.student} {best.value:.0%} [{best.lo:.0%}, {best.hi:.0%}]"
+    )
     return said
 
 
