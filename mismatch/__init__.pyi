@@ -417,6 +417,7 @@ def repair(
     output: str | None = None,
     run_name: str | None = None,
     student: Any = None,
+    answers_only: bool = False,
     trained_controls: Sequence[str] = (),
     stages: Sequence[str] = ('scores', 'slots', 'closed-form', 'local', 'block', 'window', 'end-to-end'),
     tokens: int = 8192,
@@ -463,6 +464,7 @@ def repair(
         output: Run folder to make. By default a new folder under runs/.
         run_name: Name of the run folder under runs/, in place of one made from time, model and swap.
         student: The same by keyword: a student: from `mismatch.swap`; or trained elsewhere: from `mismatch.load`, the folder of a checkpoint or of a fine-tune, a fetched name, a hub id, `(model, tokenizer)`.
+        answers_only: Count only predictions of what the assistant says, in evaluation text made of chats.
         trained_controls: Controls that are trained for the same steps as the swap: identity (does training alone move the model?), zero (what is recovered without the mechanism?). Each takes as long as the repair; none for no such control.
         stages: Stages of the repair ladder to run, in its order.
         tokens: Evaluation tokens.
