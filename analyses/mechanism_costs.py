@@ -26,12 +26,14 @@ import csv
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, logging
+from transformers.cache_utils import CacheLayerMixin
 
 from mismatch.errors import MismatchError
 from mismatch.forward.calibrate import calibrate
@@ -127,7 +129,11 @@ def tensors(entry: Any) -> Iterator[Tensor]:
             yield value
         elif isinstance(value, dict):
             yield from (t for t in value.values() if isinstance(t, Tensor))
-        elif hasattr(value, "get_seq_length"):
+        elif isinstance(value, list):
+            yield from chain.from_iterable(
+                tensors(one) for one in value if isinstance(one, CacheLayerMixin)
+            )
+        elif isinstance(value, CacheLayerMixin):
             yield from tensors(value)
 
 

@@ -138,9 +138,11 @@ class Sums:
         lost = self.part(cell, task, "nll").per_document(column)
         if minus is not None:
             lost -= self.part(minus, task, "nll").per_document(column)
-        sign = -1 if task.reading == "logprob" else 1
-        signed = replace(lost, sums=sign * lost.sums, positive=False)
-        return self._reading(stat, signed, task)
+        of_itself = column != "shift" and minus is None  # a log-loss; the others are differences
+        found = self._reading(stat, replace(lost, positive=of_itself), task)
+        if task.reading != "logprob":
+            return found
+        return replace(found, value=-found.value, lo=-found.hi, hi=-found.lo)
 
     def total(self, cells: Sequence[Cell], task: Task) -> Reading:
         """The sum of the damage of several cells (KL, or log-loss), read together."""
