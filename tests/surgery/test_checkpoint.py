@@ -56,7 +56,8 @@ def test_the_swap_is_written_with_every_argument(saved_toy):
     (swap,) = record.read(saved_toy).swaps
     assert swap.text.startswith(
         "layer1:infini(segment=8, update=linear, gate_init=0.0, feature_map=elu, sinks=0, first_segment=blend, "
-        "overlap=0, normalizer=gate, slots=0, slot_score=learned, memory_position=\"none\"); layer2.mlp:mean; norms:dyt(alpha=none, inherit=true)"
+        'overlap=0, normalizer=gate, slots=0, slot_score=learned, memory_position="none"); '
+        "layer2.mlp:mean; norms:dyt(alpha=none, inherit=true)"
     )
 
 
