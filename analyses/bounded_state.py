@@ -78,7 +78,7 @@ ROWS = {
     "all": {
         "shared, 8 MB": Row(SHARED, 8000, long=True),
         **OTHERS,
-        "alike, 104 slots, rest": Row("kv_slots(segment=32, slots=104, rest=mean)", group="alike"),
+        "alike, 96 slots, rest": Row(SHARED, long=True, group="alike"),
         "random, 104 slots, rest": chosen_by("random", "104", REST),
         "shared, 8 MB, seed 1": Row(SHARED, 8000, seed=1),
         "shared, 8 MB, seed 2": Row(SHARED, 8000, seed=2),

@@ -10,6 +10,7 @@ import argparse
 import csv
 import re
 from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -209,6 +210,39 @@ def options() -> str:
     return _table(("", "form", "KL left", "closed", "CPU seconds"), rows)
 
 
+def bounded(layers: str, length: str) -> str:
+    """What `python analyses/bounded_state.py` measured at one length."""
+    readings = ("passkey", "needles", "look-up", "copy160")
+    rows = []
+    for row in _read(f"bounded_state/{layers}/table.csv"):
+        if row["length"] != length:
+            continue
+        shown = [name for name in ("KL", *readings) if row[name]]
+        cells = {name: _read_off(row, name, 4 if name == "KL" else 2) for name in shown}
+        state = f"{float(row['kB']):,.0f}" if row["kB"] else "grows"
+        seconds = float(row["cpu_seconds"])
+        rows.append(
+            (
+                row["row"],
+                state,
+                *(cells.get(name, "") for name in ("KL", *readings)),
+                f"{seconds:.0f}" if seconds else "",
+            )
+        )
+    head = (
+        *("attention", "state, kB", "text KL", "passkey, a key", "needles, a token"),
+        *("look-up, a token", "copy of 160, a token", "CPU seconds"),
+    )
+    return _table(head, rows)
+
+
+def _read_off(row: Row, name: str, digits: int) -> str:
+    if not row[f"{name} lo"]:
+        return f"{float(row[name]):.{digits}f}, no interval"
+    ends = {"value": row[name], "lo": row[f"{name} lo"], "hi": row[f"{name} hi"]}
+    return _interval(ends, digits)
+
+
 def fresh() -> str:
     """What `python analyses/forecast_fresh.py` measured."""
     rows = []
@@ -261,6 +295,10 @@ TABLES = {
     "stages": stages,
     "repair": repair,
     "options": options,
+    "bounded all": partial(bounded, "all", "512"),
+    "bounded all, long": partial(bounded, "all", "2048"),
+    "bounded 18": partial(bounded, "18", "512"),
+    "bounded 18, long": partial(bounded, "18", "2048"),
     "forecast": fresh,
 }
 
