@@ -213,3 +213,13 @@ def test_a_budget_that_is_too_small_is_refused_before_weights(toy_folder, tmp_pa
 def test_bytes_without_the_stage_that_shares_them_out_are_refused():
     with pytest.raises(ConfigError, match="in the stage `slots`, which --stages leaves out"):
         RepairConfig(**{**BUDGETED, "stages": ("scores",)}, model="m", data="d")
+
+
+def test_a_model_in_half_precision_is_measured_too(tiny):
+    teacher = Layout.of(tiny("llama").to(torch.bfloat16))
+    student = mismatch.swap((teacher.model, None), SWAP)
+    keepers = slot_counts.keepers(pairs_of(teacher, student))
+    for curve in slot_counts.measured(teacher, keepers, ids(1)).values():
+        assert curve.isfinite().all() and (curve[:, 0] > curve[:, -1]).all()
+    counts = slot_counts.shared_out(teacher, keepers, ids(1), slot_counts.least(keepers) + 2000)
+    assert sum(map(sum, counts.values())) > 0

@@ -216,7 +216,7 @@ def _errors(
         call(mechanism, x)
     off = (got[0] - whole).unflatten(-1, (heads, -1))
     # A row for each kv head, in which the others are silent.
-    alone = torch.eye(heads, device=off.device)[:, None, None, :, None] * off
+    alone = torch.eye(heads, dtype=off.dtype, device=off.device)[:, None, None, :, None] * off
     project = getattr(mechanism, mechanism._output)
     moved = project(alone.flatten(-2)) - project(torch.zeros_like(whole[:1, :1]))  # without bias
     error = moved.double().square().sum(-1) / stream.double().square().sum(-1)
