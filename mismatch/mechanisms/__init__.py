@@ -7,6 +7,7 @@ MECHANISMS = {
     # The mechanisms.
     "adapterplus": "mismatch.mechanisms.adapterplus:AdapterPlus",
     "dyt": "mismatch.mechanisms.dyt:DyT",
+    "gated_attention": "mismatch.mechanisms.gated_attention:GatedAttention",
     "gated_deltanet": "mismatch.mechanisms.gated_deltanet:GatedDeltaNet",
     "houlsby": "mismatch.mechanisms.houlsby:Houlsby",
     "infini": "mismatch.mechanisms.infini:Infini",

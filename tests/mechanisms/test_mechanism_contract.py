@@ -17,6 +17,7 @@ from mismatch.registry import mechanisms
 CALLS = {
     "adapterplus": "adapterplus(reduction=6)",
     "dyt": "dyt",
+    "gated_attention": "gated_attention",
     "gated_deltanet": "gated_deltanet",
     "houlsby": "houlsby(reduction=6)",
     "identity": "identity",
@@ -56,6 +57,7 @@ IN_HEADS = {
 # The setting at which the student is the teacher, of each mechanism that has one.
 LIMITS = {
     "adapterplus": "adapterplus",
+    "gated_attention": "gated_attention(gate=headwise)",
     "houlsby": "houlsby",
     "identity": "identity",
     "infini": "infini(segment=21, first_segment=local)",
@@ -73,7 +75,9 @@ LIMITS = {
 }
 LENGTH = 21
 SOME = ("llama", "gemma3", "gpt2", "gpt_neox")  # where the families differ most
-BEGINS_AS_TEACHER = ("identity", "adapterplus", "houlsby", "lora", "parallel_adapter")
+BEGINS_AS_TEACHER = (
+    "identity", "adapterplus", "gated_attention", "houlsby", "lora", "parallel_adapter",
+)  # fmt: skip
 ROTARY = ("nope", "partial_rope", "rope", "yarn")  # not for gpt2, nor for layers without rotary
 # What a family's attention can break.
 ATTENTION = (
