@@ -198,6 +198,21 @@ def holding(
         student.plan = plan
 
 
+@contextmanager
+def given_back(student: Student, layer: int | None) -> Iterator[None]:
+    """The original modules of one layer stand in a student again while the context lives; None: of none."""
+    held = []
+    for (holder, name, original), clause in zip(student._undo, student.plan.clauses, strict=True):
+        if layer is not None and clause.layer == layer:
+            held.append((holder, name, getattr(holder, name)))
+            setattr(holder, name, original)
+    try:
+        yield
+    finally:
+        for holder, name, new in reversed(held):
+            setattr(holder, name, new)
+
+
 def replace(
     student: Student,
     placements: Sequence[Placement],

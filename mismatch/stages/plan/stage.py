@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from mismatch.config import load as load_config
@@ -14,20 +12,18 @@ from mismatch.errors import DataError, RunError, UsageError
 from mismatch.runs.folder import Run, check_output, load_run
 from mismatch.stages.base import Outcome, Stage
 from mismatch.stages.opening import Opened
-from mismatch.stages.plan.choose import Score, choose, enough
+from mismatch.stages.plan import answers, ways
+from mismatch.stages.plan.choose import enough
 from mismatch.stages.plan.config import PlanConfig
-from mismatch.stages.plan.greedy import greedy
 from mismatch.stages.plan.measured import Choice, Measured, evaluate, swap_of
-from mismatch.stages.plan.plan import Budgets, ChoicePlan, Predicted, StepPlan
+from mismatch.stages.plan.plan import Budgets, ChoicePlan
 from mismatch.stages.plan.result import Planned
-from mismatch.stages.runner import work
-from mismatch.stages.scan.atlas import atlas_data
+from mismatch.stages.plan.scores import SCORES
 from mismatch.stages.scan.config import ScanConfig
 from mismatch.stages.scan.prepared import Prepared as ScanPrepared
 from mismatch.stages.scan.prepared import prepare
-from mismatch.stages.scan.stage import Scan, sweep_of, task_plan
+from mismatch.stages.scan.stage import task_plan
 from mismatch.stages.scan.tasks import Task, tasks
-from mismatch.stages.scan.words import can_do
 from mismatch.stages.text_role import Text
 from mismatch.texts.windows import Windows, windows
 
@@ -68,8 +64,8 @@ class Plan(Stage[PlanConfig, Prepared]):
     student = False
 
     def check(self, config: PlanConfig, *, overwrite: bool = False) -> None:
-        if config.folder is not None and config.scan is None and config.method != "greedy":
-            check_output(scan_beside(config.folder), overwrite=overwrite)
+        if config.folder is not None and config.makes_scan:
+            check_output(ways.scan_beside(config.folder), overwrite=overwrite)
 
     def prepare(self, opened: Opened[PlanConfig]) -> Prepared:
         config = opened.config
@@ -88,10 +84,10 @@ class Plan(Stage[PlanConfig, Prepared]):
         cells = prepare(scanning, beside=config.controls)
         choice = None
         if scan is not None:
-            choice = _chosen(config, cells, scan)
+            choice = ways.from_scan(config, cells, scan)
         else:
             enough(config.layers, {cell.layer for cell in cells.cells}, map(str, config.templates))
-            _check_asked(config, cells, {task.name for task in cells.tasks})
+            ways.check_asked(config, cells, {task.name for task in cells.tasks})
         selection = _selection(scanning, scan)
         asked, left_out = self._tasks(opened, scanning, selection)
         return Prepared(scan, choice, scanning, cells, asked, left_out)
@@ -137,11 +133,17 @@ class Plan(Stage[PlanConfig, Prepared]):
         if config.method == "greedy":
             most = config.layers or len(prepared.cells.layers)
             text += f"\ngreedy  a scan for every chosen layer: up to {most} times the above"
+        elif not config.makes_scan:
+            text = f"{super().announce(opened, prepared)}\nscore   {config.score}, without a scan"
         return text
 
     def loaded(self, opened: Opened[PlanConfig], prepared: Prepared) -> None:
-        scan = prepared.scan
+        scan, config = prepared.scan, opened.config
         if scan is None:
+            if config.keep_retrieval or SCORES[config.score].answers:
+                size = config.batch_size * config.seq_len
+                reads = answers.asked(opened.teacher.layout, prepared.cells.tasks, size)
+                answers.check(config, reads)
             return
         if scan.manifest.get("model_info", {}).get("sha256") != opened.teacher.info.sha256:
             raise UsageError(
@@ -151,8 +153,7 @@ class Plan(Stage[PlanConfig, Prepared]):
 
     def run(self, opened: Opened[PlanConfig], prepared: Prepared) -> Outcome:
         config, started = opened.config, time.monotonic()
-        choose_ = _greedy if config.method == "greedy" else _exact
-        choice, facts = choose_(opened, prepared)
+        choice, facts = _choice(opened, prepared)
         chosen = time.monotonic()
         count = 2 + len(config.controls) + sum(map(len, choice.values()))
         size = config.batch_size * config.seq_len
@@ -186,6 +187,7 @@ def _plan(
         model=config.model,
         swap=swap_of(config, choice),
         method=config.method,
+        score=config.score,
         choice={name: tuple(sorted(layers)) for name, layers in choice.items()},
         n_layers=prepared.cells.n_layers,
         among=prepared.cells.layers,
@@ -196,6 +198,19 @@ def _plan(
         notes=(*prepared.cells.notes(), *notes),
         **facts,
     )
+
+
+def _choice(opened: Opened[PlanConfig], prepared: Prepared) -> ways.Way:
+    config, cells = opened.config, prepared.cells
+    if prepared.choice is not None:
+        return prepared.choice
+    if config.method == "greedy":
+        return ways.greedily(opened, cells)
+    if config.makes_scan:
+        return ways.from_scan(config, cells, ways.scanned(opened, prepared.scanning, cells))
+    if config.score == "restore_one":
+        return ways.by_restoring(opened, cells)
+    return ways.without_looking(config, cells)
 
 
 def _selection(scanning: Opened[ScanConfig], scan: Run | None) -> Windows | None:
@@ -230,109 +245,3 @@ def _selection(scanning: Opened[ScanConfig], scan: Run | None) -> Windows | None
             hint=f"take --seq-len {seq_len} --seed {seed} {only}, or other --data",
         )
     return None
-
-
-def _exact(opened: Opened[PlanConfig], prepared: Prepared) -> tuple[Choice, dict[str, Any]]:
-    if prepared.choice is not None:
-        return prepared.choice
-    return _chosen(opened.config, prepared.cells, _scanned(opened, prepared))
-
-
-def _chosen(config: PlanConfig, cells: ScanPrepared, run: Run) -> tuple[Choice, dict[str, Any]]:
-    """What a scan chooses.
-
-    Raises:
-        UsageError: it has not what the choice needs, or no choice stays within the budgets.
-    """
-    scores = scores_of(run, [str(t) for t in config.templates], cells.layers)
-    _check_asked(config, cells, set(run.table["metric"]))
-    if config.keep_retrieval and not can_do(run.table, "passkey", run.plan):
-        raise UsageError(
-            "--keep-retrieval, but the model itself does not find the passkey: there is nothing to keep",
-            hint="a shorter --length may be easier; or leave --keep-retrieval out",
-        )
-    budget = config.budget_retrieval if config.keep_retrieval else None
-    found = choose(scores, config.layers, budget_kl=config.budget_kl, budget_lost=budget)
-    choice: dict[str, list[int]] = {}
-    for score in found:
-        choice.setdefault(score.mechanism, []).append(score.layer)
-    predicted = Predicted(sum(s.kl for s in found), sum(s.charged for s in found))
-    facts = {"scan": run.run_id, "scores": tuple(scores), "predicted_by_scan": predicted}
-    return choice, facts
-
-
-def _scanned(opened: Opened[PlanConfig], prepared: Prepared) -> Run:
-    """A scan of its own: it is kept whatever becomes of the plan, and can be chosen from again."""
-    scanning, folder = prepared.scanning, opened.folder
-    if folder is not None:
-        output = str(scan_beside(folder.path))
-        scanning.config = dataclasses.replace(scanning.config, output=output)
-    scanning.take(opened.teacher)
-    return work(Scan("scan"), scanning, prepared.cells, write=folder is not None).run
-
-
-def _check_asked(config: PlanConfig, cells: ScanPrepared, asked: Collection[str]) -> None:
-    """Whether the choice has the passkey that it needs."""
-    if config.keep_retrieval and "passkey" not in asked:
-        raise UsageError(
-            "--keep-retrieval needs a passkey, and none is measured: "
-            + cells.left_out.get("passkey", "the scan left it out"),
-            hint="take a --length that fits, or leave --keep-retrieval out",
-        )
-
-
-def _greedy(opened: Opened[PlanConfig], prepared: Prepared) -> tuple[Choice, dict[str, Any]]:
-    config, cells = opened.config, prepared.cells
-    wanted = ("text", "passkey") if config.keep_retrieval else ("text",)
-    asked = tuple(task for task in cells.tasks if task.name in wanted)
-    sweep = sweep_of(opened.teacher, config, cells.cells, cells.calibration)
-    there, most = len(cells.cells), len(cells.layers)
-    # After each step the cells of one layer are gone.
-    runs = sum(there - round(at * there / most) for at in range(min(config.layers or most, most)))
-    size = config.batch_size * config.seq_len
-    batches = sum(1 for task in asked for _ in task.batches(size))
-    with opened.bar(runs * batches, "greedy", "run") as bar:
-        steps = greedy(sweep, cells.cells, asked, config, bar.update)
-    choice: dict[str, list[int]] = {}
-    for step in steps:
-        assert step.cell.layer is not None  # candidates are of one layer each
-        choice.setdefault(step.cell.name, []).append(step.cell.layer)
-    path = (
-        StepPlan(step.cell.layer, step.cell.name, step.kl.value, step.kl.lo, step.kl.hi, step.lost)
-        for step in steps
-        if step.cell.layer is not None
-    )
-    return choice, {"steps": tuple(path)}
-
-
-def scan_beside(path: Path) -> Path:
-    """Where the scan of a plan is written."""
-    return path.with_name(f"{path.name}-scan")
-
-
-def scores_of(run: Run, names: Sequence[str], layers: Sequence[int]) -> list[Score]:
-    """The cells of a scan that may be chosen.
-
-    Raises:
-        UsageError: the scan is not of these mechanisms, or asked no text.
-    """
-    data = atlas_data(run.table)
-    data = data[(data["kind"] != "missing") & data["layer"].isin(list(layers))]
-    there = set(data["student"])
-    if missing := [name for name in names if name not in there]:
-        raise UsageError(
-            f"the scan {run.run_id} has no `{missing[0]}`",
-            hint=f"it has {', '.join(sorted(there))}; scan it, or leave --scan out",
-        )
-    text = data[data["task"] == "text"].set_index(["student", "layer"])["value"]
-    lost = data[data["task"] == "passkey"].set_index(["student", "layer"])["value"]
-    if text.empty:
-        raise UsageError(
-            f"the scan {run.run_id} did not ask for text, so no layer has a KL to choose by",
-            hint="scan with the task text, or leave --scan out",
-        )
-    return [
-        Score(int(layer), name, float(kl), float(lost.get((name, layer), 0.0)))
-        for (name, layer), kl in text.items()
-        if name in names
-    ]

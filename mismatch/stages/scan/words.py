@@ -90,14 +90,15 @@ def scan_verdict(table: pd.DataFrame, plan: ScanPlan | None = None) -> str:
 
 def can_do(table: pd.DataFrame, task: str, plan: HasTasks | None = None) -> bool:
     """Whether the teacher does a task well enough for its loss to mean anything; text always."""
-    panel = next(panel for panel in PANELS if panel.task == task)
-    known = None if plan is None else plan.tasks.get(panel.task)
+    known = None if plan is None else plan.tasks.get(task)
     chance = None if known is None else known.chance
-    reads = _reads(table, panel)
+    reads = teacher_reads(table, task)
     return chance is None or reads is None or abs(reads) <= ABLE * chance
 
 
-def _reads(table: pd.DataFrame, panel: Panel) -> float | None:
+def teacher_reads(table: pd.DataFrame, task: str) -> float | None:
+    """What the teacher itself reads of a task; None: it was not asked."""
+    panel = next(panel for panel in PANELS if panel.task == task)
     reading = panel.stat.removesuffix("_minus_teacher")
     rows = table[
         (table["student"] == "teacher")
@@ -109,7 +110,7 @@ def _reads(table: pd.DataFrame, panel: Panel) -> float | None:
 
 def teacher_words(table: pd.DataFrame, panel: Panel) -> str:
     """What the teacher itself reads: it says how much can be lost."""
-    reads = _reads(table, panel)
+    reads = teacher_reads(table, panel.task)
     return "" if reads is None else f"; the teacher reads {number(reads)}"
 
 
