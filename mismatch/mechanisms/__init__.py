@@ -9,6 +9,7 @@ MECHANISMS = {
     "dyt": "mismatch.mechanisms.dyt:DyT",
     "gated_attention": "mismatch.mechanisms.gated_attention:GatedAttention",
     "gated_deltanet": "mismatch.mechanisms.gated_deltanet:GatedDeltaNet",
+    "gqa": "mismatch.mechanisms.gqa:GQA",
     "houlsby": "mismatch.mechanisms.houlsby:Houlsby",
     "infini": "mismatch.mechanisms.infini:Infini",
     "kv_slots": "mismatch.mechanisms.kv_slots:KVSlots",

@@ -25,6 +25,7 @@ REFERENCES = {
     "dyt": ("test_dyt:test_formula_with_the_norms_own_gain_and_bias",),
     "gated_attention": ("test_gated_attention:test_it_is_the_attention_with_gates_written_by_hand",),
     "gated_deltanet": MIXERS,
+    "gqa": ("test_gqa:test_it_is_the_model_that_was_built_with_fewer_kv_heads",),
     "houlsby": ADAPTERS,
     "identity": ("test_mechanism_contract:test_at_its_identity_limit_the_student_is_the_teacher_to_the_bit",),
     "infini": (
