@@ -38,6 +38,7 @@ EXAMPLES = {
     "compare": (
         "mismatch compare runs/FIRST runs/SECOND",
         "mismatch compare runs/* --output comparison.html",
+        "mismatch compare runs/PLAN runs/SCAN --ranking published.yaml",
     ),
     "list": ("mismatch list mechanisms", "mismatch list metrics --json"),
     "explain": ("mismatch explain infini", "mismatch explain cka"),
@@ -176,6 +177,12 @@ def _tree() -> tuple[Parser, dict[str, Parser]]:
     )
     compare.add_argument(
         "--any-data", action="store_true", help="also compare runs on different text"
+    )
+    compare.add_argument(
+        "--ranking",
+        metavar="FILE",
+        help="print what the layers that plans and scans choose share with published lists, beside chance "
+        "(YAML: model, layers, and lists by name under `replaced` or `kept`)",
     )
     listing = other("list", "List mechanisms, metrics, probes, sites, models or texts.")
     listing.add_argument("what", choices=tuple(LISTS), metavar="WHAT", help=", ".join(LISTS))

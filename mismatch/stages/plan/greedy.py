@@ -14,7 +14,7 @@ from mismatch.errors import UsageError
 from mismatch.metrics.sums.readings import Reading
 from mismatch.runs.plan import SwapPlan
 from mismatch.stages.plan.config import PlanConfig
-from mismatch.stages.plan.scores import Numbers
+from mismatch.stages.plan.numbers import Numbers
 from mismatch.stages.scan.batches import measure
 from mismatch.stages.scan.cells import Cell
 from mismatch.stages.scan.sums import Sums

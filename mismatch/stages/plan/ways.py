@@ -20,9 +20,10 @@ from mismatch.stages.plan.choose import Score, choose
 from mismatch.stages.plan.config import PlanConfig
 from mismatch.stages.plan.greedy import greedy
 from mismatch.stages.plan.measured import Choice
+from mismatch.stages.plan.numbers import Numbers, at_random, spaced
 from mismatch.stages.plan.plan import Predicted, StepPlan
 from mismatch.stages.plan.restore import restored
-from mismatch.stages.plan.scores import SCORES, Numbers, at_random, spaced
+from mismatch.stages.plan.scores import SCORES
 from mismatch.stages.runner import work
 from mismatch.stages.scan.config import ScanConfig
 from mismatch.stages.scan.prepared import Prepared as ScanPrepared

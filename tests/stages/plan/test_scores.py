@@ -21,8 +21,9 @@ from mismatch.models.layout import Layout
 from mismatch.stages.plan import answers
 from mismatch.stages.plan.config import GREEDY, PlanConfig
 from mismatch.stages.plan.greedy import greedy
+from mismatch.stages.plan.numbers import Numbers, at_random, spaced
 from mismatch.stages.plan.restore import restored
-from mismatch.stages.plan.scores import SCORES, Numbers, at_random, spaced
+from mismatch.stages.plan.scores import SCORES
 from mismatch.stages.scan.batches import measure
 from mismatch.stages.scan.cells import cells, columns
 from mismatch.stages.scan.stage import sweep_of
