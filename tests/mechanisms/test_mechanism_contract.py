@@ -31,6 +31,7 @@ CALLS = {
     "mamba": "mamba",
     "mamba2": "mamba2",
     "mean": "mean",
+    "moba": "moba(block=3, top=2)",
     "nope": "nope",
     "partial_rope": "partial_rope(fraction=0.5)",
     "parallel": "parallel(infini(segment=8, sinks=2), alpha=0.5)",
@@ -43,6 +44,7 @@ CALLS = {
     "short_conv": "short_conv",
     "skip": "skip",
     "sliding_window": "sliding_window(window=5)",
+    "topk": "topk(k=4)",
     "yarn": "yarn(factor=4)",
     "zero": "zero",
 }
@@ -67,12 +69,14 @@ LIMITS = {
     "linear_attention": "linear_attention(window=21)",
     "lora": "lora",
     "low_rank_mlp": "low_rank_mlp(rank=24)",
+    "moba": "moba(block=7)",
     "parallel": "parallel(random, alpha=0)",
     "parallel_adapter": "parallel_adapter",
     "partial_rope": "partial_rope(fraction=1)",
     "ring": "ring(block=8)",
     "rope": "rope(type=linear, factor=1)",
     "sliding_window": "sliding_window(window=21)",
+    "topk": "topk(k=21)",
     "yarn": "yarn(factor=1)",
 }
 LENGTH = 21
@@ -94,10 +98,15 @@ NO_NORMS = (
     "gpt2",
     "gpt_neox",
 )
+# Layers of the tiny models that have a window of their own.
+WINDOWED = {
+    "mistral_window": (0, 1, 2), "qwen2": (1, 2), "gemma2": (0, 2), "gemma3": (0, 2), "olmo3": (0, 2), "gemma4": (1,),
+    "phi3": (0, 1, 2),
+}  # fmt: skip
 # What a family's attention can break.
 ATTENTION = (
     "gated_deltanet", "gqa", "infini", "kv_slots", "linear_attention", "mamba2", "nope", "parallel", "rwkv",
-    "sliding_window",
+    "sliding_window", "topk",
 )  # fmt: skip
 
 
@@ -128,6 +137,8 @@ def slot(name: str) -> str:
 def fits(family: str, name: str, layer: int = 1) -> bool:
     if name == "low_rank_mlp":
         return family in DENSE
+    if name == "moba" and layer in WINDOWED.get(family, ()):
+        return False
     if name in BARE:
         return family in NO_NORMS
     if name in IN_HEADS and family != "llama":
@@ -291,9 +302,9 @@ def test_generate_with_beams_and_left_padding_equals_generate_without_cache(
         torch.testing.assert_close(a, b, atol=1e-3, rtol=0)
 
 
-@pytest.mark.parametrize("family, name", some())
-def test_no_memory_between_calls_and_none_in_the_state_dict(teacher, family, name):
-    model = swap(teacher(family), text(name, 0)).model
+@pytest.mark.parametrize("family, name, layer", at_layers(some(), (0,)))
+def test_no_memory_between_calls_and_none_in_the_state_dict(teacher, family, name, layer):
+    model = swap(teacher(family), text(name, layer)).model
     ids, names = tokens(2, LENGTH), list(model.state_dict())
     first = model(ids).logits
     in_chunks(model, ids, 5)

@@ -22,6 +22,9 @@ from mismatch.mechanisms.parts.projections import AttentionParts
 from mismatch.mechanisms.parts.text_by_text import text_by_text
 from mismatch.mechanisms.parts.token_facts import facts_in
 
+QUERIES = 256
+"""That are worked on at once where keys are chosen; a matter of speed and memory only."""
+
 
 @dataclass(frozen=True)
 class Seen:
@@ -36,6 +39,12 @@ class Seen:
     mask: Tensor | None
     numbers: Tensor
     own: Tensor
+
+    def rows(self, rows: slice) -> Tensor:
+        """The mask of some queries, `batch or 1, 1, queries, keys`."""
+        if self.mask is not None:
+            return self.mask[:, :, rows]
+        return (self.numbers[:, None] <= self.own[:, rows, None])[:, None]
 
 
 class HostSoftmax(AttentionParts):
@@ -84,3 +93,31 @@ class HostSoftmax(AttentionParts):
         if number is not None:
             mask = mask & (number >= 0)[:, None] | (j == i[:, None])  # no query without a key
         return Seen(mask.view(-1, 1, length, keys), j[None] if number is None else number, own)
+
+
+class ChosenKeys(HostSoftmax):
+    """The same, of which each query of each head reads some keys only. Subclasses choose them by `chosen`.
+
+    QUERIES at a time are worked on: memory grows with the length, not with its square, but for the masks that the
+    backward pass keeps.
+    """
+
+    def read(self, q: Tensor, k: Tensor, v: Tensor, seen: Seen) -> Tensor:
+        found = []
+        for start in range(0, q.shape[2], QUERIES):
+            rows = slice(start, start + QUERIES)
+            with torch.no_grad():
+                reads = self.chosen(q[:, :, rows], k, seen, rows)
+            found.append(self.attend(q[:, :, rows], k, v, reads))
+        return torch.cat(found, dim=2)
+
+    def chosen(self, q: Tensor, k: Tensor, seen: Seen, rows: slice) -> Tensor:
+        """Which keys these queries read: bool `batch H queries keys`.
+
+        Args:
+            q: `batch H queries D`, as they are compared with k.
+            k: `batch KV keys D`.
+            seen: of the whole call.
+            rows: which of its queries these are.
+        """
+        raise NotImplementedError
