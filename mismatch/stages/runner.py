@@ -1,4 +1,4 @@
-"""What all stages do alike: one runner for six commands and functions, and for any further one.
+"""What all stages do alike: one runner for all commands and functions.
 
 refuse     settings, folder, torchrun; then whatever the stage refuses: nothing is loaded or written before that
 load       the weights, then the run folder, status `running`

@@ -168,6 +168,13 @@ def blank(layout: Layout, *, name: str = "swap", tokenizer: Any = None) -> Stude
     return student
 
 
+def copied(student: Student) -> Student:
+    """The same student once more: training one does not move the other."""
+    own = blank(layout_of(student.model), tokenizer=student.tokenizer)
+    own.plan = student.plan
+    return own
+
+
 def _listen(student: Student) -> None:
     """The hooks of every forward; they change no value."""
     student.model.base_model.register_forward_pre_hook(add_token_facts, with_kwargs=True)
