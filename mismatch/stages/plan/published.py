@@ -57,7 +57,7 @@ def read(path: Path | str) -> Ranking:
         DataError: no such file, not such lists, a layer that there is not or that is named twice.
     """
     path = Path(path)
-    found = typed(
+    found: Ranking = typed(
         Ranking,
         yaml_of(path, DataError),
         lambda reason: DataError(
