@@ -62,6 +62,8 @@ def trace(
     output: str | None = None,
     run_name: str | None = None,
     student: Any = None,
+    selected_by: str | None = None,
+    allow_overlap: bool = False,
     answers_only: bool = False,
     calibration_data: Any = 'sotu',
     tokens: int = 8192,
@@ -93,6 +95,8 @@ def trace(
         output: Run folder to make. By default a new folder under runs/.
         run_name: Name of the run folder under runs/, in place of one made from time, model and swap.
         student: The same by keyword: a student: from `mismatch.swap`; or trained elsewhere: from `mismatch.load`, the folder of a checkpoint or of a fine-tune, a fetched name, a hub id, `(model, tokenizer)`.
+        selected_by: Run folder of the plan, scan or repair that chose layers, options or weights. No document that it chose, calibrated or trained on is evaluated on.
+        allow_overlap: Evaluate also on documents that an earlier run chose on. The report says how many there are.
         answers_only: Count only predictions of what the assistant says, in evaluation text made of chats.
         calibration_data: Calibration text, which mechanisms and controls set themselves from. Never overlaps with the evaluation text. Or a list of strings.
         tokens: Evaluation tokens.
@@ -131,6 +135,8 @@ def probe(
     output: str | None = None,
     run_name: str | None = None,
     student: Any = None,
+    selected_by: str | None = None,
+    allow_overlap: bool = False,
     calibration_data: Any = 'sotu',
     probes: Sequence[str] | None = None,
     samples: int = 8,
@@ -163,6 +169,8 @@ def probe(
         output: Run folder to make. By default a new folder under runs/.
         run_name: Name of the run folder under runs/, in place of one made from time, model and swap.
         student: The same by keyword: a student: from `mismatch.swap`; or trained elsewhere: from `mismatch.load`, the folder of a checkpoint or of a fine-tune, a fetched name, a hub id, `(model, tokenizer)`.
+        selected_by: Run folder of the plan, scan or repair that chose layers, options or weights. No document that it chose, calibrated or trained on is evaluated on.
+        allow_overlap: Evaluate also on documents that an earlier run chose on. The report says how many there are.
         calibration_data: Calibration text, which mechanisms and controls set themselves from. Never overlaps with the evaluation text. Or a list of strings.
         probes: Probes to run; all of them when not given.
         samples: Prompts of each kind, and windows of text. With fewer than 8 the intervals are too narrow.
@@ -202,6 +210,8 @@ def diagnose(
     output: str | None = None,
     run_name: str | None = None,
     student: Any = None,
+    selected_by: str | None = None,
+    allow_overlap: bool = False,
     calibration_data: Any = 'sotu',
     tokens: int = 3072,
     fit_tokens: int = 8192,
@@ -231,6 +241,8 @@ def diagnose(
         output: Run folder to make. By default a new folder under runs/.
         run_name: Name of the run folder under runs/, in place of one made from time, model and swap.
         student: The same by keyword: a student: from `mismatch.swap`; or trained elsewhere: from `mismatch.load`, the folder of a checkpoint or of a fine-tune, a fetched name, a hub id, `(model, tokenizer)`.
+        selected_by: Run folder of the plan, scan or repair that chose layers, options or weights. No document that it chose, calibrated or trained on is evaluated on.
+        allow_overlap: Evaluate also on documents that an earlier run chose on. The report says how many there are.
         calibration_data: Calibration text, which mechanisms and controls set themselves from. Never overlaps with the evaluation text. Or a list of strings.
         tokens: Evaluation tokens: every correction is measured on them.
         fit_tokens: Tokens of the calibration text that corrections are fitted on.
@@ -347,6 +359,7 @@ def plan(
     layers: int | None = None,
     among: str = 'all',
     selection_tokens: int = 4096,
+    allow_overlap: bool = False,
     budget_kl: float | None = None,
     keep_retrieval: bool = False,
     budget_retrieval: float = 0.5,
@@ -377,7 +390,7 @@ def plan(
         run_name: Name of the run folder under runs/, in place of one made from time, model and swap.
         answers_only: Count only predictions of what the assistant says, in evaluation text made of chats.
         calibration_data: Calibration text, which mechanisms and controls set themselves from. Never overlaps with the evaluation text. Or a list of strings.
-        tokens: Evaluation tokens of the chosen set: text that chose nothing.
+        tokens: Evaluation tokens of the chosen set: documents that chose nothing.
         scored: Share of the evaluation tokens whose predictions are compared, for the head is costly. A trace compares all.
         samples: Sequences of induction, prompts of passkey, needles and kv_lookup. With fewer than 8 the intervals are too narrow.
         length: Tokens of a prompt of passkey, needles and kv_lookup.
@@ -385,6 +398,7 @@ def plan(
         layers: How many layers to replace; as many as the budget allows when not given.
         among: Layers that may be replaced: all, or ranges such as 4-last.
         selection_tokens: Selection tokens, of the same source: what the layers are chosen on.
+        allow_overlap: Evaluate on documents that chose the layers where no other is left. The report says how many there are.
         budget_kl: Highest KL of all chosen layers together, in nats per token.
         keep_retrieval: Leave out layers that carry retrieval: the passkey may lose no more than --budget-retrieval.
         budget_retrieval: What the passkey may lose with --keep-retrieval, nats per key.
@@ -421,6 +435,8 @@ def repair(
     output: str | None = None,
     run_name: str | None = None,
     student: Any = None,
+    selected_by: str | None = None,
+    allow_overlap: bool = False,
     answers_only: bool = False,
     trained_controls: Sequence[str] = (),
     stages: Sequence[str] = ('scores', 'slots', 'closed-form', 'local', 'block', 'window', 'end-to-end'),
@@ -468,6 +484,8 @@ def repair(
         output: Run folder to make. By default a new folder under runs/.
         run_name: Name of the run folder under runs/, in place of one made from time, model and swap.
         student: The same by keyword: a student: from `mismatch.swap`; or trained elsewhere: from `mismatch.load`, the folder of a checkpoint or of a fine-tune, a fetched name, a hub id, `(model, tokenizer)`.
+        selected_by: Run folder of the plan, scan or repair that chose layers, options or weights. No document that it chose, calibrated or trained on is evaluated on.
+        allow_overlap: Evaluate also on documents that an earlier run chose on. The report says how many there are.
         answers_only: Count only predictions of what the assistant says, in evaluation text made of chats.
         trained_controls: Controls that are trained for the same steps as the swap: identity (does training alone move the model?), zero (what is recovered without the mechanism?). Each takes as long as the repair; none for no such control.
         stages: Stages of the repair ladder to run, in its order.

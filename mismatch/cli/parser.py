@@ -38,7 +38,6 @@ EXAMPLES = {
     "report": ("mismatch report runs/RUN", "mismatch report runs/RUN --output report.html"),
     "compare": (
         "mismatch compare runs/FIRST runs/SECOND",
-        "mismatch compare runs/* --output comparison.html",
         "mismatch compare runs/PLAN runs/SCAN --ranking published.yaml",
     ),
     "list": ("mismatch list mechanisms", "mismatch list metrics --json"),

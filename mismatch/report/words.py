@@ -77,6 +77,11 @@ def text_line(text: Mapping[str, Any]) -> str:
         )
     if text.get("copies"):
         parts.append(f"copies left out: {text['copies']:,}")
+    if text.get("overlap"):
+        parts.append(
+            f"{text['overlap']:,} of these documents chose, calibrated or trained what is evaluated here "
+            "(--allow-overlap): the numbers are too good"
+        )
     if text.get("more"):
         parts.append(f"what is behind the first {text['more'] >> 20} MB was not read")
     if text.get("revision"):

@@ -30,7 +30,7 @@ class PlanConfig(SweepConfig):
         "text": (
             *("data", "text_field", "answers_only", "tokens", "selection_tokens"),
             *("calibration_data", "calibration_tokens"),
-            *("seq_len", "batch_size", "seed"),
+            *("seq_len", "batch_size", "seed", "allow_overlap"),
         ),
         "output": OUTPUT,
         "dangerous": DANGEROUS,
@@ -44,9 +44,11 @@ class PlanConfig(SweepConfig):
     among: str = "all"
     """Layers that may be replaced: all, or ranges such as 4-last."""
     tokens: Annotated[int, ">= 1"] = 4096
-    """Evaluation tokens of the chosen set: text that chose nothing."""
+    """Evaluation tokens of the chosen set: documents that chose nothing."""
     selection_tokens: Annotated[int, ">= 1"] = 4096
     """Selection tokens, of the same source: what the layers are chosen on."""
+    allow_overlap: bool = False
+    """Evaluate on documents that chose the layers where no other is left. The report says how many there are."""
     budget_kl: Annotated[float, "> 0"] | None = None
     """Highest KL of all chosen layers together, in nats per token."""
     keep_retrieval: bool = False

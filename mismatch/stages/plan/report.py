@@ -42,12 +42,13 @@ def sections(run: Run) -> list[Section]:
     """The verdict, what the choice costs, the figure, what it was chosen by, the next command."""
     notes = tuple(tag("p", note, class_="warning") for note in run.plan.notes)
     model = str(run.manifest.get("model", "MODEL"))
+    folder = None if run.path is None else f"runs/{run.path.name}"
     return [
         verdict(_verdict(run.table, run.plan)),
         Section("", (*notes, costs(run.table, run.plan), *FIGURES)),
         Section("What the layers were chosen by", (chosen_by(run.plan),)),
         Section("How sure the choice is", (how_sure(run.plan),)),
-        Section("Next", (tag("pre", next_command(run.plan, model)),)),
+        Section("Next", (tag("pre", next_command(run.plan, model, folder)),)),
     ]
 
 

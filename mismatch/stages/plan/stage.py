@@ -7,10 +7,10 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from mismatch.config import load as load_config
-from mismatch.errors import DataError, RunError, UsageError
+from mismatch.errors import DataError, UsageError
 from mismatch.runs.folder import Run, check_output, load_run
 from mismatch.stages.base import Outcome, Stage
+from mismatch.stages.chosen_on import ChosenOn
 from mismatch.stages.opening import Opened
 from mismatch.stages.plan import answers, ways
 from mismatch.stages.plan.choose import enough
@@ -25,7 +25,6 @@ from mismatch.stages.scan.prepared import prepare
 from mismatch.stages.scan.stage import task_plan
 from mismatch.stages.scan.tasks import Task, tasks
 from mismatch.stages.text_role import Text
-from mismatch.texts.windows import Windows, windows
 
 
 @dataclass(frozen=True)
@@ -88,42 +87,50 @@ class Plan(Stage[PlanConfig, Prepared]):
         else:
             enough(config.layers, {cell.layer for cell in cells.cells}, map(str, config.templates))
             ways.check_asked(config, cells, {task.name for task in cells.tasks})
-        selection = _selection(scanning, scan)
-        asked, left_out = self._tasks(opened, scanning, selection)
+        asked, left_out = self._tasks(opened, scanning, scan)
         return Prepared(scan, choice, scanning, cells, asked, left_out)
 
     def _tasks(
-        self, opened: Opened[PlanConfig], scanning: Opened[ScanConfig], selection: Windows | None
+        self, opened: Opened[PlanConfig], scanning: Opened[ScanConfig], scan: Run | None
     ) -> tuple[tuple[Task, ...], dict[str, str]]:
-        """The tasks on which the choice is evaluated.
+        """The tasks on which the choice is evaluated: on documents that chose nothing, and with other keys.
 
         Raises:
-            DataError: the text ends with that of the scan.
+            DataError: there are no such documents.
         """
-        config, held_out = opened.config, scanning.texts["evaluation"].documents
-        used = 0 if selection is None else len(selection)
-        tokens = used * config.seq_len + config.tokens
-        whole = windows(
-            held_out,
-            opened.tokenizer,
-            config.seq_len,
-            tokens,
-            config.seed,
-            answers=config.answers_only,
-        )
-        if len(whole) <= used:
-            raise DataError(
-                f"{held_out.source} has {len(whole)} windows of --seq-len {config.seq_len}; the "
-                f"choice is made from {used} of them, and none is left to evaluate it on",
-                hint="take fewer --selection-tokens, a shorter --seq-len, or longer text",
-            )
-        rest = whole.part(slice(used, None))
+        config, given = opened.config, scanning.texts["evaluation"]
         opened.texts |= {k: v for k, v in scanning.texts.items() if k == "calibration"}
-        if selection is not None:
-            opened.texts["selection"] = Text(held_out, selection)
-        opened.texts["evaluation"] = Text(held_out, rest)
-        other = dataclasses.replace(config, seed=config.seed + 1)
-        return tasks(other, None, rest, opened.tokenizer, opened.model_config)
+        if scan is not None:
+            assert scan.path is not None
+            chosen = ChosenOn.of(scan.path)
+            if (told := scan.manifest.get("texts", {}).get("evaluation")) is not None:
+                opened.earlier["selection"] = told
+        else:
+            chosen = ChosenOn(
+                "this plan",
+                frozenset(given.digests),
+                "give more text, or take fewer --selection-tokens",
+            )
+            if config.score not in ("even", "random"):
+                opened.texts["selection"] = given
+        documents, overlap = given.documents, 0
+        try:
+            documents = chosen.without(documents)
+            cut = opened.cut("evaluation", documents, config.tokens)
+        except DataError:
+            if not config.allow_overlap:
+                raise
+            # What stands behind the windows that chose, of the same documents.
+            used = len(given.cut)
+            whole = opened.cut("evaluation", documents, used * config.seq_len + config.tokens)
+            if len(whole) <= used:
+                raise
+            cut, overlap = whole.part(slice(used, None)), sum(chosen.shared(documents))
+            opened.texts["evaluation"] = Text(documents, cut, overlap)
+        # The keys of a scan are those of its seed.
+        seed = max(config.seed, 0 if scan is None else int(scan.manifest.get("seed", 0))) + 1
+        other = dataclasses.replace(config, seed=seed)
+        return tasks(other, None, cut, opened.tokenizer, opened.model_config)
 
     def announce(self, opened: Opened[PlanConfig], prepared: Prepared) -> str:
         config, scan = opened.config, prepared.scan
@@ -211,37 +218,3 @@ def _choice(opened: Opened[PlanConfig], prepared: Prepared) -> ways.Way:
     if config.score == "restore_one":
         return ways.by_restoring(opened, cells)
     return ways.without_looking(config, cells)
-
-
-def _selection(scanning: Opened[ScanConfig], scan: Run | None) -> Windows | None:
-    """The windows, from the first one on, that the choice is made from; None: a finished scan had other text.
-
-    Raises:
-        UsageError: a finished scan had this text, cut in another way: what chose nothing cannot be told.
-    """
-    if scan is None:
-        return scanning.texts["evaluation"].cut
-    assert scan.path is not None
-    mine = scanning.config
-    trusted = {"trust_remote_code": mine.trust_remote_code}
-    theirs = load_config(ScanConfig, scan.path / "config.yaml", trusted)
-    held_out = scanning.texts["evaluation"].documents
-    there = scan.manifest.get("texts", {}).get("evaluation")
-    if there is None:
-        raise RunError(f"the scan in {scan.path} does not say on which text it chose")
-    seq_len, seed, answers = theirs.seq_len, theirs.seed, theirs.answers_only
-    try:
-        cut = windows(held_out, scanning.tokenizer, seq_len, there["tokens"], seed, answers=answers)
-    except DataError:  # too little text for such windows
-        cut = None
-    same = cut is not None and cut.fingerprint == there["fingerprint"]
-    if same and (seq_len, seed, answers) == (mine.seq_len, mine.seed, mine.answers_only):
-        return cut
-    if same or ("data" not in scanning.given and theirs.data == mine.data):
-        only = "--answers-only" if answers else "--no-answers-only"
-        raise UsageError(
-            f"the scan in {scan.path} chose on {mine.data} too, cut in another way: the choice would be evaluated on "
-            "text that made it",
-            hint=f"take --seq-len {seq_len} --seed {seed} {only}, or other --data",
-        )
-    return None

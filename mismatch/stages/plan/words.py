@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -78,18 +79,21 @@ def headline(plan: ChoicePlan) -> str:
     return f"{plan.swap}   ({plan.chosen} of {plan.n_layers} layers, {plan.method}{score})"
 
 
-def next_command(plan: ChoicePlan, model: str) -> str:
-    """What to run with the choice."""
-    return f'mismatch trace --model {model} --swap "{plan.swap}"'
+def next_command(plan: ChoicePlan, model: str, run: str | None = None) -> str:
+    """What to run with the choice; `run` is the folder of the plan, where it was written."""
+    chosen = "" if run is None else f" --selected-by {shlex.quote(run)}"
+    return f'mismatch trace --model {model} --swap "{plan.swap}"{chosen}'
 
 
-def plan_summary(table: pd.DataFrame, plan: ChoicePlan, model: str = "MODEL") -> str:
+def plan_summary(
+    table: pd.DataFrame, plan: ChoicePlan, model: str = "MODEL", run: str | None = None
+) -> str:
     """The end of `mismatch plan` in a terminal; readable without colour.
 
     Args:
         table: the long table of a plan.
         plan: of the run.
-        model: for the next command.
+        model, run: for the next command.
     """
     parts = [f"warning: {note}" for note in plan.notes]
     parts += [headline(plan), *_steps(plan), *sure_lines(plan)]
@@ -106,7 +110,7 @@ def plan_summary(table: pd.DataFrame, plan: ChoicePlan, model: str = "MODEL") ->
             f"  {name + ' in the same layers':<34}{style.interval(*band)}"
             for name, band in one.controls.items()
         ]
-    parts += ["", f"next: {next_command(plan, model)}"]
+    parts += ["", f"next: {next_command(plan, model, run)}"]
     return "\n".join(parts)
 
 
