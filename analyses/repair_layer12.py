@@ -93,8 +93,8 @@ def table(folder: Path) -> pd.DataFrame:
             "of_plain": 1 - stage["kl"] / whole,
         }
         for made in found.values()
-        for stage in made["plan"]["stages"]
-        if stage["name"] == "inherit" or stage["tokens"]  # one that had no time is no row
+        for at, stage in enumerate(made["plan"]["stages"])
+        if at == 0 or stage["tokens"]  # one that had no time is no row
     ]
     frame = pd.DataFrame(rows)
     frame.to_csv(folder / "stages.csv", index=False)

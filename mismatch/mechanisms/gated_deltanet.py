@@ -34,6 +34,7 @@ At 1024 tokens on one CPU core 1.4 times the attention it replaces, 1.6 with bac
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -43,10 +44,18 @@ from transformers import Qwen3NextConfig
 from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextGatedDeltaNet
 
 from mismatch.mechanisms.base import Context
+from mismatch.mechanisms.parts.initial_values import (
+    SMALL,
+    Statistics,
+    keys,
+    silu_gate,
+    softplus_inverse,
+)
 from mismatch.mechanisms.parts.mixers import Columns, Mixer, identity_taps, on_any_device
 
 Library = on_any_device(Qwen3NextGatedDeltaNet, __name__)
 STEP_MIN, STEP_MAX, STEP_FLOOR = 0.001, 0.1, 1e-4  # softplus(dt_bias) of flash-linear-attention
+WRITE = -1.0  # b before its sigmoid, for every token
 
 
 @dataclass(frozen=True)
@@ -69,6 +78,9 @@ class GatedDeltaNet(Mixer):
         "of q, k and v; whatever the length"
     )
     source = "arXiv 2412.06464; transformers' Qwen3NextGatedDeltaNet"
+    mixer: Any
+    gate: Any
+    write: Any
 
     def __init__(self, original: nn.Module, config: GatedDeltaNetConfig, context: Context) -> None:
         super().__init__(original, config, context)
@@ -96,7 +108,7 @@ class GatedDeltaNet(Mixer):
         with torch.no_grad():
             low, high = math.log(STEP_MIN), math.log(STEP_MAX)
             step = torch.empty_like(mixer.dt_bias).uniform_(low, high).exp().clamp(min=STEP_FLOOR)
-            mixer.dt_bias.copy_(step + torch.log(-torch.expm1(-step)))  # softplus(dt_bias) = step
+            mixer.dt_bias.copy_(softplus_inverse(step))
         if self.inherits:
             split = 4 * self.width
             mixer.in_proj_qkvz = Columns(0, split)
@@ -105,10 +117,41 @@ class GatedDeltaNet(Mixer):
             identity_taps(mixer.conv1d)
         return mixer
 
-    def columns(self, x: Tensor) -> Tensor:
+    def columns(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
         """Per head q, k, v, gate; then per head b, a: `batch pos 4*H*D + 2*H`."""
         if not self.inherits:
             return x
+        gate = self.gate(x) if gate is None else gate
         q, k, v = (self.flat(part) for part in self.qkv(x))
-        parts = [part.unflatten(-1, (self.n_heads, -1)) for part in (q, k, v, self.gate(x))]
+        parts = [part.unflatten(-1, (self.n_heads, -1)) for part in (q, k, v, gate)]
         return torch.cat([torch.cat(parts, dim=-1).flatten(-2), self.write(x)], dim=-1)
+
+    # ---- initial values from the attention's statistics ------------------------------------------
+
+    def initial_values(self) -> dict[str, Callable[[Statistics], None]]:
+        if not self.inherits:
+            return {}
+        return {
+            **keys(self),
+            "values": self._straighten_values,
+            "half-life": self._forget,
+            "write": self._write_less,
+            "gate": self._fit_gate,
+        }
+
+    def _straighten_values(self, _statistics: Statistics) -> None:
+        self.mixer.conv1d.weight[2 * self.width :, ..., -1] = SMALL
+
+    def _forget(self, statistics: Statistics) -> None:
+        self.write.weight[1::2] = 0
+        self.mixer.A_log.zero_()
+        step = math.log(2) / statistics.half_life(self.n_heads)
+        self.mixer.dt_bias.copy_(softplus_inverse(step))
+
+    def _write_less(self, statistics: Statistics) -> None:
+        self.write.weight[::2] = (WRITE * statistics.constant).to(self.write.weight)
+
+    def _fit_gate(self, statistics: Statistics) -> None:
+        gate, scale = silu_gate(statistics, self.without_gate)
+        self.gate.weight.copy_(gate.repeat_interleave(self.head_dim, dim=0))
+        self.mixer.norm.weight.div_(scale)

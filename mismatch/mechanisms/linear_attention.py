@@ -49,7 +49,7 @@ the maps' W and b (hedgehog, learned). Dropped: dropout of the attention weights
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
@@ -61,6 +61,7 @@ from torch import Tensor, nn
 from mismatch.mechanisms.base import Context, tensor_kind
 from mismatch.mechanisms.parts.calling import cache_in, hidden_in
 from mismatch.mechanisms.parts.feature_maps import FeatureMap
+from mismatch.mechanisms.parts.initial_values import Statistics
 from mismatch.mechanisms.parts.own_state import OwnState, entry
 from mismatch.mechanisms.parts.packing import PackedRows
 from mismatch.mechanisms.parts.projections import AttentionParts
@@ -126,6 +127,13 @@ class LinearAttention(AttentionParts):
             f"the module's own window of {self.window} tokens is gone: the sum reaches back to the "
             "first token",
         )
+
+    def initial_values(self) -> dict[str, Callable[[Statistics], None]]:
+        return {"half-life": self._forget} if self.settings.decay == "learned" else {}
+
+    def _forget(self, statistics: Statistics) -> None:
+        kept = 2.0 ** (-1.0 / statistics.half_life(self.n_kv_heads))
+        self.decay.copy_(kept.logit())
 
     def gates(self) -> dict[str, nn.Parameter]:
         return {"near": self.mix} if self.branch_names else {}

@@ -6,6 +6,7 @@ after a causal convolution over the last `conv` tokens and a SiLU:
     h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t^T      state, head_dim x state; A < 0 and dt_t > 0 one number each
     y_t = h_t C_t + D x_t
     out = W_o (RMSNorm(y_t * silu(z_t)) * w)        z the gate; one norm per group of B and C
+    out = W_o (RMSNorm(y_t) * w * silu(z_t))        norm=before: the authors' `norm_before_gate`, as in Falcon-H1
 
 init=inherit maps attention onto it as MambaInLlama does (arXiv 2408.15237, section 2.2): C from W_q, B from W_k, x from
 W_v, out by W_o, every query head with its own B, C and norm, keys and values repeated over their group. But for decay,
@@ -32,19 +33,39 @@ generate() on SmolLM2: 9 x 64 x 64 float32 and 4 x 1728 numbers of the model's d
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Mamba2Config as LibraryConfig
-from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
+from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer, MambaRMSNormGated
 
 from mismatch.errors import SurgeryError
 from mismatch.mechanisms.base import Context
+from mismatch.mechanisms.parts.initial_values import (
+    SMALL,
+    Statistics,
+    keys,
+    silu_gate,
+    softplus_inverse,
+)
 from mismatch.mechanisms.parts.mixers import Mixer, identity_taps, on_any_device
 
 Library = on_any_device(Mamba2Mixer, __name__)
+
+
+class NormBefore(MambaRMSNormGated):
+    """RMSNorm(y) * w * silu(z)."""
+
+    def forward(self, hidden_states: Tensor, gate: Tensor | None = None) -> Tensor:
+        normed = super().forward(hidden_states)
+        return normed if gate is None else normed * F.silu(gate.float()).to(normed.dtype)
+
+
 CHUNK = 64  # tokens computed at once; more only takes more memory on a CPU
 EXPAND, STATE = 2, 64  # of a fresh layer: the library's expansion, a state for small models
 GAIN = 0.1  # of the norm before the inherited output projection, at the start
@@ -56,6 +77,8 @@ class Mamba2Config:
     """Around the attention's own projections, or a new layer."""
     conv: Annotated[int, "2..4"] = 4
     """Tokens that the convolution sees."""
+    norm: Literal["after", "before"] = "after"
+    """Whether the norm stands behind the gate, as published, or before it; the gate then says how loud a head is."""
     state: Annotated[int, ">= 1"] | None = None
     """Width of B and C; fresh: 64. An inherited one has the attention's head_dim."""
     expand: Annotated[int, ">= 1"] | None = None
@@ -75,6 +98,9 @@ class Mamba2(Mixer):
         "per row and head one matrix (head_dim x state) in float32, and the last `conv` columns of "
         "x, B and C; whatever the length"
     )
+    mixer: Any
+    gate: Any
+    step: Any
     source = "arXiv 2405.21060; inherited as in arXiv 2408.15237; transformers' Mamba2Mixer"
 
     def __init__(self, original: nn.Module, config: Mamba2Config, context: Context) -> None:
@@ -102,6 +128,10 @@ class Mamba2(Mixer):
             mixer.in_proj, mixer.out_proj = nn.Identity(), nn.Identity()
             identity_taps(mixer.conv1d)
             nn.init.constant_(mixer.norm.weight, GAIN)
+        if self.settings.norm == "before":
+            norm = mixer.norm
+            mixer.norm = NormBefore(len(norm.weight), norm.group_size, norm.variance_epsilon)
+            mixer.norm.weight = norm.weight
         return mixer
 
     def _sizes(self) -> dict[str, Any]:
@@ -142,11 +172,36 @@ class Mamba2(Mixer):
             "state_size": config.state or STATE,
         }
 
-    def columns(self, x: Tensor) -> Tensor:
+    def columns(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
         """gate, x, B, C, dt: `batch pos 4*H*D + H`."""
         if not self.inherits:
             return x
         q, k, v = self.qkv(x)
-        return torch.cat(
-            [self.gate(x), self.flat(v), self.flat(k), self.flat(q), self.step(x)], dim=-1
-        )
+        gate = self.gate(x) if gate is None else gate
+        return torch.cat([gate, self.flat(v), self.flat(k), self.flat(q), self.step(x)], dim=-1)
+
+    # ---- initial values from the attention's statistics ------------------------------------------
+
+    def initial_values(self) -> dict[str, Callable[[Statistics], None]]:
+        if not self.inherits:
+            return {}
+        return {
+            **keys(self),
+            "values": self._straighten_values,
+            "half-life": self._forget,
+            **({"gate": self._fit_gate} if self.settings.norm == "before" else {}),
+        }
+
+    def _straighten_values(self, _statistics: Statistics) -> None:
+        self.mixer.conv1d.weight[: self.width, ..., -1] = SMALL
+
+    def _forget(self, statistics: Statistics) -> None:
+        """Every step is 1, and A the whole decay."""
+        self.step.weight.zero_()
+        self.mixer.dt_bias.copy_(softplus_inverse(torch.ones_like(self.mixer.dt_bias)))
+        self.mixer.A_log.copy_((math.log(2) / statistics.half_life(self.n_heads)).log())
+
+    def _fit_gate(self, statistics: Statistics) -> None:
+        gate, scale = silu_gate(statistics, self.without_gate)
+        self.gate.weight.copy_(gate.repeat_interleave(self.head_dim, dim=0))
+        self.mixer.norm.weight.div_(scale)

@@ -38,6 +38,7 @@ from __future__ import annotations
 
 import math
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -49,6 +50,7 @@ from mismatch.errors import SurgeryError
 from mismatch.mechanisms.base import Context, need_calibration, tensor_kind
 from mismatch.mechanisms.parts.calling import cache_in, hidden_in
 from mismatch.mechanisms.parts.delta_rule import chunked_delta_rule
+from mismatch.mechanisms.parts.initial_values import FAINT, QUIET, Statistics, keys
 from mismatch.mechanisms.parts.linears import dense, matrix
 from mismatch.mechanisms.parts.own_state import OwnState, entry
 from mismatch.mechanisms.parts.projections import NORMS, SEPARATE, AttentionParts
@@ -58,6 +60,9 @@ from mismatch.mechanisms.parts.token_facts import facts_in
 FASTEST = math.exp(-0.5)  # largest -log w
 EPS = 1e-5  # of GroupNorm, per channel of a head: the authors' 64e-5 at 64
 NEARLY_ZERO = 1e-2  # scale of W1 and A1 under init=inherit
+SHORTEST = 0.95  # sigmoid(w0), at most
+WRITE = -1.0  # a before its sigmoid, for every token
+OPEN = 0.4  # mean of the sigmoid of a gate
 
 
 @dataclass(frozen=True)
@@ -238,6 +243,47 @@ class RWKV(AttentionParts):
         read, matrix = chunked_delta_rule(r, log_w, k, v, -kappa, kappa * a, matrix)
         normed = F.layer_norm(read, (self.head_dim,), eps=EPS * self.head_dim) * scale + bias
         return normed + (r * k * r_k).sum(-1, keepdim=True) * v, matrix
+
+    # ---- initial values from the attention's statistics ------------------------------------------
+
+    def initial_values(self) -> dict[str, Callable[[Statistics], None]]:
+        if self.settings.init == "fresh":
+            return {}
+        fits = self.n_heads <= self.g1.shape[1]
+        return {
+            **keys(self),
+            "half-life": self._forget,
+            "write": self._write_less,
+            **({"gate": self._fit_gate} if fits else {}),
+        }
+
+    def _forget(self, statistics: Statistics) -> None:
+        """exp(-1/2) sigmoid(w0) = ln 2 / half-life, as far as the form allows: 1.14 tokens."""
+        rate = math.log(2) / statistics.half_life(self.n_heads) / FASTEST
+        self.w0.copy_(rate.clamp(max=SHORTEST).logit().repeat_interleave(self.head_dim))
+
+    def _write_less(self, _statistics: Statistics) -> None:
+        self.a0.fill_(WRITE)
+
+    def _fit_gate(self, statistics: Statistics) -> None:
+        """One column of G1 a head; the others stay as they are, and their rows of G2 add up to 0."""
+        loud, heads = statistics.loudness(self._without_gate), self.n_heads
+        scale = (loud @ statistics.mean).clamp(min=FAINT) / OPEN
+        gate = statistics.map_of(
+            lambda x: (x.double() @ loud.T / scale).clamp(QUIET, 1 - QUIET).logit()
+        )
+        self.g1[:, :heads] = gate.T.to(self.g1)
+        own = torch.block_diag(*scale[:, None, None].expand(-1, 1, self.head_dim))
+        self.g2[:heads] = own.to(self.g2)
+        self.g2[heads:] -= self.g2[heads:].mean(0)
+
+    def _without_gate(self, *args: Any, **kwargs: Any) -> Tensor:
+        """p, `batch H pos D`: the heads with every gate at 1."""
+        x = hidden_in(args, kwargs)
+        r, k, v = self.qkv(x)
+        decay, rate = self.w0 + torch.tanh(x @ self.w1) @ self.w2, self.a0 + x @ self.a1 @ self.a2
+        decay, rate = (self._head_split(y).transpose(1, 2) for y in (decay, rate))
+        return self._remember(r, k, v, decay, rate, None, None)[0]
 
 
 def token_before(x: Tensor, last: Tensor | None, keep: Tensor | None) -> tuple[Tensor, Tensor]:

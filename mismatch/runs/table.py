@@ -60,8 +60,7 @@ COLUMNS = (
         "str",
         False,
         "surgery: after the swap; scan: one layer at a time; plan: a choice of layers; "
-        "diagnose: one correction of the update at a time; repair: after a stage of the repair; "
-        "train: after a step of the training",
+        "diagnose: one correction of the update at a time; repair: after a stage of the repair",
     ),
     Column("step", pa.int64(), "int64", False, "training step of the stage; 0 for surgery"),
     Column(

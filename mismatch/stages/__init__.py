@@ -7,5 +7,4 @@ STAGES = {
     "scan": "mismatch.stages.scan.stage:Scan",
     "plan": "mismatch.stages.plan.stage:Plan",
     "repair": "mismatch.stages.repair.stage:Repair",
-    "train": "mismatch.stages.train.stage:Train",
 }

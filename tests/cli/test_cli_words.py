@@ -11,18 +11,7 @@ from mismatch.cli.parser import EXAMPLES, read
 from mismatch.registry import stages
 
 COMMANDS = (
-    *(
-        "trace",
-        "check",
-        "probe",
-        "diagnose",
-        "scan",
-        "plan",
-        "repair",
-        "train",
-        "generate",
-        "merge",
-    ),
+    *("trace", "check", "probe", "diagnose", "scan", "plan", "repair", "generate", "merge"),
     *("fetch", "report", "compare", "list", "explain", "env"),
 )
 

@@ -12,6 +12,7 @@ HEADS, KV, DIM, D_MODEL = 4, 2, 8, 24
 CALLS = (
     "mamba2",
     "mamba2(conv=2)",
+    "mamba2(norm=before)",
     "mamba2(init=fresh, state=5, heads=3)",
     "gated_deltanet",
     "gated_deltanet(init=fresh, conv=3)",

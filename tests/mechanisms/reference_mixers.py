@@ -27,7 +27,7 @@ def rms(x, eps):
     return x / (x.pow(2).mean(-1, keepdim=True) + eps).sqrt()
 
 
-def mamba2(columns, p, *, heads, head_dim, groups, state, eps=1e-5):
+def mamba2(columns, p, *, heads, head_dim, groups, state, norm="after", eps=1e-5):
     """arXiv 2405.21060: h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t^T, y_t = h_t C_t + D x_t."""
     inner = heads * head_dim
     z, xbc, dt = columns.split([inner, inner + 2 * groups * state, heads], dim=-1)
@@ -45,9 +45,10 @@ def mamba2(columns, p, *, heads, head_dim, groups, state, eps=1e-5):
         decay = (dt[:, t] * a).exp()[..., None, None]
         h = decay * h + dt[:, t, :, None, None] * x[:, t, ..., None] * b[:, t, :, None, :]
         rows.append((h * c[:, t, :, None, :]).sum(-1) + p["D"][:, None] * x[:, t])
-    y = torch.stack(rows, dim=1).flatten(-2) * F.silu(z)
-    grouped = rms(y.unflatten(-1, (groups, inner // groups)), eps).flatten(-2)
-    return grouped * p["norm.weight"], h
+    y, gate = torch.stack(rows, dim=1).flatten(-2), F.silu(z)
+    y = y * gate if norm == "after" else y
+    grouped = rms(y.unflatten(-1, (groups, inner // groups)), eps).flatten(-2) * p["norm.weight"]
+    return grouped if norm == "after" else grouped * gate, h
 
 
 def gated_deltanet(columns, p, *, heads, head_dim, eps=1e-6):

@@ -45,6 +45,7 @@ def by_hand(mixer, call, x):
         else:
             sizes = {"heads": 3, "head_dim": 16, "groups": 1, "state": 5}
             columns = x @ own["in_proj.weight"].T
+        sizes["norm"] = mixer.settings.norm
         heads, state = reference.mamba2(columns, own, **sizes)
     elif name == "gated_deltanet":
         if inherits:
@@ -100,7 +101,7 @@ def test_gradients_are_those_of_the_definition(call):
         )
 
 
-@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("call", [call for call in CALLS if "norm=before" not in call])
 def test_it_is_the_librarys_mixer_run_alone(call):
     """The same weights in transformers' own class, whole and without a cache."""
     mixer, x = lone(call, attention_bias=False), stream(2, 70)

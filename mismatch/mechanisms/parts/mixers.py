@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from mismatch.mechanisms.base import Context, tensor_kind
 from mismatch.mechanisms.parts.calling import cache_in, hidden_in
+from mismatch.mechanisms.parts.initial_values import silu_inverse
 from mismatch.mechanisms.parts.own_state import OwnState, entry
 from mismatch.mechanisms.parts.projections import NORMS, AttentionParts
 from mismatch.mechanisms.parts.text_by_text import text_by_text
@@ -108,8 +109,12 @@ class Mixer(AttentionParts):
             torch.manual_seed(zlib.crc32(key.encode()))
             return make().to(**self._kind)
 
-    def columns(self, x: Tensor) -> Tensor:
-        """What goes into the mixer, `batch pos any`, token by token: the stream, unless it inherits."""
+    def columns(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
+        """What goes into the mixer, `batch pos any`, token by token: the stream, unless it inherits.
+
+        Args:
+            gate: in place of its own, where it has one, `batch pos width`.
+        """
         return x
 
     def flat(self, heads: Tensor) -> Tensor:
@@ -136,6 +141,13 @@ class Mixer(AttentionParts):
         if self.inherits:
             y = self.project(y.unflatten(-1, (self.n_heads, self.head_dim)).transpose(1, 2), x)
         return y, None
+
+    def without_gate(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Heads of whole texts with every gate at 1, `batch H pos D`; called as `forward`."""
+        x = hidden_in(args, kwargs)
+        one = silu_inverse(torch.ones(1, dtype=x.dtype, device=x.device))
+        y, _ = self.run(self.columns(x, one.expand(*x.shape[:2], self.width)), {})
+        return y.unflatten(-1, (self.n_heads, self.head_dim)).transpose(1, 2)
 
     def run(self, columns: Tensor, rows: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """The mixer over real tokens, `batch pos any` -> `batch pos width`, and its state after them.

@@ -80,8 +80,6 @@ class Diagnose(Stage[DiagnoseConfig, Prepared]):
         "student",
         "data",
         "text_field",
-        "selected_by",
-        "allow_overlap",
         "calibration_data",
         "seed",
     )

@@ -5,13 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from mismatch.config import BUILDS_ON, DANGEROUS, MODEL, OUTPUT, ScoredConfig, SwapConfig
+from mismatch.config import DANGEROUS, MODEL, OUTPUT, ScoredConfig, SwapConfig
 from mismatch.errors import ConfigError
 from mismatch.registry import did_you_mean, mechanisms, probes
 
-STAGES = ("scores", "slots", "closed-form", "local", "block", "window", "end-to-end")
-"""The repair ladder, from cheap to costly. `inherit`, what the swap starts from, comes before and is always there."""
-
+STAGES = ("scores", "slots", "inherit", "closed-form", "local", "block", "window", "end-to-end")
+"""The repair ladder, from cheap to costly."""
+SWAPPED = "swap"
+"""Stands for the student as it was swapped, before the first stage."""
+INITIAL_VALUES = ("keys", "values", "half-life", "write", "gate")
+"""What the stage `inherit` sets, in its order."""
+PUBLISHED = ("mean-half-life", "value-scale")
+"""Forms of other authors, to compare with."""
 
 USUAL_RETRIEVAL = 0.25
 """Share of the training tokens in which something must be retrieved, at most, when nobody says."""
@@ -25,7 +30,16 @@ class RepairConfig(ScoredConfig, SwapConfig):
         "model": MODEL,
         "swap": ("swap", "student", "controls", "trained_controls"),
         "ladder": (
-            *("stages", "state_bytes", "max_minutes", "epochs", "lr", "gate_lr", "window_blocks"),
+            *(
+                "stages",
+                "initial_values",
+                "state_bytes",
+                "max_minutes",
+                "epochs",
+                "lr",
+                "gate_lr",
+                "window_blocks",
+            ),
             *("lora_blocks", "lora_rank", "order", "min_gain"),
         ),
         "text": (
@@ -41,7 +55,6 @@ class RepairConfig(ScoredConfig, SwapConfig):
                 "val_tokens",
             ),
             *("calibration_tokens", "seq_len", "batch_size", "seed"),
-            *BUILDS_ON,
         ),
         "before and after": ("probes", "trace_tokens"),
         "activations": ("activations_dir", "activations_gb", "activations_dtype"),
@@ -58,6 +71,7 @@ class RepairConfig(ScoredConfig, SwapConfig):
     stages: tuple[str, ...] = (
         "scores",
         "slots",
+        "inherit",
         "closed-form",
         "local",
         "block",
@@ -65,6 +79,10 @@ class RepairConfig(ScoredConfig, SwapConfig):
         "end-to-end",
     )
     """Stages of the repair ladder to run, in its order."""
+    initial_values: tuple[str, ...] = ("keys", "values", "half-life", "write", "gate")
+    """What the stage `inherit` sets in recurrent mixers, from the attention that they replace: keys without their mean,
+    values that pass the convolution undistorted, a state that halves over the median distance of attention, how much is
+    written, a gate as loud as the attention. Published forms to compare with: mean-half-life, value-scale."""
     tokens: Annotated[int, ">= 1"] = 8192
     """Evaluation tokens."""
     train_data: str = "sotu"
@@ -126,6 +144,16 @@ class RepairConfig(ScoredConfig, SwapConfig):
                 raise ConfigError(f"unknown stage `{name}`", hint=did_you_mean(name, STAGES))
             if name in self.stages[:index]:
                 raise ConfigError(f"the stage `{name}` is named twice")
+        for name in self.initial_values:
+            if name not in (known := (*INITIAL_VALUES, *PUBLISHED)):
+                raise ConfigError(
+                    f"--initial-values: unknown part `{name}`", hint=did_you_mean(name, known)
+                )
+        if {"half-life", "mean-half-life"} <= {*self.initial_values}:
+            raise ConfigError(
+                "--initial-values has half-life and mean-half-life, and a state has one",
+                hint="leave one of them out",
+            )
         if self.self_generated >= 1:
             raise ConfigError(
                 f"--self-generated must be less than 1, got {self.self_generated:g}",

@@ -22,6 +22,7 @@ from mismatch.stages.repair.forecast import Foretold, Swap
 from mismatch.stages.repair.ladder import Ladder
 from mismatch.stages.repair.ladder_stages.activation_store import Example, Store
 from mismatch.stages.repair.ladder_stages.closed_form import Sums
+from mismatch.stages.repair.ladder_stages.inherit import INHERIT, taking
 from mismatch.stages.repair.ladder_stages.module_pair import ModulePair
 from mismatch.surgery.students import Teacher
 
@@ -29,6 +30,7 @@ FITTED = 8192
 """Tokens that fit the linear map: as many as in the record."""
 NONE_GENERATED = "the repairs of the record trained on given text alone, none of it self-generated"
 TRAINED = "the repairs of the record began at a swap that was not trained"
+INHERITED = "the repairs of the record had no stage `inherit`, and here it sets initial values"
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 """Towards the map that leaves the output as it is, in means of the diagonal; held-out text chooses."""
 
@@ -46,6 +48,8 @@ def foretell(
     """
     if config.student is not None:
         return Foretold({}, {}, "", TRAINED)
+    if INHERIT in config.stages and any(taking(part) for part in ladder.parts):
+        return Foretold({}, {}, "", INHERITED)
     layout, part = teacher.layout, ladder.parts[0]
     call = spec.format(config.swap_spec).partition(":")[2]
     some = any(clause.target.heads for clause in config.swap_spec.clauses)

@@ -1,6 +1,6 @@
 """The ladder: each stage repairs what it can, is evaluated, and is kept only if it helped.
 
-    inherit -> scores -> slots -> closed-form -> local -> block -> window -> end-to-end
+    scores -> slots -> inherit -> closed-form -> local -> block -> window -> end-to-end
 
 A stage's weights are those that did best on validation windows; the evaluation windows are others, and are only run
 between stages. When the KL on them, or retrieval, got worse (`mismatch.stages.repair.judge`), the weights from before
@@ -24,7 +24,7 @@ from mismatch.models.layout import Layout
 from mismatch.report.intervals import band
 from mismatch.runs.plan import from_json
 from mismatch.runs.state import State
-from mismatch.stages.repair.config import RepairConfig
+from mismatch.stages.repair.config import SWAPPED, RepairConfig
 from mismatch.stages.repair.judge import Judge, Judged
 from mismatch.stages.repair.ladder_stages.activation_store import Store
 from mismatch.stages.repair.ladder_stages.block_window_kl import (
@@ -35,6 +35,7 @@ from mismatch.stages.repair.ladder_stages.block_window_kl import (
 )
 from mismatch.stages.repair.ladder_stages.budget import LOOKS, Pace, planned
 from mismatch.stages.repair.ladder_stages.closed_form import closed_form
+from mismatch.stages.repair.ladder_stages.inherit import inherit
 from mismatch.stages.repair.ladder_stages.local import NEVER, LocalLoss, groups
 from mismatch.stages.repair.ladder_stages.module_pair import ModulePair
 from mismatch.stages.repair.ladder_stages.scores import SCORES, asked, scores
@@ -124,7 +125,7 @@ class Ladder:
             KeyboardInterrupt: stopped; everything is saved.
         """
         if not self.stages:
-            self._report(StageResult("inherit"), self.swapped)
+            self._report(StageResult(SWAPPED), self.swapped)
         else:
             self._load_weights()
             self.best = self._evaluated()
@@ -175,7 +176,7 @@ class Ladder:
         )
 
     # ---- the stages ------------------------------------------------------------------------------
-    _scores, _slots = scores, slots
+    _scores, _slots, _inherit = scores, slots, inherit
 
     def _closed_form(self, name: str) -> StageResult:
         stage, started = StageResult(name), time.monotonic()

@@ -64,7 +64,7 @@ class RepairPlan(SwapPlan):
     """What was replaced and what the repair did.
 
     Attributes:
-        stages: of the repair ladder, as run; the first is `inherit`.
+        stages: of the repair ladder, as run; the first is `swap`, before them.
         students: swap, repaired model and controls on the evaluation text.
         branches: each taken out in turn.
         forecast: made before the first stage, with its score.

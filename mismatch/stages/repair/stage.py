@@ -84,8 +84,6 @@ class Repair(Stage[RepairConfig, Prepared]):
         "student",
         "data",
         "text_field",
-        "selected_by",
-        "allow_overlap",
         "answers_only",
         "seed",
         "seq_len",

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
-
-from mismatch.stages.scan.unit_sums import UnitSums
 
 
 @dataclass(frozen=True)
@@ -47,10 +45,7 @@ class HasTasks(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class ScanPlan:
-    """What was scanned, and what was left out with the reason; `by` layer, head or kv-head.
-
-    `units` holds, by task, what each cell lost in each document or prompt: how sure a ranking is comes from it.
-    """
+    """What was scanned, and what was left out with the reason; `by` layer, head or kv-head."""
 
     model: str
     columns: tuple[ColumnPlan, ...]
@@ -59,4 +54,3 @@ class ScanPlan:
     tasks: dict[str, TaskPlan]
     notes: tuple[str, ...]
     by: str = "layer"
-    units: dict[str, UnitSums] = field(default_factory=dict)

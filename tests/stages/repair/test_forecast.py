@@ -157,7 +157,7 @@ def test_an_undone_stage_counts_as_what_was_there_and_one_left_out_does_not_coun
     told = forecast.Foretold({"closed-form": one, "local": one, "block": one}, {}, "a record")
     said = told.scored(
         [
-            StageResult("inherit", gap_closed=0.0),
+            StageResult("swap", gap_closed=0.0),
             StageResult("closed-form", gap_closed=0.4, tokens=10),
             StageResult("local", gap_closed=-0.2, tokens=10, kept=False),
             StageResult("block", gap_closed=0.4, tokens=0),

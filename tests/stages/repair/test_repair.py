@@ -39,7 +39,7 @@ def test_repair_recovers_and_the_checkpoint_is_the_student(toy_teacher, tmp_path
     )
     frame = result.stages
     assert list(frame["stage"]) == [
-        "inherit",
+        "swap",
         "closed-form",
         "local",
         "block",
@@ -57,7 +57,7 @@ def test_repair_recovers_and_the_checkpoint_is_the_student(toy_teacher, tmp_path
     with torch.no_grad():
         assert torch.equal(again.model(batch).logits, result.student.model(batch).logits)
     facts = json.loads((result.checkpoint / "mismatch.json").read_text())
-    assert facts["repair"]["stages"][0]["name"] == "inherit"
+    assert facts["repair"]["stages"][0]["name"] == "swap"
     assert (tmp_path / "run" / "figures" / "repair.csv").exists()
     assert "gap closed" in result.summary()
 

@@ -154,7 +154,7 @@ def test_rows_say_who_and_when(tiny):
     half = Evaluated(*(PerDocument(found.sums / 2, found.counts) for found in (swap.kl, swap.nll)))
     students = {"swap": swap, "repaired": half, "zero": zero}
     stages = [
-        StageResult("inherit", kl=0.2, gap_closed=0.0),
+        StageResult("swap", kl=0.2, gap_closed=0.0),
         StageResult("local", kl=0.1, gap_closed=0.5),
     ]
     rows = [*stage_rows(stages, windows.tokens, "documents"), *student_rows(students)]

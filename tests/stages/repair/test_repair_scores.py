@@ -55,7 +55,7 @@ def test_all_nets_learn_from_one_pass_of_the_teacher(toy_teacher, monkeypatch, o
     result = mismatch.repair(toy_teacher, SWAP, order=order, **ALONE)
     # 2,048 training and 256 validation tokens, four windows of 64 at a time; both parts at once.
     assert passes == [(True, 2)] * (8 + 1)
-    assert list(result.stages["stage"]) == ["inherit", "scores"]
+    assert list(result.stages["stage"]) == ["swap", "scores"]
     assert result.stages["tokens"].tolist() == [0, 2048]
     stage = result.plan.stages[1]
     for note in stage.notes[:2]:

@@ -172,7 +172,7 @@ def test_a_run_names_its_texts_and_may_be_written_over(words, tmp_path, capsys):
     run = tmp_path / "run"
     assert found["run"] == str(run)
     assert found["checkpoint"] == str(run / "checkpoint")
-    assert [row["stage"] for row in found["stages"]] == ["inherit", "closed-form"]
+    assert [row["stage"] for row in found["stages"]] == ["swap", "closed-form"]
     manifest = json.loads((run / "manifest.json").read_text())
     texts = manifest["texts"]
     assert set(texts) == {"evaluation", "validation", "training"}

@@ -167,7 +167,7 @@ def test_the_bytes_are_kept_to_when_no_time_is_left(toy_teacher, fast, monkeypat
     monkeypatch.setattr(Ladder, "_exhausted", lambda self: True)
     given = {name: value for name, value in BUDGETED.items() if name != "swap"}
     result = mismatch.repair(toy_teacher, BUDGETED["swap"], **given)
-    assert [stage.name for stage in result.plan.stages] == ["inherit", "slots"]
+    assert [stage.name for stage in result.plan.stages] == ["swap", "slots"]
     assert sum(clause.state_bytes for clause in result.plan.clauses) <= 30_000
 
 
@@ -194,7 +194,7 @@ def test_a_run_that_was_stopped_behind_it_goes_on_with_its_slots(
         once.setattr(Ladder, "_slots", stop)
         done = runner.command("repair", settings, resume=tmp_path / "run", progress=False)
     assert [stage.name for stage in done.plan.stages] == [
-        "inherit",
+        "swap",
         "scores",
         "slots",
         "closed-form",

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from mismatch.mechanisms.base import Scored, scored_in
 from mismatch.runs.state import State
 from mismatch.stages.repair.ladder_stages.activation_store import GB, Store
+from mismatch.stages.repair.ladder_stages.inherit import INHERIT, taking
 from mismatch.stages.repair.ladder_stages.module_pair import ModulePair
 from mismatch.stages.repair.ladder_stages.slot_counts import SLOTS
 from mismatch.stages.repair.ladder_stages.snapshot import bits, tensor
@@ -78,6 +79,9 @@ def asked(ladder: Ladder) -> tuple[str, ...]:
     if SCORES in ladder.config.stages and not list(_learners(ladder.parts)):
         ladder.say(f"no part has learned scores: there is no stage `{SCORES}`")
         idle.add(SCORES)
+    if INHERIT in ladder.config.stages and not any(taking(part) for part in ladder.parts):
+        ladder.say(f"no part takes initial values: there is no stage `{INHERIT}`")
+        idle.add(INHERIT)
     return tuple(name for name in ladder.config.stages if name not in idle)
 
 

@@ -12,6 +12,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from mismatch.report import intervals, readout, style
+from mismatch.stages.repair.config import SWAPPED
 from mismatch.stages.repair.plan import Branch, RepairPlan
 
 COLUMNS = (
@@ -20,8 +21,10 @@ COLUMNS = (
     *("tokens", "steps", "seconds", "kept"),
 )
 STAGE_COLOURS = {
-    "inherit": "#777777",
+    SWAPPED: "#777777",
+    "inherit": "#8c564b",
     "scores": "#d55e00",
+    "slots": "#999933",
     "closed-form": "#0072b2",
     "local": "#009e73",
     "block": "#56b4e9",
@@ -74,7 +77,7 @@ def repair_curve(plan: RepairPlan) -> Figure:
     """Held-out KL of every stage, with its interval; controls as lines; retrieval, where the ladder was judged on it.
     Stages that were undone are hollow."""
     frame = stage_table(plan)
-    frame = frame[(frame["stage"] == "inherit") | (frame["tokens"] > 0)]  # others were left out
+    frame = frame[(frame.index == 0) | (frame["tokens"] > 0)]  # others were left out
     figure = style.new_figure(style.WIDTH, 3.0)
     judged = frame["retrieval"].notna().any()
     left, right, *more = figure.subplots(1, 3 if judged else 2)

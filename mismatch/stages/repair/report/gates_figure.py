@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 
 from mismatch.errors import UsageError
 from mismatch.report import readout, style
+from mismatch.stages.repair.config import SWAPPED
 from mismatch.stages.repair.plan import RepairPlan
 from mismatch.stages.repair.report.curve_figure import STAGE_COLOURS
 
@@ -48,7 +49,7 @@ def gates_data(_table: pd.DataFrame, *, plan: RepairPlan, dictionary: Any = None
                 given = (name, weighs.get(name, ""), head, stage, what, at, step, raw, value)
                 rows.append(dict(zip(COLUMNS, given, strict=True)))
 
-    note(plan.gates.start, "inherit", "start", 0, 0)
+    note(plan.gates.start, SWAPPED, "start", 0, 0)
     drawn = set(plan.gates.start)
     for stage, (left, right) in zip(plan.stages, _spans(plan), strict=True):
         for look in stage.looks:
