@@ -48,6 +48,7 @@ ROOT = Path(__file__).resolve().parent.parent
 COSTS = ROOT / "figures" / "mechanism_table" / "costs.csv"
 STATE = ROOT / "mismatch" / "mechanisms" / "state_bytes.csv"
 GIVEN = {
+    "gqa": "gqa(groups=1)",
     "parallel": "parallel(infini)",
     "partial_rope": "partial_rope(fraction=0.5)",
     "yarn": "yarn(factor=4)",

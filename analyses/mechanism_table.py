@@ -87,7 +87,7 @@ KINDS: dict[str, tuple[str, tuple[str, ...]]] = {
     ),
     "adapter": (
         "#cc79a7",
-        ("lora", "qlora", "houlsby", "parallel_adapter", "adapterplus",),
+        ("lora", "qlora", "houlsby", "parallel_adapter", "adapterplus", "gated_attention"),
     ),
     "low rank": ("#882255", ("low_rank_mlp(rank=64)", "low_rank_mlp(rank=256)")),
     "norm": ("#e69f00", ("norm1:dyt", "norm2:dyt")),

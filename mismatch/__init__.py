@@ -5,8 +5,8 @@
     student = mismatch.swap(teacher, "layer12:infini(segment=64)")
     result = mismatch.trace(teacher, student, data="wiki", tokens=8192)
 
-The names below, and a function for each stage (trace, probe, diagnose, scan, plan, repair), are imported when they are
-first used: `import mismatch` alone does not import torch. `__init__.pyi` has their signatures.
+The names below, and a function for each stage (trace, probe, diagnose, scan, plan, repair, train), are imported when
+they are first used: `import mismatch` alone does not import torch. `__init__.pyi` has their signatures.
 """
 
 from importlib import import_module as _import_module
@@ -41,6 +41,8 @@ _PLACES = {
     "taps": "mismatch.forward.sites",
     "run_tapped": "mismatch.forward.hooks:run",
     "HeldOut": "mismatch.forward.heldout",
+    # In somebody else's training.
+    "DriftCallback": "mismatch.stages.train.drift",
     # What the functions take and return.
     "Teacher": "mismatch.surgery.students",
     "Student": "mismatch.surgery.operate",
@@ -49,6 +51,7 @@ _PLACES = {
     "Probed": "mismatch.stages.probe.result",
     "Repaired": "mismatch.stages.repair.result",
     "Scanned": "mismatch.stages.scan.result",
+    "Trained": "mismatch.stages.train.result",
     "Traced": "mismatch.stages.trace.result",
 }
 """Name -> where it is: a module that has it, "module:its name there", or the module of that name itself."""

@@ -30,6 +30,8 @@ from mismatch.stages.repair.result import Repaired as Repaired
 from mismatch.stages.scan.result import Scanned as Scanned
 from mismatch.stages.trace.report.comparison import compare as compare
 from mismatch.stages.trace.result import Traced as Traced
+from mismatch.stages.train.drift import DriftCallback as DriftCallback
+from mismatch.stages.train.result import Trained as Trained
 from mismatch.surgery.operate import Student as Student
 from mismatch.surgery.operate import layout_of as layout_of
 from mismatch.surgery.students import Teacher as Teacher
@@ -60,6 +62,8 @@ def trace(
     output: str | None = None,
     run_name: str | None = None,
     student: Any = None,
+    selected_by: str | None = None,
+    allow_overlap: bool = False,
     answers_only: bool = False,
     calibration_data: Any = 'sotu',
     tokens: int = 8192,
@@ -91,6 +95,8 @@ def trace(
         output: Run folder to make. By default a new folder under runs/.
         run_name: Name of the run folder under runs/, in place of one made from time, model and swap.
         student: The same by keyword: a student: from `mismatch.swap`; or trained elsewhere: from `mismatch.load`, the folder of a checkpoint or of a fine-tune, a fetched name, a hub id, `(model, tokenizer)`.
+        selected_by: Run folder of the plan, scan or repair that chose layers, options or weights. No document that it chose, calibrated or trained on is evaluated on.
+        allow_overlap: Evaluate also on documents that an earlier run chose on. The report says how many there are.
         answers_only: Count only predictions of what the assistant says, in evaluation text made of chats.
         calibration_data: Calibration text, which mechanisms and controls set themselves from. Never overlaps with the evaluation text. Or a list of strings.
         tokens: Evaluation tokens.
@@ -129,6 +135,8 @@ def probe(
     output: str | None = None,
     run_name: str | None = None,
     student: Any = None,
+    selected_by: str | None = None,
+    allow_overlap: bool = False,
     calibration_data: Any = 'sotu',
     probes: Sequence[str] | None = None,
     samples: int = 8,
@@ -161,6 +169,8 @@ def probe(
         output: Run folder to make. By default a new folder under runs/.
         run_name: Name of the run folder under runs/, in place of one made from time, model and swap.
         student: The same by keyword: a student: from `mismatch.swap`; or trained elsewhere: from `mismatch.load`, the folder of a checkpoint or of a fine-tune, a fetched name, a hub id, `(model, tokenizer)`.
+        selected_by: Run folder of the plan, scan or repair that chose layers, options or weights. No document that it chose, calibrated or trained on is evaluated on.
+        allow_overlap: Evaluate also on documents that an earlier run chose on. The report says how many there are.
         calibration_data: Calibration text, which mechanisms and controls set themselves from. Never overlaps with the evaluation text. Or a list of strings.
         probes: Probes to run; all of them when not given.
         samples: Prompts of each kind, and windows of text. With fewer than 8 the intervals are too narrow.
@@ -200,6 +210,8 @@ def diagnose(
     output: str | None = None,
     run_name: str | None = None,
     student: Any = None,
+    selected_by: str | None = None,
+    allow_overlap: bool = False,
     calibration_data: Any = 'sotu',
     tokens: int = 3072,
     fit_tokens: int = 8192,
@@ -229,6 +241,8 @@ def diagnose(
         output: Run folder to make. By default a new folder under runs/.
         run_name: Name of the run folder under runs/, in place of one made from time, model and swap.
         student: The same by keyword: a student: from `mismatch.swap`; or trained elsewhere: from `mismatch.load`, the folder of a checkpoint or of a fine-tune, a fetched name, a hub id, `(model, tokenizer)`.
+        selected_by: Run folder of the plan, scan or repair that chose layers, options or weights. No document that it chose, calibrated or trained on is evaluated on.
+        allow_overlap: Evaluate also on documents that an earlier run chose on. The report says how many there are.
         calibration_data: Calibration text, which mechanisms and controls set themselves from. Never overlaps with the evaluation text. Or a list of strings.
         tokens: Evaluation tokens: every correction is measured on them.
         fit_tokens: Tokens of the calibration text that corrections are fitted on.
@@ -345,9 +359,11 @@ def plan(
     layers: int | None = None,
     among: str = 'all',
     selection_tokens: int = 4096,
+    allow_overlap: bool = False,
     budget_kl: float | None = None,
     keep_retrieval: bool = False,
     budget_retrieval: float = 0.5,
+    score: Literal['kl', 'answer_nll', 'restore_one', 'halo', 'even', 'random'] = 'kl',
     method: Literal['milp', 'greedy'] = 'milp',
     scan: str | None = None,
     progress: bool = False,
@@ -374,7 +390,7 @@ def plan(
         run_name: Name of the run folder under runs/, in place of one made from time, model and swap.
         answers_only: Count only predictions of what the assistant says, in evaluation text made of chats.
         calibration_data: Calibration text, which mechanisms and controls set themselves from. Never overlaps with the evaluation text. Or a list of strings.
-        tokens: Evaluation tokens of the chosen set: text that chose nothing.
+        tokens: Evaluation tokens of the chosen set: documents that chose nothing.
         scored: Share of the evaluation tokens whose predictions are compared, for the head is costly. A trace compares all.
         samples: Sequences of induction, prompts of passkey, needles and kv_lookup. With fewer than 8 the intervals are too narrow.
         length: Tokens of a prompt of passkey, needles and kv_lookup.
@@ -382,9 +398,11 @@ def plan(
         layers: How many layers to replace; as many as the budget allows when not given.
         among: Layers that may be replaced: all, or ranges such as 4-last.
         selection_tokens: Selection tokens, of the same source: what the layers are chosen on.
+        allow_overlap: Evaluate on documents that chose the layers where no other is left. The report says how many there are.
         budget_kl: Highest KL of all chosen layers together, in nats per token.
         keep_retrieval: Leave out layers that carry retrieval: the passkey may lose no more than --budget-retrieval.
         budget_retrieval: What the passkey may lose with --keep-retrieval, nats per key.
+        score: What the layers are chosen by: the KL of text when a layer alone is replaced; the rise of the NLL of answers to retrieval prompts; the KL regained when all are replaced and one is given back; HALO's ratio of retrieval to text; evenly spaced layers, or layers at random, as baselines.
         method: milp: the best choice if costs add up, from one scan. greedy: a new scan after every chosen layer.
         scan: Run folder of a finished scan to choose from, in place of a new one. Not with greedy.
         progress: talk on stderr, with a progress bar.
@@ -417,6 +435,8 @@ def repair(
     output: str | None = None,
     run_name: str | None = None,
     student: Any = None,
+    selected_by: str | None = None,
+    allow_overlap: bool = False,
     answers_only: bool = False,
     trained_controls: Sequence[str] = (),
     stages: Sequence[str] = ('scores', 'slots', 'inherit', 'closed-form', 'local', 'block', 'window', 'end-to-end'),
@@ -465,6 +485,8 @@ def repair(
         output: Run folder to make. By default a new folder under runs/.
         run_name: Name of the run folder under runs/, in place of one made from time, model and swap.
         student: The same by keyword: a student: from `mismatch.swap`; or trained elsewhere: from `mismatch.load`, the folder of a checkpoint or of a fine-tune, a fetched name, a hub id, `(model, tokenizer)`.
+        selected_by: Run folder of the plan, scan or repair that chose layers, options or weights. No document that it chose, calibrated or trained on is evaluated on.
+        allow_overlap: Evaluate also on documents that an earlier run chose on. The report says how many there are.
         answers_only: Count only predictions of what the assistant says, in evaluation text made of chats.
         trained_controls: Controls that are trained for the same steps as the swap: identity (does training alone move the model?), zero (what is recovered without the mechanism?). Each takes as long as the repair; none for no such control.
         stages: Stages of the repair ladder to run, in its order.
@@ -494,6 +516,83 @@ def repair(
 
     Returns:
         Repaired. A run folder is written only when `output` or `run_name` is given.
+
+    Raises:
+        MismatchError: see `mismatch.errors`.
+    """
+
+
+def train(
+    model: Any,
+    swap: Any = (),
+    *,
+    revision: str | None = None,
+    dtype: Literal['float32', 'bfloat16', 'float16', 'auto'] = 'float32',
+    device: str = 'auto',
+    device_map: str | None = None,
+    trust_remote_code: bool = False,
+    allow_pickle: bool = False,
+    data: Any = 'wiki',
+    text_field: str | None = None,
+    calibration_tokens: int | None = None,
+    seq_len: int = 1024,
+    batch_size: int = 4,
+    controls: Sequence[str] = ('zero',),
+    seed: int = 0,
+    output: str | None = None,
+    run_name: str | None = None,
+    student: Any = None,
+    selected_by: str | None = None,
+    allow_overlap: bool = False,
+    parameters: Literal['new', 'swapped', 'all'] = 'swapped',
+    kl_weight: float = 1.0,
+    ce_weight: float = 0.0,
+    trainer: Sequence[str] = (),
+    tokens: int = 8192,
+    train_data: Any = 'sotu',
+    train_tokens: int = 131072,
+    val_tokens: int = 2048,
+    eval_every: int = 100,
+    probes: Sequence[str] = (),
+    progress: bool = False,
+) -> Trained:
+    """Train a swapped or repaired model on with transformers' Trainer, and watch it drift from its teacher.
+
+    Args:
+        model: the teacher, or what `mismatch.load` takes.
+        swap: What to replace: target:mechanism, such as "layer12:infini". May be repeated. Or a student: from `mismatch.swap`; or trained elsewhere: from `mismatch.load`, the folder of a checkpoint or of a fine-tune, a fetched name, a hub id, `(model, tokenizer)`.
+        revision: Branch, tag or commit of a hub model.
+        dtype: dtype of the models. Metrics are always summed in float64.
+        device: cpu, cuda, cuda:1, mps; auto takes the first accelerator there is.
+        device_map: auto spreads a model over several devices (accelerate).
+        trust_remote_code: Run Python code that comes with a model.
+        allow_pickle: Load pickled weights, which can run code.
+        data: Evaluation text, behind every reported number: a fetched name, a file (.txt, .md, .jsonl, .csv, .tsv, .parquet, also with .gz or .zst; token ids as .npy or .bin), a folder of these, hf:NAME[:CONFIG[:SPLIT]], or - for standard input. Or a list of strings.
+        text_field: Column or key of rows that holds the text, the messages of a chat, or token ids. When not given the first that is there of text, messages, conversations, input_ids.
+        calibration_tokens: Tokens that mechanisms and controls set themselves from, where they do; default: enough for the largest fit among them, 2048 for a mean, 32 a channel for the control `linear`.
+        seq_len: Tokens per window; by default no more than the model's context. A window never mixes documents.
+        batch_size: Windows per device and forward pass.
+        controls: Controls that are measured beside the student, untrained; none for no control.
+        seed: Random seed.
+        output: Run folder to make. By default a new folder under runs/.
+        run_name: Name of the run folder under runs/, in place of one made from time, model and swap.
+        student: The same by keyword: a student: from `mismatch.swap`; or trained elsewhere: from `mismatch.load`, the folder of a checkpoint or of a fine-tune, a fetched name, a hub id, `(model, tokenizer)`.
+        selected_by: Run folder of the plan, scan or repair that chose layers, options or weights. No document that it chose, calibrated or trained on is evaluated on.
+        allow_overlap: Evaluate also on documents that an earlier run chose on. The report says how many there are.
+        parameters: What trains, with all else frozen: what the swap added (adapters, gates), the swapped modules, or the whole model.
+        kl_weight: Weight of KL(teacher || student) in the loss, in nats per token; 0 = the teacher is not run.
+        ce_weight: Weight of the cross-entropy of the next token of the training text, in nats.
+        trainer: Settings of transformers' TrainingArguments, in its own names: learning_rate=1e-4, max_steps=1000, report_to=tensorboard. May be repeated.
+        tokens: Evaluation tokens.
+        train_data: Training text, of another source than the evaluation text. Mechanisms that need calibration use it too. Or a list of strings.
+        train_tokens: Training tokens; the Trainer's num_train_epochs or max_steps says how often they are read.
+        val_tokens: Validation tokens, of other documents of the evaluation source: the Trainer's eval_loss, where its eval_strategy asks for one.
+        eval_every: Steps between looks at the drift from the teacher on the evaluation text.
+        probes: Probes to ask at each look, with short inputs (see `mismatch probe`).
+        progress: talk on stderr, with a progress bar.
+
+    Returns:
+        Trained. A run folder is written only when `output` or `run_name` is given.
 
     Raises:
         MismatchError: see `mismatch.errors`.

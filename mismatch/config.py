@@ -41,6 +41,7 @@ PATHS = (
     "activations_dir",
     "scan",
     "earlier_run",
+    "selected_by",
 )
 """Fields that can be paths: `~` in front is the home folder."""
 
@@ -183,6 +184,9 @@ class CalibratedConfig(RunConfig):
     """Calibration text, which mechanisms and controls set themselves from. Never overlaps with the evaluation text."""
 
 
+BUILDS_ON = ("selected_by", "allow_overlap")
+"""The fields of commands about a swap that another run chose, as their help groups them."""
+
 SCORED_TEXT = (
     *("data", "text_field", "answers_only", "tokens"),
     *("calibration_data", "calibration_tokens"),
@@ -226,6 +230,11 @@ class SwapConfig(RunConfig):
     student: str | None = None
     """In place of a swap, a student that was trained elsewhere: a checkpoint of a swapped model, or a fine-tune of the
     model. A folder, a fetched name or a hub id."""
+    selected_by: str | None = None
+    """Run folder of the plan, scan or repair that chose layers, options or weights. No document that it chose,
+    calibrated or trained on is evaluated on."""
+    allow_overlap: bool = False
+    """Evaluate also on documents that an earlier run chose on. The report says how many there are."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -368,6 +368,7 @@ def test_fingerprint():
         "metrics": ("kl",),
         "probes": ("induction",),
         "backend": "nnsight",
+        "selected_by": "x",
     }
     assert made(swap=(), student="a").fingerprint() != made(swap=(), student="b").fingerprint()
     for name, arg in fields(TraceConfig).items():

@@ -171,11 +171,24 @@ def report(args: Namespace) -> int:
 
 
 def compare(args: Namespace) -> int:
+    if args.ranking is not None:
+        return _ranking(args)
     from mismatch.stages.trace.report.comparison import compare as together
 
     _print_file(
         together([Path(run) for run in args.runs], Path(args.output), any_data=args.any_data), args
     )
+    return 0
+
+
+def _ranking(args: Namespace) -> int:
+    from mismatch.stages.plan.published import beside, words
+
+    rows = beside(args.runs, args.ranking)
+    if args.json:
+        _print_json(rows)
+    else:
+        print(words(rows))
     return 0
 
 

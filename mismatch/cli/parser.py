@@ -14,6 +14,7 @@ from mismatch.errors import UsageError
 from mismatch.registry import did_you_mean, stages
 from mismatch.registry.card import REQUIRED, Arg
 from mismatch.registry.explain import LISTS
+from mismatch.registry.meaning import REPEATED
 from mismatch.stages import STAGES
 
 EXAMPLES = {
@@ -37,7 +38,7 @@ EXAMPLES = {
     "report": ("mismatch report runs/RUN", "mismatch report runs/RUN --output report.html"),
     "compare": (
         "mismatch compare runs/FIRST runs/SECOND",
-        "mismatch compare runs/* --output comparison.html",
+        "mismatch compare runs/PLAN runs/SCAN --ranking published.yaml",
     ),
     "list": ("mismatch list mechanisms", "mismatch list metrics --json"),
     "explain": ("mismatch explain infini", "mismatch explain cka"),
@@ -177,6 +178,12 @@ def _tree() -> tuple[Parser, dict[str, Parser]]:
     compare.add_argument(
         "--any-data", action="store_true", help="also compare runs on different text"
     )
+    compare.add_argument(
+        "--ranking",
+        metavar="FILE",
+        help="print what the layers that plans and scans choose share with published lists, beside chance "
+        "(YAML: model, layers, and lists by name under `replaced` or `kept`)",
+    )
     listing = other("list", "List mechanisms, metrics, probes, sites, models or texts.")
     listing.add_argument("what", choices=tuple(LISTS), metavar="WHAT", help=", ".join(LISTS))
     explain = other("explain", "Explain a mechanism, a metric, a probe, a site or an error.")
@@ -265,7 +272,7 @@ def _add(group: argparse._ArgumentGroup, arg: Arg) -> None:
     if arg.type == "bool":
         group.add_argument(flag, dest=arg.name, action=argparse.BooleanOptionalAction, help=text)
         return
-    repeated = "append" if arg.name == "swap" else "store"
+    repeated = "append" if arg.name in REPEATED else "store"
     metavar = (
         "|".join(map(str, arg.choices))
         if arg.choices
@@ -278,6 +285,7 @@ _KINDS = {"int": "N", "float": "X", "str": "TEXT", "list": "NAME,..."}
 _METAVARS = {
     "model": "MODEL",
     "swap": "SPEC",
+    "trainer": "NAME=VALUE",
     "student": "MODEL",
     "device": "DEVICE",
     "device_map": "MAP",

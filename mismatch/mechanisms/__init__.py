@@ -7,7 +7,9 @@ MECHANISMS = {
     # The mechanisms.
     "adapterplus": "mismatch.mechanisms.adapterplus:AdapterPlus",
     "dyt": "mismatch.mechanisms.dyt:DyT",
+    "gated_attention": "mismatch.mechanisms.gated_attention:GatedAttention",
     "gated_deltanet": "mismatch.mechanisms.gated_deltanet:GatedDeltaNet",
+    "gqa": "mismatch.mechanisms.gqa:GQA",
     "houlsby": "mismatch.mechanisms.houlsby:Houlsby",
     "infini": "mismatch.mechanisms.infini:Infini",
     "kv_slots": "mismatch.mechanisms.kv_slots:KVSlots",
@@ -16,6 +18,7 @@ MECHANISMS = {
     "low_rank_mlp": "mismatch.mechanisms.low_rank_mlp:LowRankMLP",
     "mamba": "mismatch.mechanisms.mamba:Mamba",
     "mamba2": "mismatch.mechanisms.mamba2:Mamba2",
+    "moba": "mismatch.mechanisms.moba:MoBA",
     "nope": "mismatch.mechanisms.nope:NoPE",
     "parallel_adapter": "mismatch.mechanisms.parallel_adapter:ParallelAdapter",
     "partial_rope": "mismatch.mechanisms.partial_rope:PartialRope",
@@ -25,6 +28,7 @@ MECHANISMS = {
     "rwkv": "mismatch.mechanisms.rwkv:RWKV",
     "short_conv": "mismatch.mechanisms.short_conv:ShortConv",
     "sliding_window": "mismatch.mechanisms.sliding_window:SlidingWindow",
+    "topk": "mismatch.mechanisms.topk:TopK",
     "yarn": "mismatch.mechanisms.yarn:Yarn",
     # The controls, which bound the scale.
     "identity": "mismatch.mechanisms.identity:Identity",

@@ -13,6 +13,9 @@ from typing import Any
 
 from mismatch.registry.card import Arg
 
+REPEATED = ("swap", "trainer")
+"""Lists whose flag may be repeated, and whose text is not divided at commas: they have a meaning of their own."""
+
 _NUMBER = re.compile(r"([+-]?(?:\d{1,40}\.?\d{0,40}|\.\d{1,40})(?:[eE][+-]?\d{1,3})?)([kM]?)")
 _MANY = {"": 1, "k": 1000, "M": 1_000_000}  # 64k, 1M: counts of tokens
 
@@ -35,7 +38,7 @@ def meant(arg: Arg, value: Any, *, path: bool = False) -> Any:
     if isinstance(value, str) and not _writable(value):
         raise ValueError(f"must be text in Unicode without control characters, got {value!a:.200}")
     if arg.type == "list":
-        return _words(value, apart=arg.name != "swap")
+        return _words(value, apart=arg.name not in REPEATED)
     if arg.optional and isinstance(value, str) and value == "none":
         return None
     if arg.type in ("int", "float") and arg.choices is None:

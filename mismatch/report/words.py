@@ -11,7 +11,7 @@ from mismatch.spec.heads import said
 
 
 def kind(run: Run) -> str:
-    """The command that made the run: trace, probe, diagnose, scan, plan or repair."""
+    """The command that made the run: trace, probe, diagnose, scan, plan, repair or train."""
     return str(run.manifest.get("kind", "trace"))
 
 
@@ -77,6 +77,11 @@ def text_line(text: Mapping[str, Any]) -> str:
         )
     if text.get("copies"):
         parts.append(f"copies left out: {text['copies']:,}")
+    if text.get("overlap"):
+        parts.append(
+            f"{text['overlap']:,} of these documents chose, calibrated or trained what is evaluated here "
+            "(--allow-overlap): the numbers are too good"
+        )
     if text.get("more"):
         parts.append(f"what is behind the first {text['more'] >> 20} MB was not read")
     if text.get("revision"):

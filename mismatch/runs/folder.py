@@ -8,7 +8,8 @@
       metrics.parquet  the long table (mismatch/runs/table.py)
       metrics.json     what its columns and metrics mean
       findings.json    log.txt  figures/  report.html
-      checkpoint/      of a repair: the repaired model
+      checkpoint/      of a repair or a training: the model at its end
+      trainer/         of a training: the checkpoints and logs of transformers' Trainer
       state/           only while the run is unfinished: what `--resume` goes on from
 
 Every file appears whole or not at all: it is written beside its place, synced, and moved there.
@@ -63,6 +64,7 @@ CONTENTS = (
     "log.txt",
     "figures",
     "checkpoint",
+    "trainer",
     "state",
 )
 """All that a run folder may hold; `overwrite` removes these and nothing else."""

@@ -60,7 +60,8 @@ COLUMNS = (
         "str",
         False,
         "surgery: after the swap; scan: one layer at a time; plan: a choice of layers; "
-        "diagnose: one correction of the update at a time; repair: after a stage of the repair",
+        "diagnose: one correction of the update at a time; repair: after a stage of the repair; "
+        "train: after a step of the training",
     ),
     Column("step", pa.int64(), "int64", False, "training step of the stage; 0 for surgery"),
     Column(

@@ -7,4 +7,5 @@ STAGES = {
     "scan": "mismatch.stages.scan.stage:Scan",
     "plan": "mismatch.stages.plan.stage:Plan",
     "repair": "mismatch.stages.repair.stage:Repair",
+    "train": "mismatch.stages.train.stage:Train",
 }

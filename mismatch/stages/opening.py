@@ -29,6 +29,7 @@ from mismatch.runs.folder import RunFolder
 from mismatch.runs.ranks import ALONE, Ranks
 from mismatch.runs.state import State
 from mismatch.stages.base import C
+from mismatch.stages.chosen_on import ChosenOn
 from mismatch.stages.given import GivenStudent
 from mismatch.stages.text_role import Text
 from mismatch.surgery import loading, operate
@@ -75,6 +76,8 @@ class Opened(Generic[C]):
         self.overwrite = overwrite
         self.texts: dict[str, Text] = {}
         """By role, what was cut: goes into the manifest with its fingerprint."""
+        self.earlier: dict[str, dict[str, Any]] = {}
+        """By role, texts of an earlier run that this one builds on, as its manifest tells of them."""
         self.folder: RunFolder | None = None
         """On the first rank, once the weights are loaded; None when nothing is written."""
         self.path: Path | None = None
@@ -241,12 +244,30 @@ class Opened(Generic[C]):
     # ---- text ---------------------------------------------------------------------------------------
 
     def documents(self, role: str) -> Documents:
-        """The documents of a role: what was given, or what the setting names.
+        """The documents of a role: what was given, or what the setting names. Of evaluation text those that an earlier
+        run chose on are left out.
 
         Raises:
-            DataError: text that is missing, unreadable or empty.
+            DataError: text that is missing, unreadable or empty, or all chosen on.
         """
-        return self._read(self.text_of(role))
+        found = self._read(self.text_of(role))
+        return self._reportable(found) if role == "evaluation" else found
+
+    @cached_property
+    def chosen_on(self) -> ChosenOn | None:
+        """What an earlier run chose, calibrated or trained on; None: the settings name no such run.
+
+        Raises:
+            RunError: no run there, or it does not say.
+        """
+        earlier = getattr(self.config, "selected_by", None)
+        return None if earlier is None else ChosenOn.of(earlier)
+
+    def _reportable(self, documents: Documents) -> Documents:
+        """The documents that numbers may be reported on; with --allow-overlap all of them."""
+        if self.chosen_on is None or getattr(self.config, "allow_overlap", False):
+            return documents
+        return self.chosen_on.without(documents)
 
     def _read(self, source: Any) -> Documents:
         return read(source, field=self.config.text_field, tokenizer=self.tokenizer)
@@ -267,10 +288,14 @@ class Opened(Generic[C]):
         """
         calibration, evaluation = self.text_of("calibration"), self.text_of("evaluation")
         if _same(calibration, evaluation):
-            return split(self._read(evaluation))
+            first, second = split(self._read(evaluation))
+            return first, self._reportable(second)
         if calibrates:
-            return calibration_and_evaluation(self._read(calibration), self._read(evaluation))
-        return None, self._read(evaluation)
+            first, second = calibration_and_evaluation(
+                self._read(calibration), self._read(evaluation)
+            )
+            return first, self._reportable(second)
+        return None, self._reportable(self._read(evaluation))
 
     def cut(
         self, role: str, documents: Documents, tokens: int, *, seq_len: int | None = None
@@ -295,8 +320,15 @@ class Opened(Generic[C]):
             answers=role in ("evaluation", "validation")
             and getattr(self.config, "answers_only", False),
         )
-        self.texts[role] = Text(documents, made)
+        self.texts[role] = Text(documents, made, self._overlap(role, documents, made))
         return made
+
+    def _overlap(self, role: str, documents: Documents, made: Windows) -> int:
+        """How many evaluated documents an earlier run chose on."""
+        if role != "evaluation" or self.chosen_on is None:
+            return 0
+        pairs = zip(documents.names, self.chosen_on.shared(documents), strict=True)
+        return len({name for name, shared in pairs if shared} & set(made.names))
 
     def calibration(self, wanted: int, documents: Documents | None = None) -> Windows | None:
         """Windows that mechanisms set themselves from.

@@ -1,4 +1,4 @@
-"""What all stages do alike: one runner for six commands and functions, and for any further one.
+"""What all stages do alike: one runner for all commands and functions.
 
 refuse     settings, folder, torchrun; then whatever the stage refuses: nothing is loaded or written before that
 load       the weights, then the run folder, status `running`
@@ -27,6 +27,7 @@ from mismatch.runs.folder import Run, RunFolder, check_output, check_resume, loa
 from mismatch.runs.ranks import joined
 from mismatch.runs.run_id import run_id
 from mismatch.stages.base import Outcome, P, Result, Stage
+from mismatch.stages.chosen_on import CHOSE
 from mismatch.stages.opening import Opened
 from mismatch.stages.reporting import write_html
 
@@ -205,7 +206,11 @@ def _facts(opened: Opened[Any]) -> dict[str, Any]:
         "attention": teacher.model.config._attn_implementation,
         "seed": opened.config.seed,
         "ranks": opened.ranks.world,
-        "texts": {role: text.as_dict() for role, text in opened.texts.items()},
+        "texts": {
+            **opened.earlier,
+            **{role: text.as_dict() for role, text in opened.texts.items()},
+        },
+        **({} if opened.chosen_on is None else {CHOSE: opened.chosen_on.as_dict()}),
         "fingerprints": opened.fingerprints(),
         "peak_memory_bytes": peak_memory(),
     }

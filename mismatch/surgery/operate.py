@@ -168,6 +168,13 @@ def blank(layout: Layout, *, name: str = "swap", tokenizer: Any = None) -> Stude
     return student
 
 
+def copied(student: Student) -> Student:
+    """The same student once more: training one does not move the other."""
+    own = blank(layout_of(student.model), tokenizer=student.tokenizer)
+    own.plan = student.plan
+    return own
+
+
 def _listen(student: Student) -> None:
     """The hooks of every forward; they change no value."""
     student.model.base_model.register_forward_pre_hook(add_token_facts, with_kwargs=True)
@@ -196,6 +203,21 @@ def holding(
             holder, name, original = student._undo.pop()
             setattr(holder, name, original)
         student.plan = plan
+
+
+@contextmanager
+def given_back(student: Student, layer: int | None) -> Iterator[None]:
+    """The original modules of one layer stand in a student again while the context lives; None: of none."""
+    held = []
+    for (holder, name, original), clause in zip(student._undo, student.plan.clauses, strict=True):
+        if layer is not None and clause.layer == layer:
+            held.append((holder, name, getattr(holder, name)))
+            setattr(holder, name, original)
+    try:
+        yield
+    finally:
+        for holder, name, new in reversed(held):
+            setattr(holder, name, new)
 
 
 def replace(

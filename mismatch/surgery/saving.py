@@ -66,7 +66,7 @@ class Swapped(_Model):
     swap_record: Record
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        return reduced(self, _swapped, type(self).__mro__[2])
+        return reduced(self, _swapped, plain_class(self))
 
     def save_pretrained(  # type: ignore[override]  # transformers' later options by keyword only
         self,
@@ -125,7 +125,13 @@ def mark(model: CausalLM, swap: Swap, base: record.Base | None = None) -> None:
 def unmark(model: Swapped) -> None:
     """Forget the swaps: the class is the plain model's again."""
     del model.swap_record
-    model.__class__ = type(model).__mro__[2]
+    model.__class__ = plain_class(model)
+
+
+def plain_class(model: Swapped) -> Any:
+    """The class of the plain model; while FSDP2 shards a model, its class is one above both."""
+    order = type(model).__mro__
+    return order[order.index(Swapped) + 1]
 
 
 @functools.cache
@@ -184,7 +190,7 @@ def _check(model: Swapped, state_dict: Mapping[str, Tensor] | None) -> None:
     from mismatch.surgery.loadable import check_loadable
 
     own = model.state_dict(keep_vars=True)
-    shared = _shared(own)
+    shared = shared_names(own)
     given = own if state_dict is None else state_dict
     if absent := sorted(own.keys() - given.keys() - shared.keys()):
         raise UsageError(
@@ -219,7 +225,7 @@ def _write(
 ) -> None:
     """All but the tokenizer. config.json comes last: without it the folder is no model."""
     own = model.state_dict(keep_vars=True)
-    shared = _shared(own)
+    shared = shared_names(own)
     given = own if state_dict is None else state_dict
     _write_weights(_tensors(given, shared), folder, max_shard_size)
     known = model.swap_record
@@ -236,7 +242,7 @@ def _write(
     ).entry()
     config = json.loads(model.config.to_json_string(use_diff=True)) | {
         "model_type": record.MODEL_TYPE,
-        "architectures": [type(model).__name__],
+        "architectures": [plain_class(model).__name__],
         "dtype": str(model.dtype).removeprefix("torch."),
         "auto_map": record.AUTO_MAP,
         record.KEY: entry,
@@ -249,7 +255,7 @@ def _written_out(text: str) -> str:
     return spec.explicit(spec.parse(text))
 
 
-def _shared(state: Mapping[str, Any]) -> dict[str, str]:
+def shared_names(state: Mapping[str, Any]) -> dict[str, str]:
     """Second names of tensors, and the name under which each is written.
 
     Raises:

@@ -77,6 +77,10 @@ class Documents:
         """The documents whose flag is true, under the name `source:part`."""
         return self._kept(keep, source=f"{self.source}:{part}")
 
+    def without(self, drop: Iterable[bool]) -> Documents:
+        """The documents whose flag is false, under the same name."""
+        return self._kept(not dropped for dropped in drop)
+
     def different(self) -> Documents:
         """Without empty documents and without copies.
 

@@ -11,7 +11,18 @@ from mismatch.cli.parser import EXAMPLES, read
 from mismatch.registry import stages
 
 COMMANDS = (
-    *("trace", "check", "probe", "diagnose", "scan", "plan", "repair", "generate", "merge"),
+    *(
+        "trace",
+        "check",
+        "probe",
+        "diagnose",
+        "scan",
+        "plan",
+        "repair",
+        "train",
+        "generate",
+        "merge",
+    ),
     *("fetch", "report", "compare", "list", "explain", "env"),
 )
 

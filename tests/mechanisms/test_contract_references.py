@@ -19,11 +19,17 @@ MIXERS = (
     "test_mixers:test_gradients_are_those_of_the_definition",
 )
 LIBRARY = ("test_mixers:test_it_is_the_librarys_mixer_run_alone",)
+CHOSEN = (
+    "test_chosen_keys:test_it_is_what_loops_over_tokens_choose",
+    "test_chosen_keys:test_gradients_are_those_of_the_attention_over_what_was_chosen",
+)
 ROPE = ("test_rope:test_it_is_the_model_that_was_built_with_it",)
 REFERENCES = {
     "adapterplus": ADAPTERS,
     "dyt": ("test_dyt:test_formula_with_the_norms_own_gain_and_bias",),
+    "gated_attention": ("test_gated_attention:test_it_is_the_attention_with_gates_written_by_hand",),
     "gated_deltanet": MIXERS,
+    "gqa": ("test_gqa:test_it_is_the_model_that_was_built_with_fewer_kv_heads",),
     "houlsby": ADAPTERS,
     "identity": ("test_mechanism_contract:test_at_its_identity_limit_the_student_is_the_teacher_to_the_bit",),
     "infini": (
@@ -44,6 +50,7 @@ REFERENCES = {
     "mamba": LIBRARY,
     "mamba2": MIXERS,
     "mean": ("test_controls:test_mean_is_the_calibration_mean_over_bulk_tokens_at_every_position",),
+    "moba": CHOSEN,
     "nope": ("test_nope:test_it_is_smollm3_built_without_rotary_in_that_layer",),
     "parallel": ("test_controls:test_parallel_is_the_sum_of_both_paths",),
     "parallel_adapter": ADAPTERS,
@@ -62,6 +69,7 @@ REFERENCES = {
     "short_conv": LIBRARY,
     "skip": ("test_controls:test_skip_leaves_the_layer_out",),
     "sliding_window": ("test_sliding_window:test_it_is_the_model_under_a_mask_written_by_hand",),
+    "topk": CHOSEN,
     "yarn": ROPE,
     "zero": ("test_controls:test_zero_is_zeros_and_the_cache_is_the_teachers",),
 }  # fmt: skip

@@ -11,7 +11,7 @@ import functools
 import pytest
 import torch
 from test_mechanism_contract import CALLS, LENGTH, fits
-from tiny_models import in_chunks, positions, swap, tiny, tokens
+from tiny_models import N_LAYERS, in_chunks, positions, swap, tiny, tokens
 
 FAMILIES = (
     "llama",
@@ -34,7 +34,12 @@ def extras(request):
 
 
 def cases():
-    pairs = [(family, name) for family in FAMILIES for name in CALLS if fits(family, name)]
+    pairs = [
+        (family, name)
+        for family in FAMILIES
+        for name in CALLS
+        if all(fits(family, name, layer) for layer in range(N_LAYERS))
+    ]
     return [pytest.param(*pair, id="-".join(pair)) for pair in pairs]
 
 

@@ -24,6 +24,7 @@ OPEN = 255 * TOKEN * 3 // 2  # keys, values and keys without position of an open
 FAR = (64 + 1 + 96) * TOKEN + (64 + 96) * 12
 OWN = {
     "gated_deltanet": (MATRIX + 3 * 576 * 4 * 4,) * 3,  # four columns of q, k and v
+    "gqa": tuple(size // 3 for size in KEPT),
     "infini": (MEMORY, MEMORY, MEMORY + OPEN),
     "kv_slots": (FAR, FAR, FAR + 63 * (TOKEN + 12)),
     "linear_attention": (3 * 128 * 65 * 4,) * 3,  # hedgehog: 128 features

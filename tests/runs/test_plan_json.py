@@ -23,6 +23,7 @@ from mismatch.stages.repair.forecast import Forecast, Foretold
 from mismatch.stages.repair.ladder_stages.stage_result import Look, StageResult
 from mismatch.stages.repair.plan import Branch, Gates, RepairPlan, StudentReading
 from mismatch.stages.scan.plan import ColumnPlan, ScanPlan
+from mismatch.stages.train import plan as train
 
 NAN = math.nan
 
@@ -135,6 +136,13 @@ PLANS = {
         steps=(StepPlan(1, "nope", 0.1, 0.0, 0.2, NAN),),
     ),
     "repair": REPAIR,
+    "train": train.TrainPlan(
+        **SWAP,
+        looks=(train.Look(4, 512, 0.1, NAN, (0.0, NAN), {"passkey exact": 0.5}),),
+        students={"swap": train.StudentReading((0.1, NAN, NAN), (3.0, 2.9, 3.1), (0.0, -0.1, 0.1))},
+        parameters=9,
+        notes=("trained on text",),
+    ),
 }
 
 

@@ -1,4 +1,4 @@
-"""The six functions: their settings are keyword arguments with types, in Python and in the stub."""
+"""The functions: their settings are keyword arguments with types, in Python and in the stub."""
 
 from __future__ import annotations
 

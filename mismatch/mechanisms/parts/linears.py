@@ -17,6 +17,7 @@ import copy
 import zlib
 from collections.abc import Sequence
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -95,6 +96,30 @@ def matrix(layer: LinearLayer) -> Tensor:
     """The weight as `out in`, a view of it and outside autograd. Not of a quantised layer: see `dense`."""
     weight = layer.weight.detach()
     return weight.T if isinstance(layer, Conv1D) else weight
+
+
+def affine(layer: LinearLayer, context: Context) -> Tensor:
+    """Weight and bias (0 where there is none) as `out in+1`, float64, outside autograd; of a quantised layer too."""
+    weight = matrix(dense(layer, context)).double()
+    bias = layer.bias
+    column = weight.new_zeros(len(weight)) if bias is None else bias.detach().double()
+    return torch.cat([weight, column[:, None]], dim=1)
+
+
+def linear(weight: Tensor, bias: Tensor | None, kind: dict[str, Any]) -> nn.Linear:
+    """A linear layer of these numbers.
+
+    Args:
+        weight: `out in`.
+        bias: `out`; a parameter is kept as it is.
+        kind: dtype and device of new tensors.
+    """
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    layer.weight = nn.Parameter(weight.to(**kind).contiguous())
+    if bias is not None and not isinstance(bias, nn.Parameter):
+        bias = nn.Parameter(bias.to(**kind).contiguous())
+    layer.register_parameter("bias", bias)
+    return layer
 
 
 def generator(context: Context, name: str) -> torch.Generator:

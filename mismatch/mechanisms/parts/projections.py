@@ -38,6 +38,7 @@ from torch import Tensor, nn
 
 from mismatch.errors import SurgeryError
 from mismatch.mechanisms.base import Context, Mechanism, refuse_linear_attention
+from mismatch.mechanisms.parts.linears import affine
 
 # names of the modules that make q, k, v; then the one that makes the output
 SEPARATE = (("q_proj", "k_proj", "v_proj"), "o_proj")
@@ -131,12 +132,22 @@ class AttentionParts(Mechanism):
             return (self.q_norm(q), self.k_norm(k), v) if self._wide_norm else (q, k, v)
         if isinstance(x, tuple):
             return tuple(self._projected(part)[i] for i, part in enumerate(x))
-        fused = getattr(self, self._inputs[0])(x)
+        return self._split(getattr(self, self._inputs[0])(x))
+
+    def _split(self, fused: Tensor) -> tuple[Tensor, ...]:
+        """What a fused projection gives, `... all` -> q, k, v, `... heads*D` each."""
         if self._inputs[0] == "query_key_value":
             per_head = fused.unflatten(-1, (self.n_heads, 3, self.head_dim))
             return tuple(part.flatten(-2) for part in per_head.unbind(-2))
         kv = self.n_kv_heads * self.head_dim
         return fused.split([self.n_heads * self.head_dim, kv, kv], dim=-1)
+
+    def affine(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Weight and bias (0 where there is none) of queries, keys and values as numbers, outside autograd:
+        `heads*D d_model+1` each, float64. Not where norms stand behind them, or a gate is made too."""
+        found = [affine(getattr(self, name), self.context) for name in self._inputs]
+        q, k, v = found if len(found) == 3 else (w.T for w in self._split(found[0].T))
+        return q, k, v
 
     def _queries_and_gate(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Both flat, `batch pos heads*D`."""
@@ -228,6 +239,21 @@ class AttentionParts(Mechanism):
             flat = flat * torch.sigmoid(gate)
         out = getattr(self, self._output)(flat)
         return F.dropout(out, self._output_dropout, self.training)
+
+
+def refuse_norms(parts: AttentionParts) -> None:
+    """Refuse an attention whose heads are not linear in what goes into it.
+
+    Raises:
+        SurgeryError: norms of queries, keys or values, or a gate of its own.
+    """
+    between = [name for name in NORMS if getattr(parts, name, None) is not None]
+    if parts.gated or between:
+        raise SurgeryError(
+            f"{parts.context.where}: between projections and heads of this attention there is "
+            f"{', '.join(between) or 'a gate'}, so no map of its heads can be folded into the projections",
+            hint="families without norms of queries and keys: llama mistral qwen2 smollm3 phi3 gemma2 gpt2 gpt_neox",
+        )
 
 
 def _named_parts(original: nn.Module, context: Context) -> tuple[tuple[str, ...], str]:

@@ -27,7 +27,6 @@ choice; keys and values of kept tokens have theirs.
 from __future__ import annotations
 
 import zlib
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -35,7 +34,7 @@ from torch import Tensor, nn
 
 from mismatch.errors import ConfigError
 from mismatch.mechanisms.base import Context, tensor_kind
-from mismatch.mechanisms.parts.linears import generator
+from mismatch.mechanisms.parts.linears import generator, linear
 from mismatch.mechanisms.parts.local_softmax import Kept, Pair, earlier_after, earlier_before
 from mismatch.mechanisms.parts.segments import Grid
 
@@ -60,8 +59,8 @@ class ScoreNet(nn.Module):
         weight = torch.empty(HIDDEN, context.d_model, device="cpu")
         bound = context.d_model**-0.5  # as nn.Linear begins
         weight.uniform_(-bound, bound, generator=generator(context, "scores"))
-        self.into = _linear(weight, kind)
-        self.out = _linear(torch.zeros(n_kv_heads, HIDDEN), kind)
+        self.into = linear(weight, torch.zeros(HIDDEN), kind)
+        self.out = linear(torch.zeros(n_kv_heads, HIDDEN), torch.zeros(n_kv_heads), kind)
 
     def forward(self, x: Tensor) -> Tensor:
         wide = torch.promote_types(x.dtype, torch.float32)
@@ -70,13 +69,6 @@ class ScoreNet(nn.Module):
             x = F.linear(x, layer.weight.to(wide), layer.bias.to(wide))
             x = F.silu(x) if layer is self.into else x
         return x
-
-
-def _linear(weight: Tensor, kind: dict[str, Any]) -> nn.Linear:
-    layer = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
-    layer.weight = nn.Parameter(weight.to(**kind))
-    layer.bias = nn.Parameter(torch.zeros(weight.shape[0], **kind))
-    return layer
 
 
 def per_kv_head(slots: int | tuple[int, ...], n_kv_heads: int) -> tuple[int, ...]:

@@ -184,14 +184,14 @@ def estimate(
         plan = _plan(counts, over)
         if plan is None or not math.isfinite(value):
             return Estimate(value, math.nan, math.nan, n)
-        width, degrees = plan
-        without = np.asarray(statistic(lambda x: _without(x, width)), float)
+        wide, degrees = plan
+        without = np.asarray(statistic(lambda x: _without(x, wide)), float)
     if not np.isfinite(without).all():
         return Estimate(value, math.nan, math.nan, n)
     logarithm = positive and value > 0 and bool((without > 0).all())
     away = np.log(without / value) if logarithm else without - value
     units = len(counts)
-    error = math.sqrt(units / (width * len(away)) * float((away**2).sum()))
+    error = math.sqrt(units / (wide * len(away)) * float((away**2).sum()))
     reach = _quantile(degrees) * error
     if logarithm:
         times = math.exp(min(reach, 700.0))  # more is no number
@@ -200,23 +200,29 @@ def estimate(
     return Estimate(value, max(lo, 0.0) if positive else lo, value + reach, n, over)
 
 
+def width(counts: np.ndarray, over: str) -> int | None:
+    """Neighbouring units that go together: 1 of documents; None where there are too few units for an interval."""
+    plan = _plan(counts, over)
+    return None if plan is None else plan[0]
+
+
 def _plan(counts: np.ndarray, over: str) -> tuple[int, float] | None:
     """Units left out at a time, and degrees of freedom; None where there is too little for an interval."""
     units = int(np.count_nonzero(counts))
     if over == BLOCKS:
         if units < WINDOWS_NEEDED:
             return None
-        width = min(math.isqrt(units), units // DOCUMENTS_NEEDED)
-        return width, 1.5 * (units / width - 1)
+        wide = min(math.isqrt(units), units // DOCUMENTS_NEEDED)
+        return wide, 1.5 * (units / wide - 1)
     if units < DOCUMENTS_NEEDED:
         return None
     counts = counts / counts.sum()
     return 1, max(1.0, 1.0 / float((counts**2).sum()) - 1)
 
 
-def _without(x: np.ndarray, width: int) -> np.ndarray:
-    """The sum of `x` without each `width` neighbours."""
-    return np.sum(x) - np.lib.stride_tricks.sliding_window_view(x, width).sum(-1)
+def _without(x: np.ndarray, wide: int) -> np.ndarray:
+    """The sum of `x` without each `wide` neighbours."""
+    return np.sum(x) - np.lib.stride_tricks.sliding_window_view(x, wide).sum(-1)
 
 
 @lru_cache(maxsize=1024)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated
 
-from mismatch.config import DANGEROUS, MODEL, OUTPUT, CalibratedConfig, SwapConfig
+from mismatch.config import BUILDS_ON, DANGEROUS, MODEL, OUTPUT, CalibratedConfig, SwapConfig
 from mismatch.errors import ConfigError
 
 WINDOWS = 4
@@ -23,6 +23,7 @@ class DiagnoseConfig(CalibratedConfig, SwapConfig):
         "text": (
             *("data", "text_field", "tokens", "calibration_data", "calibration_tokens"),
             *("seq_len", "batch_size", "seed"),
+            *BUILDS_ON,
         ),
         "output": OUTPUT,
         "dangerous": DANGEROUS,

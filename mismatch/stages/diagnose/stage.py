@@ -80,6 +80,8 @@ class Diagnose(Stage[DiagnoseConfig, Prepared]):
         "student",
         "data",
         "text_field",
+        "selected_by",
+        "allow_overlap",
         "calibration_data",
         "seed",
     )

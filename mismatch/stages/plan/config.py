@@ -9,7 +9,11 @@ from typing import Annotated, Literal
 from mismatch import spec
 from mismatch.config import DANGEROUS, MODEL, OUTPUT, RunConfig, fields
 from mismatch.errors import ConfigError
+from mismatch.stages.plan.scores import SCORES
 from mismatch.stages.scan.config import ScanConfig, SweepConfig
+
+GREEDY = ("kl", "answer_nll")
+"""Scores that are what a set costs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,13 +24,13 @@ class PlanConfig(SweepConfig):
         "model": MODEL,
         "choice": (
             *("mechanism", "layers", "among", "budget_kl", "keep_retrieval", "budget_retrieval"),
-            *("method", "scan", "controls"),
+            *("score", "method", "scan", "controls"),
         ),
         "tasks": ("scored", "samples", "length", "depth"),
         "text": (
             *("data", "text_field", "answers_only", "tokens", "selection_tokens"),
             *("calibration_data", "calibration_tokens"),
-            *("seq_len", "batch_size", "seed"),
+            *("seq_len", "batch_size", "seed", "allow_overlap"),
         ),
         "output": OUTPUT,
         "dangerous": DANGEROUS,
@@ -40,15 +44,21 @@ class PlanConfig(SweepConfig):
     among: str = "all"
     """Layers that may be replaced: all, or ranges such as 4-last."""
     tokens: Annotated[int, ">= 1"] = 4096
-    """Evaluation tokens of the chosen set: text that chose nothing."""
+    """Evaluation tokens of the chosen set: documents that chose nothing."""
     selection_tokens: Annotated[int, ">= 1"] = 4096
     """Selection tokens, of the same source: what the layers are chosen on."""
+    allow_overlap: bool = False
+    """Evaluate on documents that chose the layers where no other is left. The report says how many there are."""
     budget_kl: Annotated[float, "> 0"] | None = None
     """Highest KL of all chosen layers together, in nats per token."""
     keep_retrieval: bool = False
     """Leave out layers that carry retrieval: the passkey may lose no more than --budget-retrieval."""
     budget_retrieval: Annotated[float, "> 0"] = 0.5
     """What the passkey may lose with --keep-retrieval, nats per key."""
+    score: Literal["kl", "answer_nll", "restore_one", "halo", "even", "random"] = "kl"
+    """What the layers are chosen by: the KL of text when a layer alone is replaced; the rise of the NLL of answers to
+    retrieval prompts; the KL regained when all are replaced and one is given back; HALO's ratio of retrieval to text;
+    evenly spaced layers, or layers at random, as baselines."""
     method: Literal["milp", "greedy"] = "milp"
     """milp: the best choice if costs add up, from one scan. greedy: a new scan after every chosen layer."""
     scan: str | None = None
@@ -63,6 +73,14 @@ class PlanConfig(SweepConfig):
                 "the number of layers to replace is not given",
                 hint="give --layers 8, or --budget-kl 0.5 for as many as that allows",
             )
+        kind = SCORES[self.score]
+        if not kind.scanned:
+            self._alone()
+        if self.method == "greedy" and self.score not in GREEDY:
+            raise ConfigError(
+                f"greedy adds what a layer costs to those before, and {self.score} is no such cost",
+                hint=f"take --score {' or '.join(GREEDY)}, or --method milp",
+            )
         if self.scan is not None and self.method == "greedy":
             raise ConfigError(
                 "greedy scans anew after every layer; a finished scan cannot stand for that",
@@ -76,6 +94,33 @@ class PlanConfig(SweepConfig):
                     hint=f"take {flag} {self.seq_len} or more, or a shorter --seq-len",
                 )
 
+    def _alone(self) -> None:
+        """Scores that know of no single layer's cost: what needs it is refused.
+
+        Raises:
+            ConfigError: a budget, a scan, no number of layers, several mechanisms.
+        """
+        given = {
+            "--budget-kl": self.budget_kl is not None,
+            "--keep-retrieval": self.keep_retrieval,
+            "--scan": self.scan is not None,
+        }
+        if wrong := [flag for flag, there in given.items() if there]:
+            raise ConfigError(
+                f"--score {self.score} makes no scan of layers one at a time, which {wrong[0]} is about",
+                hint=f"leave {wrong[0]} out, or take --score {' or '.join(GREEDY)}",
+            )
+        if self.layers is None:
+            raise ConfigError(
+                f"--score {self.score} ranks layers, and how many to take is not given",
+                hint="give --layers 8",
+            )
+        if len(self.templates) > 1:
+            raise ConfigError(
+                f"--score {self.score} chooses layers for one mechanism, got {len(self.templates)}",
+                hint="plan them one after the other",
+            )
+
     def foreign(self) -> Iterator[tuple[str, str]]:
         yield from super().foreign()
         for template in self.templates:
@@ -85,6 +130,11 @@ class PlanConfig(SweepConfig):
     def templates(self) -> tuple[spec.Template, ...]:
         """The parsed mechanisms."""
         return spec.templates(self.mechanism)
+
+    @property
+    def makes_scan(self) -> bool:
+        """Whether a scan of layers one at a time is made for it."""
+        return self.scan is None and self.method == "milp" and SCORES[self.score].scanned
 
     @property
     def mechanism_text(self) -> str:

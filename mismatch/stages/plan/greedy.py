@@ -6,6 +6,7 @@ it never takes one back.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -13,8 +14,10 @@ from mismatch.errors import UsageError
 from mismatch.metrics.sums.readings import Reading
 from mismatch.runs.plan import SwapPlan
 from mismatch.stages.plan.config import PlanConfig
+from mismatch.stages.plan.numbers import Numbers
 from mismatch.stages.scan.batches import measure
 from mismatch.stages.scan.cells import Cell
+from mismatch.stages.scan.sums import Sums
 from mismatch.stages.scan.sweep import Sweep
 from mismatch.stages.scan.tasks import Task
 from mismatch.surgery.operate import replace
@@ -22,11 +25,17 @@ from mismatch.surgery.operate import replace
 
 @dataclass(frozen=True)
 class Step:
-    """A layer that was taken, and what all layers so far cost together on the text that chose them."""
+    """A layer that was taken, and what all layers so far cost together on the text that chose them.
+
+    `price` is what it was taken for; `again` the share of draws (`mismatch.stages.scan.unit_sums`) that take the same
+    one, None where there are too few documents or prompts.
+    """
 
     cell: Cell
     kl: Reading
     lost: float
+    price: float
+    again: float | None = None
 
 
 def greedy(
@@ -34,6 +43,7 @@ def greedy(
     cells: Sequence[Cell],
     tasks: Sequence[Task],
     config: PlanConfig,
+    able: Sequence[str] = (),
     progress: Callable[[int], None] = lambda runs: None,
 ) -> tuple[Step, ...]:
     """Take the cheapest layer again and again, as many as were asked for or as the budgets allow.
@@ -41,8 +51,9 @@ def greedy(
     Args:
         sweep: with an empty tree; afterwards it holds the choice.
         cells: candidates, lowest layer first.
-        tasks: text, and the passkey where retrieval is to be kept.
-        config: number of layers and budgets; they are for what the layers cost together.
+        tasks: text, the passkey where retrieval is to be kept, those of answers where the score is of them.
+        config: score, number of layers, and budgets, which are for what the layers cost together.
+        able: tasks of answers that the model can do.
         progress: told how many runs of a cell were done.
 
     Raises:
@@ -54,17 +65,19 @@ def greedy(
     by_name = {task.name: task for task in tasks}
     while left and (config.layers is None or len(steps) < config.layers):
         sums = measure(sweep, left, tasks, batch_tokens=size, progress=progress)
+        numbers = _numbers(sums, left, [task for task in able if task in by_name])
+        prices = dict(zip(numbers.cells, numbers.costs().prices(config.score), strict=True))
         found = []
         for cell in left:
             kl = sums.damage(cell, by_name["text"])
             key = by_name.get("passkey")
             lost = 0.0 if key is None else sums.damage(cell, key).value
-            if _fits(config, kl.value, lost):
-                found.append(Step(cell, kl, lost))
+            if cell.key in prices and _fits(config, kl.value, lost):
+                found.append(Step(cell, kl, lost, float(prices[cell.key])))
         if not found:
             break
-        best = min(found, key=lambda step: step.kl.value)
-        steps.append(best)
+        best = min(found, key=lambda step: step.price)
+        steps.append(dataclasses.replace(best, again=_again(config, numbers, found, best)))
         plan = sweep.base.plan
         added = replace(
             sweep.base, best.cell.placements, seed=sweep.seed, calibrations=sweep.calibrations
@@ -77,6 +90,27 @@ def greedy(
             hint="raise the budget, widen --among, or ask for fewer --layers",
         )
     return tuple(steps)
+
+
+def _numbers(sums: Sums, cells: Sequence[Cell], able: Sequence[str]) -> Numbers:
+    """What the finite ones of some cells cost."""
+    units = {task: found for task, found in sums.units().items() if task == "text" or task in able}
+    places = {
+        cell.key: (cell.name, cell.layer)
+        for cell in cells
+        if cell.layer is not None and all(cell.key in found.sums for found in units.values())
+    }
+    return Numbers(places, units, tuple(able))
+
+
+def _again(config: PlanConfig, numbers: Numbers, found: Sequence[Step], best: Step) -> float | None:
+    """The share of draws in which the best of those that fit is the best again."""
+    if not numbers.enough:
+        return None
+    keys = [*numbers.cells]
+    fit = [keys.index(step.cell.key) for step in found]
+    firsts = numbers.drawn(config.seed).prices(config.score)[:, fit].argmin(1)
+    return float((firsts == found.index(best)).mean())
 
 
 def _fits(config: PlanConfig, kl: float, lost: float) -> bool:

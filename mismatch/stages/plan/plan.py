@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from mismatch.stages.plan.choose import Score
 from mismatch.stages.scan.plan import TaskPlan
+from mismatch.stages.scan.reliability import Overlap, Reliability
 
 
 @dataclass(frozen=True)
 class StepPlan:
-    """A layer that the greedy method chose, and the KL of all chosen so far, nats per token, with its interval."""
+    """A layer that the greedy method chose, and the KL of all chosen so far, nats per token, with its interval.
+
+    `again`: share of the draws of other documents and prompts that take the same one, given those before; None: too
+    few to draw from.
+    """
 
     layer: int
     mechanism: str
@@ -18,6 +23,7 @@ class StepPlan:
     lo: float
     hi: float
     lost: float
+    again: float | None = None
 
 
 @dataclass(frozen=True)
@@ -43,8 +49,12 @@ class ChoicePlan:
     Attributes:
         choice: by mechanism, its layers.
         scan: the run id of the scan that chose; None for greedy.
+        score: what it was chosen by (`scores.py`).
+        answers: tasks that this score averages.
         scores: every layer that could be chosen, alone.
         steps: of the greedy method.
+        reliability: what other documents and prompts would have chosen; None: too few, or the choice did not look.
+        overlaps: what the choice shares with that of other scores, by their names.
     """
 
     model: str
@@ -60,6 +70,10 @@ class ChoicePlan:
     scores: tuple[Score, ...] = ()
     predicted_by_scan: Predicted | None = None
     steps: tuple[StepPlan, ...] = ()
+    score: str = "kl"
+    answers: tuple[str, ...] = ()
+    reliability: Reliability | None = None
+    overlaps: dict[str, Overlap] = field(default_factory=dict)
 
     @property
     def chosen(self) -> int:

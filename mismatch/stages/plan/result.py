@@ -31,7 +31,9 @@ class Planned(Result):
         return plan_data(self.run.table)
 
     def words(self) -> str:
-        return plan_summary(self.run.table, self.plan, str(self.run.manifest.get("model", "MODEL")))
+        model = str(self.run.manifest.get("model", "MODEL"))
+        path = None if self.run_dir is None else str(self.run_dir)
+        return plan_summary(self.run.table, self.plan, model, path)
 
     def as_dict(self) -> dict[str, Any]:
         costs = json.loads(self.costs.to_json(orient="records"))

@@ -4,32 +4,27 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from mismatch.config import load as load_config
-from mismatch.errors import DataError, RunError, UsageError
+from mismatch.errors import DataError, UsageError
 from mismatch.runs.folder import Run, check_output, load_run
 from mismatch.stages.base import Outcome, Stage
+from mismatch.stages.chosen_on import ChosenOn
 from mismatch.stages.opening import Opened
-from mismatch.stages.plan.choose import Score, choose, enough
+from mismatch.stages.plan import answers, ways
+from mismatch.stages.plan.choose import enough
 from mismatch.stages.plan.config import PlanConfig
-from mismatch.stages.plan.greedy import greedy
 from mismatch.stages.plan.measured import Choice, Measured, evaluate, swap_of
-from mismatch.stages.plan.plan import Budgets, ChoicePlan, Predicted, StepPlan
+from mismatch.stages.plan.plan import Budgets, ChoicePlan
 from mismatch.stages.plan.result import Planned
-from mismatch.stages.runner import work
-from mismatch.stages.scan.atlas import atlas_data
+from mismatch.stages.plan.scores import SCORES
 from mismatch.stages.scan.config import ScanConfig
 from mismatch.stages.scan.prepared import Prepared as ScanPrepared
 from mismatch.stages.scan.prepared import prepare
-from mismatch.stages.scan.stage import Scan, sweep_of, task_plan
+from mismatch.stages.scan.stage import task_plan
 from mismatch.stages.scan.tasks import Task, tasks
-from mismatch.stages.scan.words import can_do
 from mismatch.stages.text_role import Text
-from mismatch.texts.windows import Windows, windows
 
 
 @dataclass(frozen=True)
@@ -68,8 +63,8 @@ class Plan(Stage[PlanConfig, Prepared]):
     student = False
 
     def check(self, config: PlanConfig, *, overwrite: bool = False) -> None:
-        if config.folder is not None and config.scan is None and config.method != "greedy":
-            check_output(scan_beside(config.folder), overwrite=overwrite)
+        if config.folder is not None and config.makes_scan:
+            check_output(ways.scan_beside(config.folder), overwrite=overwrite)
 
     def prepare(self, opened: Opened[PlanConfig]) -> Prepared:
         config = opened.config
@@ -88,46 +83,54 @@ class Plan(Stage[PlanConfig, Prepared]):
         cells = prepare(scanning, beside=config.controls)
         choice = None
         if scan is not None:
-            choice = _chosen(config, cells, scan)
+            choice = ways.from_scan(config, cells, scan)
         else:
             enough(config.layers, {cell.layer for cell in cells.cells}, map(str, config.templates))
-            _check_asked(config, cells, {task.name for task in cells.tasks})
-        selection = _selection(scanning, scan)
-        asked, left_out = self._tasks(opened, scanning, selection)
+            ways.check_asked(config, cells, {task.name for task in cells.tasks})
+        asked, left_out = self._tasks(opened, scanning, scan)
         return Prepared(scan, choice, scanning, cells, asked, left_out)
 
     def _tasks(
-        self, opened: Opened[PlanConfig], scanning: Opened[ScanConfig], selection: Windows | None
+        self, opened: Opened[PlanConfig], scanning: Opened[ScanConfig], scan: Run | None
     ) -> tuple[tuple[Task, ...], dict[str, str]]:
-        """The tasks on which the choice is evaluated.
+        """The tasks on which the choice is evaluated: on documents that chose nothing, and with other keys.
 
         Raises:
-            DataError: the text ends with that of the scan.
+            DataError: there are no such documents.
         """
-        config, held_out = opened.config, scanning.texts["evaluation"].documents
-        used = 0 if selection is None else len(selection)
-        tokens = used * config.seq_len + config.tokens
-        whole = windows(
-            held_out,
-            opened.tokenizer,
-            config.seq_len,
-            tokens,
-            config.seed,
-            answers=config.answers_only,
-        )
-        if len(whole) <= used:
-            raise DataError(
-                f"{held_out.source} has {len(whole)} windows of --seq-len {config.seq_len}; the "
-                f"choice is made from {used} of them, and none is left to evaluate it on",
-                hint="take fewer --selection-tokens, a shorter --seq-len, or longer text",
-            )
-        rest = whole.part(slice(used, None))
+        config, given = opened.config, scanning.texts["evaluation"]
         opened.texts |= {k: v for k, v in scanning.texts.items() if k == "calibration"}
-        if selection is not None:
-            opened.texts["selection"] = Text(held_out, selection)
-        opened.texts["evaluation"] = Text(held_out, rest)
-        other = dataclasses.replace(config, seed=config.seed + 1)
-        return tasks(other, None, rest, opened.tokenizer, opened.model_config)
+        if scan is not None:
+            assert scan.path is not None
+            chosen = ChosenOn.of(scan.path)
+            if (told := scan.manifest.get("texts", {}).get("evaluation")) is not None:
+                opened.earlier["selection"] = told
+        else:
+            chosen = ChosenOn(
+                "this plan",
+                frozenset(given.digests),
+                "give more text, or take fewer --selection-tokens",
+            )
+            if config.score not in ("even", "random"):
+                opened.texts["selection"] = given
+        documents, overlap = given.documents, 0
+        try:
+            documents = chosen.without(documents)
+            cut = opened.cut("evaluation", documents, config.tokens)
+        except DataError:
+            if not config.allow_overlap:
+                raise
+            # What stands behind the windows that chose, of the same documents.
+            used = len(given.cut)
+            whole = opened.cut("evaluation", documents, used * config.seq_len + config.tokens)
+            if len(whole) <= used:
+                raise
+            cut, overlap = whole.part(slice(used, None)), sum(chosen.shared(documents))
+            opened.texts["evaluation"] = Text(documents, cut, overlap)
+        # The keys of a scan are those of its seed.
+        seed = max(config.seed, 0 if scan is None else int(scan.manifest.get("seed", 0))) + 1
+        other = dataclasses.replace(config, seed=seed)
+        return tasks(other, None, cut, opened.tokenizer, opened.model_config)
 
     def announce(self, opened: Opened[PlanConfig], prepared: Prepared) -> str:
         config, scan = opened.config, prepared.scan
@@ -137,11 +140,17 @@ class Plan(Stage[PlanConfig, Prepared]):
         if config.method == "greedy":
             most = config.layers or len(prepared.cells.layers)
             text += f"\ngreedy  a scan for every chosen layer: up to {most} times the above"
+        elif not config.makes_scan:
+            text = f"{super().announce(opened, prepared)}\nscore   {config.score}, without a scan"
         return text
 
     def loaded(self, opened: Opened[PlanConfig], prepared: Prepared) -> None:
-        scan = prepared.scan
+        scan, config = prepared.scan, opened.config
         if scan is None:
+            if config.keep_retrieval or SCORES[config.score].answers:
+                size = config.batch_size * config.seq_len
+                reads = answers.asked(opened.teacher.layout, prepared.cells.tasks, size)
+                answers.check(config, reads)
             return
         if scan.manifest.get("model_info", {}).get("sha256") != opened.teacher.info.sha256:
             raise UsageError(
@@ -151,8 +160,7 @@ class Plan(Stage[PlanConfig, Prepared]):
 
     def run(self, opened: Opened[PlanConfig], prepared: Prepared) -> Outcome:
         config, started = opened.config, time.monotonic()
-        choose_ = _greedy if config.method == "greedy" else _exact
-        choice, facts = choose_(opened, prepared)
+        choice, facts = _choice(opened, prepared)
         chosen = time.monotonic()
         count = 2 + len(config.controls) + sum(map(len, choice.values()))
         size = config.batch_size * config.seq_len
@@ -186,6 +194,7 @@ def _plan(
         model=config.model,
         swap=swap_of(config, choice),
         method=config.method,
+        score=config.score,
         choice={name: tuple(sorted(layers)) for name, layers in choice.items()},
         n_layers=prepared.cells.n_layers,
         among=prepared.cells.layers,
@@ -198,141 +207,14 @@ def _plan(
     )
 
 
-def _selection(scanning: Opened[ScanConfig], scan: Run | None) -> Windows | None:
-    """The windows, from the first one on, that the choice is made from; None: a finished scan had other text.
-
-    Raises:
-        UsageError: a finished scan had this text, cut in another way: what chose nothing cannot be told.
-    """
-    if scan is None:
-        return scanning.texts["evaluation"].cut
-    assert scan.path is not None
-    mine = scanning.config
-    trusted = {"trust_remote_code": mine.trust_remote_code}
-    theirs = load_config(ScanConfig, scan.path / "config.yaml", trusted)
-    held_out = scanning.texts["evaluation"].documents
-    there = scan.manifest.get("texts", {}).get("evaluation")
-    if there is None:
-        raise RunError(f"the scan in {scan.path} does not say on which text it chose")
-    seq_len, seed, answers = theirs.seq_len, theirs.seed, theirs.answers_only
-    try:
-        cut = windows(held_out, scanning.tokenizer, seq_len, there["tokens"], seed, answers=answers)
-    except DataError:  # too little text for such windows
-        cut = None
-    same = cut is not None and cut.fingerprint == there["fingerprint"]
-    if same and (seq_len, seed, answers) == (mine.seq_len, mine.seed, mine.answers_only):
-        return cut
-    if same or ("data" not in scanning.given and theirs.data == mine.data):
-        only = "--answers-only" if answers else "--no-answers-only"
-        raise UsageError(
-            f"the scan in {scan.path} chose on {mine.data} too, cut in another way: the choice would be evaluated on "
-            "text that made it",
-            hint=f"take --seq-len {seq_len} --seed {seed} {only}, or other --data",
-        )
-    return None
-
-
-def _exact(opened: Opened[PlanConfig], prepared: Prepared) -> tuple[Choice, dict[str, Any]]:
+def _choice(opened: Opened[PlanConfig], prepared: Prepared) -> ways.Way:
+    config, cells = opened.config, prepared.cells
     if prepared.choice is not None:
         return prepared.choice
-    return _chosen(opened.config, prepared.cells, _scanned(opened, prepared))
-
-
-def _chosen(config: PlanConfig, cells: ScanPrepared, run: Run) -> tuple[Choice, dict[str, Any]]:
-    """What a scan chooses.
-
-    Raises:
-        UsageError: it has not what the choice needs, or no choice stays within the budgets.
-    """
-    scores = scores_of(run, [str(t) for t in config.templates], cells.layers)
-    _check_asked(config, cells, set(run.table["metric"]))
-    if config.keep_retrieval and not can_do(run.table, "passkey", run.plan):
-        raise UsageError(
-            "--keep-retrieval, but the model itself does not find the passkey: there is nothing to keep",
-            hint="a shorter --length may be easier; or leave --keep-retrieval out",
-        )
-    budget = config.budget_retrieval if config.keep_retrieval else None
-    found = choose(scores, config.layers, budget_kl=config.budget_kl, budget_lost=budget)
-    choice: dict[str, list[int]] = {}
-    for score in found:
-        choice.setdefault(score.mechanism, []).append(score.layer)
-    predicted = Predicted(sum(s.kl for s in found), sum(s.charged for s in found))
-    facts = {"scan": run.run_id, "scores": tuple(scores), "predicted_by_scan": predicted}
-    return choice, facts
-
-
-def _scanned(opened: Opened[PlanConfig], prepared: Prepared) -> Run:
-    """A scan of its own: it is kept whatever becomes of the plan, and can be chosen from again."""
-    scanning, folder = prepared.scanning, opened.folder
-    if folder is not None:
-        output = str(scan_beside(folder.path))
-        scanning.config = dataclasses.replace(scanning.config, output=output)
-    scanning.take(opened.teacher)
-    return work(Scan("scan"), scanning, prepared.cells, write=folder is not None).run
-
-
-def _check_asked(config: PlanConfig, cells: ScanPrepared, asked: Collection[str]) -> None:
-    """Whether the choice has the passkey that it needs."""
-    if config.keep_retrieval and "passkey" not in asked:
-        raise UsageError(
-            "--keep-retrieval needs a passkey, and none is measured: "
-            + cells.left_out.get("passkey", "the scan left it out"),
-            hint="take a --length that fits, or leave --keep-retrieval out",
-        )
-
-
-def _greedy(opened: Opened[PlanConfig], prepared: Prepared) -> tuple[Choice, dict[str, Any]]:
-    config, cells = opened.config, prepared.cells
-    wanted = ("text", "passkey") if config.keep_retrieval else ("text",)
-    asked = tuple(task for task in cells.tasks if task.name in wanted)
-    sweep = sweep_of(opened.teacher, config, cells.cells, cells.calibration)
-    there, most = len(cells.cells), len(cells.layers)
-    # After each step the cells of one layer are gone.
-    runs = sum(there - round(at * there / most) for at in range(min(config.layers or most, most)))
-    size = config.batch_size * config.seq_len
-    batches = sum(1 for task in asked for _ in task.batches(size))
-    with opened.bar(runs * batches, "greedy", "run") as bar:
-        steps = greedy(sweep, cells.cells, asked, config, bar.update)
-    choice: dict[str, list[int]] = {}
-    for step in steps:
-        assert step.cell.layer is not None  # candidates are of one layer each
-        choice.setdefault(step.cell.name, []).append(step.cell.layer)
-    path = (
-        StepPlan(step.cell.layer, step.cell.name, step.kl.value, step.kl.lo, step.kl.hi, step.lost)
-        for step in steps
-        if step.cell.layer is not None
-    )
-    return choice, {"steps": tuple(path)}
-
-
-def scan_beside(path: Path) -> Path:
-    """Where the scan of a plan is written."""
-    return path.with_name(f"{path.name}-scan")
-
-
-def scores_of(run: Run, names: Sequence[str], layers: Sequence[int]) -> list[Score]:
-    """The cells of a scan that may be chosen.
-
-    Raises:
-        UsageError: the scan is not of these mechanisms, or asked no text.
-    """
-    data = atlas_data(run.table)
-    data = data[(data["kind"] != "missing") & data["layer"].isin(list(layers))]
-    there = set(data["student"])
-    if missing := [name for name in names if name not in there]:
-        raise UsageError(
-            f"the scan {run.run_id} has no `{missing[0]}`",
-            hint=f"it has {', '.join(sorted(there))}; scan it, or leave --scan out",
-        )
-    text = data[data["task"] == "text"].set_index(["student", "layer"])["value"]
-    lost = data[data["task"] == "passkey"].set_index(["student", "layer"])["value"]
-    if text.empty:
-        raise UsageError(
-            f"the scan {run.run_id} did not ask for text, so no layer has a KL to choose by",
-            hint="scan with the task text, or leave --scan out",
-        )
-    return [
-        Score(int(layer), name, float(kl), float(lost.get((name, layer), 0.0)))
-        for (name, layer), kl in text.items()
-        if name in names
-    ]
+    if config.method == "greedy":
+        return ways.greedily(opened, cells)
+    if config.makes_scan:
+        return ways.from_scan(config, cells, ways.scanned(opened, prepared.scanning, cells))
+    if config.score == "restore_one":
+        return ways.by_restoring(opened, cells)
+    return ways.without_looking(config, cells)

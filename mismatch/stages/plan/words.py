@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +13,12 @@ from mismatch.report import intervals, style
 from mismatch.stages.plan.figure import plan_data
 from mismatch.stages.plan.plan import ChoicePlan
 from mismatch.stages.scan.damage import PANELS, Panel
+from mismatch.stages.scan.reliability import Reliability
+from mismatch.stages.scan.unit_sums import DRAWS
 from mismatch.stages.scan.words import can_do, teacher_words
+
+IN_A_LINE = 6
+"""Ranks."""
 
 Band = tuple[float, float, float]
 """Value and the ends of its 95 % interval."""
@@ -69,24 +75,28 @@ def _band(row: Any) -> Band:
 
 def headline(plan: ChoicePlan) -> str:
     """`layers[0,3]:infini   (2 of 4 layers, greedy)`."""
-    return f"{plan.swap}   ({plan.chosen} of {plan.n_layers} layers, {plan.method})"
+    score = "" if plan.score == "kl" else f" by {plan.score}"
+    return f"{plan.swap}   ({plan.chosen} of {plan.n_layers} layers, {plan.method}{score})"
 
 
-def next_command(plan: ChoicePlan, model: str) -> str:
-    """What to run with the choice."""
-    return f'mismatch trace --model {model} --swap "{plan.swap}"'
+def next_command(plan: ChoicePlan, model: str, run: str | None = None) -> str:
+    """What to run with the choice; `run` is the folder of the plan, where it was written."""
+    chosen = "" if run is None else f" --selected-by {shlex.quote(run)}"
+    return f'mismatch trace --model {model} --swap "{plan.swap}"{chosen}'
 
 
-def plan_summary(table: pd.DataFrame, plan: ChoicePlan, model: str = "MODEL") -> str:
+def plan_summary(
+    table: pd.DataFrame, plan: ChoicePlan, model: str = "MODEL", run: str | None = None
+) -> str:
     """The end of `mismatch plan` in a terminal; readable without colour.
 
     Args:
         table: the long table of a plan.
         plan: of the run.
-        model: for the next command.
+        model, run: for the next command.
     """
     parts = [f"warning: {note}" for note in plan.notes]
-    parts += [headline(plan), *_steps(plan)]
+    parts += [headline(plan), *_steps(plan), *sure_lines(plan)]
     for one in outcomes(table):
         parts += ["", f"{one.panel.title}, {one.panel.unit}{teacher_words(table, one.panel)}"]
         if not can_do(table, one.panel.task, plan):
@@ -100,7 +110,7 @@ def plan_summary(table: pd.DataFrame, plan: ChoicePlan, model: str = "MODEL") ->
             f"  {name + ' in the same layers':<34}{style.interval(*band)}"
             for name, band in one.controls.items()
         ]
-    parts += ["", f"next: {next_command(plan, model)}"]
+    parts += ["", f"next: {next_command(plan, model, run)}"]
     return "\n".join(parts)
 
 
@@ -110,8 +120,39 @@ def _steps(plan: ChoicePlan) -> list[str]:
         lines.append(
             f"  step {at}: layer {step.layer} {step.mechanism}; all so far "
             f"{style.interval(step.kl, step.lo, step.hi)}"
+            + ("" if step.again is None else f"; the same one in {step.again:.0%} of {DRAWS} draws")
         )
     predicted = plan.predicted_by_scan
     if predicted is not None:
         lines.append(f"  the scan that chose them predicted {style.number(predicted.kl)} in sum")
     return lines
+
+
+def sure_lines(plan: ChoicePlan) -> list[str]:
+    """What other documents and prompts would have chosen, the rank of each layer, and what other scores choose."""
+    lines = []
+    sure = plan.reliability
+    if sure is not None:
+        count = len({layer for layers in plan.choice.values() for layer in layers})
+        lines += [
+            f"  drawn again ({sure.draws} times, {sure.over}): the same set in {sure.same:.0%}, "
+            f"{style.number(sure.kept)} of {count} layers kept on average; in 95 % or more of the draws: "
+            + (", ".join(map(str, sorted(sure.sure))) or "no layer"),
+            *rank_lines(sure),
+        ]
+    elif plan.scores:
+        lines.append(f"  how sure the choice is, is not known: {intervals.WHY_NONE}")
+    lines += [f"  beside {name}: {found.text()}" for name, found in plan.overlaps.items()]
+    return lines
+
+
+def rank_lines(sure: Reliability) -> list[str]:
+    """`layer: rank [its 95 % interval]`, the cheapest first, some in a line."""
+    said = [f"{one.place}: {one.rank} [{one.lo}, {one.hi}]" for one in sure.ranks]
+    width = max(map(len, said))
+    rows = [said[at : at + IN_A_LINE] for at in range(0, len(said), IN_A_LINE)]
+    return [
+        ("  ranks   " if not at else "          ")
+        + "   ".join(s.ljust(width) for s in row).rstrip()
+        for at, row in enumerate(rows)
+    ]

@@ -7,7 +7,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, Self
 
-from mismatch.config import DANGEROUS, MODEL, OUTPUT, CalibratedConfig, SwapConfig, fields
+from mismatch.config import (
+    BUILDS_ON,
+    DANGEROUS,
+    MODEL,
+    OUTPUT,
+    CalibratedConfig,
+    SwapConfig,
+    fields,
+)
 from mismatch.errors import ConfigError
 from mismatch.registry import probes
 
@@ -30,6 +38,7 @@ class ProbeConfig(CalibratedConfig, SwapConfig):
         "text": (
             *("data", "text_field", "calibration_data", "calibration_tokens"),
             *("seq_len", "batch_size", "seed"),
+            *BUILDS_ON,
         ),
         "output": OUTPUT,
         "dangerous": DANGEROUS,

@@ -21,7 +21,6 @@ from mismatch.probes.base import Probe, Setting, Subject, rows
 from mismatch.probes.inputs import plain_tokens
 from mismatch.stages.opening import Opened
 from mismatch.stages.probe.config import ProbeConfig
-from mismatch.stages.trace.config import TraceConfig
 from mismatch.surgery.operate import Student
 from mismatch.surgery.students import Teacher
 from mismatch.texts.windows import Windows, prefix_ids
@@ -107,8 +106,8 @@ def light(config: Any, probes: Sequence[str], **settings: Any) -> ProbeConfig:
     return ProbeConfig(**shared | settings, probes=tuple(probes))
 
 
-def questions_behind(opened: Opened[TraceConfig]) -> Questions | None:
-    """What a trace asks behind its own measurements; None: nothing.
+def questions_behind(opened: Opened[Any]) -> Questions | None:
+    """What a trace, or a look of a training, asks behind its own measurements (`probes`); None: nothing.
 
     Raises:
         MismatchError: what cannot be asked.

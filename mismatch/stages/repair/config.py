@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from mismatch.config import DANGEROUS, MODEL, OUTPUT, ScoredConfig, SwapConfig
+from mismatch.config import BUILDS_ON, DANGEROUS, MODEL, OUTPUT, ScoredConfig, SwapConfig
 from mismatch.errors import ConfigError
 from mismatch.registry import did_you_mean, mechanisms, probes
 
@@ -55,6 +55,7 @@ class RepairConfig(ScoredConfig, SwapConfig):
                 "val_tokens",
             ),
             *("calibration_tokens", "seq_len", "batch_size", "seed"),
+            *BUILDS_ON,
         ),
         "before and after": ("probes", "trace_tokens"),
         "activations": ("activations_dir", "activations_gb", "activations_dtype"),

@@ -84,6 +84,8 @@ class Repair(Stage[RepairConfig, Prepared]):
         "student",
         "data",
         "text_field",
+        "selected_by",
+        "allow_overlap",
         "answers_only",
         "seed",
         "seq_len",

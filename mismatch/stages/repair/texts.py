@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 
-from mismatch.errors import DataError, UsageError
+from mismatch.errors import UsageError
 from mismatch.probes.inputs import plain_tokens
 from mismatch.stages.opening import Opened
 from mismatch.stages.repair.config import RepairConfig
+from mismatch.stages.training_texts import training_texts
 from mismatch.texts.documents import Documents
-from mismatch.texts.overlap import assert_apart
 from mismatch.texts.retrieval import mixed, retrieval_windows, unable
 from mismatch.texts.windows import Windows
 
@@ -42,20 +41,10 @@ def read_texts(opened: Opened[RepairConfig]) -> RepairTexts:
         UsageError: retrieval-shaped text was asked for, and cannot be made.
     """
     config = opened.config
-    if isinstance(data := opened.text_of("evaluation"), str) and data == opened.text_of("training"):
-        raise DataError(
-            f"`{data}` would be trained on and evaluated on",
-            hint="evaluate on text of another source: --data and --train-data must differ",
-        )
-    training, held_out = opened.documents("training"), opened.documents("evaluation")
-    _assert_apart(training, held_out)
-    evaluation = opened.cut("evaluation", held_out, config.tokens)
-    validation = opened.cut("validation", _without(held_out, evaluation), config.val_tokens)
     why_none = _no_retrieval_text(opened)
     to_make = 0 if why_none is not None else config.to_make
-    train = opened.cut("training", training, config.train_tokens - config.to_generate - to_make)
-    assert_apart(train, evaluation, "which is evaluated on")
-    assert_apart(train, validation, "which selects checkpoints")
+    found = training_texts(opened, config.train_tokens - config.to_generate - to_make)
+    train, evaluation, held_out = found.train, found.evaluation, found.held_out
     used = set(evaluation.names)
     evaluated = held_out.select((name in used for name in held_out.names), "evaluation")
     notes = (why_none,) if why_none else ()
@@ -63,7 +52,7 @@ def read_texts(opened: Opened[RepairConfig]) -> RepairTexts:
         words = plain_tokens(opened.model_config.vocab_size, opened.tokenizer)
         made = retrieval_windows(train, opened.tokenizer, words, to_make, config.seed)
         train, notes = mixed(train, made), (_made(made),)
-    return RepairTexts(evaluation, validation, train, training, evaluated, notes)
+    return RepairTexts(evaluation, found.validation, train, found.training, evaluated, notes)
 
 
 def _made(made: Windows) -> str:
@@ -92,44 +81,3 @@ def _no_retrieval_text(opened: Opened[RepairConfig]) -> str | None:
             hint="take --retrieval-text 0, or longer windows and more training text",
         )
     return None if why is None else f"retrieval-shaped training text is left out: {why}"
-
-
-def _assert_apart(training: Documents, held_out: Documents) -> None:
-    """Whether no document is in both, whatever its name.
-
-    Raises:
-        DataError: one is.
-    """
-    names = dict(zip(training.hashes, training.names, strict=True))
-    shared = [
-        (names[digest], name)
-        for digest, name in zip(held_out.hashes, held_out.names, strict=True)
-        if digest in names
-    ]
-    if shared:
-        (theirs, ours), more = shared[0], len(shared) - 1
-        raise DataError(
-            f"the document {ours} of {held_out.source} is {theirs} of {training.source}: it would be trained on and "
-            f"evaluated on{f', and {more} more' if more else ''}",
-            hint="evaluate on text of another source: --data and --train-data must differ",
-        )
-
-
-def _without(documents: Documents, used: Windows) -> Documents:
-    """The documents that no evaluation window comes from.
-
-    Raises:
-        DataError: there is none left.
-    """
-    left = [
-        (name, text)
-        for name, text in zip(documents.names, documents.texts, strict=True)
-        if name not in used.names
-    ]
-    if not left:
-        raise DataError(
-            f"{documents.source}: all {len(documents)} documents are evaluated on, none is left for validation",
-            hint="give more documents, or fewer --tokens",
-        )
-    names, texts = zip(*left, strict=True)
-    return dataclasses.replace(documents, names=tuple(names), texts=tuple(texts))

@@ -16,7 +16,7 @@ from mismatch.models.layout import Layout
 from mismatch.models.quantised import unpacked
 from mismatch.stages.repair.config import RepairConfig
 from mismatch.stages.repair.ladder_stages.module_pair import ModulePair, pairs_of
-from mismatch.surgery.operate import SEED_STEP, Student, blank, layout_of, operate, placed
+from mismatch.surgery.operate import SEED_STEP, Student, copied, layout_of, operate, placed
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def trainable(teacher: Layout, config: RepairConfig, swap: Student) -> Trainable
     swapped = {clause.path for clause in swap.plan.clauses}
     last = pairs_of(teacher, swap)[-1].layer
     end = min(last + config.lora_blocks, teacher.n_layers - 1)
-    student = _with_lora(config, swap, last + 1, end) if config.behind else _copy(swap)
+    student = _with_lora(config, swap, last + 1, end) if config.behind else copied(swap)
     prove_student(teacher, student.layout, student.plan.first)
     parts = tuple(part for part in pairs_of(teacher, student) if part.path in swapped)
     for part in parts:
@@ -77,17 +77,10 @@ def trainable(teacher: Layout, config: RepairConfig, swap: Student) -> Trainable
     return Trainable(student, parts, companions, _neighbours(student, swapped))
 
 
-def _copy(swap: Student) -> Student:
-    """A student that trains without moving the swap."""
-    student = blank(layout_of(swap.model), tokenizer=swap.tokenizer)
-    student.plan = swap.plan
-    return student
-
-
 def _with_lora(config: RepairConfig, swap: Student, first: int, last: int) -> Student:
     """The copy with LoRA in the attention and the MLP of these layers; none where `first` is behind `last`."""
     if first > last:
-        return _copy(swap)
+        return copied(swap)
     call = f"lora(r={config.lora_rank}, alpha={float(config.lora_rank)}, targets=all)"
     parsed = spec.parse([f"layers{first}-{last}.{slot}:{call}" for slot in ("attn", "mlp")])
     layout, text, plan = layout_of(swap.model), spec.format(parsed), swap.plan

@@ -36,7 +36,7 @@ class Cell:
     Attributes:
         name: of the student in the table.
         layer: the swapped layer; None for a swap of several.
-        placements: what goes where.
+        placements: what goes where; none: in a base with parts replaced, the layer is given back.
         first: the first swapped block.
         head: the swapped head, or kv head; None: the whole layer.
     """

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
+
+from mismatch.stages.scan.unit_sums import UnitSums
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,10 @@ class HasTasks(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class ScanPlan:
-    """What was scanned, and what was left out with the reason; `by` layer, head or kv-head."""
+    """What was scanned, and what was left out with the reason; `by` layer, head or kv-head.
+
+    `units` holds, by task, what each cell lost in each document or prompt: how sure a ranking is comes from it.
+    """
 
     model: str
     columns: tuple[ColumnPlan, ...]
@@ -54,3 +59,4 @@ class ScanPlan:
     tasks: dict[str, TaskPlan]
     notes: tuple[str, ...]
     by: str = "layer"
+    units: dict[str, UnitSums] = field(default_factory=dict)

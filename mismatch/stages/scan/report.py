@@ -22,7 +22,8 @@ from mismatch.stages.scan.damage import (
     unit_of,
 )
 from mismatch.stages.scan.plan import ScanPlan
-from mismatch.stages.scan.words import can_do, carrier, scan_verdict, teacher_words
+from mismatch.stages.scan.sure import how_sure
+from mismatch.stages.scan.words import can_do, carrier, done, scan_verdict, teacher_words
 
 FIGURES = (
     ReportFigure(
@@ -53,8 +54,14 @@ def sections(run: Run) -> list[Section]:
         verdict(scan_verdict(run.table, run.plan) or NOTHING),
         Section("", (*notes, *FIGURES)),
         Section(f"Every {unit_of(run.plan)}", (every_layer(run.table, run.plan),)),
+        Section("How sure the ranks are", (_how_sure(run),)),
         Section("Against the controls", (controls(run.table, run.plan),)),
     ]
+
+
+def _how_sure(run: Run) -> Html:
+    names = [name for name, control in students(run.table, run.plan).items() if not control]
+    return how_sure(run.plan, done(run.table, run.plan), names, unit_of(run.plan))
 
 
 def _panels(data: pd.DataFrame) -> list[Panel]:

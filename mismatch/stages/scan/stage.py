@@ -98,6 +98,7 @@ def _plan(config: ScanConfig, prepared: Prepared, sums: Sums) -> ScanPlan:
         tasks={task.name: task_plan(task) for task in prepared.tasks},
         notes=(*prepared.notes(), *_broken(sums, prepared)),
         by=config.by,
+        units=sums.units(),
     )
 
 

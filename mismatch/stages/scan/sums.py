@@ -29,6 +29,7 @@ from mismatch.metrics.sums.meter import StudentMeter
 from mismatch.probes.base import TEACHER
 from mismatch.stages.scan.cells import Cell
 from mismatch.stages.scan.tasks import Task
+from mismatch.stages.scan.unit_sums import UnitSums
 
 METRICS = ("kl", "nll", "top1")
 
@@ -151,6 +152,20 @@ class Sums:
     def minus_total(self, cell: Cell, cells: Sequence[Cell], task: Task) -> Reading:
         """What one cell costs more than the sum of others: how far from additive it is."""
         return self._linear([cell], cells, task, "minus_sum")
+
+    def units(self) -> dict[str, UnitSums]:
+        """By task, what each cell that is finite lost in each unit."""
+        found = {}
+        for task in self.tasks:
+            metric, column = ("nll", "shift") if task.reading else ("kl", "kl")
+            parts = {
+                cell.key: self.part(cell, task, metric).per_document(column)
+                for cell in self.cells
+                if (cell.key, task.name) not in self.broken
+            }
+            if parts:
+                found[task.name] = UnitSums.of(parts)
+        return found
 
     def damage(self, cell: Cell, task: Task) -> Reading:
         """KL on text; elsewhere what the right tokens lost, per token or per key. Larger is worse."""

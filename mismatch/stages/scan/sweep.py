@@ -10,12 +10,13 @@ kept of the scored predictions only; the head and the comparison take them in ch
 many cells as fit into memory.
 
 A base other than the teacher (`base` with parts replaced) gives the streams instead: each cell then is the base with
-one part more. That is what greedy planning asks.
+one part more, which is what greedy planning asks; or, of a cell that places nothing, with one layer given back.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
 import torch
@@ -32,7 +33,7 @@ from mismatch.forward.shared_prefix import (
 from mismatch.metrics.sums.logits import LogitPair
 from mismatch.models.layout import Layout
 from mismatch.stages.scan.cells import Cell
-from mismatch.surgery.operate import Calibrations, Student, holding
+from mismatch.surgery.operate import Calibrations, Student, given_back, holding
 
 HELD = 1 << 28
 """Bytes of final states that wait for the head together."""
@@ -108,9 +109,7 @@ class Sweep:
         for index, cell in enumerate(cells):
             for first in [first for first in streams if first < cell.first]:
                 del streams[first]
-            with holding(
-                self.base, cell.placements, seed=self.seed, calibrations=self.calibrations
-            ):
+            with self._standing(cell):
                 who = f"`{cell.name}` at {cell.where}"
                 state = run_suffix(layout, ids, cell.first, streams, who)
             self.work.blocks += (layout.n_layers - cell.first) * ids.numel()
@@ -125,6 +124,12 @@ class Sweep:
                 self.work.head += len(reference) * (1 + len(held)) if held else 0
                 held.clear()
                 done(index + 1)
+
+    def _standing(self, cell: Cell) -> AbstractContextManager[object]:
+        """The base as the cell has it."""
+        if not cell.placements:
+            return given_back(self.base, cell.layer)
+        return holding(self.base, cell.placements, seed=self.seed, calibrations=self.calibrations)
 
     def _streams(self, ids: Tensor, starts: set[int]) -> tuple[Tensor, Stored[int]]:
         """The teacher's final states, and the stream entering each block of `starts`: the base's own."""

@@ -20,6 +20,7 @@ from mismatch.stages.scan.damage import (
     unit_of,
 )
 from mismatch.stages.scan.plan import HasTasks, ScanPlan
+from mismatch.stages.scan.sure import agreement_lines, sure_lines
 
 SHOWN = 3
 """Layers named at either end."""
@@ -51,12 +52,24 @@ def scan_summary(table: pd.DataFrame, plan: ScanPlan | None = None) -> str:
             parts.append("  the teacher itself cannot do this: nothing follows from these numbers")
         for name, control in rows.items():
             cells = here[here["student"] == name]
-            parts += _lines(name, cells, control, unit)
+            shown = _ends(cells)
+            parts += _lines(name, shown, len(cells), control, unit)
+            if able and plan is not None and not control:
+                named = [_short(place_of(c)) for end in shown for c in end.itertuples()]
+                parts += sure_lines(plan, panel.task, name, named, unit)
             if able and panel.signed and (at := carrier(cells)) is not None:
                 text = _on_text(data, name, at, unit)
                 parts.append(f"    -> {told(at, unit)} alone carries it{text}")
             parts += [f"    {text}" for text in _against(table, panel, name, unit)]
+    if plan is not None:
+        names = [name for name, control in rows.items() if not control]
+        parts += ["", *agreement_lines(plan, done(table, plan), names, unit)]
     return "\n".join(parts).strip("\n")
+
+
+def done(table: pd.DataFrame, plan: ScanPlan) -> list[str]:
+    """The tasks that the teacher can do."""
+    return [p.task for p in PANELS if p.task in plan.tasks and can_do(table, p.task, plan)]
 
 
 def scan_verdict(table: pd.DataFrame, plan: ScanPlan | None = None) -> str:
@@ -90,14 +103,15 @@ def scan_verdict(table: pd.DataFrame, plan: ScanPlan | None = None) -> str:
 
 def can_do(table: pd.DataFrame, task: str, plan: HasTasks | None = None) -> bool:
     """Whether the teacher does a task well enough for its loss to mean anything; text always."""
-    panel = next(panel for panel in PANELS if panel.task == task)
-    known = None if plan is None else plan.tasks.get(panel.task)
+    known = None if plan is None else plan.tasks.get(task)
     chance = None if known is None else known.chance
-    reads = _reads(table, panel)
+    reads = teacher_reads(table, task)
     return chance is None or reads is None or abs(reads) <= ABLE * chance
 
 
-def _reads(table: pd.DataFrame, panel: Panel) -> float | None:
+def teacher_reads(table: pd.DataFrame, task: str) -> float | None:
+    """What the teacher itself reads of a task; None: it was not asked."""
+    panel = next(panel for panel in PANELS if panel.task == task)
     reading = panel.stat.removesuffix("_minus_teacher")
     rows = table[
         (table["student"] == "teacher")
@@ -109,22 +123,28 @@ def _reads(table: pd.DataFrame, panel: Panel) -> float | None:
 
 def teacher_words(table: pd.DataFrame, panel: Panel) -> str:
     """What the teacher itself reads: it says how much can be lost."""
-    reads = _reads(table, panel)
+    reads = teacher_reads(table, panel.task)
     return "" if reads is None else f"; the teacher reads {number(reads)}"
 
 
-def _lines(name: str, cells: pd.DataFrame, control: bool, unit: str) -> list[str]:
-    if cells.empty:
-        return [f"  {name}: nowhere measured"]
+def _ends(cells: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The worst, and of the rest the best."""
     order = cells.sort_values("value", ascending=False, kind="stable")
+    return order.head(SHOWN), order.iloc[SHOWN:].tail(SHOWN).iloc[::-1]
+
+
+def _lines(
+    name: str, ends: tuple[pd.DataFrame, pd.DataFrame], count: int, control: bool, unit: str
+) -> list[str]:
+    worst, best = ends
+    if worst.empty:
+        return [f"  {name}: nowhere measured"]
     title = f"  {name}" + (" (control)" if control else "")
-    if not order["value"].abs().any():
-        return [f"{title}: exactly 0 in all {len(order)} {unit}s"]
-    worst = order.head(SHOWN)
-    rest = order.iloc[SHOWN:].tail(SHOWN).iloc[::-1]
+    if not pd.concat(ends)["value"].any():
+        return [f"{title}: exactly 0 in all {count} {unit}s"]
     lines = [title, f"    worst {unit}s  {_named(worst)}"]
-    if len(rest):
-        lines.append(f"    best {unit}s   {_named(rest)}")
+    if len(best):
+        lines.append(f"    best {unit}s   {_named(best)}")
     return lines
 
 

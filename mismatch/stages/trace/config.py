@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from mismatch.config import (
+    BUILDS_ON,
     DANGEROUS,
     MODEL,
     OUTPUT,
@@ -28,6 +29,7 @@ class TraceConfig(CalibratedConfig, ScoredConfig, SwapConfig):
         "text": (
             *SCORED_TEXT,
             *("seq_len", "batch_size"),
+            *BUILDS_ON,
         ),
         "measurement": ("controls", "metrics", "moment_tokens", "probes", "backend", "seed"),
         "output": (*OUTPUT, "fail_on"),

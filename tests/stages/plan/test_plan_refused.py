@@ -11,7 +11,7 @@ from wonderland import documents, jsonl
 
 import mismatch
 from mismatch import cli
-from mismatch.errors import NumericsError, UsageError
+from mismatch.errors import NumericsError
 from mismatch.runs.folder import load_run
 from mismatch.stages.scan import batches
 
@@ -79,8 +79,6 @@ def test_what_is_refused_leaves_nothing_and_loads_nothing(words, tmp_path, capsy
         (["--layers", "5"], "5 layers asked for, and 4 can hold zero"),
         (["--budget-kl", "0.0001"], "no choice of 2 layers stays within a KL of 0.000100"),
         (["--keep-retrieval"], "needs a passkey, and none is measured: the scan left it out"),
-        (["--seq-len", "32"], "the choice would be evaluated on text that made it\n\nhint: take --seq-len 64 --seed 0"),
-        (["--seed", "1"], "the choice would be evaluated on text that made it"),
     ],
 )  # fmt: skip
 def test_a_finished_scan_is_refused_before_weights(words, scan, tmp_path, capsys, more, text):
@@ -115,31 +113,67 @@ def test_a_scan_by_heads_is_refused(words, shared, tmp_path, capsys):
     assert "is by kv-head, and a plan chooses whole layers" in err
 
 
+def texts_of(run):
+    return json.loads((run / "manifest.json").read_text())["texts"]
+
+
 def test_the_text_that_chose_and_the_text_that_is_evaluated(words, scan, folder, tmp_path):
-    """The choice names the windows of the scan; the numbers are of those behind, or of other text."""
-    theirs = json.loads((scan / "manifest.json").read_text())["texts"]["evaluation"]
-    made = {}
-    for name, more in (("new", []), ("given", ["--scan", str(scan)])):
-        run = tmp_path / name
-        assert cli.main([*words, *more, "--output", str(run)]) == 0
-        made[name] = json.loads((run / "manifest.json").read_text())["texts"]
-        assert made[name]["selection"]["fingerprint"] == theirs["fingerprint"]
-        assert made[name]["selection"]["windows"] == made[name]["evaluation"]["windows"] == 4
-        assert made[name]["evaluation"]["fingerprint"] != theirs["fingerprint"]
-    assert made["new"] == made["given"]
-    run = tmp_path / "other"
-    other = ["--scan", str(scan), "--data", str(folder / "other.jsonl"), "--seq-len", "32"]
-    assert cli.main([*words, *other, "--output", str(run)]) == 0
-    texts = json.loads((run / "manifest.json").read_text())["texts"]
-    assert (list(texts), texts["evaluation"]["windows"]) == (["evaluation"], 8)
-    # The same text under another name is found by its windows.
+    """The choice names the text of the scan; the numbers are of other documents, however they are cut."""
+    theirs = texts_of(scan)["evaluation"]
+    assert len(theirs["digests"]) == theirs["documents"] == 4
     copy = tmp_path / "copy.jsonl"
     copy.write_bytes((folder / "held_out.jsonl").read_bytes())
-    with pytest.raises(UsageError, match="evaluated on text that made it"):
-        mismatch.plan(
-            words[words.index("--model") + 1], "zero", layers=1, data=copy, seq_len=32, scan=scan,
-            tokens=64, selection_tokens=64, samples=2, length=120,
-        )  # fmt: skip
+    made = {}
+    for name, more in (
+        ("new", []),
+        ("given", ["--scan", str(scan)]),
+        ("short", ["--scan", str(scan), "--seq-len", "32"]),
+        ("seed", ["--scan", str(scan), "--seed", "1"]),
+        ("copy", ["--scan", str(scan), "--data", str(copy)]),
+        ("other", ["--scan", str(scan), "--data", str(folder / "other.jsonl")]),
+    ):
+        run = tmp_path / name
+        assert cli.main([*words, *more, "--output", str(run)]) == 0
+        made[name] = texts_of(run)
+        assert made[name]["selection"] == theirs
+        evaluated = made[name]["evaluation"]
+        assert evaluated["overlap"] == 0 and evaluated["tokens"] == 256
+        assert not set(evaluated["digests"]) & set(theirs["digests"])
+    assert made["new"] == made["given"]
+
+
+def test_where_no_document_is_left_it_is_refused_or_said(words, shared, folder, tmp_path, capsys):
+    run, few = tmp_path / "all", jsonl(tmp_path / "few.jsonl", documents(4))
+    every = ["--data", str(few), "--tokens", "256"]
+    assert (
+        cli.main(
+            ["scan", *shared, *every, "--swap", "zero", "--tasks", "text", "--output", str(run)]
+        )
+        == 0
+    )
+    capsys.readouterr()
+    given = [*words, "--scan", str(run), *every]
+    err = refused([*given, "--output", str(tmp_path / "run")], tmp_path, capsys)
+    assert (
+        f"error: {few}: all 4 documents are such that {run} chose, calibrated or trained on, and none is left to "
+        "evaluate it on: a number would be reported on what it was chosen by\n\n"
+        "hint: give other --data; or take --allow-overlap, and the report says that they are the same\n"
+    ) in err
+    # Told so, it takes what stands behind the windows that chose, and says so.
+    said = [*given, "--allow-overlap", "--output", str(tmp_path / "said")]
+    assert cli.main(said) == 0
+    assert "4 of these documents chose, calibrated or trained what is evaluated here" in (
+        capsys.readouterr().out
+    )
+    texts = texts_of(tmp_path / "said")
+    assert texts["evaluation"]["overlap"] == 4
+    assert texts["evaluation"]["fingerprint"] != texts["selection"]["fingerprint"]
+    # A scan that does not say what it chose on is not believed.
+    manifest = json.loads((run / "manifest.json").read_text())
+    del manifest["texts"]["evaluation"]["digests"]
+    (run / "manifest.json").write_text(json.dumps(manifest))
+    assert cli.main([*given, "--output", str(tmp_path / "run")]) == 1
+    assert f"the run in {run} does not say on which documents it chose" in capsys.readouterr().err
 
 
 def test_controls_calibrate_where_the_mechanism_does_not(words, tmp_path):

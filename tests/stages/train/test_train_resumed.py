@@ -1,0 +1,65 @@
+"""A training that was killed, or stopped by Ctrl-C, and resumed ends at the bits of one that was not."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from trainings import words
+
+from mismatch import cli
+from mismatch.runs.folder import load_run
+from mismatch.stages.train.trainer import Course, last_checkpoint
+
+SAVES = ("--trainer", "save_steps=3", "--batch-size", "2")
+
+
+@pytest.fixture(scope="module")
+def unbroken(toy_folder, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("unbroken")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mismatch.stages.runner.write_html", lambda path: None)
+        assert cli.main([*words(folder, toy_folder, *SAVES), "--output", str(folder / "run")]) == 0
+    return folder
+
+
+def assert_same(run: Path, other: Path) -> None:
+    assert load_run(run).plan == load_run(other).plan
+    for name in ("metrics.parquet", "checkpoint/model.safetensors"):
+        assert (run / name).read_bytes() == (other / name).read_bytes()
+
+
+def test_killed_and_resumed(unbroken, toy_folder, tmp_path, capsys):
+    line = words(unbroken, toy_folder, *SAVES)  # the same texts
+    moments = {"step-5": "checkpoint-3", "saving-2": "checkpoint-3"}
+    script = Path(__file__).with_name("killed_training.py")
+    planted = [f"{moment}:{tmp_path / moment}" for moment in moments]
+    code = [sys.executable, str(script), *planted, "--", *line]
+    subprocess.run(code, check=True, timeout=100, stdout=subprocess.DEVNULL)
+    for moment, last in moments.items():
+        run = tmp_path / moment
+        assert json.loads((run / "manifest.json").read_text())["status"] == "running"
+        assert Path(last_checkpoint(run / "trainer")).name == last
+        assert cli.main(["train", "--resume", str(run), "-q"]) == 0, capsys.readouterr().err
+        assert_same(run, unbroken / "run")
+
+
+def test_ctrl_c_saves_and_goes_on(unbroken, toy_folder, tmp_path, capsys, monkeypatch):
+    run, real = tmp_path / "run", Course.on_step_end
+
+    def pressed(self, args, state, control, **options):
+        if state.global_step == 5:
+            os.kill(os.getpid(), signal.SIGINT)
+        return real(self, args, state, control, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Course, "on_step_end", pressed)
+        assert cli.main([*words(unbroken, toy_folder, *SAVES), "--output", str(run)]) == 130
+    assert Path(last_checkpoint(run / "trainer")).name == "checkpoint-5"
+    assert cli.main(["train", "--resume", str(run), "-q"]) == 0, capsys.readouterr().err
+    assert_same(run, unbroken / "run")
