@@ -12,7 +12,7 @@ from tiny_models import DENSE, FAMILIES, part, swap, tiny, tokens
 from transformers.pytorch_utils import Conv1D
 
 from mismatch.errors import SurgeryError
-from mismatch.mechanisms.qlora import NF4Linear
+from mismatch.mechanisms.parts.few_bits import NF4Linear
 from mismatch.models.private import same_memory
 
 pytest.importorskip("bitsandbytes", reason="the extra `qlora` is not installed")
@@ -43,7 +43,7 @@ def base_layers(student, slot="attn"):
     return {n: m for n, m in tree.named_modules() if isinstance(m, NF4Linear)}
 
 
-@pytest.mark.parametrize("shape", [(24, 40), (40, 24), (7, 9), (64, 64)])
+@pytest.mark.parametrize("shape", [(24, 40), (40, 24), (7, 9), (64, 64), (24, 32), (5, 96)])
 def test_a_value_is_the_nearest_level_times_the_largest_of_its_block(shape):
     torch.manual_seed(0)
     layer = torch.nn.Linear(shape[1], shape[0])
