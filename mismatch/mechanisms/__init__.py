@@ -23,6 +23,7 @@ MECHANISMS = {
     "parallel_adapter": "mismatch.mechanisms.parallel_adapter:ParallelAdapter",
     "partial_rope": "mismatch.mechanisms.partial_rope:PartialRope",
     "qlora": "mismatch.mechanisms.qlora:QLoRA",
+    "quantized": "mismatch.mechanisms.quantized:Quantized",
     "ring": "mismatch.mechanisms.ring:Ring",
     "rope": "mismatch.mechanisms.rope:Rope",
     "rwkv": "mismatch.mechanisms.rwkv:RWKV",

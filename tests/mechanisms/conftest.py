@@ -175,7 +175,7 @@ def student():
         from callers import text
         from tiny_models import swap, tiny
 
-        if name == "qlora":
+        if name in ("qlora", "quantized"):
             pytest.importorskip("bitsandbytes")
         return swap(tiny(family, attn), text(name)).model
 

@@ -56,6 +56,7 @@ REFERENCES = {
     "parallel_adapter": ADAPTERS,
     "partial_rope": ("test_rope:test_partial_rope_written_out_by_complex_numbers",),
     "qlora": ("test_qlora:test_it_is_the_model_with_rounded_weights_and_lora_merged",),
+    "quantized": ("test_quantized:test_it_is_the_model_with_rounded_matrices",),
     "random": ("test_controls:test_random_keeps_mean_and_std_of_every_tensor_and_nothing_else",),
     "ring": (
         "test_ring:test_outputs_and_gradients_are_those_of_softmax_attention",

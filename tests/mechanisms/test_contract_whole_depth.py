@@ -29,7 +29,7 @@ def student():
 @pytest.fixture(autouse=True)
 def extras(request):
     """As in the contract: qlora needs an optional package."""
-    if request.node.callspec.params["name"] == "qlora":
+    if request.node.callspec.params["name"] in ("qlora", "quantized"):
         pytest.importorskip("bitsandbytes")
 
 

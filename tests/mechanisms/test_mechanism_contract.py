@@ -37,6 +37,7 @@ CALLS = {
     "parallel": "parallel(infini(segment=8, sinks=2), alpha=0.5)",
     "parallel_adapter": "parallel_adapter(learned_scale=true)",
     "qlora": "qlora(r=4)",
+    "quantized": "quantized(format=int8)",
     "random": "random",
     "rwkv": "rwkv",
     "ring": "ring(block=8)",
@@ -120,7 +121,7 @@ def teacher():
 def extras(request):
     """What an optional package is needed for is skipped where it is missing."""
     case = getattr(request.node, "callspec", None)
-    if case is not None and case.params.get("name") == "qlora":
+    if case is not None and case.params.get("name") in ("qlora", "quantized"):
         pytest.importorskip("bitsandbytes")
 
 

@@ -34,7 +34,7 @@ def logits(model, mask=MASK):
 @pytest.mark.parametrize("again", [pickled, copy.deepcopy])
 @pytest.mark.parametrize("name", [*CALLS, *IN_HEADS])
 def test_it_is_the_same_model(name, again, tmp_path):
-    if name == "qlora":
+    if name in ("qlora", "quantized"):
         pytest.importorskip("bitsandbytes")
     model = swap(tiny("llama"), text(name, 1)).model
     other = again(model)

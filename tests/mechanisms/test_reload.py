@@ -22,7 +22,7 @@ STACKED = "layer1:infini(segment=8); layer1:parallel(random, alpha=0.3); layer2.
 def extras(request):
     """As in the contract: qlora needs an optional package."""
     case = getattr(request.node, "callspec", None)
-    if case is not None and case.params.get("name") == "qlora":
+    if case is not None and case.params.get("name") in ("qlora", "quantized"):
         pytest.importorskip("bitsandbytes")
 
 
