@@ -5,8 +5,8 @@
     format=int8   rows of 127 steps to either side, up to the row's largest magnitude                 8 bits a value
 
 Source: NF4 and double quantisation, Dettmers et al., arXiv 2305.14314, section 3; rows in 8 bits, LLM.int8,
-arXiv 2208.07339, section 2, the weights alone: activations are not rounded, and outliers have no path of their own. Both
-are the formats of transformers' bitsandbytes quantizer, by its arithmetic, in one module of a model that is not
+arXiv 2208.07339, section 2, the weights alone: activations are not rounded, and outliers have no path of their own.
+Both are the formats of transformers' bitsandbytes quantizer, by its arithmetic, in one module of a model that is not
 quantised otherwise. `lora` on top of it is `qlora`. It saves memory of weights, not of the cache, and no time here: the
 matrix is made anew at each call. Gradients pass to the input; the codes are not trained.
 
