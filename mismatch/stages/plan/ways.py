@@ -169,7 +169,7 @@ def _cheapest(config: PlanConfig, numbers: Numbers) -> tuple[tuple[Score, ...], 
     found = {score.layer for score in chosen}
     facts: dict[str, Any] = {
         "scores": tuple(scores),
-        "reliability": _sure(config, numbers, scores, found, limits),
+        "reliability": sure(config, numbers, scores, found, limits),
         "answers": numbers.able if SCORES[config.score].answers else (),
     }
     others = {"even": spaced(sorted({s.layer for s in scores}), len(found))}
@@ -183,7 +183,7 @@ def _cheapest(config: PlanConfig, numbers: Numbers) -> tuple[tuple[Score, ...], 
     return chosen, facts
 
 
-def _sure(
+def sure(
     config: PlanConfig,
     numbers: Numbers,
     scores: Sequence[Score],
