@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,11 +15,12 @@ from wonderland import documents
 
 import mismatch
 from mismatch import registry
-from mismatch.errors import ConfigError, NumericsError, UsageError
+from mismatch.errors import ConfigError, NumericsError, RunError, UsageError
 from mismatch.forward import hooks
 from mismatch.mechanisms.base import Wrapper
 from mismatch.models.layout import Layout
-from mismatch.stages.plan import answers
+from mismatch.runs.folder import Run
+from mismatch.stages.plan import answers, ways
 from mismatch.stages.plan.config import GREEDY, PlanConfig
 from mismatch.stages.plan.greedy import greedy
 from mismatch.stages.plan.numbers import Numbers, at_random, spaced
@@ -26,6 +28,7 @@ from mismatch.stages.plan.restore import restored
 from mismatch.stages.plan.scores import SCORES
 from mismatch.stages.scan.batches import measure
 from mismatch.stages.scan.cells import cells, columns
+from mismatch.stages.scan.reliability import Overlap
 from mismatch.stages.scan.stage import sweep_of
 from mismatch.stages.scan.tasks import Task, text_task
 from mismatch.surgery.operate import given_back
@@ -308,3 +311,35 @@ def test_a_model_that_cannot_answer_is_refused_before_it_is_scanned(toy, tmp_pat
             seq_len=64, samples=2, length=120,
         )  # fmt: skip
     assert not any(tmp_path.iterdir())
+
+
+def test_a_scan_chooses_by_the_answers_of_its_table(toy):
+    """The passkey of the toy, as if it could find it: its loss per digit, from the table alone."""
+    made = mismatch.scan(
+        (toy.model, toy.tokenizer), "infini(segment=16)", tasks=["text", "passkey"], controls=(), scored=1.0,
+        data=documents(8), calibration_data=documents(3, seed=1), tokens=256, seq_len=64, samples=5, length=120,
+    )  # fmt: skip
+    tasks = made.plan.tasks
+    easy = dataclasses.replace(tasks["passkey"], chance=1000.0)
+    plan = dataclasses.replace(made.plan, tasks={**tasks, "passkey": easy})
+    run = Run.in_memory(made.table, made.run.manifest, plan, {}, [])
+    settings = config(mechanism="infini(segment=16)", score="answer_nll", scan="x")
+    prepared = SimpleNamespace(layers=(0, 1, 2, 3), left_out={})
+    choice, facts = ways.from_scan(settings, prepared, run)
+    cells = made.cells.set_index(["task", "layer"])["value"]
+    for score in facts["scores"]:
+        assert score.cost == pytest.approx(cells["passkey", score.layer] / 5, rel=1e-5)
+        assert score.lost == pytest.approx(cells["passkey", score.layer], rel=1e-5)
+        assert score.kl == pytest.approx(cells["text", score.layer], rel=1e-5)
+    best = cells["passkey"].nsmallest(2).index
+    assert choice == {"infini(segment=16)": sorted(best)}
+    assert facts["answers"] == ("passkey",)
+    # Beside what text, HALO's ratio and even spacing choose.
+    assert set(facts["overlaps"]) == {"even", "kl", "halo"}
+    assert facts["overlaps"]["kl"] == Overlap.between(best, cells["text"].nsmallest(2).index, 4)
+    assert facts["reliability"].over == "documents and samples"
+    with pytest.raises(UsageError, match="answer_nll needs answers, and the model itself"):
+        ways.from_scan(settings, prepared, made.run)
+    old = Run.in_memory(made.table, made.run.manifest, dataclasses.replace(plan, units={}), {}, [])
+    with pytest.raises(RunError, match="kept no numbers of single documents"):
+        ways.from_scan(settings, prepared, old)
