@@ -105,7 +105,7 @@ def _numbers(sums: Sums, cells: Sequence[Cell], able: Sequence[str]) -> Numbers:
 
 def _again(config: PlanConfig, numbers: Numbers, found: Sequence[Step], best: Step) -> float | None:
     """The share of draws in which the best of those that fit is the best again."""
-    if not numbers.enough:
+    if numbers.over(config.score) is None:
         return None
     keys = [*numbers.cells]
     fit = [keys.index(step.cell.key) for step in found]

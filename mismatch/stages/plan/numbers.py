@@ -72,15 +72,18 @@ class Numbers:
         key = plan.tasks.get("passkey")
         return cls(cells, units, tuple(able), 0.0 if key is None else key.scored / key.rows)
 
-    @property
-    def enough(self) -> bool:
-        """Whether there are documents and prompts enough to draw from."""
-        return all(found.enough for found in self.units.values())
+    def over(self, score: str, budget: bool = False) -> str | None:
+        """What a choice by this score would be drawn again over; None: too few documents or prompts.
 
-    @property
-    def over(self) -> str:
-        """What is drawn again."""
-        return " and ".join(dict.fromkeys(found.over for found in self.units.values()))
+        Args:
+            score: that ranks.
+            budget: whether the passkey has one.
+        """
+        tasks = {"answer_nll": self.able, "halo": ("text", *self.able)}.get(score, ("text",))
+        used = [self.units[task] for task in (*tasks, *(["passkey"] if budget else []))]
+        if not all(found.enough for found in used):
+            return None
+        return " and ".join(dict.fromkeys(found.over for found in used))
 
     def costs(self) -> Costs:
         """As measured, `cells`."""

@@ -191,7 +191,8 @@ def sure(
     limits: dict[str, float | None],
 ) -> Reliability | None:
     """How sure the choice is; None: too few documents or prompts to draw from."""
-    if not numbers.enough:
+    over = numbers.over(config.score, config.keep_retrieval)
+    if over is None:
         return None
     drawn = numbers.drawn(config.seed)
     again: list[Collection[int] | None] = []
@@ -207,7 +208,7 @@ def sure(
         np.stack([costs.prices(config.score)[..., at].min(-1) for at in which], -1)
         for costs in (numbers.costs(), drawn)
     )
-    return reliability(layers, prices, prices_drawn, chosen, again, numbers.over)
+    return reliability(layers, prices, prices_drawn, chosen, again, over)
 
 
 def _by_name(chosen: Sequence[Score]) -> Choice:

@@ -135,8 +135,9 @@ def sure_lines(plan: ChoicePlan) -> list[str]:
     if sure is not None:
         count = len({layer for layers in plan.choice.values() for layer in layers})
         lines += [
-            f"  drawn again ({sure.draws} times, {sure.over}): the same set in {sure.same:.0%}, "
-            f"{style.number(sure.kept)} of {count} layers kept on average; in 95 % or more of the draws: "
+            f"  {sure.over} drawn again {sure.draws} times: the same set in {sure.same:.0%}, "
+            f"{style.number(sure.kept)} of {count} layers kept on average",
+            "  in 95 % or more of the draws: "
             + (", ".join(map(str, sorted(sure.sure))) or "no layer"),
             *rank_lines(sure),
         ]

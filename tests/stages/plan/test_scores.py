@@ -337,7 +337,7 @@ def test_a_scan_chooses_by_the_answers_of_its_table(toy):
     # Beside what text, HALO's ratio and even spacing choose.
     assert set(facts["overlaps"]) == {"even", "kl", "halo"}
     assert facts["overlaps"]["kl"] == Overlap.between(best, cells["text"].nsmallest(2).index, 4)
-    assert facts["reliability"].over == "documents and samples"
+    assert facts["reliability"].over == "samples"
     with pytest.raises(UsageError, match="answer_nll needs answers, and the model itself"):
         ways.from_scan(settings, prepared, made.run)
     old = Run.in_memory(made.table, made.run.manifest, dataclasses.replace(plan, units={}), {}, [])
