@@ -2,14 +2,15 @@
 
     mismatch scan --model smollm2 --swap "sliding_window(64, 1)" --tasks text,needles,kv_lookup --controls none \\
         --tokens 2048 --seq-len 256 --samples 8 --length 328 --calibration-tokens 2048     13 minutes of CPU
-    python analyses/selectors.py --scan RUN --layers 8 15    4 minutes once, then 5 a number of layers
-    python analyses/selectors.py --draw                      table and figure of what is there
+    python analyses/selectors.py --scan RUN                    every score, 8 and 15 layers: 75 s of CPU a row
+    python analyses/selectors.py --scan RUN --layers 8 --scores kl even            some rows
+    python analyses/selectors.py --draw                        table and figure of what is there
 
-Every score chooses from one scan (replace-one KL on text, rise of the NLL of answers to needles and look-ups, HALO's
-ratio), from giving one layer back (`restore_one`, no repair in between), or without looking (evenly spaced, three
-draws at random). Each set is then replaced together, all on the same other documents and other keys, so scores are
-compared by paired differences to even spacing. How sure each choice is comes from drawing documents and prompts again.
-Nothing is repaired. Restored layers and rows are kept as JSON and not made twice. Writes figures/selectors/.
+Scores choose from one scan (replace-one KL on text, rise of the NLL of answers to needles and look-ups, HALO's ratio),
+by giving one layer back (`restore_one`, 3 more minutes, no repair in between), or without looking (evenly spaced, three
+draws at random). A row is one set, replaced together, on the same other documents and other keys as every other, so
+scores are compared by paired differences to even spacing. How sure a choice is comes from drawing documents and prompts
+again. Nothing is repaired. Rows are kept as JSON and not made twice. Writes figures/selectors/.
 """
 
 from __future__ import annotations
@@ -18,13 +19,16 @@ import argparse
 import dataclasses
 import json
 import math
+import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
 import mismatch
+from mismatch.metrics.sums.per_document import PerDocument
 from mismatch.runs.folder import Run
 from mismatch.stages.opening import Opened
 from mismatch.stages.plan.choose import choose
@@ -58,6 +62,7 @@ def main() -> None:
     )
     parser.add_argument("--scan", type=Path, help="run folder of a finished scan of one mechanism")
     parser.add_argument("--layers", type=int, nargs="+", default=[8, 15], help="to replace")
+    parser.add_argument("--scores", nargs="+", choices=SCORES, default=SCORES, help="some rows")
     parser.add_argument("--draw", action="store_true", help="measure nothing")
     parser.add_argument("--output", type=Path, default=HERE, help="folder of the results")
     args = parser.parse_args()
@@ -65,54 +70,98 @@ def main() -> None:
         if args.scan is None:
             parser.error("--scan RUN, or --draw")
         scan = mismatch.load_run(args.scan)
-        teacher = mismatch.load(scan.manifest["model"], device="cpu")
+        study = Study(scan, mismatch.load(scan.manifest["model"], device="cpu"), args.output)
         for layers in args.layers:
-            row(teacher, scan, layers, args.output)
+            for score in args.scores:
+                study.row(layers, score)
     frame = table(args.output)
     frame.to_csv(args.output / "table.csv", index=False)
     figure(frame).savefig(args.output / "selectors.png", dpi=200)
     print(frame.to_string(index=False, float_format=lambda x: f"{x:.4f}"))
 
 
-def row(teacher: Any, scan: Run, layers: int, output: Path) -> None:
-    """All scores at one number of layers: sets, how sure they are, and what each costs together."""
-    (column,) = scan.plan.columns
-    folder = output / "".join(c if c.isalnum() else "_" for c in column.name).strip("_")
-    path = folder / f"{layers}.json"
-    if path.exists():
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    opened = Opened(config_of(scan, column.name, layers), teacher=teacher)
-    opened.fit()
-    prepared = Plan("plan").prepare(opened)
-    config = opened.config
-    able = [task for task in done(scan.table, scan.plan) if task in ANSWERS]
-    if not able:
-        raise SystemExit("error: the model can answer none of the prompts of this scan")
-    scanned = Numbers.of(scan.plan, [column.name], range(scan.plan.n_layers), able)
-    back = given_back(teacher, config, prepared, folder / "restore_one.json")
-    numbers = {score: back if score == "restore_one" else scanned for score in CHOSEN}
-    sets: dict[str, tuple[int, ...]] = {}
-    reliable: dict[str, Reliability | None] = {}
-    for score, of in numbers.items():
-        prices = of.scores(of.costs(), score)
-        sets[score] = tuple(s.layer for s in choose(prices, layers))
+class Study:
+    """All rows of one scan: of its mechanism, on its model."""
+
+    def __init__(self, scan: Run, teacher: Any, output: Path) -> None:
+        (column,) = scan.plan.columns
+        self.scan, self.teacher, self.mechanism = scan, teacher, column.name
+        self.folder = output / "".join(c if c.isalnum() else "_" for c in column.name).strip("_")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        able = [task for task in done(scan.table, scan.plan) if task in ANSWERS]
+        if not able:
+            raise SystemExit("error: the model can answer none of the prompts of this scan")
+        self.numbers = Numbers.of(scan.plan, [column.name], range(scan.plan.n_layers), able)
+
+    def row(self, layers: int, score: str) -> None:
+        """One set: how it was chosen, how sure that is, and what it costs in each document and prompt."""
+        path = self.folder / f"{layers}_{score.replace(' ', '_')}.json"
+        if path.exists():
+            return
+        started = time.process_time()
+        opened = Opened(config_of(self.scan, self.mechanism, layers), teacher=self.teacher)
+        opened.fit()
+        prepared, config = Plan("plan").prepare(opened), opened.config
+        chosen, how = self.chosen(config, prepared, layers, score)
+        found = {
+            "mechanism": self.mechanism,
+            "layers": layers,
+            "n_layers": self.scan.plan.n_layers,
+            "score": score,
+            "answers": self.numbers.able,
+            "set": chosen,
+            "reliability": None if how is None else dataclasses.asdict(how),
+            "costs": self.together(config, prepared, chosen),
+            "cpu_seconds": round(time.process_time() - started, 1),
+            "versions": mismatch.versions(),
+        }
+        path.write_text(json.dumps(found) + "\n")
+
+    def chosen(
+        self, config: PlanConfig, prepared: Prepared, layers: int, score: str
+    ) -> tuple[tuple[int, ...], Reliability | None]:
+        """The set of a score, and how sure it is."""
+        there = sorted({layer for _, layer in self.numbers.cells.values()})
+        if score == "even":
+            return spaced(there, layers), None
+        if score not in CHOSEN:
+            return at_random(there, layers, int(score.partition(" ")[2])), None
+        back = score == "restore_one"
+        numbers = self.given_back(config, prepared) if back else self.numbers
+        prices = numbers.scores(numbers.costs(), score)
+        found = tuple(s.layer for s in choose(prices, layers))
         by = dataclasses.replace(config, score=score, scan=None)
-        reliable[score] = sure(by, of, prices, sets[score], {})
-    there = sorted({layer for _, layer in scanned.cells.values()})
-    sets["even"] = spaced(there, layers)
-    sets |= {f"random {seed}": at_random(there, layers, seed) for seed in range(3)}
-    found = {
-        "mechanism": column.name,
-        "layers": layers,
-        "n_layers": scan.plan.n_layers,
-        "answers": able,
-        "sets": sets,
-        "reliability": {name: one and dataclasses.asdict(one) for name, one in reliable.items()},
-        "costs": together(teacher, config, prepared, sets),
-        "versions": mismatch.versions(),
-    }
-    path.write_text(json.dumps(found, indent=1) + "\n")
+        return found, sure(by, numbers, prices, found, {})
+
+    def given_back(self, config: PlanConfig, prepared: Prepared) -> Numbers:
+        """What each layer regains when all are replaced; kept in a file."""
+        cells, path = prepared.cells.cells, self.folder / "restored.json"
+        if not path.exists():
+            (task,) = (task for task in prepared.cells.tasks if task.name == "text")
+            sweep = sweep_of(self.teacher, config, cells, prepared.cells.calibration)
+            units = restored(sweep, cells, task, config)
+            path.write_text(json.dumps(dataclasses.asdict(units)) + "\n")
+        places = {cell.key: (cell.name, cell.layer) for cell in cells if cell.layer is not None}
+        return Numbers(places, {"text": units_of(json.loads(path.read_text()))})
+
+    def together(
+        self, config: PlanConfig, prepared: Prepared, chosen: tuple[int, ...]
+    ) -> dict[str, Any]:
+        """What the set costs on each task, by document or prompt: others than chose it."""
+        cell, _, _ = cells_of(config, {self.mechanism: chosen}, self.teacher.layout)
+        asked = tuple(task for task in prepared.tasks if task.name in TASKS)
+        sweep = sweep_of(self.teacher, config, (cell,), prepared.cells.calibration)
+        sums = measure(sweep, (cell,), asked, batch_tokens=config.batch_size * config.seq_len)
+        return {
+            task: dataclasses.asdict(units) | {"sums": units.sums[cell.key]}
+            for task, units in sums.units().items()
+        }
+
+
+def units_of(read: dict[str, Any]) -> UnitSums:
+    """What a file keeps of units."""
+    sums = {key: tuple(row) for key, row in read["sums"].items()}
+    return UnitSums(read["over"], tuple(read["counts"]), sums)
 
 
 def config_of(scan: Run, mechanism: str, layers: int) -> PlanConfig:
@@ -129,85 +178,49 @@ def config_of(scan: Run, mechanism: str, layers: int) -> PlanConfig:
     )
 
 
-def given_back(teacher: Any, config: PlanConfig, prepared: Prepared, path: Path) -> Numbers:
-    """What each layer regains when all are replaced; kept in a file."""
-    cells = prepared.cells.cells
-    if not path.exists():
-        (task,) = (task for task in prepared.cells.tasks if task.name == "text")
-        sweep = sweep_of(teacher, config, cells, prepared.cells.calibration)
-        units = restored(sweep, cells, task, config)
-        path.write_text(json.dumps(dataclasses.asdict(units)) + "\n")
-    read = json.loads(path.read_text())
-    units = UnitSums(
-        read["over"], tuple(read["counts"]), {k: tuple(v) for k, v in read["sums"].items()}
-    )
-    places = {cell.key: (cell.name, cell.layer) for cell in cells if cell.layer is not None}
-    return Numbers(places, {"text": units})
-
-
-def together(
-    teacher: Any, config: PlanConfig, prepared: Prepared, sets: dict[str, tuple[int, ...]]
-) -> list[dict[str, Any]]:
-    """What each set costs, on other documents and keys than chose it, and what more than even spacing, paired."""
-    cells = {
-        name: dataclasses.replace(
-            cells_of(config, {str(config.templates[0]): layers}, teacher.layout)[0], name=name
-        )
-        for name, layers in sets.items()
-    }
-    every = sorted(cells.values(), key=lambda cell: cell.first)
-    asked = tuple(task for task in prepared.tasks if task.name in TASKS)
-    sweep = sweep_of(teacher, config, every, prepared.cells.calibration)
-    sums = measure(sweep, every, asked, batch_tokens=config.batch_size * config.seq_len)
-    rows = []
-    for task in asked:
-        for name, cell in cells.items():
-            lost = sums.damage(cell, task)
-            more = sums.minus_total(cell, [cells["even"]], task)
-            rows.append(
-                {
-                    "task": task.name,
-                    "score": name,
-                    **{f"lost{end}": getattr(lost, at) for end, at in ENDS.items()},
-                    **{f"more{end}": getattr(more, at) for end, at in ENDS.items()},
-                }
-            )
-    return rows
-
-
-ENDS = {"": "value", " lo": "lo", " hi": "hi"}
-
-
 def rows_of(output: Path) -> list[dict[str, Any]]:
-    """What was measured, by mechanism and number of layers."""
-    paths = sorted(path for path in output.glob("*/*.json") if path.stem.isdigit())
-    found = [json.loads(path.read_text()) for path in paths]
-    return sorted(found, key=lambda one: (one["mechanism"], one["layers"]))
+    """What was measured."""
+    found = [json.loads(path.read_text()) for path in sorted(output.glob("*/*_*.json"))]
+    return sorted(
+        found, key=lambda one: (one["mechanism"], one["layers"], SCORES.index(one["score"]))
+    )
 
 
 def table(output: Path) -> pd.DataFrame:
     """One line a mechanism, number of layers and score."""
+    rows = rows_of(output)
+    at = {(one["mechanism"], one["layers"], one["score"]): one for one in rows}
     lines = []
-    for one in rows_of(output):
-        for name, chosen in one["sets"].items():
-            known = one["reliability"].get(name)
-            line: dict[str, Any] = {
-                "mechanism": one["mechanism"],
-                "layers": one["layers"],
-                "score": name,
-                "set": " ".join(map(str, chosen)),
-                "same set": math.nan if known is None else known["same"],
-                "kept": math.nan if known is None else known["kept"],
-            }
-            for other in CHOSEN:
-                shared = Overlap.between(chosen, one["sets"][other], one["n_layers"])
+    for one in rows:
+        group, known = (one["mechanism"], one["layers"]), one["reliability"]
+        line: dict[str, Any] = {
+            "mechanism": one["mechanism"],
+            "layers": one["layers"],
+            "score": one["score"],
+            "set": " ".join(map(str, one["set"])),
+            "same set": math.nan if known is None else known["same"],
+            "kept": math.nan if known is None else known["kept"],
+        }
+        for other in (*CHOSEN, "even"):
+            if (beside := at.get((*group, other))) is not None and other != one["score"]:
+                shared = Overlap.between(one["set"], beside["set"], one["n_layers"])
                 line |= {f"shared with {other}": shared.shared, f"p {other}": shared.p}
-            for cost in one["costs"]:
-                if cost["score"] == name:
-                    numbers = {k: v for k, v in cost.items() if k not in ("task", "score")}
-                    line |= {f"{cost['task']} {k}": v for k, v in numbers.items()}
-            lines.append(line)
+        even = at.get((*group, "even"))
+        for task, cost in one["costs"].items():
+            line |= _band(f"{task} lost", lost(cost).mean())
+            if even is not None:
+                line |= _band(f"{task} more", (lost(cost) - lost(even["costs"][task])).mean())
+        lines.append(line)
     return pd.DataFrame(lines)
+
+
+def lost(cost: dict[str, Any]) -> PerDocument:
+    """What a set costs on one task, nats per token, document by document."""
+    return PerDocument(np.array(cost["sums"]), np.array(cost["counts"]), cost["over"])
+
+
+def _band(name: str, found: Any) -> dict[str, float]:
+    return {name: found.value, f"{name} lo": found.lo, f"{name} hi": found.hi}
 
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#333333", *["#b0b0b0"] * 3)
@@ -218,21 +231,27 @@ def figure(frame: pd.DataFrame) -> Figure:
     groups = list(frame.groupby(["mechanism", "layers"], sort=False))
     made = Figure(figsize=(11, 0.7 + 2.3 * len(groups)), layout="constrained")
     axes = made.subplots(len(groups), len(TASKS), squeeze=False, sharey=True)
-    places = range(len(SCORES))
     for line, ((mechanism, layers), rows) in zip(axes, groups, strict=True):
-        rows = rows.set_index("score").loc[list(SCORES)]
+        rows = rows.set_index("score")
         for axis, (task, title) in zip(line, TASKS.items(), strict=True):
-            value, lo, hi = (rows[f"{task} lost{end}"] for end in ENDS)
-            for at, colour in zip(places, COLOURS, strict=True):
-                band = [[value.iloc[at] - lo.iloc[at]], [hi.iloc[at] - value.iloc[at]]]
+            for score, one in rows.iterrows():
+                value, lo, hi = (one[f"{task} lost{end}"] for end in ("", " lo", " hi"))
+                at = SCORES.index(str(score))
                 axis.errorbar(
-                    value.iloc[at], at, xerr=band, fmt="o", markersize=4, color=colour, lw=1.2
+                    value,
+                    at,
+                    xerr=[[value - lo], [hi - value]],
+                    fmt="o",
+                    markersize=4,
+                    color=COLOURS[at],
+                    lw=1.2,
                 )
-            axis.axvline(value["even"], color="#999999", lw=0.8, ls=":")
+            if "even" in rows.index:
+                axis.axvline(rows.loc["even", f"{task} lost"], color="#999999", lw=0.8, ls=":")
             axis.axvline(0, color="#cccccc", lw=0.6, zorder=0)
             axis.set_title(title, fontsize=7.5)
             axis.tick_params(labelsize=7)
-            axis.set_yticks(places, SCORES)
+            axis.set_yticks(range(len(SCORES)), SCORES)
             axis.set_ylim(len(SCORES) - 0.5, -0.5)
         line[0].set_ylabel(f"{mechanism}\n{layers} layers", fontsize=7.5)
     made.suptitle(

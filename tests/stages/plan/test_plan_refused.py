@@ -57,6 +57,8 @@ def scan(shared, folder):
         (["--among", "3-9"], "layer 9 does not exist: the model has 4 layers"),
         (["--layers", "5"], "5 layers asked for, and 4 can hold zero\n\nhint: take --layers 4"),
         (["--layers", "5", "--method", "greedy"], "5 layers asked for, and 4 can hold zero"),
+        (["--layers", "5", "--score", "even"], "5 layers asked for, and 4 can hold zero"),
+        (["--layers", "5", "--score", "restore_one"], "5 layers asked for, and 4 can hold zero"),
         (["--keep-retrieval", "--length", "200"], "needs a passkey, and none is measured: a passkey prompt"),
         (
             ["--keep-retrieval", "--length", "200", "--method", "greedy"],
