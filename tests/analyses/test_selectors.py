@@ -1,0 +1,46 @@
+"""The table of `analyses/selectors.py` follows planted rows."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from scripts import script
+
+
+def planted(folder, score, chosen, lost, noise):
+    """One row: what is lost in eight documents that differ, and in prompts that do not."""
+    cost = {"over": "documents", "counts": [10] * 8, "sums": list(10 * (lost + noise))}
+    alike = {"over": "samples", "counts": [5] * 8, "sums": [5 * lost] * 8}
+    row = {
+        "mechanism": "infini",
+        "layers": 2,
+        "n_layers": 6,
+        "score": score,
+        "answers": ["needles"],
+        "set": chosen,
+        "reliability": {"same": 0.5, "kept": 1.5} if score == "kl" else None,
+        "costs": {"text": cost, **dict.fromkeys(("induction", "needles", "kv_lookup"), alike)},
+    }
+    folder.mkdir(exist_ok=True)
+    (folder / f"2_{score}.json").write_text(json.dumps(row))
+
+
+def test_sets_are_compared_on_the_same_documents(tmp_path):
+    module, noise = script("selectors"), np.random.default_rng(0).normal(size=8)
+    planted(tmp_path / "infini", "kl", [0, 1], 1.0, noise)
+    planted(tmp_path / "infini", "even", [1, 4], 1.5, noise)
+    (tmp_path / "infini" / "restored.json").write_text("{}")  # no row
+    frame = module.table(tmp_path).set_index("score")
+    assert list(frame.index) == ["kl", "even"]
+    kl = frame.loc["kl"]
+    # Documents differ by more than the sets do, and the difference is the same in each.
+    assert kl["text lost hi"] - kl["text lost lo"] > 1
+    assert [kl[f"text more{end}"] for end in ("", " lo", " hi")] == pytest.approx([-0.5] * 3)
+    assert [kl[f"needles lost{end}"] for end in ("", " lo", " hi")] == pytest.approx([1.0] * 3)
+    assert (kl["shared with even"], kl["same set"]) == (1, 0.5)
+    # Of 15 pairs out of 6 six share no layer with a given pair.
+    assert kl["p even"] == pytest.approx(9 / 15)
+    assert frame.loc["even", "text more"] == 0
+    assert len(module.figure(module.table(tmp_path)).axes) == 4
