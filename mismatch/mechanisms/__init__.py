@@ -12,6 +12,7 @@ MECHANISMS = {
     "gqa": "mismatch.mechanisms.gqa:GQA",
     "houlsby": "mismatch.mechanisms.houlsby:Houlsby",
     "infini": "mismatch.mechanisms.infini:Infini",
+    "kda": "mismatch.mechanisms.kda:KDA",
     "kv_slots": "mismatch.mechanisms.kv_slots:KVSlots",
     "linear_attention": "mismatch.mechanisms.linear_attention:LinearAttention",
     "lora": "mismatch.mechanisms.lora:LoRA",

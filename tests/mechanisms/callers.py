@@ -21,7 +21,7 @@ CALLS = PLAIN | {
 }
 # What keeps a state, or counts tokens: what could mistake one text, or a pad, for another.
 COUNTS = (
-    "gated_deltanet", "infini", "kv_slots", "linear_attention", "mamba", "mamba2", "moba", "parallel", "ring",
+    "gated_deltanet", "infini", "kda", "kv_slots", "linear_attention", "mamba", "mamba2", "moba", "parallel", "ring",
     "rwkv", "short_conv", "sliding_window", "topk",
 )  # fmt: skip
 HEADS = {

@@ -16,6 +16,8 @@ CALLS = (
     "mamba2(init=fresh, state=5, heads=3)",
     "gated_deltanet",
     "gated_deltanet(init=fresh, conv=3)",
+    "kda",
+    "kda(init=fresh, conv=3)",
     "mamba",
     "mamba(state=3, expand=1, conv=2)",
     "short_conv",

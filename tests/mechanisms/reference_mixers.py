@@ -77,6 +77,30 @@ def gated_deltanet(columns, p, *, heads, head_dim, eps=1e-6):
     return (rms(o, eps) * p["norm.weight"] * F.silu(z)).flatten(-2), s.transpose(-1, -2)
 
 
+def kda(q, k, v, b, f, z, p, *, heads, head_dim, eps=1e-5):
+    """arXiv 2510.26692: S_t = (I - b_t k_t k_t^T) diag(a_t) S_{t-1} + b_t k_t v_t^T, o_t = S_t^T q_t; key x value."""
+    weights = p["conv1d.weight"].chunk(3)
+    q, k, v = (
+        F.silu(convolved(y.flatten(2), w)).unflatten(-1, (heads, head_dim))
+        for y, w in zip((q, k, v), weights, strict=True)
+    )
+    q, k = (y / (y.pow(2).sum(-1, keepdim=True) + 1e-6).sqrt() for y in (q, k))
+    f = f @ p["forget_gate.f_b_proj.weight"].T + p["forget_gate.dt_bias"]
+    rate = p["forget_gate.A_log"].exp().view(heads, 1)
+    alpha = (-rate * torch.log1p(f.exp()).unflatten(-1, (heads, head_dim))).exp()
+    beta, eye = torch.sigmoid(b), torch.eye(head_dim, dtype=q.dtype)
+    s, rows = q.new_zeros(len(q), heads, head_dim, head_dim), []
+    for t in range(q.shape[1]):
+        step = beta[:, t, :, None, None]
+        kk = k[:, t, :, :, None] * k[:, t, :, None, :]
+        s = (eye - step * kk) @ (alpha[:, t, ..., None] * s)
+        s = s + step * k[:, t, :, :, None] * v[:, t, :, None, :]
+        rows.append((q[:, t, :, None, :] @ s)[..., 0, :] / head_dim**0.5)
+    z = (z @ p["g_b_proj.weight"].T).unflatten(-1, (heads, head_dim))
+    o = rms(torch.stack(rows, dim=1), eps) * p["o_norm.weight"] * torch.sigmoid(z)
+    return o.flatten(-2), s
+
+
 def mamba(columns, p, *, state):
     """arXiv 2312.00752 algorithm 2: dt, B and C are made from the convolved x; one decay per channel and state."""
     x, z = columns.chunk(2, dim=-1)

@@ -21,7 +21,8 @@ WHOLE = (
     "gemma3",
 )  # families that try the whole table; the others what their attention can break
 STATEFUL = (
-    "gated_deltanet", "infini", "kv_slots", "linear_attention", "mamba", "mamba2", "parallel", "rwkv", "short_conv",
+    "gated_deltanet", "infini", "kda", "kv_slots", "linear_attention", "mamba", "mamba2", "parallel", "rwkv",
+    "short_conv",
 )  # fmt: skip
 SIDE_BY_SIDE = (
     "attn:parallel(identity, alpha=0.5)",

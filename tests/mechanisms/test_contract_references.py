@@ -36,6 +36,7 @@ REFERENCES = {
         "test_infini:test_output_and_memory_are_those_of_the_definition",
         "test_infini:test_gradients_are_those_of_the_definition",
     ),
+    "kda": MIXERS,
     "kv_slots": (
         "test_kv_slots:test_it_is_the_definition",
         "test_kv_slots:test_gradients_are_those_of_the_definition",

@@ -26,6 +26,7 @@ OWN = {
     "gated_deltanet": (MATRIX + 3 * 576 * 4 * 4,) * 3,  # four columns of q, k and v
     "gqa": tuple(size // 3 for size in KEPT),
     "infini": (MEMORY, MEMORY, MEMORY + OPEN),
+    "kda": (MATRIX + 3 * 576 * 4 * 4,) * 3,
     "kv_slots": (FAR, FAR, FAR + 63 * (TOKEN + 12)),
     "linear_attention": (3 * 128 * 65 * 4,) * 3,  # hedgehog: 128 features
     "mamba": (1152 * 16 * 4 + 1152 * 4 * 4,) * 3,

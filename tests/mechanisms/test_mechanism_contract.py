@@ -23,6 +23,7 @@ CALLS = {
     "houlsby": "houlsby(reduction=6)",
     "identity": "identity",
     "infini": "infini(segment=8, update=delta, overlap=1, normalizer=shared, feature_map=hedgehog)",
+    "kda": "kda",
     "kv_slots": "kv_slots(segment=4, slots=3)",
     "linear_attention": "linear_attention(window=5, sinks=2, decay=learned)",
     "linear": "linear",

@@ -14,6 +14,7 @@ from reference_mixers import convolved
 from tiny_models import part, swap, tiny
 from torch import nn
 from transformers import DynamicCache
+from transformers.models.kimi_linear.modeling_kimi_linear import KimiLinearDeltaAttention
 from transformers.models.lfm2.modeling_lfm2 import Lfm2ShortConv
 from transformers.models.mamba.modeling_mamba import MambaMixer
 from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
@@ -56,13 +57,23 @@ def by_hand(mixer, call, x):
             qkvz, ba = x @ own["in_proj_qkvz.weight"].T, x @ own["in_proj_ba.weight"].T
         columns = torch.cat([qkvz, ba], dim=-1)
         heads, state = reference.gated_deltanet(columns, own, heads=HEADS, head_dim=DIM)
+    elif name == "kda":
+        if inherits:
+            b, f, z = (x @ m.weight.T for m in (mixer.write, mixer.decay, mixer.gate))
+        else:
+            q, k, v = (
+                (x @ own[f"{one}_proj.weight"].T).unflatten(-1, (HEADS, DIM)) for one in "qkv"
+            )
+            of = ("b_proj", "forget_gate.f_a_proj", "g_a_proj")
+            b, f, z = (x @ own[f"{one}.weight"].T for one in of)
+        heads, state = reference.kda(q, k, v, b, f, z, own, heads=HEADS, head_dim=DIM)
     elif name == "mamba":
         heads, state = reference.mamba(x @ own["in_proj.weight"].T, own, state=mixer.settings.state)
     else:
         heads, state = reference.short_conv(x @ own["in_proj.weight"].T, own)
     if inherits:
         return heads @ mixer.o_proj.weight.T + mixer.o_proj.bias, state
-    return heads @ own["out_proj.weight"].T, state
+    return heads @ own["o_proj.weight" if name == "kda" else "out_proj.weight"].T, state
 
 
 # the definition ------------------------------------------------------------------------------
@@ -115,6 +126,7 @@ def theirs_alone(mixer, call):
     cls = {
         "mamba2": Mamba2Mixer,
         "gated_deltanet": Qwen3NextGatedDeltaNet,
+        "kda": KimiLinearDeltaAttention,
         "mamba": MambaMixer,
         "short_conv": Lfm2ShortConv,
     }[name_of(call)]
@@ -133,6 +145,12 @@ def theirs_alone(mixer, call):
 
         q, gate = rows(mixer.q_proj), mixer.gate.weight
         k, v = rows(mixer.k_proj, repeat), rows(mixer.v_proj, repeat)
+        if name_of(call) == "kda":
+            theirs.q_proj, theirs.k_proj, theirs.v_proj = map(linear, (q, k, v))
+            theirs.b_proj, theirs.g_a_proj = linear(mixer.write.weight), linear(gate)
+            theirs.forget_gate.f_a_proj = linear(mixer.decay.weight)
+            theirs.o_proj = linear(mixer.o_proj.weight)
+            return theirs.eval()
         if name_of(call) == "mamba2":
             theirs.in_proj = linear(torch.cat([gate, v, k, q, mixer.step.weight]))
         else:
@@ -156,7 +174,7 @@ def test_the_reference_convolution_is_torchs():
     torch.testing.assert_close(convolved(x, conv.weight, conv.bias), wanted)
 
 
-@pytest.mark.parametrize("call", ["mamba2", "gated_deltanet"])
+@pytest.mark.parametrize("call", ["mamba2", "gated_deltanet", "kda"])
 def test_an_inherited_convolution_starts_as_this_token_alone(call):
     mixer = part(swap(tiny("llama"), f"layer1:{call}")).mixer
     x = torch.randn(2, mixer.conv1d.in_channels, 9, generator=gen(0))
@@ -179,6 +197,8 @@ def test_an_inherited_mamba2_starts_quietly():
     [
         ("mamba2", {"q_proj", "k_proj", "v_proj", "o_proj"}),
         ("gated_deltanet", {"q_proj", "k_proj", "v_proj", "o_proj"}),
+        ("kda", {"q_proj", "k_proj", "v_proj", "o_proj"}),
+        ("kda(init=fresh)", set()),
         ("mamba2(init=fresh)", set()),
         ("gated_deltanet(init=fresh)", set()),
         ("mamba", set()),
@@ -239,6 +259,14 @@ def test_deltanet_remembers_for_more_than_a_token_at_the_start():
     assert library.median() < 0.01
 
 
+def test_kda_draws_what_the_library_leaves_to_its_models():
+    """Outside of one, A and dt_bias would be what the memory held."""
+    forget = part(swap(tiny("llama"), "layer1:kda")).mixer.forget_gate
+    assert forget.A_log.exp().min() >= 1 and forget.A_log.exp().max() <= 16
+    step = nn.functional.softplus(forget.dt_bias)
+    assert step.min() >= 0.001 * 0.99 and step.max() <= 0.1 * 1.01
+
+
 # devices -------------------------------------------------------------------------------------
 
 
@@ -282,6 +310,11 @@ def test_every_kernel_of_a_mixer_is_found():
         Qwen3NextGatedDeltaNet: {
             "torch_chunk_gated_delta_rule",
             "torch_recurrent_gated_delta_rule",
+            "causal_conv1d_update",
+        },
+        KimiLinearDeltaAttention: {
+            "chunk_kimi_delta_attention",
+            "recurrent_kimi_delta_attention",
             "causal_conv1d_update",
         },
         Lfm2ShortConv: {"causal_conv1d_fn", "causal_conv1d_update"},

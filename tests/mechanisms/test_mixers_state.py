@@ -96,7 +96,13 @@ def test_the_state_does_not_grow_and_holds_no_view_of_the_prompt(call):
 
 @pytest.mark.parametrize(
     "call, size",
-    [("mamba2", 175_104), ("gated_deltanet", 175_104), ("mamba", 92_160), ("short_conv", 6_912)],
+    [
+        ("mamba2", 175_104),
+        ("gated_deltanet", 175_104),
+        ("kda", 175_104),
+        ("mamba", 92_160),
+        ("short_conv", 6_912),
+    ],
 )
 def test_state_bytes_of_smollm2_are_what_the_file_says(call, size):
     sizes = {"hidden_size": 576, "num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 64}
