@@ -50,7 +50,7 @@ from mismatch.errors import SurgeryError
 from mismatch.mechanisms.base import Context, need_calibration, tensor_kind
 from mismatch.mechanisms.parts.calling import cache_in, hidden_in
 from mismatch.mechanisms.parts.delta_rule import chunked_delta_rule
-from mismatch.mechanisms.parts.initial_values import FAINT, QUIET, Statistics, keys
+from mismatch.mechanisms.parts.initial_values import FAINT, QUIET, Statistics
 from mismatch.mechanisms.parts.linears import dense, matrix
 from mismatch.mechanisms.parts.own_state import OwnState, entry
 from mismatch.mechanisms.parts.projections import NORMS, SEPARATE, AttentionParts
@@ -247,11 +247,12 @@ class RWKV(AttentionParts):
     # ---- initial values from the attention's statistics ------------------------------------------
 
     def initial_values(self) -> dict[str, Callable[[Statistics], None]]:
+        """Without `keys`: queries and keys meet in a plain product here, in which the mean key is the average over the
+        text, and without it a head gives less of what the attention gives."""
         if self.settings.init == "fresh":
             return {}
         fits = self.n_heads <= self.g1.shape[1]
         return {
-            **keys(self),
             "half-life": self._forget,
             "write": self._write_less,
             **({"gate": self._fit_gate} if fits else {}),

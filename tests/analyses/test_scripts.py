@@ -33,6 +33,7 @@ INSIDE = {
     "forecast_record": "reads what a repair knows before it trains",
     "forecast_score": "tests the forecast of a repair",
     "infini_options": "trains many forms on one pass of the teacher, and counts all against one swap",
+    "initial_values": "trains many arms on one pass of the teacher, and counts all against one control",
     "interval_coverage": "names what the table says that intervals are over",
     "malformed_inputs": "fetches the model that it spoils",
     "mechanism_costs": "counts models that have no weights",

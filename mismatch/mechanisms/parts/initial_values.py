@@ -45,7 +45,7 @@ LOUD, QUIET = 1.5, 0.02
 """Mean of silu(gate), where it is nearly linear, and the least that is aimed at."""
 FAINT = 1e-3
 """Mean loudness, at least: of a layer that gives nothing it would be 0."""
-SMALL = 0.05
+SMALL = 0.5
 """Tap of values in front of a SiLU, at which it is linear; the norm behind undoes it."""
 
 

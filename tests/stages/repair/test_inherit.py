@@ -30,7 +30,7 @@ def test_the_attention_says_where_to_begin(toy_teacher, call):
     assert fitted < inherited
     (note,) = found.plan.stages[1].notes
     parts = {*INITIAL_VALUES} - ({"write"} if "mamba2" in call else set())
-    parts -= {"values"} if call == "rwkv" else set()
+    parts -= {"keys", "values"} if call == "rwkv" else set()
     assert {*note.partition(": ")[2].partition(" set;")[0].split(", ")} == parts
     assert all(torch.equal(before[n], p) for n, p in toy_teacher.model.named_parameters())
     assert found.plan.forecast.why_not is not None

@@ -1,0 +1,305 @@
+"""What are initial values from the attention worth to a recurrent mixer in its place, before and after training?
+
+    python analyses/initial_values.py               layer 12, few steps, one seed; goes on where it was stopped
+    python analyses/initial_values.py --full        layers 12, 18 and 24, more text and steps, three seeds
+    python analyses/initial_values.py --only rwkv   one mechanism
+
+Attention of one layer of SmolLM2 is replaced by a mixer whose initial values are set by the stage `inherit`, each part
+alone and all together; then the output projection is fitted in closed form, then the layer trains alone, the same steps
+for all, on the same windows of `sotu`. Evaluated on documents of `wiki` in windows of 512, before the steps and after
+them: the share closed of the KL that deleting the attention costs, paired by document. Beside them the best linear map
+of one token. No part, no rate and no step was chosen on these documents. CPU seconds are those of the three stages.
+Writes figures/initial_values/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from matplotlib.figure import Figure
+
+import mismatch
+from mismatch.forward.heldout import HeldOut
+from mismatch.metrics.sums.per_document import PerDocument
+from mismatch.stages.opening import Opened
+from mismatch.stages.repair.config import INITIAL_VALUES, RepairConfig
+from mismatch.stages.repair.ladder import Ladder, Texts
+from mismatch.stages.repair.stage import Repair
+from mismatch.stages.repair.trainable import trainable
+
+MECHANISMS = {
+    "gated_deltanet": "gated_deltanet",
+    "mamba2": "mamba2",
+    "mamba2, norm before": "mamba2(norm=before)",
+    "rwkv": "rwkv",
+}
+ARMS: dict[str, tuple[str, ...]] = {
+    "random": (),
+    "mean half-life": ("mean-half-life",),
+    "median half-life": ("half-life",),
+    "value scale": ("value-scale",),
+    "centred keys": ("keys",),
+    "gate fit": ("gate",),
+    "all": INITIAL_VALUES,
+}
+CONTROLS = {"zero": "zero", "linear": "linear"}
+SMALL: dict[str, Any] = {
+    "layers": (12,),
+    "seeds": (1,),
+    "tokens": 4096,
+    "train_tokens": 16384,
+    "steps": 64,
+}
+FULL: dict[str, Any] = {
+    "layers": (12, 18, 24),
+    "seeds": (1, 2, 3),
+    "tokens": 8192,
+    "train_tokens": 65536,
+    "steps": 600,
+}
+COLOURS = {"before": "#d55e00", "after": "#0072b2"}
+HERE = Path(__file__).resolve().parent.parent / "figures" / "initial_values"
+
+
+class Bench:
+    """The teacher, the texts of one seed, and its side of the evaluation text at one layer, for all rows."""
+
+    def __init__(self, layer: int, seed: int, sizes: dict[str, Any], store: Path) -> None:
+        self.layer, self.steps, self.store = layer, sizes["steps"], store
+        config = RepairConfig(
+            model="smollm2",
+            swap=(f"layer{layer}:gated_deltanet",),
+            seed=seed,
+            seq_len=512,
+            tokens=sizes["tokens"],
+            train_tokens=sizes["train_tokens"],
+            self_generated=0.0,
+            retrieval_text=0.0,
+            max_minutes=None,
+            stages=("inherit", "closed-form", "local"),
+            controls=(),
+            probes=(),
+            trace_tokens=0,
+        )
+        self.opened = Opened(config, progress=True)
+        self.opened.fit()
+        self.texts = Repair("repair").prepare(self.opened).texts
+        self.opened.load()
+        layout = self.opened.teacher.layout
+        self.held_out = HeldOut(layout, self.texts.evaluation, layer, 1)
+        self.batches = Texts(
+            [torch.from_numpy(batch.ids) for batch in self.texts.train.batches(1)],
+            [torch.from_numpy(batch.ids) for batch in self.texts.validation.batches(1)],
+            {"text": self.texts.train.fingerprint, "look": self.texts.validation.fingerprint},
+        )
+
+    def untrained(self, call: str) -> dict[str, Any]:
+        """A control as it is built."""
+        return {"after": kept(self.held_out.evaluate(self._student(call).layout).kl)}
+
+    def arm(self, call: str, parts: tuple[str, ...]) -> dict[str, Any]:
+        """One mechanism with some of its initial values, before and after the steps."""
+        student = self._student(call)
+        config = dataclasses.replace(
+            self.opened.config, swap=(f"layer{self.layer}:{call}",), initial_values=parts
+        )
+        learner = trainable(self.opened.teacher.layout, config, student)
+        ladder = Steps(
+            config,
+            self.opened.teacher.layout,
+            learner,
+            self.held_out,  # type: ignore[arg-type]  # judges by text alone
+            self.batches,
+            folder=self.store,
+            state=None,
+            fingerprint={},
+            stopping=lambda: False,
+            say=print,
+        )
+        ladder.steps = self.steps
+        ladder._run_teacher()
+        began = time.process_time()
+        notes = [note for name in ("inherit", "closed_form") for note in ladder.ran(name).notes]
+        before = time.process_time() - began
+        found = {"before": kept(self.held_out.evaluate(learner.student.layout).kl)}
+        began = time.process_time()
+        looks = [look.error for look in ladder.ran("local").looks]
+        found |= {"after": kept(self.held_out.evaluate(learner.student.layout).kl)}
+        return {
+            **found,
+            "cpu_seconds": [before, time.process_time() - began],
+            "notes": notes,
+            "looks": looks,
+            "steps": self.steps,
+        }
+
+    def _student(self, call: str) -> Any:
+        config = dataclasses.replace(self.opened.config, swap=(f"layer{self.layer}:{call}",))
+        child = self.opened.child(config)
+        calibration = None
+        if call.startswith(("rwkv", "linear")):
+            calibration = self.opened.calibration(16384, self.texts.documents)
+        return child.students(calibration)[0]
+
+
+class Steps(Ladder):
+    """A ladder whose every stage takes the same steps, and which undoes none."""
+
+    steps = 0
+
+    def ran(self, name: str) -> Any:
+        """What a stage did."""
+        return getattr(self, f"_{name}")(name)
+
+    def _planned(self, key: str, loss: Any, learning: Any, seconds: float) -> tuple[int, int]:
+        return self.steps, 4
+
+
+def kept(kl: PerDocument) -> dict[str, Any]:
+    return {"total": kl.sums.tolist(), "count": kl.counts.tolist()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--full", action="store_true", help="the study; hours of CPU")
+    parser.add_argument("--only", choices=MECHANISMS, nargs="*", help="these mechanisms")
+    parser.add_argument("--layers", type=int, nargs="*", help="these layers")
+    parser.add_argument("--arms", choices=ARMS, nargs="*", help="these arms")
+    parser.add_argument("--output", type=Path, default=HERE, help="folder of the results")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    sizes = FULL if args.full else SMALL
+    folder = args.output / ("full" if args.full else "small")
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="mismatch-") as store:
+        for layer in args.layers or sizes["layers"]:
+            for seed in sizes["seeds"]:
+                measure(args, layer, seed, sizes, folder, Path(store))
+    frame = table(folder)
+    frame.to_csv(folder / "table.csv", index=False)
+    for layer in sorted(set(frame["layer"])):
+        picture = figure(frame[frame["layer"] == layer])
+        picture.savefig(folder / f"layer{layer}.png", dpi=200)
+    print(frame.to_string(index=False, float_format=lambda x: f"{x:.4f}"))
+
+
+def measure(
+    args: Any, layer: int, seed: int, sizes: dict[str, Any], folder: Path, store: Path
+) -> None:
+    """The rows of one layer and seed that are not there yet."""
+    controls: list[tuple[str, str, Any]] = [
+        ("control", name, call) for name, call in CONTROLS.items()
+    ]
+    arms = [
+        (mechanism, arm, parts)
+        for arm, parts in ARMS.items()
+        if not args.arms or arm in args.arms
+        for mechanism in args.only or MECHANISMS
+    ]
+    bench = None
+    for mechanism, arm, what in [*controls, *arms]:
+        file = folder / f"layer{layer}-seed{seed}-{_words(mechanism)}-{_words(arm)}.json"
+        if file.exists():
+            continue
+        bench = Bench(layer, seed, sizes, store) if bench is None else bench
+        print(layer, seed, mechanism, arm, flush=True)
+        control = mechanism == "control"
+        made = bench.untrained(what) if control else bench.arm(MECHANISMS[mechanism], what)
+        made |= {"layer": layer, "seed": seed, "mechanism": mechanism, "arm": arm}
+        made |= {"sizes": sizes, "versions": mismatch.versions()}
+        file.write_text(json.dumps(made, indent=1) + "\n")
+
+
+def _words(text: str) -> str:
+    return "_".join("".join(c if c.isalnum() else " " for c in text).split())
+
+
+def table(folder: Path) -> pd.DataFrame:
+    """A row per layer, mechanism, arm and time: KL and the share closed of the KL of `zero`, seeds together."""
+    found: dict[tuple[int, str, str, str], dict[int, PerDocument]] = {}
+    cost: dict[tuple[int, str, str, str], list[float]] = {}
+    for file in sorted(folder.glob("layer*.json")):
+        made = json.loads(file.read_text())
+        for at, when in enumerate(("before", "after")):
+            if when not in made:
+                continue
+            key = (made["layer"], made["mechanism"], made["arm"], when)
+            sums, counts = (np.array(made[when][name]) for name in ("total", "count"))
+            found.setdefault(key, {})[made["seed"]] = PerDocument(sums, counts, positive=True)
+            cost.setdefault(key, []).append(made.get("cpu_seconds", [0.0, 0.0])[at])
+    order = {"control": 0} | {name: at + 1 for at, name in enumerate(MECHANISMS)}
+    arms = {name: at for at, name in enumerate((*CONTROLS, *ARMS))}
+    rows = []
+    for key in sorted(found, key=lambda k: (k[0], order[k[1]], arms[k[2]], k[3] == "after")):
+        layer, mechanism, arm, when = key
+        zero = found[layer, "control", "zero", "after"]
+        seeds = sorted(set(found[key]) & set(zero))
+        mine, theirs = (_together([one[seed] for seed in seeds]) for one in (found[key], zero))
+        row = {"layer": layer, "mechanism": mechanism, "arm": arm, "when": when}
+        row |= dict(zip(("kl", "kl_lo", "kl_hi"), mine.mean()[:3], strict=True))
+        closed = mine.gap_closed(theirs)[:3]
+        row |= dict(zip(("closed", "closed_lo", "closed_hi"), closed, strict=True))
+        rows.append(row | {"cpu_seconds": float(np.mean(cost[key])), "seeds": len(seeds)})
+    return pd.DataFrame(rows)
+
+
+def _together(found: list[PerDocument]) -> PerDocument:
+    """The documents of several seeds as one text."""
+    sums, counts = (np.concatenate([getattr(one, n) for one in found]) for n in ("sums", "counts"))
+    return PerDocument(sums, counts, positive=True)
+
+
+def figure(frame: pd.DataFrame) -> Figure:
+    """What each arm closes before and after the steps, a panel per mechanism; the linear map as a line."""
+    mechanisms = [name for name in MECHANISMS if name in set(frame["mechanism"])]
+    picture = Figure(figsize=(8.0, 2.0 * len(mechanisms) + 0.9), layout="constrained")
+    lines = frame[(frame["mechanism"] == "control") & (frame["arm"] == "linear")]
+    panels = picture.subplots(len(mechanisms), 1, sharex=True, squeeze=False)[:, 0]
+    for ax, mechanism in zip(panels, mechanisms, strict=True):
+        mine = frame[frame["mechanism"] == mechanism]
+        arms = list(dict.fromkeys(mine["arm"]))
+        for when, colour in COLOURS.items():
+            rows = mine[mine["when"] == when]
+            bars = [
+                rows["closed"] - rows["closed_lo"],
+                rows["closed_hi"] - rows["closed"],
+            ]
+            at = [arms.index(arm) for arm in rows["arm"]]
+            label = "closed form" if when == "before" else "and the steps"
+            ax.errorbar(
+                100 * rows["closed"],
+                at,
+                xerr=[100 * bar for bar in bars],
+                fmt="o",
+                color=colour,
+                ms=4,
+                capsize=2,
+                lw=0.9,
+                label=label,
+            )
+        for row in lines.itertuples():
+            ax.axvline(100 * row.closed, color="#777777", lw=0.8, ls="--")
+        ax.set_yticks(range(len(arms)), arms, fontsize=8)
+        ax.invert_yaxis()
+        ax.set_title(mechanism, loc="left", fontsize=9)
+        ax.spines[["top", "right"]].set_visible(False)
+    panels[0].legend(frameon=False, fontsize=7, loc="lower right")
+    panels[-1].set_xlabel(
+        "share of zero's KL closed, % (95 % over documents); dashed: the best linear map"
+    )
+    return picture
+
+
+if __name__ == "__main__":
+    main()
