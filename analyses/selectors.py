@@ -4,6 +4,7 @@
         --tokens 2048 --seq-len 256 --samples 8 --length 328 --calibration-tokens 2048     13 minutes of CPU
     python analyses/selectors.py --scan RUN                    every score, 8 and 15 layers: 75 s of CPU a row
     python analyses/selectors.py --scan RUN --layers 8 --scores kl even            some rows
+    python analyses/selectors.py --scan RUN --ranks            what each score of the scan chooses, and how surely
     python analyses/selectors.py --draw                        table and figure of what is there
 
 Scores choose from one scan (replace-one KL on text, rise of the NLL of answers to needles and look-ups, HALO's ratio),
@@ -20,6 +21,8 @@ import dataclasses
 import json
 import math
 import time
+from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +55,8 @@ TASKS = {
     "needles": "needles, nats per answer token lost",
     "kv_lookup": "look-up, nats per answer token lost",
 }
-CHOSEN = ("kl", "answer_nll", "restore_one", "halo")
+SCANNED = ("kl", "answer_nll", "halo")
+CHOSEN = (*SCANNED, "restore_one")
 SCORES = (*CHOSEN, "even", "random 0", "random 1", "random 2")
 
 
@@ -63,14 +67,20 @@ def main() -> None:
     parser.add_argument("--scan", type=Path, help="run folder of a finished scan of one mechanism")
     parser.add_argument("--layers", type=int, nargs="+", default=[8, 15], help="to replace")
     parser.add_argument("--scores", nargs="+", choices=SCORES, default=SCORES, help="some rows")
+    parser.add_argument("--ranks", action="store_true", help="choose, and measure nothing")
     parser.add_argument("--draw", action="store_true", help="measure nothing")
     parser.add_argument("--output", type=Path, default=HERE, help="folder of the results")
     args = parser.parse_args()
     if not args.draw:
         if args.scan is None:
             parser.error("--scan RUN, or --draw")
-        scan = mismatch.load_run(args.scan)
-        study = Study(scan, mismatch.load(scan.manifest["model"], device="cpu"), args.output)
+        study = Study(mismatch.load_run(args.scan), args.output)
+        ranks, sets = study.ranks(args.layers)
+        ranks.to_csv(study.folder / "ranks.csv", index=False)
+        sets.to_csv(study.folder / "sets.csv", index=False)
+        print(sets.to_string(index=False, float_format=lambda x: f"{x:.3f}"))
+        if args.ranks:
+            return
         for layers in args.layers:
             for score in args.scores:
                 study.row(layers, score)
@@ -83,15 +93,41 @@ def main() -> None:
 class Study:
     """All rows of one scan: of its mechanism, on its model."""
 
-    def __init__(self, scan: Run, teacher: Any, output: Path) -> None:
+    def __init__(self, scan: Run, output: Path) -> None:
         (column,) = scan.plan.columns
-        self.scan, self.teacher, self.mechanism = scan, teacher, column.name
+        self.scan, self.mechanism = scan, column.name
         self.folder = output / "".join(c if c.isalnum() else "_" for c in column.name).strip("_")
         self.folder.mkdir(parents=True, exist_ok=True)
         able = [task for task in done(scan.table, scan.plan) if task in ANSWERS]
         if not able:
             raise SystemExit("error: the model can answer none of the prompts of this scan")
         self.numbers = Numbers.of(scan.plan, [column.name], range(scan.plan.n_layers), able)
+
+    @cached_property
+    def teacher(self) -> Any:
+        """The model of the scan."""
+        return mismatch.load(self.scan.manifest["model"], device="cpu")
+
+    def ranks(self, numbers: Sequence[int]) -> tuple[pd.DataFrame, pd.DataFrame]:
+        """The rank of each layer by each score of the scan; and the sets, how sure they are and what they share."""
+        ranks, sets = [], []
+        for layers in numbers:
+            config = config_of(self.scan, self.mechanism, layers)
+            found = {score: self.cheapest(config, self.numbers, score) for score in SCANNED}
+            even = self.chosen(config, None, "even")[0]
+            for score, (chosen, how) in found.items():
+                line: dict[str, Any] = {
+                    **{"layers": layers, "score": score, "set": " ".join(map(str, chosen))},
+                    **{"same": how and how.same, "kept": how and how.kept},
+                }
+                others = {name: of for name, (of, _) in found.items() if name != score}
+                for other, of in {**others, "even": even}.items():
+                    shared = Overlap.between(chosen, of, self.scan.plan.n_layers)
+                    line |= {f"shared with {other}": shared.shared, f"p {other}": shared.p}
+                sets.append(line)
+                if how is not None and layers == numbers[0]:
+                    ranks += [{"score": score, **dataclasses.asdict(one)} for one in how.ranks]
+        return pd.DataFrame(ranks), pd.DataFrame(sets)
 
     def row(self, layers: int, score: str) -> None:
         """One set: how it was chosen, how sure that is, and what it costs in each document and prompt."""
@@ -102,7 +138,7 @@ class Study:
         opened = Opened(config_of(self.scan, self.mechanism, layers), teacher=self.teacher)
         opened.fit()
         prepared, config = Plan("plan").prepare(opened), opened.config
-        chosen, how = self.chosen(config, prepared, layers, score)
+        chosen, how = self.chosen(config, prepared, score)
         found = {
             "mechanism": self.mechanism,
             "layers": layers,
@@ -118,18 +154,28 @@ class Study:
         path.write_text(json.dumps(found) + "\n")
 
     def chosen(
-        self, config: PlanConfig, prepared: Prepared, layers: int, score: str
+        self, config: PlanConfig, prepared: Prepared | None, score: str
     ) -> tuple[tuple[int, ...], Reliability | None]:
         """The set of a score, and how sure it is."""
         there = sorted({layer for _, layer in self.numbers.cells.values()})
+        layers = config.layers
+        assert layers is not None
         if score == "even":
             return spaced(there, layers), None
         if score not in CHOSEN:
             return at_random(there, layers, int(score.partition(" ")[2])), None
-        back = score == "restore_one"
-        numbers = self.given_back(config, prepared) if back else self.numbers
+        if score in SCANNED:
+            return self.cheapest(config, self.numbers, score)
+        assert prepared is not None
+        return self.cheapest(config, self.given_back(config, prepared), score)
+
+    @staticmethod
+    def cheapest(
+        config: PlanConfig, numbers: Numbers, score: str
+    ) -> tuple[tuple[int, ...], Reliability | None]:
+        """The layers of the least price, and how sure that is."""
         prices = numbers.scores(numbers.costs(), score)
-        found = tuple(s.layer for s in choose(prices, layers))
+        found = tuple(s.layer for s in choose(prices, config.layers))
         by = dataclasses.replace(config, score=score, scan=None)
         return found, sure(by, numbers, prices, found, {})
 
