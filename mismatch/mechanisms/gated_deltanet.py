@@ -46,6 +46,7 @@ from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextGatedDel
 from mismatch.mechanisms.base import Context
 from mismatch.mechanisms.parts.initial_values import (
     SMALL,
+    WRITE,
     Statistics,
     keys,
     silu_gate,
@@ -55,7 +56,6 @@ from mismatch.mechanisms.parts.mixers import Columns, Mixer, identity_taps, on_a
 
 Library = on_any_device(Qwen3NextGatedDeltaNet, __name__)
 STEP_MIN, STEP_MAX, STEP_FLOOR = 0.001, 0.1, 1e-4  # softplus(dt_bias) of flash-linear-attention
-WRITE = -1.0  # b before its sigmoid, for every token
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,15 @@ from transformers.models.kimi_linear.modeling_kimi_linear import (
 )
 
 from mismatch.mechanisms.base import Context
-from mismatch.mechanisms.parts.initial_values import softplus_inverse
+from mismatch.mechanisms.parts.calling import hidden_in
+from mismatch.mechanisms.parts.initial_values import (
+    SMALL,
+    WRITE,
+    Statistics,
+    keys,
+    sigmoid_gate,
+    softplus_inverse,
+)
 from mismatch.mechanisms.parts.mixers import Columns, Mixer, identity_taps, on_any_device
 
 CHUNK = 16  # tokens computed at once on a CPU: each pair of them costs head_dim numbers; the library's own are 64
@@ -77,9 +85,9 @@ class KDA(Mixer):
     )
     source = "arXiv 2510.26692; transformers' KimiLinearDeltaAttention"
     mixer: Any
-    decay: nn.Module
-    write: nn.Module
-    gate: nn.Module
+    decay: Any
+    write: Any
+    gate: Any
 
     def __init__(self, original: nn.Module, config: KDAConfig, context: Context) -> None:
         super().__init__(original, config, context)
@@ -129,3 +137,45 @@ class KDA(Mixer):
         gate = self.gate(x) if gate is None else gate
         parts = (*(self.flat(part) for part in self.qkv(x)), self.decay(x), self.write(x), gate)
         return torch.cat(parts, dim=-1)
+
+    # ---- initial values from the attention's statistics ------------------------------------------
+
+    def initial_values(self) -> dict[str, Callable[[Statistics], None]]:
+        if not self.inherits:
+            return {}
+        return {
+            **keys(self),
+            "values": self._straighten_values,
+            "half-life": self._forget,
+            "write": self._write_less,
+            **({"gate": self._fit_gate} if self.n_heads <= self.head_dim else {}),
+        }
+
+    def _straighten_values(self, _statistics: Statistics) -> None:
+        self.mixer.conv1d.weight[2 * self.width :, ..., -1] = SMALL
+
+    def _forget(self, statistics: Statistics) -> None:
+        forget = self.mixer.forget_gate
+        self.decay.weight.zero_()
+        forget.A_log.zero_()
+        step = math.log(2) / statistics.half_life(self.n_heads)
+        forget.dt_bias.copy_(softplus_inverse(step).repeat_interleave(self.head_dim))
+
+    def _write_less(self, statistics: Statistics) -> None:
+        self.write.weight[:] = (WRITE * statistics.constant).to(self.write.weight)
+
+    def _fit_gate(self, statistics: Statistics) -> None:
+        """One of the numbers behind the gate for each head; the others begin at 0."""
+        gate, scale = sigmoid_gate(statistics, self.without_gate, alike=True)
+        self.gate.weight.zero_()
+        self.gate.weight[: self.n_heads] = gate.to(self.gate.weight)
+        own = torch.eye(self.n_heads).repeat_interleave(self.head_dim, dim=0)
+        self.mixer.g_b_proj.weight[:, : self.n_heads] = own.to(self.gate.weight)
+        self.mixer.o_norm.weight.mul_(scale[0])
+
+    def without_gate(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Twice the heads with every gate at 1/2, `batch H pos D`."""
+        x = hidden_in(args, kwargs)
+        half = x.new_zeros(*x.shape[:2], self.head_dim)
+        y, _ = self.run(self.columns(x, half), {})
+        return 2 * y.unflatten(-1, (self.n_heads, self.head_dim)).transpose(1, 2)

@@ -50,7 +50,7 @@ from mismatch.errors import SurgeryError
 from mismatch.mechanisms.base import Context, need_calibration, tensor_kind
 from mismatch.mechanisms.parts.calling import cache_in, hidden_in
 from mismatch.mechanisms.parts.delta_rule import chunked_delta_rule
-from mismatch.mechanisms.parts.initial_values import FAINT, QUIET, Statistics
+from mismatch.mechanisms.parts.initial_values import WRITE, Statistics, sigmoid_gate
 from mismatch.mechanisms.parts.linears import dense, matrix
 from mismatch.mechanisms.parts.own_state import OwnState, entry
 from mismatch.mechanisms.parts.projections import NORMS, SEPARATE, AttentionParts
@@ -61,8 +61,6 @@ FASTEST = math.exp(-0.5)  # largest -log w
 EPS = 1e-5  # of GroupNorm, per channel of a head: the authors' 64e-5 at 64
 NEARLY_ZERO = 1e-2  # scale of W1 and A1 under init=inherit
 SHORTEST = 0.95  # sigmoid(w0), at most
-WRITE = -1.0  # a before its sigmoid, for every token
-OPEN = 0.4  # mean of the sigmoid of a gate
 
 
 @dataclass(frozen=True)
@@ -268,17 +266,14 @@ class RWKV(AttentionParts):
 
     def _fit_gate(self, statistics: Statistics) -> None:
         """One column of G1 a head; the others stay as they are, and their rows of G2 add up to 0."""
-        loud, heads = statistics.loudness(self._without_gate), self.n_heads
-        scale = (loud @ statistics.mean).clamp(min=FAINT) / OPEN
-        gate = statistics.map_of(
-            lambda x: (x.double() @ loud.T / scale).clamp(QUIET, 1 - QUIET).logit()
-        )
+        gate, scale = sigmoid_gate(statistics, self.without_gate, alike=False)
+        heads = self.n_heads
         self.g1[:, :heads] = gate.T.to(self.g1)
         own = torch.block_diag(*scale[:, None, None].expand(-1, 1, self.head_dim))
         self.g2[:heads] = own.to(self.g2)
         self.g2[heads:] -= self.g2[heads:].mean(0)
 
-    def _without_gate(self, *args: Any, **kwargs: Any) -> Tensor:
+    def without_gate(self, *args: Any, **kwargs: Any) -> Tensor:
         """p, `batch H pos D`: the heads with every gate at 1."""
         x = hidden_in(args, kwargs)
         r, k, v = self.qkv(x)

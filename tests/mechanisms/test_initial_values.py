@@ -108,6 +108,12 @@ def kept_by(mine):
     if name == "Mamba2":
         assert not mine.step.weight.any()
         return (-mine.mixer.A_log.exp() * torch.nn.functional.softplus(mine.mixer.dt_bias)).exp()
+    if name == "KDA":
+        forget = mine.mixer.forget_gate
+        assert not mine.decay.weight.any()
+        rate = torch.nn.functional.softplus(forget.dt_bias).unflatten(0, (4, -1))
+        assert (rate == rate[:, :1]).all() and not forget.A_log.any()
+        return (-rate[:, 0]).exp()
     if name == "RWKV":
         decay = (-math.exp(-0.5) * torch.sigmoid(mine.w0)).exp().unflatten(0, (4, -1))
         assert (decay == decay[:, :1]).all()
@@ -116,7 +122,7 @@ def kept_by(mine):
 
 
 @pytest.mark.parametrize(
-    "call", ["gated_deltanet", "mamba2", "rwkv", "linear_attention(decay=learned)"]
+    "call", ["gated_deltanet", "mamba2", "rwkv", "kda", "linear_attention(decay=learned)"]
 )
 def test_a_state_halves_over_the_half_life(call):
     mine, statistics, _ = measured(call)
@@ -130,11 +136,22 @@ def test_a_state_halves_over_the_half_life(call):
     torch.testing.assert_close(kept**tokens, torch.full_like(kept, 0.5), atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("call", ["gated_deltanet", "mamba2(norm=before)", "rwkv"])
+@pytest.mark.parametrize("call", ["gated_deltanet", "kda"])
+def test_without_a_bias_the_direction_of_all_inputs_says_how_much_is_written(call):
+    mine, statistics, _ = measured(call)
+    with torch.no_grad():
+        mine.initial_values()["write"](statistics)
+        x = torch.cat([x for x, _ in statistics.runs])
+        written = mine.write(x)[..., ::2] if call == "gated_deltanet" else mine.write(x)
+    assert written.mean().item() == pytest.approx(-1.0, abs=1e-4)
+    assert written.std() < 0.2
+
+
+@pytest.mark.parametrize("call", ["gated_deltanet", "mamba2(norm=before)", "rwkv", "kda"])
 def test_the_gate_is_as_loud_as_the_attention(call):
     """Planted: heads of the mixer itself, each made longer and shorter by a linear map of x that is its own."""
     mine, statistics, _ = measured(call, batches=12)
-    plain = mine._without_gate if call == "rwkv" else mine.without_gate
+    plain = mine.without_gate
     draws = torch.Generator().manual_seed(0)
     away = torch.randn(4, 24, generator=draws)
     x = torch.cat([x for x, _ in statistics.runs])
@@ -172,6 +189,11 @@ def test_silu_is_inverted():
 
 
 def test_what_has_no_attention_to_learn_from_sets_nothing():
-    for call in ("gated_deltanet(init=fresh)", "mamba2(init=fresh)", "rwkv(init=fresh)"):
+    for call in (
+        "gated_deltanet(init=fresh)",
+        "mamba2(init=fresh)",
+        "rwkv(init=fresh)",
+        "kda(init=fresh)",
+    ):
         assert part(swap(tiny("llama"), f"layer1:{call}")).initial_values() == {}
     assert "gate" not in part(swap(tiny("llama"), "layer1:mamba2")).initial_values()

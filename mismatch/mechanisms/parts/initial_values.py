@@ -43,8 +43,12 @@ FLAT, EVEN = 1e-4, 1e-3
 """Ridges of `constant` and of other maps of x, in means of the diagonal."""
 LOUD, QUIET = 1.5, 0.02
 """Mean of silu(gate), where it is nearly linear, and the least that is aimed at."""
+OPEN = 0.4
+"""Mean of the sigmoid of a gate."""
 FAINT = 1e-3
 """Mean loudness, at least: of a layer that gives nothing it would be 0."""
+WRITE = -1.0
+"""How much is written, before its sigmoid, for every token."""
 SMALL = 0.5
 """Tap of values in front of a SiLU, at which it is linear; the norm behind undoes it."""
 
@@ -179,6 +183,20 @@ def silu_gate(statistics: Statistics, plain: Callable[..., Tensor]) -> tuple[Ten
     scale = LOUD / (loud @ statistics.mean).mean().clamp(min=FAINT).item()
     weights = statistics.map_of(
         lambda x: silu_inverse((scale * x.double() @ loud.T).clamp(min=QUIET))
+    )
+    return weights, scale
+
+
+def sigmoid_gate(
+    statistics: Statistics, plain: Callable[..., Tensor], *, alike: bool
+) -> tuple[Tensor, Tensor]:
+    """The same with a sigmoid: weights of z such that sigmoid(z) = rho / scale, `H d_model`, and the scale of each
+    head, float64 `H`; one for all where `alike`."""
+    loud = statistics.loudness(plain)
+    scale = (loud @ statistics.mean).clamp(min=FAINT) / OPEN
+    scale = scale.mean().expand_as(scale) if alike else scale
+    weights = statistics.map_of(
+        lambda x: (x.double() @ loud.T / scale).clamp(QUIET, 1 - QUIET).logit()
     )
     return weights, scale
 

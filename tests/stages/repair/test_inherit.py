@@ -19,7 +19,7 @@ def repaired(teacher, swap, stages=("inherit",), **settings):
     return mismatch.repair(teacher, swap, stages=stages, **{**SHORT, **settings})
 
 
-@pytest.mark.parametrize("call", ["gated_deltanet", "mamba2(norm=before)", "rwkv"])
+@pytest.mark.parametrize("call", ["gated_deltanet", "mamba2(norm=before)", "rwkv", "kda"])
 def test_the_attention_says_where_to_begin(toy_teacher, call):
     before = {n: p.clone() for n, p in toy_teacher.model.named_parameters()}
     found = repaired(toy_teacher, f"layer1:{call}", ("inherit", "closed-form"), controls=("zero",))
