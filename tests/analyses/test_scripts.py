@@ -43,7 +43,7 @@ INSIDE = {
     "three_models": "applies the rules of a scan and of a trace to other models",
     "repair_layer12": "draws two repairs into one figure",
     "spoilt_inputs": "runs the command line in its own process",
-    "selectors": "measures many sets in one sweep, and keeps what single documents lost",
+    "selector_study": "measures many sets in one sweep, and keeps what single documents lost",
     "scan_atlas": "says what the report of a scan says",
 }
 """Scripts that import more of the package than a user needs, and why."""

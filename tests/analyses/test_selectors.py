@@ -1,4 +1,4 @@
-"""The table of `analyses/selectors.py` follows planted rows."""
+"""The table of `analyses/selector_study.py` follows planted rows."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def planted(folder, score, chosen, lost, noise):
 
 
 def test_sets_are_compared_on_the_same_documents(tmp_path):
-    module, noise = script("selectors"), np.random.default_rng(0).normal(size=8)
+    module, noise = script("selector_study"), np.random.default_rng(0).normal(size=8)
     planted(tmp_path / "infini", "kl", [0, 1], 1.0, noise)
     planted(tmp_path / "infini", "even", [1, 4], 1.5, noise)
     (tmp_path / "infini" / "restored.json").write_text("{}")  # no row

@@ -2,10 +2,10 @@
 
     mismatch scan --model smollm2 --swap "sliding_window(64, 1)" --tasks text,needles,kv_lookup --controls none \\
         --tokens 2048 --seq-len 256 --samples 8 --length 328 --calibration-tokens 2048     13 minutes of CPU
-    python analyses/selectors.py --scan RUN                    every score, 8 and 15 layers: 75 s of CPU a row
-    python analyses/selectors.py --scan RUN --layers 8 --scores kl even            some rows
-    python analyses/selectors.py --scan RUN --ranks            what each score of the scan chooses, and how surely
-    python analyses/selectors.py --draw                        table and figure of what is there
+    python analyses/selector_study.py --scan RUN                    every score, 8 and 15 layers: 75 s of CPU a row
+    python analyses/selector_study.py --scan RUN --layers 8 --scores kl even            some rows
+    python analyses/selector_study.py --scan RUN --ranks            what each score of the scan chooses, and how surely
+    python analyses/selector_study.py --draw                        table and figure of what is there
 
 Scores choose from one scan (replace-one KL on text, rise of the NLL of answers to needles and look-ups, HALO's ratio),
 by giving one layer back (`restore_one`, 3 more minutes, no repair in between), or without looking (evenly spaced, three
