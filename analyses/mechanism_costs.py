@@ -49,6 +49,7 @@ COSTS = ROOT / "figures" / "mechanism_table" / "costs.csv"
 STATE = ROOT / "mismatch" / "mechanisms" / "state_bytes.csv"
 GIVEN = {
     "gqa": "gqa(groups=1)",
+    "mla": "mla(rank=128)",
     "parallel": "parallel(infini)",
     "partial_rope": "partial_rope(fraction=0.5)",
     "yarn": "yarn(factor=4)",

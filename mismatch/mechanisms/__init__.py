@@ -19,6 +19,7 @@ MECHANISMS = {
     "low_rank_mlp": "mismatch.mechanisms.low_rank_mlp:LowRankMLP",
     "mamba": "mismatch.mechanisms.mamba:Mamba",
     "mamba2": "mismatch.mechanisms.mamba2:Mamba2",
+    "mla": "mismatch.mechanisms.mla:MLA",
     "moba": "mismatch.mechanisms.moba:MoBA",
     "nope": "mismatch.mechanisms.nope:NoPE",
     "parallel_adapter": "mismatch.mechanisms.parallel_adapter:ParallelAdapter",

@@ -11,11 +11,13 @@ without rotation and values take any map. Everything is folded into the four pro
 attention with fewer kv heads, and a cache as much smaller.
 
     merge=pca         u: first component of the heads' Gram matrix in each pair; E: the first D components of all values
-                      of the group. Best in least squares
+                      of the group: least squares, in which an error of a key counts by the queries that read it, one of
+                      a value by W_o
     merge=procrustes  turns alone (orthogonal, |u| = 1), each towards the mean of all, then the mean
     merge=mean        no turn: the mean, as published first
 
-Gram matrices are those of the calibration text (`parts/input_moment.py`), or with init=weights of the weights alone.
+Gram matrices are those of the calibration text (`parts/input_moment.py`), or with init=weights of the weights alone,
+where all errors count alike (as values do in some heads of a layer, where W_o stands outside).
 The repair stage `closed-form` then fits W_o anew.
 
 Inherited: nothing but the output projection's bias. New: four projections, smaller by the kv heads that are gone.
@@ -33,8 +35,14 @@ from torch import Tensor, nn
 from mismatch.errors import ConfigError
 from mismatch.mechanisms.base import Context, tensor_kind
 from mismatch.mechanisms.parts.host_softmax import HostSoftmax
-from mismatch.mechanisms.parts.input_moment import InputMoment, moment
-from mismatch.mechanisms.parts.linears import affine, linear
+from mismatch.mechanisms.parts.input_moment import (
+    InputMoment,
+    key_metric,
+    moment,
+    root,
+    value_metric,
+)
+from mismatch.mechanisms.parts.linears import linear
 from mismatch.mechanisms.parts.projections import SEPARATE, refuse_norms
 from mismatch.mechanisms.parts.rotary_pairs import pair_gram, real_maps, rotary_width
 
@@ -78,17 +86,23 @@ class GQA(HostSoftmax):
                 argument="groups",
             )
         self._had = had
-        moments = moment(
-            original, context, "gqa", "weights" if config.merge == "mean" else config.init
-        )
+        c = moment(original, context, "gqa", config.init if config.merge != "mean" else "weights")
         q, k, v = (w.unflatten(0, (-1, self.head_dim)) for w in self.affine())
-        turns, merged_k = self._maps(k, moments, rotary_width(self))
-        spread, merged_v = self._maps(v, moments, 0)
+        output = self.output_matrix().to(q)
+        turns = merged_k = spread = merged_v = q.new_zeros(had, self.head_dim, self.head_dim)
+        if c is not None:
+            c, width = c.to(q.device), rotary_width(self)
+            by_query = by_output = (torch.eye(self.head_dim).to(q).expand_as(turns),) * 2
+            if config.merge == "pca" and config.init == "text":
+                by_query = _pair_root(key_metric(q, c, had), width)
+                by_output = root(value_metric(output, had))
+            turns, merged_k = self._maps(k, c, width, *by_query)
+            spread, merged_v = self._maps(v, c, 0, *by_output)
         self._fold(
             turns.mT.repeat_interleave(self.group, dim=0) @ q,
             (merged_k @ k).unflatten(0, (groups, -1)).sum(1),
             (merged_v @ v).unflatten(0, (groups, -1)).sum(1),
-            spread.repeat_interleave(self.group, dim=0),
+            torch.einsum("ohd,hde->ohe", output, spread.repeat_interleave(self.group, dim=0)),
         )
         self.n_kv_heads = groups
 
@@ -101,36 +115,35 @@ class GQA(HostSoftmax):
         held, before = (2 * heads * self.head_dim for heads in (self.n_kv_heads, self._had))
         return (f"the cache holds {held} numbers a token, not {before}",)
 
-    def _maps(self, w: Tensor, moments: Tensor | None, width: int) -> tuple[Tensor, Tensor]:
+    def _maps(
+        self, w: Tensor, c: Tensor, width: int, root: Tensor, inverse: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """What brings a merged head back to each of its heads, and the part of each in it: `KV D D`, twice.
 
         Args:
             w: `KV D d_model+1`.
-            moments: of the inputs; None = placeholders.
+            c: second moment of the inputs.
             width: channels that are rotated.
+            root, inverse: of the metric in which an error counts, `KV D D`; they pass through the rotation.
         """
-        if moments is None:
-            return (w.new_zeros(len(w), self.head_dim, self.head_dim),) * 2
         found = []
-        for heads in w.split(len(w) // self.settings.groups):
-            flat = heads.flatten(0, 1)
-            gram = flat @ moments.to(flat.device) @ flat.mT
-            size = len(heads)
-            gram = gram.unflatten(1, (size, -1)).unflatten(0, (size, -1))
+        for heads in (root @ w).split(len(w) // self.settings.groups):
+            size, flat = len(heads), heads.flatten(0, 1)
+            gram = (flat @ c @ flat.mT).unflatten(1, (size, -1)).unflatten(0, (size, -1))
             pairs = _merging(pair_gram(gram, width), size, self.settings.merge)
             free = gram[:, width:, :, width:].flatten(0, 1).flatten(1, 2)
             rest = _merging(free, size, self.settings.merge)
             # `pairs size 1 1` complex, and `size D-W D-W`.
             found.append([real_maps(p[..., 0, 0].T, r) for p, r in zip(pairs, rest, strict=True)])
         back, into = (torch.cat(maps) for maps in zip(*found, strict=True))
-        return back, into
+        return inverse @ back, into @ root
 
-    def _fold(self, q: Tensor, k: Tensor, v: Tensor, spread: Tensor) -> None:
+    def _fold(self, q: Tensor, k: Tensor, v: Tensor, output: Tensor) -> None:
         """Put the merged heads into projections of their own.
 
         Args:
             q, k, v: weights and biases, `heads D d_model+1`.
-            spread: from the merged values to those of each query head, `H D D`.
+            output: of the merged values, `out H D`.
         """
         old: list[Any] = [getattr(self, name) for name in self._inputs]
         kind = tensor_kind(self, self.context)
@@ -141,13 +154,19 @@ class GQA(HostSoftmax):
             flat, biased = heads.flatten(0, 1), old[at % len(old)].bias is not None
             new = linear(flat[:, :-1], flat[:, -1] if biased else None, kind)
             setattr(self, self._inputs[at], new)
-        output: Any = getattr(self, self._output)
-        if isinstance(output, nn.Identity):  # the heads themselves are asked for
-            whole, bias = torch.eye(len(spread) * self.head_dim).to(spread), None
-        else:
-            whole, bias = affine(output, self.context)[:, :-1], output.bias
-        whole = torch.einsum("ohd,hde->ohe", whole.unflatten(1, (-1, self.head_dim)), spread)
-        setattr(self, self._output, linear(whole.flatten(1), bias, kind))
+        bias = getattr(getattr(self, self._output), "bias", None)
+        setattr(self, self._output, linear(output.flatten(1), bias, kind))
+
+
+def _pair_root(metric: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """As `root`, of the part of a metric that passes through the rotation: one number a pair, and the free channels."""
+    half = width // 2
+    size = metric.diagonal(dim1=1, dim2=2)
+    size = size[:, :half] + size[:, half:width]
+    whole, free = root(torch.diag_embed(size)), root(metric[:, width:, width:])
+    pairs = (one.diagonal(dim1=1, dim2=2).to(torch.complex128) for one in whole)
+    back, into = (real_maps(p, f) for p, f in zip(pairs, free, strict=True))
+    return back, into
 
 
 def _merging(gram: Tensor, size: int, merge: str) -> tuple[Tensor, Tensor]:

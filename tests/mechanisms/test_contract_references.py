@@ -51,6 +51,7 @@ REFERENCES = {
     "mamba": LIBRARY,
     "mamba2": MIXERS,
     "mean": ("test_controls:test_mean_is_the_calibration_mean_over_bulk_tokens_at_every_position",),
+    "mla": ("test_mla:test_it_is_the_definition",),
     "moba": CHOSEN,
     "nope": ("test_nope:test_it_is_smollm3_built_without_rotary_in_that_layer",),
     "parallel": ("test_controls:test_parallel_is_the_sum_of_both_paths",),

@@ -31,6 +31,7 @@ OWN = {
     "linear_attention": (3 * 128 * 65 * 4,) * 3,  # hedgehog: 128 features
     "mamba": (1152 * 16 * 4 + 1152 * 4 * 4,) * 3,
     "mamba2": (MATRIX + 3 * 576 * 4 * 4,) * 3,
+    "mla": tuple(size // 2 for size in KEPT),  # 64 + 128 numbers of 384
     "parallel": (KEPT[0] + MEMORY, KEPT[1] + MEMORY, 2047 * TOKEN + MEMORY + OPEN),
     "rwkv": (MATRIX + 576 * 4,) * 3,
     "short_conv": (3 * 576 * 4,) * 3,

@@ -87,7 +87,7 @@ def test_of_longer_copies_only_components_know():
 
 @pytest.mark.parametrize("family", ["llama", "gpt_neox", "gpt2"])
 def test_what_is_lost_is_what_numpy_loses(family):
-    """Keys by the singular values of each pair of channels, values by those of all of them."""
+    """Keys by the singular values of each pair of channels, values by those of all, each as it counts."""
     model, seen = tiny(family), []
     student = swap(model, "layer1:gqa(groups=1)")
     attention = model.get_submodule(student.layout.slot_path(1, "attn"))
@@ -99,15 +99,25 @@ def test_what_is_lost_is_what_numpy_loses(family):
     x = seen[0].detach()[0:2].flatten(0, 1)
     old = swap(model, "layer1:ring").model.get_submodule(student.layout.slot_path(1, "attn"))
     with torch.no_grad():
-        _, k, v = (t.transpose(0, 1).double().numpy() for t in (h[0] for h in old.qkv(x[None])))
+        q, k, v = (t.transpose(0, 1).double().numpy() for t in (h[0] for h in old.qkv(x[None])))
         _, one_k, one_v = (h[0, 0].double().numpy() for h in part(student).qkv(x[None]))
+        output = old.output_matrix().numpy()  # `out H D`
+    q = q.reshape(len(q), k.shape[1], -1, q.shape[-1])  # `tokens KV group D`
+    output = output.reshape(len(output), *q.shape[1:])
     pairs, width = {"llama": (4, 8), "gpt_neox": (2, 4), "gpt2": (0, 0)}[family]
     for i in range(pairs):
         z, m = k[..., i] + 1j * k[..., i + pairs], one_k[:, i] + 1j * one_k[:, i + pairs]
-        check(z, m[:, None], 1)
+        energy = np.square(q[..., [i, i + pairs]]).sum((0, 2, 3))
+        check(z * np.sqrt(energy), m[:, None], 1)
     if width < k.shape[-1]:
-        check(k[..., width:].reshape(len(k), -1), one_k[:, width:], k.shape[-1] - width)
-    check(v.reshape(len(v), -1), one_v, v.shape[-1])
+        read = np.einsum("tkgd,tkge->kde", q[..., width:], q[..., width:])
+        check(counted(k[..., width:], read), one_k[:, width:], k.shape[-1] - width)
+    check(counted(v, np.einsum("okgd,okge->kde", output, output)), one_v, v.shape[-1])
+
+
+def counted(heads, metric):
+    """Channels `tokens KV D` of which the squares are those of a metric `KV D D`, side by side."""
+    return np.einsum("tkd,kde->tke", heads, np.linalg.cholesky(metric)).reshape(len(heads), -1)
 
 
 def check(full, merged, rank):
@@ -144,8 +154,8 @@ def test_the_cache_holds_the_heads_that_are_left(family):
 
 def test_all_heads_as_a_place_are_the_layer_and_some_are_some():
     model = tiny("llama")
-    whole = swap(model, "layer1:gqa(groups=1)").model
-    every = swap(model, "layer1.heads[0-3]:gqa(groups=1)").model
+    whole = swap(model, "layer1:gqa(groups=1, init=weights)").model
+    every = swap(model, "layer1.heads[0-3]:gqa(groups=1, init=weights)").model
     torch.testing.assert_close(every(IDS).logits, whole(IDS).logits, atol=1e-4, rtol=0)
     some = swap(model, "layer1.heads[0,3]:gqa(groups=1)").model
     assert (some(IDS).logits - whole(IDS).logits).abs().max() > 0.1

@@ -32,6 +32,7 @@ CALLS = {
     "mamba": "mamba",
     "mamba2": "mamba2",
     "mean": "mean",
+    "mla": "mla(rank=9, rope_dim=4)",
     "moba": "moba(block=3, top=2)",
     "nope": "nope",
     "partial_rope": "partial_rope(fraction=0.5)",
@@ -71,6 +72,7 @@ LIMITS = {
     "linear_attention": "linear_attention(window=21)",
     "lora": "lora",
     "low_rank_mlp": "low_rank_mlp(rank=24)",
+    "mla": "mla(rank=99, rope_dim=98)",
     "moba": "moba(block=7)",
     "parallel": "parallel(random, alpha=0)",
     "parallel_adapter": "parallel_adapter",
@@ -88,7 +90,7 @@ BEGINS_AS_TEACHER = (
 )  # fmt: skip
 ROTARY = ("nope", "partial_rope", "rope", "yarn")  # not for gpt2, nor for layers without rotary
 # What folds maps of heads into the projections, and the families without norms between the two.
-BARE = ("gqa",)
+BARE = ("gqa", "mla")
 NO_NORMS = (
     "llama",
     "mistral",
@@ -107,7 +109,7 @@ WINDOWED = {
 }  # fmt: skip
 # What a family's attention can break.
 ATTENTION = (
-    "gated_deltanet", "gqa", "infini", "kv_slots", "linear_attention", "mamba2", "nope", "parallel", "rwkv",
+    "gated_deltanet", "gqa", "infini", "kv_slots", "linear_attention", "mamba2", "mla", "nope", "parallel", "rwkv",
     "sliding_window", "topk",
 )  # fmt: skip
 

@@ -5,6 +5,12 @@ gradient.
 
 Of all tokens, the first one and massive ones too: what is attended to most is among them. Without calibration text
 (`init=weights`) C is the identity: a decomposition of the weights alone.
+
+An error of a key counts by what queries make of it, one of a value by what the output projection makes of it:
+
+    sum_h E (q_h . dk)^2 = dk^T M dk,  M = sum_h W_q C W_q^T          sum_h |W_o dv|^2 = dv^T M dv,  M = sum_h W_o^T W_o
+
+over the query heads h that read the kv head, each taken by itself. With the root of M in front, least squares count so.
 """
 
 from __future__ import annotations
@@ -16,6 +22,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mismatch.mechanisms.base import Context, need_calibration
+
+FLOOR = 1e-6
+"""Smallest eigenvalue of a metric, of the largest."""
 
 
 class InputMoment:
@@ -55,3 +64,23 @@ def moment(original: nn.Module, context: Context, name: str, init: str) -> Tenso
         return torch.eye(context.d_model + 1, dtype=torch.float64)
     measured: Any = need_calibration(original, context, name)
     return measured.matrix()
+
+
+def key_metric(q: Tensor, moments: Tensor, kv_heads: int) -> Tensor:
+    """M of the keys of each kv head, `KV D D`; q: weights and biases of the queries, `H D d_model+1`."""
+    return (q @ moments @ q.mT).unflatten(0, (kv_heads, -1)).sum(1)
+
+
+def value_metric(output: Tensor, kv_heads: int) -> Tensor:
+    """M of the values of each kv head, `KV D D`; output: the output projection, `out H D`."""
+    by_head = torch.einsum("ohd,ohe->hde", output, output)
+    return by_head.unflatten(0, (kv_heads, -1)).sum(1)
+
+
+def root(metric: Tensor) -> tuple[Tensor, Tensor]:
+    """The symmetric root of each M, and its inverse: `... D D`. What counts for almost nothing counts for FLOOR."""
+    if not metric.numel():
+        return metric, metric
+    size, basis = torch.linalg.eigh(metric)
+    size = size.clamp(min=FLOOR * float(size.max())).sqrt()
+    return (basis * size[..., None, :]) @ basis.mT, (basis / size[..., None, :]) @ basis.mT

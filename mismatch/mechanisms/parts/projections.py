@@ -149,6 +149,16 @@ class AttentionParts(Mechanism):
         q, k, v = found if len(found) == 3 else (w.T for w in self._split(found[0].T))
         return q, k, v
 
+    def output_matrix(self) -> Tensor:
+        """The weight of the output projection as numbers, outside autograd: `out H D`, float64. The identity where the
+        heads themselves are asked for, and the projection was taken out."""
+        layer = getattr(self, self._output)
+        if isinstance(layer, nn.Identity):
+            whole = torch.eye(self.n_heads * self.head_dim, dtype=torch.float64)
+        else:
+            whole = affine(layer, self.context)[:, :-1]
+        return whole.unflatten(1, (self.n_heads, self.head_dim))
+
     def _queries_and_gate(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Both flat, `batch pos heads*D`."""
         q = self.q_proj(x)
