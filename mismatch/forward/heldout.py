@@ -20,6 +20,7 @@ from mismatch.forward.shared_prefix import Stored, run_prefix, run_suffix
 from mismatch.metrics.sums.meter import StudentMeter
 from mismatch.metrics.sums.per_document import PerDocument, Units
 from mismatch.models.layout import Layout
+from mismatch.runs.ranks import ALONE, Ranks
 from mismatch.texts.windows import Windows
 
 
@@ -123,12 +124,17 @@ class HeldOut:
         return self.evaluate_all([Trial("student", student)])["student"]
 
     @torch.no_grad()
-    def evaluate_all(self, trials: Sequence[Trial]) -> dict[str, Evaluated]:
+    def evaluate_all(self, trials: Sequence[Trial], ranks: Ranks = ALONE) -> dict[str, Evaluated]:
         """Each trial by its name; all are compared with the same chunk of the teacher's predictions.
+
+        Args:
+            trials: the same on every rank.
+            ranks: who we are among how many: each rank evaluates its share, and gets all.
 
         Raises:
             RunError: a student changed the teacher's stream in place.
         """
+        mine = [trial for at, trial in enumerate(trials) if ranks.mine(at)]
         found = {
             trial.name: StudentMeter(
                 ("kl", "nll"),
@@ -136,15 +142,17 @@ class HeldOut:
                 n_pos=self.windows.seq_len,
                 units=self.units.over,
             )
-            for trial in trials
+            for trial in mine
         }
-        assert len(found) == len(trials)  # each has sums of its own
+        assert len(found) == len(mine)  # each has sums of its own
         for batch in self.batches:
-            states = [(t.name, t.layout, self._final(t, batch)) for t in trials]
+            states = [(t.name, t.layout, self._final(t, batch)) for t in mine]
             pairs = compare(self.teacher, batch.reference, states, batch.predictions)
             for name, pair in pairs:
                 found[name].update(pair)
-        return {name: _evaluated(meter) for name, meter in found.items()}
+        parts = ranks.everywhere({name: _evaluated(meter) for name, meter in found.items()})
+        every = {name: one for part in parts for name, one in part.items()}
+        return {trial.name: every[trial.name] for trial in trials}
 
     def _final(self, trial: Trial, batch: Batch) -> Tensor:
         with trial.during(batch):

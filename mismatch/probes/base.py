@@ -20,6 +20,8 @@ Facts, read without importing the file:
     shows        in words: what the headline shows
     blind        in words: what it cannot see
     source       paper, or the measurement it comes from
+    by_batch     whether `run` gives its batches to `Setting.by_batch`, so that ranks share them; a probe that does not
+                 is run as a whole by one of them
     needs        "tokens" (made here), "text" (held-out windows), "tokenizer", or "tokenizer, haystack": held-out text
                  where there is some, in which something is hidden; the samples are prompts, not windows
 """
@@ -28,10 +30,10 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 
@@ -41,10 +43,12 @@ from mismatch.metrics.sums.per_document import Total, Units, estimate
 from mismatch.models.layout import Layout
 from mismatch.runs.intervals import SAMPLES
 from mismatch.runs.plan import Replaced
+from mismatch.runs.ranks import ALONE, Ranks
 from mismatch.runs.table import SWAP, conditions, under
 from mismatch.surgery.operate import Student
 
 TEACHER = "teacher"
+Key = TypeVar("Key", bound=Hashable)
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,7 @@ class Setting:
         lookup_pairs, lookup_length: pairs of a list, and tokens of its prompt.
         travel: how far the planned training can move a gate; None = no plan was given.
         seed: random seed.
+        ranks: who this process is among how many.
     """
 
     words: np.ndarray
@@ -85,6 +90,20 @@ class Setting:
     lookup_length: int = 328
     travel: float | None = None
     seed: int = 0
+    ranks: Ranks = ALONE
+
+    def by_batch(
+        self, count: int, run: Callable[[slice], Mapping[Key, np.ndarray]]
+    ) -> dict[Key, np.ndarray]:
+        """Numbers of all samples by their names; several ranks share the batches.
+
+        Args:
+            count: of samples.
+            run: is given a batch of them; returns arrays with one row a sample.
+        """
+        batches = [slice(at, at + self.batch_size) for at in range(0, count, self.batch_size)]
+        parts = self.ranks.shared(batches, run)
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
     def fits(self, length: int, what: str, hint: str) -> None:
         """Check that so many tokens fit into the model's context.
@@ -261,6 +280,7 @@ class Probe:
     blind: ClassVar[str]
     source: ClassVar[str]
     needs: ClassVar[str]
+    by_batch: ClassVar[bool] = False
 
     def __init__(self, setting: Setting) -> None:
         self.setting = setting

@@ -46,6 +46,7 @@ class Copying(Probe):
     )
     source = "Olsson et al., arXiv 2209.11895; Jelassi et al., arXiv 2402.01032"
     needs = "tokens"
+    by_batch = True
 
     def __init__(self, setting: Setting) -> None:
         super().__init__(setting)
@@ -69,16 +70,17 @@ class Copying(Probe):
         scored = torch.zeros(every.shape, dtype=torch.bool)
         scored[:, max(start, 1) :] = True
         scored[:, start + length] = False  # the first token of the second copy
-        found: dict[str, list[np.ndarray]] = {s.name: [] for s in subjects}
-        size = self.setting.batch_size
+
+        def one(part: slice) -> dict[str, np.ndarray]:
+            ids = on_device(subjects[0].layout, every[part])
+            mask = scored[part].to(ids.device)
+            return {
+                subject.name: -scores(subject.layout, final, ids, mask)[0].numpy()
+                for subject, final in finals(subjects, ids)
+            }
+
         with torch.no_grad():
-            for at in range(0, len(every), size):
-                ids = on_device(subjects[0].layout, every[at : at + size])
-                mask = scored[at : at + size].to(ids.device)
-                for subject, final in finals(subjects, ids):
-                    value, _ = scores(subject.layout, final, ids, mask)
-                    found[subject.name].append(-value.numpy())
-        return {name: np.concatenate(parts) for name, parts in found.items()}
+            return self.setting.by_batch(len(every), one)
 
     def _measures(self, nll: dict[int, np.ndarray], segment: int) -> list[Measure]:
         measures, first, near, far = [], [], [], []

@@ -45,6 +45,7 @@ class Generation(Probe):
     )
     source = "arXiv 2211.17192; arXiv 1908.04319"
     needs = "text"
+    by_batch = True
 
     def __init__(self, setting: Setting) -> None:
         super().__init__(setting)
@@ -58,29 +59,33 @@ class Generation(Probe):
         self.ids = found[:, :PROMPT]
 
     def run(self, subjects: Sequence[Subject]) -> Answers:
-        parts: dict[str, list[dict[str, np.ndarray]]] = {s.name: [] for s in subjects}
+        def one(part: slice) -> dict[tuple[str, str], np.ndarray]:
+            read: dict[tuple[str, str], np.ndarray] = {}
+            ids = on_device(subjects[0].layout, self.ids[part])
+            generated = {subject.name: greedy(subject, ids) for subject in subjects}
+            ours = generated[subjects[0].name]
+            teacher: Tensor | None = None
+            for subject, final in finals(subjects, torch.cat([ids, ours], 1)):
+                logp = log_probs(subject.layout, final[:, PROMPT - 1 : -1])
+                teacher = logp if teacher is None else teacher
+                apart = _compared(ours, generated[subject.name], teacher, logp)
+                read |= {(subject.name, stat): values for stat, values in apart.items()}
+            return read
+
         with torch.no_grad():
-            for at in range(0, len(self.ids), self.setting.batch_size):
-                ids = on_device(subjects[0].layout, self.ids[at : at + self.setting.batch_size])
-                generated = {subject.name: greedy(subject, ids) for subject in subjects}
-                ours = generated[subjects[0].name]
-                common = torch.cat([ids, ours], 1)
-                teacher: Tensor | None = None
-                for subject, final in finals(subjects, common):
-                    logp = log_probs(subject.layout, final[:, PROMPT - 1 : -1])
-                    teacher = logp if teacher is None else teacher
-                    theirs = generated[subject.name]
-                    parts[subject.name].append(_compared(ours, theirs, teacher, logp))
+            found = self.setting.by_batch(len(self.ids), one)
         answers: dict[str, list[Measure]] = {}
-        for name, found in parts.items():
-            joined = {stat: np.concatenate([part[stat] for part in found]) for stat in found[0]}
+        for subject in subjects:
+            joined = {
+                stat: values for (name, stat), values in found.items() if name == subject.name
+            }
             differs = joined.pop("differs")
-            answers[name] = [
+            answers[subject.name] = [
                 Measure.mean(stat, joined.pop(stat), NEW) for stat in ("agreed", "same", "repeats")
             ]
             count = int(differs.sum())
             for stat, values in joined.items():  # of the prompts that differ
-                answers[name].append(
+                answers[subject.name].append(
                     Measure(stat, values * differs, differs, count)
                     if count
                     else Measure.absent(stat)

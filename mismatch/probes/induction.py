@@ -37,6 +37,7 @@ class Induction(Probe):
     )
     source = "Olsson et al., arXiv 2209.11895"
     needs = "tokens"
+    by_batch = True
 
     def __init__(self, setting: Setting) -> None:
         super().__init__(setting)
@@ -48,19 +49,24 @@ class Induction(Probe):
         # The very first token of a text is given; the first one of the second copy cannot be known.
         scored[:, max(self.start, 1) : second] = True
         scored[:, second + 1 :] = True
-        found: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {s.name: [] for s in subjects}
-        size = self.setting.batch_size
-        with torch.no_grad():
-            for at in range(0, len(self.ids), size):
-                ids = on_device(subjects[0].layout, self.ids[at : at + size])
-                mask = scored[at : at + size]
-                for subject, final in finals(subjects, ids):
-                    value, right = scores(subject.layout, final, ids, mask.to(ids.device))
-                    found[subject.name].append((-value.numpy(), right.numpy()))
-        return {name: self._measures(parts, second) for name, parts in found.items()}
 
-    def _measures(self, parts: list[tuple[np.ndarray, np.ndarray]], second: int) -> list[Measure]:
-        nll, right = (np.concatenate(part) for part in zip(*parts, strict=True))
+        def one(part: slice) -> dict[tuple[str, str], np.ndarray]:
+            read = {}
+            ids = on_device(subjects[0].layout, self.ids[part])
+            for subject, final in finals(subjects, ids):
+                value, right = scores(subject.layout, final, ids, scored[part].to(ids.device))
+                read[subject.name, "nll"] = -value.numpy()
+                read[subject.name, "right"] = right.numpy()
+            return read
+
+        with torch.no_grad():
+            found = self.setting.by_batch(len(self.ids), one)
+        return {
+            s.name: self._measures(found[s.name, "nll"], found[s.name, "right"], second)
+            for s in subjects
+        }
+
+    def _measures(self, nll: np.ndarray, right: np.ndarray, second: int) -> list[Measure]:
         # The same columns in both copies: the gain then compares the same tokens.
         first = nll[:, self.start + 1 : second]
         again = nll[:, second + 1 :]

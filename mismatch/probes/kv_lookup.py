@@ -32,6 +32,7 @@ class KvLookup(Probe):
     )
     source = "Hsieh et al., arXiv 2404.06654 (RULER); log-probability in place of generation"
     needs = "tokenizer, haystack"
+    by_batch = True
 
     def __init__(self, setting: Setting) -> None:
         super().__init__(setting)
@@ -43,8 +44,8 @@ class KvLookup(Probe):
 
     def run(self, subjects: Sequence[Subject]) -> Answers:
         found: dict[str, list[Measure]] = {s.name: [] for s in subjects}
-        for name, replies in ask(subjects, self.prompts, self.setting.batch_size).items():
+        for name, replies in ask(subjects, self.prompts, self.setting).items():
             found[name] += [replies.per_token("logprob"), replies.found("exact")]
-        for name, replies in ask(subjects, self.absent, self.setting.batch_size).items():
+        for name, replies in ask(subjects, self.absent, self.setting).items():
             found[name].append(replies.per_token("logprob_absent"))
         return found

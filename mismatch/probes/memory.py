@@ -54,6 +54,9 @@ SEGMENT = 64
 TRAVEL = 4.0
 """sigmoid(4) = .98: how far a gate must be able to move to select one branch."""
 
+SLOPES = (-1, "slopes")
+"""The gradients of the gates of all mechanisms of a layer, among what each of them reads."""
+
 LARGEST_FP16 = 65504.0
 TINY = 1e-30  # against division by 0 where a branch contributes nothing
 
@@ -73,6 +76,7 @@ class Memory(Probe):
     )
     source = "arXiv 2404.07143, eq. 7-10"
     needs = "text"
+    by_batch = True
 
     def __init__(self, setting: Setting) -> None:
         super().__init__(setting)
@@ -127,31 +131,33 @@ class Memory(Probe):
             names |= {("with", name) for m in all_of[subject.name] for name in m.restores()}
             cases[subject.name] = [None, *sorted(names)]
         runs = [(subject, case) for subject in subjects for case in cases[subject.name]]
-        numbers: dict[tuple[str, Any, str], list[np.ndarray]] = {}
+
+        def one(part: slice) -> dict[tuple[str, Any, str], np.ndarray]:
+            read = {}
+            ids = on_device(subjects[0].layout, self.ids[part])
+            targets = ids[:, size + 1 :]
+            teacher: Tensor | None = None
+            # The models run one by one as the loop takes them, so each can be changed for its turn.
+            models = finals([subject for subject, _ in runs], ids)
+            for subject, case in runs:
+                with intervened(all_of[subject.name], case):
+                    _, final = next(models)
+                logp = log_probs(subject.layout, final[:, size:-1])
+                teacher = logp if teacher is None else teacher
+                nll = -logp.gather(-1, targets.to(logp.device)[..., None])[..., 0]
+                for stat, value in (("kl", kl_float64(teacher, logp)), ("nll", nll)):
+                    read[subject.name, case, stat] = value.double().cpu().numpy()
+            return read
+
         with torch.no_grad():
-            for at in range(0, len(self.ids), self.setting.batch_size):
-                ids = on_device(subjects[0].layout, self.ids[at : at + self.setting.batch_size])
-                targets = ids[:, size + 1 :]
-                teacher: Tensor | None = None
-                # The models run one by one as the loop takes them, so each can be changed for its turn.
-                models = finals([subject for subject, _ in runs], ids)
-                for subject, case in runs:
-                    with intervened(all_of[subject.name], case):
-                        _, final = next(models)
-                    logp = log_probs(subject.layout, final[:, size:-1])
-                    teacher = logp if teacher is None else teacher
-                    nll = -logp.gather(-1, targets.to(logp.device)[..., None])[..., 0]
-                    for stat, value in (("kl", kl_float64(teacher, logp)), ("nll", nll)):
-                        key = (subject.name, case, stat)
-                        numbers.setdefault(key, []).append(value.double().cpu().numpy())
+            numbers = self.setting.by_batch(len(self.ids), one)
         answers: dict[str, list[Measure]] = {subject.name: [] for subject in subjects}
-        for (name, case, stat), parts in numbers.items():
-            values = np.concatenate(parts)
+        for (name, case, stat), values in numbers.items():
             if case is None:
                 answers[name].append(Measure.mean(stat, values))
                 continue
             given = {case[0]: case[1]}
-            change = values - np.concatenate(numbers[name, None, stat])
+            change = values - numbers[name, None, stat]
             answers[name].append(Measure.mean(under(stat, **given), values))
             answers[name].append(Measure.mean(under(f"{stat}_change", **given), change))
         return answers
@@ -166,21 +172,24 @@ class Memory(Probe):
     ) -> Iterator[Measure]:
         """The measures of the mechanisms of a layer, each in its heads, on the teacher's stream."""
         address = {"layer": layer, "site": "attn_out", "mode": "forced"}
-        parts: dict[tuple[Mechanism, str], list[np.ndarray]] = {}
-        slopes: list[np.ndarray] = []
-        for at in range(0, len(self.ids), self.setting.batch_size):
-            ids = on_device(teacher.layout, self.ids[at : at + self.setting.batch_size])
+
+        def one(part: slice) -> dict[tuple[int, str], np.ndarray]:
+            read: dict[tuple[int, str], np.ndarray] = {}
+            ids = on_device(teacher.layout, self.ids[part])
             with torch.no_grad():
                 stream = entering(teacher.layout, ids, [layer])[layer]
                 target = update(teacher, layer, ids, stream)
-                for mechanism in mechanisms:
+                for number, mechanism in enumerate(mechanisms):
                     taken = contributions(subject, layer, ids, stream, mechanism)
-                    for stat, value in _of_branches(taken, size).items():
-                        parts.setdefault((mechanism, stat), []).append(value)
-            slopes.append(_slopes(subject, layer, ids, stream, target, mechanisms, size))
+                    read |= {(number, s): value for s, value in _of_branches(taken, size).items()}
+            read[SLOPES] = _slopes(subject, layer, ids, stream, target, mechanisms, size)
+            return read
+
+        found = self.setting.by_batch(len(self.ids), one)
+        slopes = found.pop(SLOPES)
         tokens = self.ids.shape[1] - size
-        for (mechanism, stat), values in parts.items():
-            for head, own in _used(mechanism, np.concatenate(values).T):
+        for (number, stat), values in found.items():
+            for head, own in _used(mechanisms[number], values.T):
                 yield Measure.mean(stat, own, tokens, head=head, **address)
         for mechanism in mechanisms:
             for name, gate in mechanism.gates().items():
@@ -190,7 +199,7 @@ class Memory(Probe):
         if not any(mechanism.gates() for mechanism in mechanisms):
             yield Measure.absent("gate", layer=layer, site="attn_out")
         else:
-            first, rest = np.concatenate(slopes).T
+            first, rest = slopes.T
             yield Measure.mean(under("gate_gradient", part="first"), first, size, **address)
             yield Measure.mean(under("gate_gradient", part="rest"), rest, tokens, **address)
         yield from _state(subject, layer, on_device(subject.layout, self.ids), size, address)

@@ -36,6 +36,7 @@ class Needles(Probe):
     )
     source = "Hsieh et al., arXiv 2404.06654 (RULER); log-probability in place of generation"
     needs = "tokenizer, haystack"
+    by_batch = True
 
     def __init__(self, setting: Setting) -> None:
         super().__init__(setting)
@@ -55,7 +56,7 @@ class Needles(Probe):
         for (length, depth), prompts in self.cells.items():
             given = {"length": length, "depth": depth}
             at = f"{prompts.needle[0]}-{prompts.needle[1]}"
-            for name, replies in ask(subjects, prompts, self.setting.batch_size).items():
+            for name, replies in ask(subjects, prompts, self.setting).items():
                 found[name] += [
                     replies.per_token(under("logprob", **given), position=at),
                     replies.found(under("exact", **given), position=at),
@@ -64,6 +65,6 @@ class Needles(Probe):
         for name, cells in whole.items():
             joined = Replies.joined(cells)
             found[name] += [joined.per_token("logprob"), joined.found("exact")]
-        for name, replies in ask(subjects, self.absent, self.setting.batch_size).items():
+        for name, replies in ask(subjects, self.absent, self.setting).items():
             found[name].append(replies.per_token("logprob_absent"))
         return found

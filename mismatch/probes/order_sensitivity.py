@@ -42,6 +42,7 @@ class OrderSensitivity(Probe):
     )
     source = "permutation equivariance of attention, arXiv 1810.00825"
     needs = "text"
+    by_batch = True
 
     def __init__(self, setting: Setting) -> None:
         super().__init__(setting)
@@ -58,28 +59,29 @@ class OrderSensitivity(Probe):
         }
         draw = self.setting.draw("order_sensitivity")
         orders = {keep: self._orders(keep, draw) for keep in sorted(kept)}
-        found: dict[tuple[str, int, int], list[np.ndarray]] = {}
-        size = self.setting.batch_size
         layers = swapped_layers(subjects)
+
+        def one(part: slice) -> dict[tuple[str, int, int], np.ndarray]:
+            pairs = {}
+            ids = on_device(subjects[0].layout, self.ids[part])
+            streams = entering(subjects[0].layout, ids, layers)
+            for subject in subjects:
+                for layer in layers:
+                    stream = streams[layer]
+                    plain = update(subject, layer, ids, stream)[:, -1].double()
+                    for keep, order in orders.items():
+                        rows = torch.from_numpy(order[part]).to(stream.device)
+                        mixed = stream.gather(1, rows[..., None].expand_as(stream))
+                        moved = update(subject, layer, ids, mixed)[:, -1].double() - plain
+                        pair = torch.stack([moved.norm(dim=-1), plain.norm(dim=-1)], -1)
+                        pairs[subject.name, layer, keep] = pair.cpu().numpy()
+            return pairs
+
         with torch.no_grad():
-            for at in range(0, len(self.ids), size):
-                ids = on_device(subjects[0].layout, self.ids[at : at + size])
-                streams = entering(subjects[0].layout, ids, layers)
-                for subject in subjects:
-                    for layer in layers:
-                        stream = streams[layer]
-                        plain = update(subject, layer, ids, stream)[:, -1].double()
-                        for keep, order in orders.items():
-                            rows = torch.from_numpy(order[at : at + size]).to(stream.device)
-                            mixed = stream.gather(1, rows[..., None].expand_as(stream))
-                            moved = update(subject, layer, ids, mixed)[:, -1].double() - plain
-                            pair = torch.stack([moved.norm(dim=-1), plain.norm(dim=-1)], -1)
-                            found.setdefault((subject.name, layer, keep), []).append(
-                                pair.cpu().numpy()
-                            )
+            found = self.setting.by_batch(len(self.ids), one)
         answers: dict[str, list[Measure]] = {subject.name: [] for subject in subjects}
-        for (name, layer, keep), parts in found.items():
-            answers[name].append(self._measure(np.concatenate(parts), layer, keep))
+        for (name, layer, keep), pair in found.items():
+            answers[name].append(self._measure(pair, layer, keep))
         return answers
 
     def _orders(self, keep: int, draw: np.random.Generator) -> np.ndarray:

@@ -42,6 +42,7 @@ class Passkey(Probe):
     )
     source = "arXiv 2305.16300, section 4.2; log-probability in place of generation"
     needs = "tokenizer"
+    by_batch = True
 
     def __init__(self, setting: Setting) -> None:
         super().__init__(setting)
@@ -65,7 +66,7 @@ class Passkey(Probe):
         for (length, depth), prompts in self.cells.items():
             given = {"length": length, "depth": depth}
             at = f"{prompts.needle[0]}-{prompts.needle[1]}"
-            for name, replies in ask(subjects, prompts, self.setting.batch_size).items():
+            for name, replies in ask(subjects, prompts, self.setting).items():
                 logprob, exact = replies.logprob, replies.exact
                 found[name] += [
                     Measure.mean(under("logprob", **given), logprob, position=at),
@@ -82,6 +83,6 @@ class Passkey(Probe):
                 Measure.mean(under("logprob", segments=count), np.stack(parts, 1))
                 for count, parts in sorted(borders[name].items())
             ]
-        for name, replies in ask(subjects, self.absent, self.setting.batch_size).items():
+        for name, replies in ask(subjects, self.absent, self.setting).items():
             found[name].append(Measure.mean("logprob_absent", replies.logprob))
         return found

@@ -67,30 +67,31 @@ class Replies:
         return cls(added[0], np.mean([cell.exact for cell in cells], axis=0), added[1])
 
 
-def ask(subjects: Sequence[Subject], prompts: Prompts, batch_size: int) -> dict[str, Replies]:
+def ask(subjects: Sequence[Subject], prompts: Prompts, setting: Setting) -> dict[str, Replies]:
     """The replies of each model by its name.
 
     Args:
         subjects: the teacher first.
         prompts: of one length.
-        batch_size: prompts per forward.
+        setting: of the probe.
     """
-    found: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {s.name: [] for s in subjects}
+
+    def one(part: slice) -> dict[tuple[str, str], np.ndarray]:
+        replies = {}
+        ids = on_device(subjects[0].layout, prompts.ids[part])
+        scored = torch.from_numpy(prompts.scored[part]).to(ids.device)
+        for subject, final in finals(subjects, ids):
+            value, right = scores(subject.layout, final, ids, scored)
+            replies[subject.name, "logprob"] = value.sum(1).numpy()
+            replies[subject.name, "exact"] = right.all(1).numpy()
+        return replies
+
     with torch.no_grad():
-        for part in prompts.batches(batch_size):
-            ids = on_device(subjects[0].layout, part.ids)
-            scored = torch.from_numpy(part.scored).to(ids.device)
-            for subject, final in finals(subjects, ids):
-                value, right = scores(subject.layout, final, ids, scored)
-                found[subject.name].append((value.sum(1).numpy(), right.all(1).numpy()))
+        found = setting.by_batch(len(prompts.ids), one)
     tokens = prompts.scored.sum(1).astype(float)
     return {
-        name: Replies(
-            np.concatenate([value for value, _ in parts]),
-            np.concatenate([right for _, right in parts]).astype(float),
-            tokens,
-        )
-        for name, parts in found.items()
+        s.name: Replies(found[s.name, "logprob"], found[s.name, "exact"].astype(float), tokens)
+        for s in subjects
     }
 
 

@@ -39,6 +39,7 @@ class ShiftInvariance(Probe):
     )
     source = "arXiv 2104.09864, section 3.4"
     needs = "text"
+    by_batch = True
 
     def __init__(self, setting: Setting) -> None:
         super().__init__(setting)
@@ -51,21 +52,25 @@ class ShiftInvariance(Probe):
             setting.fits(length + 1, "a shifted text", "take a smaller --seq-len")
 
     def run(self, subjects: Sequence[Subject]) -> Answers:
-        answers: dict[str, list[Measure]] = {}
-        with torch.no_grad():
+        def one(part: slice) -> dict[tuple[str, int], np.ndarray]:
+            apart = {}
             for subject in subjects:
-                found: dict[int, list[np.ndarray]] = {shift: [] for shift in self.shifts}
-                for at in range(0, len(self.ids), self.setting.batch_size):
-                    ids = on_device(subject.layout, self.ids[at : at + self.setting.batch_size])
-                    plain = _ends(subject, ids, 0)
-                    for shift in self.shifts:
-                        apart = kl_float64(plain, _ends(subject, ids, shift))
-                        found[shift].append(apart.cpu().numpy())
-                answers[subject.name] = [
-                    Measure.mean(under("kl", shift=shift), np.concatenate(parts))
-                    for shift, parts in found.items()
-                ]
-        return answers
+                ids = on_device(subject.layout, self.ids[part])
+                plain = _ends(subject, ids, 0)
+                for shift in self.shifts:
+                    moved = kl_float64(plain, _ends(subject, ids, shift))
+                    apart[subject.name, shift] = moved.cpu().numpy()
+            return apart
+
+        with torch.no_grad():
+            found = self.setting.by_batch(len(self.ids), one)
+        return {
+            s.name: [
+                Measure.mean(under("kl", shift=shift), found[s.name, shift])
+                for shift in self.shifts
+            ]
+            for s in subjects
+        }
 
 
 def _ends(subject: Subject, ids: torch.Tensor, shift: int) -> torch.Tensor:

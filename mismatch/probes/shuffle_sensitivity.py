@@ -41,6 +41,7 @@ class ShuffleSensitivity(Probe):
     )
     source = "arXiv 1805.04623, section 4"
     needs = "text"
+    by_batch = True
 
     def __init__(self, setting: Setting) -> None:
         super().__init__(setting)
@@ -62,19 +63,20 @@ class ShuffleSensitivity(Probe):
             )
 
     def run(self, subjects: Sequence[Subject]) -> Answers:
-        found: dict[tuple[str, int], list[np.ndarray]] = {}
-        size = self.setting.batch_size
+
+        def one(part: slice) -> dict[tuple[str, int], np.ndarray]:
+            plain = self._ends(subjects, self.ids[part])
+            return {
+                (name, near): kl_float64(plain[name], ends).cpu().numpy()
+                for near, mixed in self.mixed.items()
+                for name, ends in self._ends(subjects, mixed[part]).items()
+            }
+
         with torch.no_grad():
-            for at in range(0, len(self.ids), size):
-                plain = self._ends(subjects, self.ids[at : at + size])
-                for near, mixed in self.mixed.items():
-                    other = self._ends(subjects, mixed[at : at + size])
-                    for name, ends in other.items():
-                        apart = kl_float64(plain[name], ends).cpu().numpy()
-                        found.setdefault((name, near), []).append(apart)
+            found = self.setting.by_batch(len(self.ids), one)
         answers: dict[str, list[Measure]] = {subject.name: [] for subject in subjects}
-        for (name, near), parts in found.items():
-            answers[name].append(Measure.mean(under("kl", near=near), np.concatenate(parts)))
+        for (name, near), apart in found.items():
+            answers[name].append(Measure.mean(under("kl", near=near), apart))
         return answers
 
     def _ends(self, subjects: Sequence[Subject], ids: np.ndarray) -> dict[str, torch.Tensor]:

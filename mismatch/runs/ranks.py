@@ -1,20 +1,25 @@
-"""One process, or several that torchrun started: each takes its share of the batches, rank 0 writes.
+"""One process, or several that torchrun started: each takes its share of the work, rank 0 writes.
 
     torchrun --nproc-per-node 2 -m mismatch trace --model ... --swap ...
 
-Rank r of w takes batches r, r + w, r + 2w, ...; accumulators merge at the end (gloo between CPUs, nccl between GPUs).
+Rank r of w takes pieces r, r + w, r + 2w, ... of a list that is the same on every rank: batches of a trace and of a
+probe, cells of a scan, corrections of a diagnosis, candidates of a plan. What they found is joined in the order of the
+list (gloo between CPUs, nccl between GPUs), so it does not depend on how many ranks there were.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import distributed
+
+Piece = TypeVar("Piece")
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)
@@ -30,7 +35,7 @@ class Ranks:
         return self.rank == 0
 
     def mine(self, index: int) -> bool:
-        """Whether batch `index` is this rank's."""
+        """Whether piece `index` is this rank's."""
         return index % self.world == self.rank
 
     def from_first(self, value: Any) -> Any:
@@ -48,6 +53,24 @@ class Ranks:
         boxes: list[Any] | None = [None] * self.world if self.first else None
         distributed.gather_object(value, boxes, dst=0)
         return boxes
+
+    def everywhere(self, value: Found) -> list[Found]:
+        """Every rank's value, in rank order, on every rank."""
+        if self.world == 1:
+            return [value]
+        boxes: list[Any] = [None] * self.world
+        distributed.all_gather_object(boxes, value)
+        return boxes
+
+    def shared(self, pieces: Sequence[Piece], run: Callable[[Piece], Found]) -> list[Found]:
+        """`run` of every piece, in their order, on every rank; each rank runs its own.
+
+        Args:
+            pieces: the same on every rank.
+            run: what it gives is sent to the other ranks.
+        """
+        parts = self.everywhere([run(one) for at, one in enumerate(pieces) if self.mine(at)])
+        return [parts[at % self.world][at // self.world] for at in range(len(pieces))]
 
     def device(self, requested: str) -> str | None:
         """The device of this rank: its own GPU under torchrun, else the requested one (None = choose)."""

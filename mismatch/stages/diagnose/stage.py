@@ -71,6 +71,7 @@ class Diagnose(Stage[DiagnoseConfig, Prepared]):
     )
     report = "mismatch.stages.diagnose.report"
     plan = "mismatch.stages.diagnose.plan:DiagnosisPlan"
+    distributed = True
     starts_from = ("trace", "probe")
     takes = (
         "model",
@@ -122,7 +123,7 @@ class Diagnose(Stage[DiagnoseConfig, Prepared]):
     def loaded(self, opened: Opened[DiagnoseConfig], prepared: Prepared) -> None:
         readings_of(prepared.earlier, *_fingerprints(opened))
 
-    def run(self, opened: Opened[DiagnoseConfig], prepared: Prepared) -> Outcome:
+    def run(self, opened: Opened[DiagnoseConfig], prepared: Prepared) -> Outcome | None:
         config, teacher, cut = opened.config, opened.teacher, prepared.cut
         swap, *controls = opened.students(prepared.calibration)
         places = places_of(swap.plan)
@@ -144,7 +145,7 @@ class Diagnose(Stage[DiagnoseConfig, Prepared]):
             bar.set_description("the swap and its controls")
             first = [Trial(s.name, s.layout) for s in (swap, *controls)]
             bar.total = len(held_out.batches) * (1 + len(first))
-            evaluated = held_out.evaluate_all(first)
+            evaluated = held_out.evaluate_all(first, opened.ranks)
             damage = evaluated[swap.name]
             if not math.isfinite(damage.kl.total):
                 raise NumericsError(
@@ -158,7 +159,9 @@ class Diagnose(Stage[DiagnoseConfig, Prepared]):
                 trials = apart.trials(held_out.sides)
                 bar.total += len(held_out.batches) * len(trials)
                 bar.refresh()
-                evaluated |= held_out.evaluate_all(trials)
+                evaluated |= held_out.evaluate_all(trials, opened.ranks)
+        if not opened.ranks.first:
+            return None
         readings = readings_of(prepared.earlier, *_fingerprints(opened))
         found = _found(config, readings, swap, evaluated, apart, held_out)
         base = warned(swap.plan, cut.seq_len)

@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -84,6 +84,7 @@ def questions(config: ProbeConfig, opened: Opened[Any], cut: Windows | None) -> 
         if config.planned_gate_lr is None
         else config.planned_gate_lr * config.planned_gate_steps / 2,
         seed=config.seed,
+        ranks=opened.ranks,
     )
     return Questions(setting, {name: load_probe(name)(setting) for name in chosen(config)})
 
@@ -127,20 +128,45 @@ def questions_behind(opened: Opened[Any]) -> Questions | None:
     return questions(own, opened, cut)
 
 
+class Answers(NamedTuple):
+    """What the probes found.
+
+    Attributes:
+        rows: of the table, without run id.
+        seconds: that each probe took.
+        warnings: sentences for the report.
+    """
+
+    rows: list[dict[str, Any]]
+    seconds: dict[str, float]
+    warnings: tuple[str, ...]
+
+
 def answers(
     asked: Questions, teacher: Teacher, students: Sequence[Student], progress: bool = False
-) -> tuple[list[dict[str, Any]], dict[str, float]]:
-    """The rows of every probe, without run id, and the seconds that each took."""
+) -> Answers:
+    """Run the probes. Several ranks share the work, and all of them get the answers."""
     subjects = [Subject.teacher(teacher.layout), *map(Subject.of, students)]
     swapped = {subject.name: subject.swapped for subject in subjects}
-    found: list[dict[str, Any]] = []
-    seconds: dict[str, float] = {}
-    with tqdm(asked.probes.items(), file=sys.stderr, disable=None if progress else True) as bar:
-        for name, probe in bar:
+    ranks, probes = asked.setting.ranks, asked.probes
+    # Together first: those that share their batches wait for each other.
+    together = [name for name, probe in probes.items() if probe.by_batch]
+    whole = [name for name in probes if name not in together]
+    mine = [*together, *(name for at, name in enumerate(whole) if ranks.mine(at))]
+    found: dict[str, Answers] = {}
+    with tqdm(mine, file=sys.stderr, disable=None if progress else True) as bar:
+        for name in bar:
             bar.set_description(name)
             begun = time.monotonic()
-            of_text = probe.needs == "text"
-            units = asked.setting.units if of_text else None
-            found += rows(name, probe.run(subjects), swapped, units)
-            seconds[name] = round(time.monotonic() - begun, 1)
-    return found, seconds
+            probe = probes[name]
+            units = asked.setting.units if probe.needs == "text" else None
+            answered = rows(name, probe.run(subjects), swapped, units)
+            seconds = {name: round(time.monotonic() - begun, 1)}
+            found[name] = Answers(answered, seconds, probe.warnings())
+    for other in ranks.everywhere({name: found[name] for name in mine if name in whole}):
+        found |= other
+    return Answers(
+        [row for name in probes for row in found[name].rows],
+        {name: found[name].seconds[name] for name in probes},
+        tuple(text for name in probes for text in found[name].warnings),
+    )

@@ -38,6 +38,7 @@ class Probe(Stage[ProbeConfig, Prepared]):
     )
     report = "mismatch.stages.probe.report"
     plan = "mismatch.runs.plan:SwapPlan"
+    distributed = True
 
     def prepare(self, opened: Opened[ProbeConfig]) -> Prepared:
         config = opened.config
@@ -54,16 +55,17 @@ class Probe(Stage[ProbeConfig, Prepared]):
         lines = [f"{subject(plan):8}{line}" for line in plan_lines(plan)]
         return "\n".join([*lines, f"probes  {', '.join(prepared.asked.probes)}"])
 
-    def run(self, opened: Opened[ProbeConfig], prepared: Prepared) -> Outcome:
+    def run(self, opened: Opened[ProbeConfig], prepared: Prepared) -> Outcome | None:
         asked, config = prepared.asked, opened.config
         students = opened.students(prepared.calibration)
         plan = warned(students[0].plan, config.seq_len, config.controls)
         if opened.folder is not None:
             opened.folder.log(f"{', '.join(asked.probes)}; {len(students)} students")
-        found, seconds = answers(asked, opened.teacher, students, opened.progress)
-        texts = [text for probe in asked.probes.values() for text in probe.warnings()]
-        plan = replace(plan, warnings=(*plan.warnings, *texts))
-        return Outcome(found, plan, {"samples": config.samples}, seconds)
+        answered = answers(asked, opened.teacher, students, opened.progress)
+        if not opened.ranks.first:
+            return None
+        plan = replace(plan, warnings=(*plan.warnings, *answered.warnings))
+        return Outcome(answered.rows, plan, {"samples": config.samples}, answered.seconds)
 
     def findings(
         self, opened: Opened[ProbeConfig], outcome: Outcome, table: pd.DataFrame

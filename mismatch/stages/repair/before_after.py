@@ -87,7 +87,7 @@ def probe_rows(
 ) -> list[dict[str, Any]]:
     """The answers of teacher, swap and repaired model, as rows without run id; of needles also by branches."""
     students = _beside(swap, repaired)
-    found, _ = answers(put, teacher, students)
+    found = answers(put, teacher, students).rows
     if isinstance(probe := put.probes.get("needles"), Needles):
         local = reach(swap.plan.clauses)
         found += needle_rows(probe, teacher.layout, students, parts, local)

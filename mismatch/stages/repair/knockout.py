@@ -107,7 +107,7 @@ def needle_rows(
                 for name, without in one.branches().items():
                     if kept not in (ALL, name):
                         out.enter_context(without)
-            found = [ask(subjects, prompts, probe.setting.batch_size) for prompts in far]
+            found = [ask(subjects, prompts, probe.setting) for prompts in far]
         for name in answers:
             replies = Replies.joined([cell[name] for cell in found])
             answers[name].append(replies.per_token(under("logprob", kept=kept)))

@@ -57,7 +57,7 @@ def measure(
         progress: told how many runs (a cell on a batch) were done since it was last told.
 
     Returns:
-        The sums of all cells on the first rank; elsewhere of this rank's.
+        The sums of all cells, on every rank.
 
     Raises:
         KeyboardInterrupt: after the cells in flight were finished and the state saved.
@@ -101,11 +101,10 @@ def measure(
         if state is not None and ranks.world > 1:
             # While this rank waits for the others, one of them may fail and end all.
             state.save(sums.state(), {"next": [len(tasks), 0, 0]}, fingerprint or {})
-    parts = ranks.to_first(sums.state())
-    if parts is None or ranks.world == 1:
+    if ranks.world == 1:
         return sums
     whole = Sums(cells, tasks)
-    for part in parts:
+    for part in ranks.everywhere(sums.state()):
         whole.load(part)
     return whole
 

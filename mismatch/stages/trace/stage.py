@@ -103,11 +103,11 @@ class Trace(Stage[TraceConfig, Prepared]):
                 progress=bar.update,
                 run=_backend(config.backend),
             )
+        asked = prepared.probes
+        answered = [] if asked is None else answers(asked, teacher, students).rows
         if not opened.ranks.first:
             return None
-        rows = collector.rows()
-        if prepared.probes is not None:
-            rows += answers(prepared.probes, teacher, students)[0]
+        rows = [*collector.rows(), *answered]
         floor = "the text in another batch shape" if reference is None else "the model in float32"
         return Outcome(rows, plan, {"floor": floor}, memory={"swap": swap})
 

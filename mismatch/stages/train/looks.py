@@ -54,8 +54,8 @@ class Looks(DriftCallback):
         found = super().readings()
         if self.asked is None:
             return found
-        rows, _ = answers(self.asked, self.teacher, [self.learner])
-        table = as_table([{**row, "run_id": ""} for row in rows])
+        answered = answers(self.asked, self.teacher, [self.learner])
+        table = as_table([{**row, "run_id": ""} for row in answered.rows])
         return found | {
             f"{PROBE}{named(row)}": float(row.value)
             for row in headlines(table).itertuples()
