@@ -135,7 +135,6 @@ class Stage(Generic[C, P]):
         student: whether a student will do for it.
         resumable: whether a stopped run goes on from its state.
         distributed: whether the work is shared among the processes that torchrun starts.
-        alone: where it is not: what to do instead.
         starts_from: kinds of runs whose settings it takes over when one is named.
         takes: which of their settings.
         run_setting: the setting that names that run; None: it is not kept.
@@ -151,7 +150,6 @@ class Stage(Generic[C, P]):
     student: ClassVar[bool] = True
     resumable: ClassVar[bool] = False
     distributed: ClassVar[bool] = False
-    alone: ClassVar[str | None] = None
     starts_from: ClassVar[tuple[str, ...]] = ()
     takes: ClassVar[tuple[str, ...]] = ()
     run_setting: ClassVar[str | None] = None

@@ -68,7 +68,7 @@ def command(
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not stage.distributed:
         raise UsageError(
             f"`mismatch {name}` runs in one process, and torchrun started several",
-            hint=stage.alone or f"mismatch {name} ...   (without torchrun)",
+            hint=f"mismatch {name} ...   (without torchrun)",
         )
     with joined(config.device) as ranks:
         opened = Opened(config, ranks=ranks, progress=progress, overwrite=overwrite)
@@ -83,6 +83,9 @@ def run(stage: Stage[C, P], opened: Opened[C], *, resume: Path | None = None) ->
     elif opened.ranks.first and config.folder is not None:
         check_output(config.folder, overwrite=opened.overwrite)
     stage.check(config, overwrite=opened.overwrite)
+    opened.ranks.everywhere(
+        None
+    )  # no rank makes a folder while another one looks whether it is there
     opened.fit()
     prepared = stage.prepare(opened)
     if opened.progress and opened.ranks.first:

@@ -35,13 +35,13 @@ def assert_same_numbers(one: Path, two: Path) -> None:
 
 
 def test_two_processes_give_the_table_of_one(toy_folder, tmp_path):
-    words = command(tmp_path, toy_folder, "--fail-on", "medium")
+    words = command(tmp_path, toy_folder, "--fail-on", "medium", "--probes", "induction,heads")
     done = finished(start([*words, "--output", str(tmp_path / "two")]))
     # 3: a finding of that severity, which both ranks know of.
     assert [code for code, _, _ in done] == [3, 3], done
     assert done[0][1].splitlines()[-1] == str(tmp_path / "two")
     assert done[1][1] == ""  # one voice
-    words = words[: words.index("--fail-on")]
+    del words[(at := words.index("--fail-on")) : at + 2]
     one = single(tmp_path, words)
     assert_same_numbers(one, tmp_path / "two")
     manifest = json.loads((tmp_path / "two" / "manifest.json").read_text())
@@ -139,5 +139,6 @@ def test_alone_nothing_is_sent():
         assert ranks == Ranks(0, 1)
         assert ranks.from_first("x") == "x"
         assert ranks.to_first("x") == ["x"]
+        assert ranks.shared([1, 2, 3], lambda piece: 2 * piece) == [2, 4, 6]
         assert ranks.device("auto") is None
         assert ranks.device("cpu") == "cpu"

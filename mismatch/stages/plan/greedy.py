@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from mismatch.errors import UsageError
 from mismatch.metrics.sums.readings import Reading
 from mismatch.runs.plan import SwapPlan
+from mismatch.runs.ranks import ALONE, Ranks
 from mismatch.stages.plan.config import PlanConfig
 from mismatch.stages.plan.numbers import Numbers
 from mismatch.stages.scan.batches import measure
@@ -45,6 +46,7 @@ def greedy(
     config: PlanConfig,
     able: Sequence[str] = (),
     progress: Callable[[int], None] = lambda runs: None,
+    ranks: Ranks = ALONE,
 ) -> tuple[Step, ...]:
     """Take the cheapest layer again and again, as many as were asked for or as the budgets allow.
 
@@ -55,6 +57,7 @@ def greedy(
         config: score, number of layers, and budgets, which are for what the layers cost together.
         able: tasks of answers that the model can do.
         progress: told how many runs of a cell were done.
+        ranks: who we are among how many: they share the candidates, and all take the same ones.
 
     Raises:
         UsageError: the budgets end it before the number that was asked for.
@@ -64,7 +67,7 @@ def greedy(
     size = config.batch_size * config.seq_len
     by_name = {task.name: task for task in tasks}
     while left and (config.layers is None or len(steps) < config.layers):
-        sums = measure(sweep, left, tasks, batch_tokens=size, progress=progress)
+        sums = measure(sweep, left, tasks, batch_tokens=size, ranks=ranks, progress=progress)
         numbers = _numbers(sums, left, [task for task in able if task in by_name])
         prices = dict(zip(numbers.cells, numbers.costs().prices(config.score), strict=True))
         found = []

@@ -11,6 +11,7 @@ from typing import Any
 
 from mismatch.metrics.sums.readings import Reading
 from mismatch.models.layout import Layout
+from mismatch.runs.ranks import ALONE, Ranks
 from mismatch.runs.table import SWAP
 from mismatch.spec import Range, Spec, Template
 from mismatch.stages.plan.config import PlanConfig
@@ -77,6 +78,7 @@ def evaluate(
     tasks: Sequence[Task],
     calibration: Windows | None,
     progress: Callable[[int], None] = lambda runs: None,
+    ranks: Ranks = ALONE,
 ) -> Measured:
     """Measure a choice.
 
@@ -87,6 +89,7 @@ def evaluate(
         tasks: that chose nothing.
         calibration: windows for mechanisms that set themselves from them.
         progress: told how many runs of a cell were done.
+        ranks: who we are among how many: they share the cells.
     """
     cells = cells_of(config, choice, teacher.layout)
     together, parts, controls = cells
@@ -94,7 +97,7 @@ def evaluate(
     sweep = sweep_of(teacher, config, every, calibration)
     prove(sweep, every)
     size = config.batch_size * config.seq_len
-    sums = measure(sweep, every, tasks, batch_tokens=size, progress=progress)
+    sums = measure(sweep, every, tasks, batch_tokens=size, ranks=ranks, progress=progress)
     prove_restored(sweep)
     return Measured(sums, together, parts, controls)
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 
 from mismatch.errors import NumericsError
 from mismatch.runs.plan import SwapPlan
+from mismatch.runs.ranks import ALONE, Ranks
 from mismatch.runs.table import SWAP
 from mismatch.stages.plan.config import PlanConfig
 from mismatch.stages.scan.batches import measure, prove
@@ -27,6 +28,7 @@ def restored(
     task: Task,
     config: PlanConfig,
     progress: Callable[[int], None] = lambda runs: None,
+    ranks: Ranks = ALONE,
 ) -> UnitSums:
     """What each layer regains, by the key of its cell.
 
@@ -36,6 +38,7 @@ def restored(
         task: text.
         config: the settings.
         progress: told how many runs of a cell were done.
+        ranks: who we are among how many: they share the layers.
     """
     placements = tuple(p for cell in cells for p in cell.placements)
     prove(sweep, (Cell(SWAP, None, placements, cells[0].first),))
@@ -44,7 +47,8 @@ def restored(
     every = Cell(SWAP, None, (), cells[0].first)
     back = [Cell(cell.name, cell.layer, (), cell.first) for cell in cells]
     size = config.batch_size * config.seq_len
-    sums = measure(sweep, [every, *back], (task,), batch_tokens=size, progress=progress)
+    given = [every, *back]
+    sums = measure(sweep, given, (task,), batch_tokens=size, ranks=ranks, progress=progress)
     whole = sums.part(every, task, "kl").per_document("kl")
     if any((cell.key, task.name) in sums.broken for cell in (every, *back)):
         raise NumericsError(

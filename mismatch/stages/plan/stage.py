@@ -59,7 +59,7 @@ class Plan(Stage[PlanConfig, Prepared]):
     report = "mismatch.stages.plan.report"
     plan = "mismatch.stages.plan.plan:ChoicePlan"
     subject = "mechanism"
-    alone = "spread the scan: torchrun -m mismatch scan ..., then mismatch plan --scan RUN"
+    distributed = True
     student = False
 
     def check(self, config: PlanConfig, *, overwrite: bool = False) -> None:
@@ -158,7 +158,7 @@ class Plan(Stage[PlanConfig, Prepared]):
                 hint="give a folder that `mismatch scan` made of this very model",
             )
 
-    def run(self, opened: Opened[PlanConfig], prepared: Prepared) -> Outcome:
+    def run(self, opened: Opened[PlanConfig], prepared: Prepared) -> Outcome | None:
         config, started = opened.config, time.monotonic()
         choice, facts = _choice(opened, prepared)
         chosen = time.monotonic()
@@ -173,7 +173,10 @@ class Plan(Stage[PlanConfig, Prepared]):
                 prepared.tasks,
                 prepared.cells.calibration,
                 bar.update,
+                opened.ranks,
             )
+        if not opened.ranks.first:
+            return None
         seconds = {"choice": chosen - started, "evaluation": time.monotonic() - chosen}
         rows = [
             *measured.rows(),

@@ -80,7 +80,7 @@ def by_restoring(opened: Opened[PlanConfig], cells: ScanPrepared) -> Way:
     size = config.batch_size * config.seq_len
     runs = (1 + len(cells.cells)) * sum(1 for _ in task.batches(size))
     with opened.bar(runs, "giving one back", "run") as bar:
-        units = restored(sweep, cells.cells, task, config, bar.update)
+        units = restored(sweep, cells.cells, task, config, bar.update, opened.ranks)
     places = {cell.key: (cell.name, cell.layer) for cell in cells.cells if cell.layer is not None}
     chosen, facts = _cheapest(config, Numbers(places, {"text": units}))
     return _by_name(chosen), facts
@@ -111,7 +111,7 @@ def greedily(opened: Opened[PlanConfig], cells: ScanPrepared) -> Way:
     runs = sum(there - round(at * there / most) for at in range(min(config.layers or most, most)))
     batches = sum(1 for task in asked for _ in task.batches(size))
     with opened.bar(runs * batches, "greedy", "run") as bar:
-        steps = greedy(sweep, cells.cells, asked, config, able, bar.update)
+        steps = greedy(sweep, cells.cells, asked, config, able, bar.update, opened.ranks)
     choice: dict[str, list[int]] = {}
     for step in steps:
         assert step.cell.layer is not None  # candidates are of one layer each

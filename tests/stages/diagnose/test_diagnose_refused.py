@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from refusals import assert_failed, refused, refused_under_torchrun
+from refusals import assert_failed, refused
 from wonderland import documents, jsonl
 
 from mismatch import cli
@@ -95,12 +95,6 @@ def test_an_earlier_run_of_another_swap_or_model(words, probed, model_folder, tm
     assert cli.main([*given, "--model", str(other)]) == 2
     assert f"the run in {probed} is of another model" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
-
-
-def test_torchrun_is_refused(words, tmp_path, capsys, monkeypatch):
-    refused_under_torchrun(
-        [*words, "--output", str(tmp_path / "run")], tmp_path, capsys, monkeypatch
-    )
 
 
 def test_a_diagnosis_that_fails_says_so_in_its_folder(words, tmp_path, capsys, monkeypatch):

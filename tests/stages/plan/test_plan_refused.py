@@ -6,7 +6,7 @@ import json
 import signal
 
 import pytest
-from refusals import assert_failed, refused, refused_under_torchrun
+from refusals import assert_failed, refused
 from wonderland import documents, jsonl
 
 import mismatch
@@ -97,12 +97,6 @@ def test_folders_are_refused_before_weights(words, tmp_path, capsys):
     given = [*words, "--output", str(tmp_path / "run")]
     assert "run-scan exists and is not empty" in refused(given, tmp_path, capsys)
     assert "it holds note.txt" in refused([*given, "--overwrite"], tmp_path, capsys)
-
-
-def test_torchrun_is_refused(words, tmp_path, capsys, monkeypatch):
-    refused_under_torchrun(
-        [*words, "--output", str(tmp_path / "run")], tmp_path, capsys, monkeypatch
-    )
 
 
 def test_a_scan_by_heads_is_refused(words, shared, tmp_path, capsys):

@@ -216,13 +216,6 @@ def test_too_few_documents(words, tmp_path, monkeypatch):
         args.handler(args)
 
 
-def test_one_process(words, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    args = cli.parser.read(words)
-    with pytest.raises(UsageError, match="runs in one process, and torchrun started several"):
-        args.handler(args)
-
-
 def test_a_failed_run_says_so(words, tmp_path, monkeypatch):
     from mismatch.probes.induction import Induction
 

@@ -127,23 +127,18 @@ def test_other_settings_are_refused(parts, tmp_path):
         parts(state, fingerprint={"settings": "b"})
 
 
-class Share(Ranks):
-    """One share of several, without the others."""
-
-    def to_first(self, value):
-        return None
-
-
 @pytest.mark.parametrize("world", [2, 3, 5])
-def test_shares_of_the_cells_make_the_whole(parts, whole, world):
-    shares = [parts(ranks=Share(rank, world)) for rank in range(world)]
-    assert sum(len(share.cells) for share in shares) == 6
-    every = sorted(
-        (c for share in shares for c in share.cells), key=lambda c: (c.layer, c.name != "random")
-    )
-    total = Sums(every, shares[0].tasks)
-    for share in shares:
-        total.load(share.state())
+def test_shares_of_the_cells_make_the_whole(parts, whole, world, monkeypatch):
+    """Each rank without the others; what it would send them is kept."""
+    sent = []
+    monkeypatch.setattr(Ranks, "everywhere", lambda self, value: sent.append(value) or [value])
+    shares = [parts(ranks=Ranks(rank, world)) for rank in range(world)]
+    assert len(sent) == world
+    assert not set.intersection(*map(set, sent))  # each cell is one rank's
+    total = Sums(shares[0].cells, shares[0].tasks)
+    assert len(total.cells) == 6
+    for part in sent:
+        total.load(part)
     assert rendered(total) == whole
 
 
@@ -227,6 +222,7 @@ def test_more_processes_than_cells(toy_folder, tmp_path, monkeypatch, capsys):
     from contextlib import nullcontext
 
     monkeypatch.setattr("mismatch.stages.runner.joined", lambda device: nullcontext(Ranks(0, 9)))
+    monkeypatch.setattr(Ranks, "everywhere", lambda self, value: [value])
     assert (
         cli.main(command(tmp_path, toy_folder, "--among", "1", "--output", str(tmp_path / "r")))
         == 2
