@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from mismatch.config import DANGEROUS, MODEL, OUTPUT, SwapConfig
+from mismatch.config import BUILDS_ON, DANGEROUS, MODEL, OUTPUT, SwapConfig
 from mismatch.errors import ConfigError
 from mismatch.registry import probes
 
@@ -21,6 +21,7 @@ class TrainConfig(SwapConfig):
         "text": (
             *("data", "text_field", "tokens", "train_data", "train_tokens", "val_tokens"),
             *("calibration_tokens", "seq_len", "batch_size", "seed"),
+            *BUILDS_ON,
         ),
         "evaluation": ("eval_every", "probes"),
         "output": OUTPUT,
