@@ -114,6 +114,30 @@ def plans() -> str:
     return _table(("plan", "swap", "task", "predicted", "measured together", "`zero` there"), rows)
 
 
+def selectors() -> str:
+    """What `python analyses/selector_study.py --ranks` read off a scan of SmolLM2."""
+    rows = []
+    for row in _read("selectors/sliding_window_window_64__sinks_1/sets.csv"):
+        others = [name for name in ("kl", "answer_nll", "halo", "even") if name != row["score"]]
+        shared = (
+            f"{name} {int(float(row[f'shared with {name}']))} (p {float(row[f'p {name}']):.2f})"
+            for name in others
+        )
+        rows.append(
+            (
+                *(row["layers"], f"`{row['score']}`", row["set"].replace(" ", ", ")),
+                f"{100 * float(row['same']):.0f} %",
+                f"{float(row['kept']):.1f}",
+                ", ".join(shared),
+            )
+        )
+    head = (
+        *("of 30", "score", "layers chosen", "the same set in", "kept on average"),
+        "shared with the set of (chance of as many)",
+    )
+    return _table(head, rows)
+
+
 def scan_cost() -> str:
     """What `python analyses/benchmark_scan.py` timed."""
     words = {
@@ -289,6 +313,7 @@ TABLES = {
     "costs": costs,
     "carriers": carriers,
     "plans": plans,
+    "selectors": selectors,
     "scan cost": scan_cost,
     "trace cost": trace_cost,
     "repair cost": repair_cost,
