@@ -2,6 +2,7 @@
 
     python analyses/mechanism_table.py            about 15 minutes of CPU
     python analyses/mechanism_table.py --resume   goes on where it was stopped; a stopped run keeps what it has
+    python analyses/mechanism_table.py --only gqa some rows, beside those that are there; a run of its own, as above
 
 Layer 12 of SmolLM2-135M-Instruct (dequantised from 4 bits), held-out Wikipedia in windows of 512, calibration on
 speeches, before any training; 40 % of the predictions are compared, as in a scan. One pass of the original serves all
@@ -68,7 +69,7 @@ KINDS: dict[str, tuple[str, tuple[str, ...]]] = {
         ("infini(segment=64)", "infini", "infini(segment=64, sinks=1)",
          "parallel(infini(segment=64), alpha=0.1)"),
     ),
-    "recurrent": ("#7a5195", ("mamba2", "gated_deltanet", "mamba", "rwkv", "short_conv")),
+    "recurrent": ("#7a5195", ("mamba2", "gated_deltanet", "mamba", "rwkv", "short_conv", "kda")),
     "linear attention": (
         "#a6761d",
         ("linear_attention", "linear_attention(window=64)",
@@ -89,6 +90,12 @@ KINDS: dict[str, tuple[str, tuple[str, ...]]] = {
         "#cc79a7",
         ("lora", "qlora", "houlsby", "parallel_adapter", "adapterplus", "gated_attention"),
     ),
+    "smaller cache": (
+        "#332288",
+        ("mla(rank=128)", "mla(rank=128, init=weights)", "gqa(groups=1)", "gqa(groups=1, merge=mean)"),
+    ),
+    "sparse": ("#117733", ("topk(k=16)", "topk(k=64)", "moba(block=16, top=4)")),
+    "few bits": ("#ddcc77", ("quantized", "quantized(format=int8)")),
     "low rank": ("#882255", ("low_rank_mlp(rank=64)", "low_rank_mlp(rank=256)")),
     "norm": ("#e69f00", ("norm1:dyt", "norm2:dyt")),
 }  # fmt: skip
@@ -112,6 +119,7 @@ def main() -> None:
     parser.add_argument(
         "--state", type=Path, default=Path("runs/mechanism_table"), help="to go on from"
     )
+    parser.add_argument("--only", nargs="+", metavar="SWAP", help="these rows; the others stay")
     parser.add_argument("--resume", action="store_true", help="go on from the saved state")
     parser.add_argument("--output", type=Path, default=HERE, help="folder of the results")
     parser.add_argument(
@@ -125,6 +133,9 @@ def main() -> None:
             shutil.rmtree(args.state, ignore_errors=True)
         torch.set_num_threads(1)
         table, made = measured(args)
+        if args.only:
+            kept = pd.read_csv(places["csv"])
+            table = ordered(pd.concat([kept[~kept.swap.isin(table.swap)], table]))
         table.to_csv(places["csv"], index=False, lineterminator="\n", float_format="%.6g")
         places["json"].write_text(json_text(made))
     table, made = pd.read_csv(places["csv"]), json.loads(places["json"].read_text())
@@ -142,13 +153,13 @@ def measured(args: argparse.Namespace) -> tuple[pd.DataFrame, dict]:
     """Every student on every window, one row each, ordered by damage; and how it was done."""
     teacher = mismatch.load(args.model)
     layout = teacher.layout
-    swaps = tuple(text for _, texts in KINDS.values() for text in texts)
+    swaps = tuple(args.only or (text for _, texts in KINDS.values() for text in texts))
     config = ScanConfig(
         model=args.model, swap=swaps, among=str(args.layer), seq_len=args.seq_len, tokens=args.tokens,
         calibration_tokens=args.calibration_tokens,
     )  # fmt: skip
     made = columns(config.templates, ("zero",))
-    whole = [joint(text, spec.check(spec.parse(text)), layout) for text in WHOLE]
+    whole = [joint(text, spec.check(spec.parse(text)), layout) for text in WHOLE if not args.only]
     every = tuple(sorted([*cells(made, [args.layer], layout), *whole], key=lambda cell: cell.first))
     set_from, held_out = calibration_and_evaluation(config.calibration_data, config.data)
     cut = mismatch.windows(held_out, teacher.tokenizer, args.seq_len, args.tokens, config.seed)
@@ -177,7 +188,7 @@ def measured(args: argparse.Namespace) -> tuple[pd.DataFrame, dict]:
 def rows(
     sums: Sums, every: Sequence[Cell], task: Task, bounds: dict[str, tuple[str, ...]]
 ) -> pd.DataFrame:
-    """KL, NLL difference and share of each student, the smallest damage first, all layers at once last."""
+    """KL, NLL difference and share of each student."""
     at = {cell.name: cell for cell in every}
     kind = {
         str(t): name for name, (_, texts) in KINDS.items() for t in spec.templates(texts)
@@ -200,7 +211,11 @@ def rows(
             )
             row |= {name: value, f"{name}_lo": lo, f"{name}_hi": hi}
         found.append(row | {"of": bound, "n": kl.n})
-    table = pd.DataFrame(found)
+    return ordered(pd.DataFrame(found))
+
+
+def ordered(table: pd.DataFrame) -> pd.DataFrame:
+    """The smallest damage first, all layers at once last."""
     return table.sort_values(
         ["layers", "kl", "swap"], key=lambda c: c == "all" if c.name == "layers" else c
     )

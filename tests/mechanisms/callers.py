@@ -22,7 +22,7 @@ CALLS = PLAIN | {
 # What keeps a state, or counts tokens: what could mistake one text, or a pad, for another.
 COUNTS = (
     "gated_deltanet", "infini", "kda", "kv_slots", "linear_attention", "mamba", "mamba2", "moba", "parallel", "ring",
-    "rwkv", "short_conv", "sliding_window", "topk",
+    "rwkv", "short_conv", "sliding_window",
 )  # fmt: skip
 HEADS = {
     "infini in heads": "infini(segment=4, sinks=2)",

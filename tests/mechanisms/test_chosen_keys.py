@@ -118,8 +118,13 @@ def test_no_choice_of_as_many_keys_keeps_more_of_the_weights():
         assert off[0] < off[1]
 
 
-@pytest.mark.parametrize("call", ["topk(k=4)", "moba(block=3, top=2)"])
-@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
+@pytest.mark.parametrize(
+    "family, call",
+    [
+        *((f, "moba(block=3, top=2)") for f in ("llama", "gemma2", "gpt2")),
+        *((f, "topk(k=4)") for f in ("gpt2", "gemma2", "mistral_window", "phi3")),
+    ],
+)
 def test_tokens_are_counted_from_the_first_real_one(family, call):
     student = swap(tiny(family), f"layer1:{call}").model
     mask = torch.ones_like(IDS)

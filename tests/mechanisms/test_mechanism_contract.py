@@ -109,8 +109,8 @@ WINDOWED = {
 }  # fmt: skip
 # What a family's attention can break.
 ATTENTION = (
-    "gated_deltanet", "gqa", "infini", "kv_slots", "linear_attention", "mamba2", "mla", "nope", "parallel", "rwkv",
-    "sliding_window", "topk",
+    "gated_deltanet", "infini", "kv_slots", "linear_attention", "mamba2", "mla", "nope", "parallel", "rwkv",
+    "sliding_window",
 )  # fmt: skip
 
 
