@@ -40,6 +40,7 @@ from mismatch.mechanisms.base import trains_new_first
 from mismatch.metrics.sums.per_document import PerDocument
 from mismatch.stages.opening import Opened
 from mismatch.stages.repair.config import RepairConfig
+from mismatch.stages.repair.judge import Judge, Judged, Selection
 from mismatch.stages.repair.ladder import Ladder, Texts
 from mismatch.stages.repair.stage import Repair
 from mismatch.stages.repair.trainable import trainable
@@ -137,7 +138,7 @@ class Bench:
             config,
             self.teacher.layout,
             learner,
-            self.held_out,
+            Judge(self.held_out, Selection(why_not="the rows are counted on it")),
             batches,
             folder=self.store,
             state=None,
@@ -176,7 +177,7 @@ class Timed(Ladder):
 
     evaluation = 0.0
 
-    def _evaluated(self) -> Evaluated:
+    def _evaluated(self) -> Judged:
         started = time.process_time()
         found = super()._evaluated()
         self.evaluation += time.process_time() - started
