@@ -32,6 +32,7 @@ from mismatch.forward.heldout import HeldOut
 from mismatch.metrics.sums.per_document import PerDocument
 from mismatch.stages.opening import Opened
 from mismatch.stages.repair.config import INITIAL_VALUES, RepairConfig
+from mismatch.stages.repair.judge import Judge, Selection
 from mismatch.stages.repair.ladder import Ladder, Texts
 from mismatch.stages.repair.stage import Repair
 from mismatch.stages.repair.trainable import trainable
@@ -56,7 +57,7 @@ SMALL: dict[str, Any] = {
     "layers": (12,),
     "seeds": (1,),
     "tokens": 4096,
-    "train_tokens": 16384,
+    "train_tokens": 12288,
     "steps": 64,
 }
 FULL: dict[str, Any] = {
@@ -117,7 +118,7 @@ class Bench:
             config,
             self.opened.teacher.layout,
             learner,
-            self.held_out,  # type: ignore[arg-type]  # judges by text alone
+            Judge(self.held_out, Selection(why_not="nothing is undone")),
             self.batches,
             folder=self.store,
             state=None,
