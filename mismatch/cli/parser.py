@@ -295,6 +295,7 @@ _METAVARS = {
     "train_data": "DATA",
     "scan": "RUN",
     "earlier_run": "RUN",
+    "selected_by": "RUN",
     "activations_dir": "FOLDER",
     "output": "FOLDER",
     "run_name": "NAME",
