@@ -140,7 +140,7 @@ def test_the_shift_is_zero(family, block):
 def test_the_gradients_are_the_models_own(family):
     grads = []
     for spec in (None, "all:ring(block=8)"):
-        model = tiny(family).requires_grad_(True)
+        model = tiny(family).double().requires_grad_(True)
         student = model if spec is None else swap(model, spec).model
         student(tokens(2, 40)).logits.sin().sum().backward()
         grads.append({n: p.grad for n, p in student.named_parameters() if p.grad is not None})
