@@ -47,6 +47,7 @@ class Row:
         trained: whether scores are trained.
         seed: of the repair.
         long: also read at 2048 tokens.
+        window: tokens of a training window.
         group: of the figure.
     """
 
@@ -55,6 +56,7 @@ class Row:
     trained: bool = True
     seed: int = 0
     long: bool = False
+    window: int = 512
     group: str = "shared"
 
 
@@ -82,7 +84,7 @@ ROWS = {
         "random, 104 slots, rest": chosen_by("random", "104", REST),
         "shared, 8 MB, seed 1": Row(SHARED, 8000, seed=1),
         "shared, 8 MB, seed 2": Row(SHARED, 8000, seed=2),
-        "shared, 10 MB": Row(SHARED, 10000, long=True),
+        "shared, 10 MB, windows of 2048": Row(SHARED, 10000, long=True, window=2048),
         "shared, 6 MB": Row(SHARED, 6000),
         "shared, 4.5 MB": Row(SHARED, 4500),
         "alike, 104 slots": Row("kv_slots(segment=32, slots=104)", group="alike"),
@@ -92,6 +94,7 @@ ROWS = {
     "18": {
         "shared, 100 kB": Row(NARROW, 100, long=True),
         "shared, 150 kB": Row(SHARED, 150, long=True),
+        "shared, 150 kB, windows of 2048": Row(SHARED, 150, long=True, window=2048),
         **OTHERS,
         "infini(segment=64, sinks=1)": Row(
             "infini(segment=64, sinks=1)", trained=False, group="other"
@@ -156,9 +159,9 @@ def measured(teacher: Any, row: Row, args: argparse.Namespace) -> dict[str, Any]
             train_tokens=16_384,
             self_generated=0.0,
             retrieval_text=0.5,
-            tokens=512,
-            val_tokens=1024,
-            seq_len=512,
+            tokens=row.window,
+            val_tokens=max(1024, row.window),
+            seq_len=row.window,
             controls=(),
             probes=(),
             trace_tokens=0,

@@ -42,8 +42,8 @@ if TYPE_CHECKING:
 SLOTS = "slots"
 LEVELS = (0, 8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
 """Numbers of slots that are tried, as far as a window has far tokens."""
-WINDOWS = 8
-"""Windows of training text that the curves are measured on, spread evenly over it."""
+TOKENS = 4096
+"""Training text that the curves are measured on: whole batches, spread evenly over it, two at least."""
 
 
 @dataclass(frozen=True)
@@ -199,7 +199,8 @@ def measured(
 
 
 def _spread(batches: Sequence[Tensor]) -> list[Tensor]:
-    return list(batches[:: max(1, len(batches) // WINDOWS)][:WINDOWS])
+    most = max(2, TOKENS // batches[0].numel())
+    return list(batches[:: max(1, len(batches) // most)][:most])
 
 
 def _levels(keeper: Keeper, ids: Tensor) -> list[int]:
