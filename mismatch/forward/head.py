@@ -17,7 +17,7 @@ from torch import Tensor
 from mismatch.metrics.sums.logits import LogitPair, kl_per_token
 from mismatch.models.layout import Layout
 
-CHUNK = 256
+CHUNK = 128
 """Tokens that go through the head at once, at most."""
 LOGITS = 2**24
 """Logits that are made at once, of one model: 64 MB. A vocabulary of 262k words gets 64 tokens."""
