@@ -29,11 +29,24 @@ def test_the_attention_says_where_to_begin(toy_teacher, call):
     assert inherited < 0.85 * swapped and inherited < 0.9 * zero
     assert fitted < inherited
     (note,) = found.plan.stages[1].notes
-    parts = {*INITIAL_VALUES} - ({"write"} if "mamba2" in call else set())
-    parts -= {"keys", "values"} if call == "rwkv" else set()
+    # Centred keys do not help the toy, and are not taken; rwkv has no such part.
+    parts = {*INITIAL_VALUES} - {"keys"} - ({"write"} if "mamba2" in call else set())
+    parts -= {"values"} if call == "rwkv" else set()
     assert {*note.partition(": ")[2].partition(" set;")[0].split(", ")} == parts
+    assert ("with centred keys" in note) == (call != "rwkv")
     assert all(torch.equal(before[n], p) for n, p in toy_teacher.model.named_parameters())
     assert found.plan.forecast.why_not is not None
+
+
+def test_centred_keys_are_taken_where_the_fitted_layer_errs_less(toy_teacher, monkeypatch):
+    errors = iter([0.3, 0.4])
+    monkeypatch.setattr(module, "_when_fitted", lambda *_: next(errors))
+    found = repaired(toy_teacher, "layer1:gated_deltanet", initial_values=("keys",))
+    assert found.plan.stages[1].notes[0].startswith("layer1.attn: keys set; ")
+    monkeypatch.setattr(module, "_when_fitted", lambda *_: 0.5)
+    found = repaired(toy_teacher, "layer1:gated_deltanet", initial_values=("keys",))
+    assert found.plan.stages[1].notes[0].startswith("layer1.attn: nothing set; ")
+    assert found.stages["kl"].nunique() == 1  # all as it was
 
 
 def test_nothing_asked_for_changes_nothing(toy_teacher):
