@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-from processes import finished, start
+from processes import finished, free_port, start
 from wonderland import documents, jsonl
 
 from mismatch import cli
@@ -60,6 +62,49 @@ def test_two_processes_give_the_numbers_of_one(name, toy_folder, tmp_path):
     same, other = (json.dumps(as_json(run.plan), default=str) for run in (a, b))
     assert same == other
     assert (a.manifest["ranks"], b.manifest["ranks"]) == (1, 2)
+
+
+def test_two_nodes(toy_folder, tmp_path):
+    """torchrun twice on one machine, a process each."""
+    line = words(tmp_path, toy_folder, "probe")
+    line[line.index("--probes") + 1] = "induction,memory,heads"
+    one, two, port = tmp_path / "one", tmp_path / "two", str(free_port())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mismatch.stages.runner.write_html", lambda path: None)
+        assert cli.main([*line, "--output", str(one)]) == 0
+    launch = (
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nnodes",
+        "2",
+        "--nproc-per-node",
+        "1",
+    )
+    where = ("--master-addr", "127.0.0.1", "--master-port", port)
+    nodes = [
+        subprocess.Popen(
+            [
+                *launch,
+                *where,
+                "--node-rank",
+                str(rank),
+                "-m",
+                "mismatch",
+                *line,
+                "--output",
+                str(two),
+            ],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    done = finished(nodes)
+    assert [code for code, _, _ in done] == [0, 0], done
+    numbers = load_run(one).table["value"], load_run(two).table["value"]
+    np.testing.assert_allclose(*numbers, rtol=1e-6, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", ["probe", "diagnose", "plan"])
