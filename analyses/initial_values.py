@@ -1,8 +1,10 @@
 """What are initial values from the attention worth to a recurrent mixer in its place, before and after training?
 
-    python analyses/initial_values.py               layer 12, few steps, one seed; goes on where it was stopped
-    python analyses/initial_values.py --full        layers 12, 18 and 24, more text and steps, three seeds
+    python analyses/initial_values.py               layer 12, nothing set and all, 64 steps, one seed: 8 minutes of CPU
+    python analyses/initial_values.py --full        layers 12, 18 and 24, every arm, 600 steps, three seeds: a day
     python analyses/initial_values.py --only rwkv   one mechanism
+
+It goes on where it was stopped.
 
 Attention of one layer of SmolLM2 is replaced by a mixer whose initial values are set by the stage `inherit`, each part
 alone and all together; then the output projection is fitted in closed form, then the layer trains alone, the same steps
@@ -54,6 +56,7 @@ ARMS: dict[str, tuple[str, ...]] = {
 }
 CONTROLS = {"zero": "zero", "linear": "linear"}
 SMALL: dict[str, Any] = {
+    "arms": ("random", "all"),
     "layers": (12,),
     "seeds": (1,),
     "tokens": 4096,
@@ -61,6 +64,7 @@ SMALL: dict[str, Any] = {
     "steps": 64,
 }
 FULL: dict[str, Any] = {
+    "arms": tuple(ARMS),
     "layers": (12, 18, 24),
     "seeds": (1, 2, 3),
     "tokens": 8192,
@@ -205,7 +209,7 @@ def measure(
     arms = [
         (mechanism, arm, parts)
         for arm, parts in ARMS.items()
-        if not args.arms or arm in args.arms
+        if arm in (args.arms or sizes["arms"])
         for mechanism in args.only or MECHANISMS
     ]
     bench = None
