@@ -17,7 +17,7 @@ from mismatch.models import generate as generating
 from mismatch.models.generate import Generated
 from mismatch.models.tokenizer import need_tokenizer
 from mismatch.stages.functions import opened_for
-from mismatch.stages.opening import load
+from mismatch.stages.loaded import load
 from mismatch.stages.runner import stage_of
 from mismatch.stages.swapped import calibration_tokens as tokens_for
 from mismatch.stages.trace.check import Check, checked

@@ -37,11 +37,7 @@ run leaves, so what is trusted is said each time."""
 
 PATHS = (
     *("model", "student", "data", "calibration_data", "train_data"),
-    "output",
-    "activations_dir",
-    "scan",
-    "earlier_run",
-    "selected_by",
+    *("output", "activations_dir", "scan", "earlier_run", "selected_by"),
 )
 """Fields that can be paths: `~` in front is the home folder."""
 

@@ -17,7 +17,8 @@ from mismatch.forward.measured import measured
 from mismatch.registry import did_you_mean
 from mismatch.runs.folder import check_output
 from mismatch.stages.base import Result, Stage
-from mismatch.stages.opening import FIELDS, Opened, load
+from mismatch.stages.loaded import load
+from mismatch.stages.opening import FIELDS, Opened
 from mismatch.stages.runner import stage_of, work
 from mismatch.surgery.operate import Student
 from mismatch.surgery.students import Teacher

@@ -17,12 +17,9 @@ from tqdm import tqdm
 
 from mismatch import spec
 from mismatch.config import SwapConfig
-from mismatch.errors import UsageError
-from mismatch.forward.measured import measured
 from mismatch.models.families import family_of
 from mismatch.models.layout import Layout
 from mismatch.models.load import ModelInfo, load_tokenizer, read_config
-from mismatch.models.resolve import Located
 from mismatch.models.skeleton import skeleton_of
 from mismatch.models.tokenizer import need_tokenizer
 from mismatch.runs.folder import RunFolder
@@ -31,6 +28,7 @@ from mismatch.runs.state import State
 from mismatch.stages.base import C
 from mismatch.stages.chosen_on import ChosenOn
 from mismatch.stages.given import GivenStudent
+from mismatch.stages.loaded import load
 from mismatch.stages.text_role import Text
 from mismatch.surgery import loading, operate
 from mismatch.surgery.controls import control_specs
@@ -379,38 +377,6 @@ class Opened(Generic[C]):
         silent = None if self.progress and self.ranks.first else True
         with tqdm(total=total, desc=what, unit=unit, file=sys.stderr, disable=silent) as bar:
             yield bar
-
-
-def load(source: Any, **options: Any) -> Teacher:
-    """Load a model, or take one that is loaded, and prove its layout by a probe forward.
-
-    A checkpoint that `student.save` wrote comes back with its swap: it can be traced, generated from and swapped
-    further. Its dtype stays what it was saved in; plain models are loaded in float32.
-
-    Args:
-        source: a fetched name, a folder, a hub id, or `(model, tokenizer)`.
-        options: as of `mismatch.surgery.loading.load`: dtype, device, device_map, revision, trust_remote_code,
-            allow_pickle.
-
-    Raises:
-        UsageError: none of these.
-        ModelError: no such model, no weights, weights of a refused kind.
-        LayoutError: an unknown family, or a model that does not fit its family's layout.
-    """
-    if isinstance(source, Teacher):
-        return source
-    if isinstance(source, (tuple, list)) and len(source) == 2:
-        return Teacher(*loading.of_loaded(*source))
-    if not isinstance(source, (str, Path, Located)):
-        what = "a student" if isinstance(source, Student) else f"{type(source).__name__}"
-        raise UsageError(
-            f"a model is given as a name, a folder, or (model, tokenizer), got {what}",
-            hint="pass (student.model, student.tokenizer)"
-            if isinstance(source, Student)
-            else "pass (model, tokenizer), both as transformers loads them",
-        )
-    with measured():
-        return Teacher(*loading.load(source, **options))
 
 
 def _same(one: Any, other: Any) -> bool:
