@@ -129,7 +129,7 @@ class Train(Stage[TrainConfig, Prepared]):
         with (
             asked_to_stop as stopping,
             tempfile.TemporaryDirectory(prefix="mismatch-") as temporary,
-            torch.random.fork_rng(),
+            torch.random.fork_rng(devices=[]),
         ):
             folder = Path(temporary) if opened.path is None else opened.path / "trainer"
             return _run(opened, prepared, stopping, folder)

@@ -84,6 +84,36 @@ def test_the_checkpoints_load_as_the_model_that_was_trained(trained, toy_teacher
     assert load_run(trained.run_dir).plan == trained.plan
 
 
+def test_a_checkpoint_is_trained_on_from_where_it_stands(trained, toy_teacher, tmp_path):
+    """Its swap from its record; the first look reads what the last one of its own training read."""
+    steps = ["max_steps=2", "learning_rate=1e-4"]
+    on = mismatch.train(
+        toy_teacher, trained.checkpoint, trainer=steps, output=str(tmp_path / "on"), **SETTINGS
+    )
+    assert math.isclose(on.plan.looks[0].kl, trained.plan.looks[-1].kl, rel_tol=1e-6)
+    assert on.plan.spec == trained.plan.spec
+    again = mismatch.load(on.checkpoint)
+    ids = torch.arange(40)[None]
+    assert torch.equal(again.model(ids).logits, on.student.model(ids).logits)
+    assert not torch.equal(again.model(ids).logits, trained.student.model(ids).logits)
+
+
+def test_a_fine_tune_in_which_nothing_was_swapped(toy_teacher, tmp_path):
+    settings = SETTINGS | {"parameters": "all", "trainer": ["max_steps=2", "learning_rate=1e-4"]}
+    own = copy.deepcopy(toy_teacher.model)
+    found = mismatch.train(
+        toy_teacher, (own, toy_teacher.tokenizer), output=str(tmp_path / "run"), **settings
+    )
+    assert found.plan.looks[0].kl == 0 and found.plan.looks[-1].step == 2
+    ids = torch.arange(40)[None]
+    loaded = mismatch.load(found.checkpoint)
+    assert torch.equal(loaded.model(ids).logits, found.student.model(ids).logits)
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(own.parameters(), toy_teacher.model.parameters(), strict=True)
+    )
+
+
 @pytest.mark.pages
 def test_what_is_printed_and_drawn(trained):
     said = trained.summary()
