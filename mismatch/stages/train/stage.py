@@ -281,6 +281,8 @@ def _alone(trainer: DistillationTrainer, student: Student, swap: Student) -> Stu
     """The trained student as it was before accelerate wrapped it; of a sharded one a copy with all weights."""
     if not trainer.is_fsdp_enabled:
         trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
+        for name in ("forward", "_original_forward"):  # what mixed precision leaves on the model
+            vars(student.model).pop(name, None)
         return student
     weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     whole = copied(swap)

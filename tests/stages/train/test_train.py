@@ -114,6 +114,26 @@ def test_a_fine_tune_in_which_nothing_was_swapped(toy_teacher, tmp_path):
     )
 
 
+def test_settings_of_the_trainer(toy_teacher):
+    """Accumulated gradients are those of one batch; mixed precision leaves float32 weights and nothing on the model."""
+    steps = ["max_steps=2", "learning_rate=1e-3"]
+
+    def after(*more: str, **other):
+        found = mismatch.train(toy_teacher, SWAP, trainer=[*steps, *more], **SETTINGS | other)
+        return found.plan.looks[-1], found.student.model
+
+    (look, model), (same, accumulated) = (
+        after(),
+        after("gradient_accumulation_steps=2", batch_size=1),
+    )
+    assert look.tokens == same.tokens == 256
+    for one, other in zip(model.parameters(), accumulated.parameters(), strict=True):
+        assert torch.allclose(one, other, atol=1e-5)
+    rough, mixed = after("bf16=true")
+    assert 0 < abs(rough.kl - look.kl) < 0.05 * look.kl
+    assert mixed.dtype == torch.float32 and "forward" not in vars(mixed)
+
+
 @pytest.mark.pages
 def test_what_is_printed_and_drawn(trained):
     said = trained.summary()
