@@ -138,6 +138,30 @@ def selectors() -> str:
     return _table(head, rows)
 
 
+def selected() -> str:
+    """What `python analyses/selector_study.py` measured of the sets together."""
+    tasks = {
+        "text": "text, KL",
+        "induction": "copying",
+        "needles": "needles",
+        "kv_lookup": "look-ups",
+    }
+    rows = [
+        (
+            *(row["layers"], f"`{row['score']}`"),
+            *(
+                _interval({end: row[f"{task} {at}"] for end, at in LOST.items()}, 3)
+                for task in tasks
+            ),
+        )
+        for row in _read("selectors/table.csv")
+    ]
+    return _table(("of 30", "score", *tasks.values()), rows)
+
+
+LOST = {"value": "lost", "lo": "lost lo", "hi": "lost hi"}
+
+
 def scan_cost() -> str:
     """What `python analyses/benchmark_scan.py` timed."""
     words = {
@@ -333,6 +357,7 @@ TABLES = {
     "carriers": carriers,
     "plans": plans,
     "selectors": selectors,
+    "selected": selected,
     "scan cost": scan_cost,
     "trace cost": trace_cost,
     "trace shares": trace_shares,

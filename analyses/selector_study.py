@@ -86,7 +86,7 @@ def main() -> None:
                 study.row(layers, score)
     frame = table(args.output)
     frame.to_csv(args.output / "table.csv", index=False)
-    figure(frame).savefig(args.output / "selectors.png", dpi=200)
+    figure(frame).savefig(args.output / "layers.png", dpi=200)
     print(frame.to_string(index=False, float_format=lambda x: f"{x:.4f}"))
 
 
@@ -275,21 +275,22 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#333333", *["#b0b0b0"] *
 def figure(frame: pd.DataFrame) -> Figure:
     """What each score's set costs together, a row a mechanism and number of layers, a panel a task."""
     groups = list(frame.groupby(["mechanism", "layers"], sort=False))
-    made = Figure(figsize=(11, 0.7 + 2.3 * len(groups)), layout="constrained")
-    axes = made.subplots(len(groups), len(TASKS), squeeze=False, sharey=True)
+    made = Figure(figsize=(11, 1.0 + 0.25 * len(frame) + 0.6 * len(groups)), layout="constrained")
+    axes = made.subplots(len(groups), len(TASKS), squeeze=False, sharey="row")
     for line, ((mechanism, layers), rows) in zip(axes, groups, strict=True):
         rows = rows.set_index("score")
+        there = [score for score in SCORES if score in rows.index]
         for axis, (task, title) in zip(line, TASKS.items(), strict=True):
             for score, one in rows.iterrows():
                 value, lo, hi = (one[f"{task} lost{end}"] for end in ("", " lo", " hi"))
-                at = SCORES.index(str(score))
+                at = there.index(str(score))
                 axis.errorbar(
                     value,
                     at,
                     xerr=[[value - lo], [hi - value]],
                     fmt="o",
                     markersize=4,
-                    color=COLOURS[at],
+                    color=COLOURS[SCORES.index(str(score))],
                     lw=1.2,
                 )
             if "even" in rows.index:
@@ -297,8 +298,8 @@ def figure(frame: pd.DataFrame) -> Figure:
             axis.axvline(0, color="#cccccc", lw=0.6, zorder=0)
             axis.set_title(title, fontsize=7.5)
             axis.tick_params(labelsize=7)
-            axis.set_yticks(range(len(SCORES)), SCORES)
-            axis.set_ylim(len(SCORES) - 0.5, -0.5)
+            axis.set_yticks(range(len(there)), there)
+            axis.set_ylim(len(there) - 0.5, -0.5)
         line[0].set_ylabel(f"{mechanism}\n{layers} layers", fontsize=7.5)
     made.suptitle(
         "SmolLM2-135M: layers chosen by each score, replaced together; 95 % intervals", fontsize=9
