@@ -18,6 +18,8 @@ from typing import Any, TypeVar
 import torch
 from torch import distributed
 
+from mismatch.errors import RunError
+
 Piece = TypeVar("Piece")
 Found = TypeVar("Found")
 
@@ -43,7 +45,8 @@ class Ranks:
         if self.world == 1:
             return value
         box = [value]
-        distributed.broadcast_object_list(box, src=0)
+        with self._waiting():
+            distributed.broadcast_object_list(box, src=0)
         return box[0]
 
     def to_first(self, value: Any) -> list[Any] | None:
@@ -51,7 +54,8 @@ class Ranks:
         if self.world == 1:
             return [value]
         boxes: list[Any] | None = [None] * self.world if self.first else None
-        distributed.gather_object(value, boxes, dst=0)
+        with self._waiting():
+            distributed.gather_object(value, boxes, dst=0)
         return boxes
 
     def everywhere(self, value: Found) -> list[Found]:
@@ -59,7 +63,8 @@ class Ranks:
         if self.world == 1:
             return [value]
         boxes: list[Any] = [None] * self.world
-        distributed.all_gather_object(boxes, value)
+        with self._waiting():
+            distributed.all_gather_object(boxes, value)
         return boxes
 
     def shared(self, pieces: Sequence[Piece], run: Callable[[Piece], Found]) -> list[Found]:
@@ -71,6 +76,21 @@ class Ranks:
         """
         parts = self.everywhere([run(one) for at, one in enumerate(pieces) if self.mine(at)])
         return [parts[at % self.world][at // self.world] for at in range(len(pieces))]
+
+    @contextmanager
+    def _waiting(self) -> Iterator[None]:
+        """Of a rank that is gone the connection is closed.
+
+        Raises:
+            RunError: it is.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            raise RunError(
+                f"rank {self.rank} of {self.world} waited for the others, and one of them is gone",
+                hint="its own message says why",
+            ) from error
 
     def device(self, requested: str) -> str | None:
         """The device of this rank: its own GPU under torchrun, else the requested one (None = choose)."""
