@@ -90,12 +90,9 @@ KINDS: dict[str, tuple[str, tuple[str, ...]]] = {
         "#cc79a7",
         ("lora", "qlora", "houlsby", "parallel_adapter", "adapterplus", "gated_attention"),
     ),
-    "smaller cache": (
-        "#332288",
-        ("mla(rank=128)", "mla(rank=128, init=weights)", "gqa(groups=1)", "gqa(groups=1, merge=mean)"),
-    ),
-    "sparse": ("#117733", ("topk(k=16)", "topk(k=64)", "moba(block=16, top=4)")),
-    "few bits": ("#ddcc77", ("quantized", "quantized(format=int8)")),
+    "smaller cache": ("#332288", ("mla(rank=128)", "gqa(groups=1)")),
+    "sparse": ("#117733", ("topk", "moba(block=16, top=4)")),
+    "few bits": ("#ddcc77", ("quantized",)),
     "low rank": ("#882255", ("low_rank_mlp(rank=64)", "low_rank_mlp(rank=256)")),
     "norm": ("#e69f00", ("norm1:dyt", "norm2:dyt")),
 }  # fmt: skip

@@ -303,6 +303,22 @@ def bounded(layers: str, length: str) -> str:
     return _table(head, rows)
 
 
+def smaller_cache() -> str:
+    """What `python analyses/smaller_cache.py` measured."""
+    rows = []
+    for row in _read("smaller_cache/table.csv"):
+        kl = [
+            _interval({"value": row[name], "lo": row[f"{name}_lo"], "hi": row[f"{name}_hi"]})
+            for name in ("swapped", "closed")
+        ]
+        rows.append((row["layers"], row["name"], f"`{row['swap']}`", row["cache"], *kl))
+    head = (
+        *("layer", "", "swap", "cache, of the teacher's"),
+        *("KL as swapped", "KL, output projection fitted"),
+    )
+    return _table(head, rows)
+
+
 def _read_off(row: Row, name: str, digits: int) -> str:
     if not row[f"{name} lo"]:
         return f"{float(row[name]):.{digits}f}, no interval"
@@ -365,6 +381,7 @@ TABLES = {
     "stages": stages,
     "repair": repair,
     "options": options,
+    "smaller cache": smaller_cache,
     "bounded all": partial(bounded, "all", "512"),
     "bounded all, long": partial(bounded, "all", "2048"),
     "bounded 18": partial(bounded, "18", "512"),

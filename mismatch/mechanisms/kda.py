@@ -10,8 +10,7 @@ and v after a causal convolution over the last `conv` tokens and a SiLU, q and k
 Decay and gate are made through head_dim numbers. Whole texts are computed in chunks of tokens, exactly. init=inherit
 takes q, k, v and the output projection from the attention, keys and values repeated over their group. Position
 embedding is dropped; decay and convolution tell order. The convolution starts as "this token alone"; A (1 .. 16) and
-dt_bias (softplus(dt_bias) log-uniform in 0.001 .. 0.1) are drawn as the library draws them. Like `gated_deltanet` it is
-worth about as much as no layer before repair.
+dt_bias (softplus(dt_bias) log-uniform in 0.001 .. 0.1) are drawn as the library draws them.
 
     inherit   Inherited: the projections and query/key norms. New: gate, decay and b, convolution, A, dt_bias, norm.
               Dropped: position embedding, softmax, the module's scaling, softcap and window

@@ -42,6 +42,7 @@ INSIDE = {
     "probe_nulls": "puts probes to models that are no swap",
     "three_models": "applies the rules of a scan and of a trace to other models",
     "repair_layer12": "draws two repairs into one figure",
+    "smaller_cache": "fits many forms on one pass of the teacher",
     "spoilt_inputs": "runs the command line in its own process",
     "selector_study": "measures many sets in one sweep, and keeps what single documents lost",
     "scan_atlas": "says what the report of a scan says",
