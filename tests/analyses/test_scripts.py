@@ -29,6 +29,7 @@ INSIDE = {
     "benchmark_repair": "times the steps of a repair one by one",
     "benchmark_scan": "times a scan against the blocks it has to run",
     "benchmark_trace": "times a trace against the work it cannot avoid",
+    "bounded_state": "generates from the prompts of a probe",
     "forecast_fresh": "writes NaN as null",
     "forecast_record": "reads what a repair knows before it trains",
     "forecast_score": "tests the forecast of a repair",
