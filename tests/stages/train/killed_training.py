@@ -1,7 +1,7 @@
-"""Trainings of the toy that die by SIGKILL: `python killed_training.py MOMENT:FOLDER... -- WORDS`.
+"""A training of the toy that dies by SIGKILL: `python killed_training.py MOMENT WORDS`.
 
 A moment is `step-N`, behind the N-th step, or `saving-N`, inside the N-th save, between the weights and the rest of the
-checkpoint. Each dies in a process of its own; all share one import of torch.
+checkpoint.
 """
 
 from __future__ import annotations
@@ -35,20 +35,8 @@ def plant(moment: str) -> None:
     setattr(owner, name, counted)
 
 
-def main(words: list[str]) -> None:
-    at = words.index("--")
+if __name__ == "__main__":
     torch.set_num_threads(1)
     runner.write_html = lambda _folder: None
-    for planted in words[:at]:
-        moment, _, folder = planted.partition(":")
-        child = os.fork()
-        if child == 0:
-            plant(moment)
-            os._exit(cli.main([*words[at + 1 :], "--output", folder]))
-        _, status = os.waitpid(child, 0)
-        if not (os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL):
-            sys.exit(f"{moment} was not reached: status {status}")
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])
+    plant(sys.argv[1])
+    sys.exit(cli.main(sys.argv[2:]))
