@@ -37,7 +37,7 @@ def curve_data(_table: pd.DataFrame, *, plan: TrainPlan, dictionary: Any = None)
 @style.styled
 def curve(_table: pd.DataFrame, *, plan: TrainPlan, dictionary: Any = None) -> Figure:
     """Left the KL against tokens, controls as lines; right the shift of each layer at the first and the last look."""
-    figure = style.new_figure(style.WIDTH, 2.7)
+    figure = style.new_figure(style.WIDTH, 3.0)
     left, right = figure.subplots(1, 2)
     tokens = [look.tokens for look in plan.looks]
     left.plot(tokens, [look.kl for look in plan.looks], color=AFTER, lw=1.1, zorder=1)
@@ -54,7 +54,7 @@ def curve(_table: pd.DataFrame, *, plan: TrainPlan, dictionary: Any = None) -> F
                       color=colour, fontsize=6.5)  # fmt: skip
     left.set_ylim(bottom=0)
     left.set_xlabel("training tokens")
-    left.set_ylabel("KL to the teacher, nats per token")
+    left.set_ylabel("KL to the teacher, nats")
     left.xaxis.set_major_locator(MaxNLocator(5))
     left.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     first, last = plan.looks[0], plan.looks[-1]
@@ -67,7 +67,7 @@ def curve(_table: pd.DataFrame, *, plan: TrainPlan, dictionary: Any = None) -> F
     right.legend(frameon=False, fontsize=7)
     right.set_ylim(bottom=0)
     right.set_xlabel("layer")
-    right.set_ylabel("shift of the stream leaving it, relative L2")
+    right.set_ylabel("shift of the stream, relative L2")
     right.xaxis.set_major_locator(MaxNLocator(integer=True))
     style.frame(
         figure,
