@@ -173,9 +173,7 @@ def figure(frame: pd.DataFrame) -> Figure:
         ax.set_title(
             "every layer" if layers == "all" else f"layer {layers}", loc="left", fontsize=9
         )
-    panels[-1].set_xlabel(
-        "KL to the teacher on held-out text, nats per token (95 % over documents)"
-    )
+    panels[-1].set_xlabel("KL on held-out text, nats per token (95 % over documents)", fontsize=8)
     panels[0].legend(frameon=False, fontsize=7)
     return picture
 
