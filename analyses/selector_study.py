@@ -251,11 +251,12 @@ def table(output: Path) -> pd.DataFrame:
             if (beside := at.get((*group, other))) is not None and other != one["score"]:
                 shared = Overlap.between(one["set"], beside["set"], one["n_layers"])
                 line |= {f"shared with {other}": shared.shared, f"p {other}": shared.p}
-        even = at.get((*group, "even"))
         for task, cost in one["costs"].items():
             line |= _band(f"{task} lost", lost(cost).mean())
-            if even is not None:
-                line |= _band(f"{task} more", (lost(cost) - lost(even["costs"][task])).mean())
+            for beside in ("even", "kl"):
+                if (of := at.get((*group, beside))) is not None:
+                    less = lost(cost) - lost(of["costs"][task])
+                    line |= _band(f"{task} minus {beside}", less.mean())
         lines.append(line)
     return pd.DataFrame(lines)
 
@@ -298,11 +299,14 @@ def figure(frame: pd.DataFrame) -> Figure:
             axis.axvline(0, color="#cccccc", lw=0.6, zorder=0)
             axis.set_title(title, fontsize=7.5)
             axis.tick_params(labelsize=7)
+            axis.locator_params(axis="x", nbins=5)
             axis.set_yticks(range(len(there)), there)
             axis.set_ylim(len(there) - 0.5, -0.5)
-        line[0].set_ylabel(f"{mechanism}\n{layers} layers", fontsize=7.5)
+        line[0].set_ylabel(f"{mechanism.partition('(')[0]}\n{layers} layers", fontsize=7.5)
+    names = ", ".join(frame["mechanism"].unique())
     made.suptitle(
-        "SmolLM2-135M: layers chosen by each score, replaced together; 95 % intervals", fontsize=9
+        f"SmolLM2-135M, {names}: layers chosen by each score, replaced together; 95 % intervals",
+        fontsize=9,
     )
     return made
 

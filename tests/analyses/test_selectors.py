@@ -37,10 +37,11 @@ def test_sets_are_compared_on_the_same_documents(tmp_path):
     kl = frame.loc["kl"]
     # Documents differ by more than the sets do, and the difference is the same in each.
     assert kl["text lost hi"] - kl["text lost lo"] > 1
-    assert [kl[f"text more{end}"] for end in ("", " lo", " hi")] == pytest.approx([-0.5] * 3)
+    assert [kl[f"text minus even{end}"] for end in ("", " lo", " hi")] == pytest.approx([-0.5] * 3)
     assert [kl[f"needles lost{end}"] for end in ("", " lo", " hi")] == pytest.approx([1.0] * 3)
     assert (kl["shared with even"], kl["same set"]) == (1, 0.5)
     # Of 15 pairs out of 6 six share no layer with a given pair.
     assert kl["p even"] == pytest.approx(9 / 15)
-    assert frame.loc["even", "text more"] == 0
+    assert frame.loc["even", "text minus even"] == 0
+    assert frame.loc["even", "text minus kl"] == pytest.approx(0.5)
     assert len(module.figure(module.table(tmp_path)).axes) == 4
