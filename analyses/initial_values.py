@@ -1,7 +1,7 @@
 """What are initial values from the attention worth to a recurrent mixer in its place, before and after training?
 
     python analyses/initial_values.py               layer 12, nothing set and all, 64 steps, one seed: 8 minutes of CPU
-    python analyses/initial_values.py --full        layers 12, 18 and 24, every arm, 600 steps, three seeds: a day
+    python analyses/initial_values.py --full        layers 12, 18 and 24, each part, 600 steps, three seeds: a day
     python analyses/initial_values.py --only rwkv   one mechanism
 
 It goes on where it was stopped.
@@ -10,8 +10,8 @@ Attention of one layer of SmolLM2 is replaced by a mixer whose initial values ar
 alone and all together; then the output projection is fitted in closed form, then the layer trains alone, the same steps
 for all, on the same windows of `sotu`. Evaluated on documents of `wiki` in windows of 512, before the steps and after
 them: the share closed of the KL that deleting the attention costs, paired by document. Beside them the best linear map
-of one token. No part, no rate and no step was chosen on these documents. CPU seconds are those of the three stages.
-Writes figures/initial_values/.
+of one token. No part, no rate and no step was chosen on these documents, but one of eight was in view when the parts
+were first tried. CPU seconds are those of the three stages. Writes figures/initial_values/.
 """
 
 from __future__ import annotations

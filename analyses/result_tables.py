@@ -277,6 +277,21 @@ def options() -> str:
     return _table(("", "form", "KL left", "closed", "CPU seconds"), rows)
 
 
+def initial() -> str:
+    """What `python analyses/initial_values.py` measured."""
+    found: dict[tuple[str, str], dict[str, str]] = {}
+    for row in _read("initial_values/small/table.csv"):
+        closed = tuple(100 * float(row[name]) for name in ("closed", "closed_lo", "closed_hi"))
+        cells = found.setdefault((row["mechanism"], row["arm"]), {})
+        cells[row["when"]] = "{:.0f} % [{:.0f}, {:.0f}]".format(*closed)
+    rows = [
+        (mechanism, arm, cells.get("before", ""), cells["after"])
+        for (mechanism, arm), cells in found.items()
+        if arm != "zero"
+    ]
+    return _table(("layer 12", "initial values", "closed form", "and the steps"), rows)
+
+
 def bounded(layers: str, length: str) -> str:
     """What `python analyses/bounded_state.py` measured at one length."""
     readings = ("passkey", "needles", "look-up", "copy160")
@@ -382,6 +397,7 @@ TABLES = {
     "repair": repair,
     "options": options,
     "smaller cache": smaller_cache,
+    "initial": initial,
     "bounded all": partial(bounded, "all", "512"),
     "bounded all, long": partial(bounded, "all", "2048"),
     "bounded 18": partial(bounded, "18", "512"),
