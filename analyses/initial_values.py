@@ -268,7 +268,9 @@ def _together(found: list[PerDocument]) -> PerDocument:
 def figure(frame: pd.DataFrame) -> Figure:
     """What each arm closes before and after the steps, a panel per mechanism; the linear map as a line."""
     mechanisms = [name for name in MECHANISMS if name in set(frame["mechanism"])]
-    picture = Figure(figsize=(8.0, 2.0 * len(mechanisms) + 0.9), layout="constrained")
+    tall = 0.24 * frame["arm"].nunique() + 0.35
+    picture = Figure(figsize=(8.0, tall * len(mechanisms) + 1.0), layout="constrained")
+    picture.suptitle(f"Attention of layer {frame['layer'].iloc[0]} of SmolLM2 replaced", fontsize=9)
     lines = frame[(frame["mechanism"] == "control") & (frame["arm"] == "linear")]
     panels = picture.subplots(len(mechanisms), 1, sharex=True, squeeze=False)[:, 0]
     for ax, mechanism in zip(panels, mechanisms, strict=True):
@@ -296,10 +298,10 @@ def figure(frame: pd.DataFrame) -> Figure:
         for row in lines.itertuples():
             ax.axvline(100 * row.closed, color="#777777", lw=0.8, ls="--")
         ax.set_yticks(range(len(arms)), arms, fontsize=8)
-        ax.invert_yaxis()
+        ax.set_ylim(len(arms) - 0.5, -0.5)
         ax.set_title(mechanism, loc="left", fontsize=9)
         ax.spines[["top", "right"]].set_visible(False)
-    panels[0].legend(frameon=False, fontsize=7, loc="lower right")
+    panels[0].legend(frameon=False, fontsize=7, loc="lower right", bbox_to_anchor=(1, 1), ncols=2)
     panels[-1].set_xlabel(
         "share of zero's KL closed, % (95 % over documents); dashed: the best linear map"
     )
