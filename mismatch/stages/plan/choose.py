@@ -102,24 +102,38 @@ def _solve(
     budget_kl: float | None,
     budget_lost: float | None,
 ) -> tuple[Score, ...] | None:
-    cost, ones = np.array(prices), np.ones(len(scores))
-    if layers is None:  # one more of them is worth more than all the cost there is
-        cost = cost / (2 * np.abs(cost).sum() + 1e-12) - 1.0
     places = sorted({s.layer for s in scores})
     once = np.array([[s.layer == place for s in scores] for place in places], float)
     rules = [LinearConstraint(once, -np.inf, 1.0)]
-    if layers is not None:
-        rules.append(LinearConstraint(ones, layers, layers))
-    if budget_kl is not None:
-        rules.append(LinearConstraint([s.kl for s in scores], -np.inf, budget_kl))
-    if budget_lost is not None:
-        rules.append(LinearConstraint([s.charged for s in scores], -np.inf, budget_lost))
-    solved = milp(
-        cost, integrality=ones, bounds=Bounds(0, 1), constraints=rules, options={"mip_rel_gap": 0.0}
+    for budget, costs in (
+        (budget_kl, [s.kl for s in scores]),
+        (budget_lost, [s.charged for s in scores]),
+    ):
+        if budget is not None:
+            unit = budget or 1.0
+            rules.append(LinearConstraint(np.array(costs) / unit, -np.inf, budget / unit))
+    ones = np.ones(len(scores))
+    if layers is None:
+        most = _least_sum(-ones, rules)
+        layers = 0 if most is None else int(most.sum())
+    found = _least_sum(
+        _of_size_one(np.array(prices)), [*rules, LinearConstraint(ones, layers, layers)]
     )
-    if solved.x is None:
-        return None
-    return tuple(s for s, x in zip(scores, solved.x, strict=True) if x > 0.5)
+    return None if found is None else tuple(s for s, x in zip(scores, found, strict=True) if x)
+
+
+def _least_sum(cost: np.ndarray, rules: Sequence[LinearConstraint]) -> np.ndarray | None:
+    """Bool, which to take; None: nothing keeps the rules."""
+    options = {"mip_rel_gap": 0.0}
+    ones = np.ones_like(cost)
+    x = milp(cost, integrality=ones, bounds=Bounds(0, 1), constraints=rules, options=options).x
+    return None if x is None else np.asarray(x > 0.5)
+
+
+def _of_size_one(prices: np.ndarray) -> np.ndarray:
+    """In units of the middle one: the solver calls a choice the best that is within 1e-6 of it."""
+    sizes = np.abs(prices[prices != 0])
+    return prices / np.median(sizes) if len(sizes) else prices
 
 
 def _least(

@@ -67,6 +67,28 @@ def test_as_many_as_the_budget_allows_then_as_cheap_as_possible(seed, budget_los
     assert kl(found) == pytest.approx(min(kl(c) for c in fitting if len(c) == most), rel=1e-9)
 
 
+@pytest.mark.parametrize("size", [1e-5, 1e-9])
+def test_small_costs_are_told_apart(size):
+    """The tolerance of the solver is absolute."""
+    given = [Score(s.layer, s.mechanism, size * s.kl) for s in scores(0)]
+    budget = kl(given) / 4
+    for count, limit in ((3, None), (3, budget), (None, budget)):
+        found = choose(given, count, budget_kl=limit)
+        choices = [kl(choice) for choice in every(given, len(found))]
+        assert kl(found) == pytest.approx(min(choices), rel=1e-6)
+        more = [kl(choice) for choice in every(given, len(found) + 1)]
+        assert count is not None or not more or min(more) > budget
+
+
+def test_one_price_without_measure_hides_no_other():
+    """HALO divides by what the least layer costs beyond itself: nothing."""
+    prices = np.random.default_rng(1).exponential(size=8).tolist()
+    given = [Score(layer, "a", 1.0, cost=cost) for layer, cost in enumerate([1e10, *prices])]
+    cheapest = {1 + at for at in np.argsort(prices)[:3].tolist()}
+    for count in (3, None):
+        assert {s.layer for s in choose(given, count, budget_kl=3.5)} == cheapest
+
+
 def test_the_layer_that_carries_retrieval_is_left_alone():
     given = [Score(0, "a", 0.02), Score(1, "a", 0.01, 9.0), Score(2, "a", 0.3), Score(3, "a", 0.04)]
     assert [s.layer for s in choose(given, 2)] == [0, 1]
