@@ -139,6 +139,7 @@ PLANS = {
     "train": train.TrainPlan(
         **SWAP,
         looks=(train.Look(4, 512, 0.1, NAN, (0.0, NAN), {"passkey exact": 0.5}),),
+        step=4,
         students={"swap": train.StudentReading((0.1, NAN, NAN), (3.0, 2.9, 3.1), (0.0, -0.1, 0.1))},
         parameters=9,
         notes=("trained on text",),

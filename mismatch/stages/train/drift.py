@@ -86,7 +86,8 @@ class DriftCallback(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        if state.global_step % self.every == 0:
+        # The last one before anything is saved, and before the best checkpoint takes the place of the model.
+        if state.global_step % self.every == 0 or state.global_step >= state.max_steps:
             self._look(state, control)
 
     def on_train_end(

@@ -75,31 +75,40 @@ class Looks(DriftCallback):
                 f"step {state.global_step}: KL {logs[KL]:.4f}, NLL {logs[NLL]:+.4f} nats"
             )
 
+    def of_run(self, train: Windows, kept: int) -> tuple[Look, ...]:
+        """Every look of the Trainer's logs, those before it was resumed too, and one at the weights that are kept.
 
-def looks_of(trainer: DistillationTrainer, train: Windows) -> tuple[Look, ...]:
-    """Every look of a Trainer's logs, those before it was resumed too."""
-    arguments = trainer.args
-    step_rows = arguments.train_batch_size * arguments.world_size
-    step_rows *= arguments.gradient_accumulation_steps
-    each = -(-len(train) // step_rows)  # steps of an epoch, the last of which may be smaller
+        Args:
+            train: what was trained on.
+            kept: the step of these weights, which the model has now.
+        """
+        trainer = self.trainer
+        arguments = trainer.args
+        step_rows = arguments.train_batch_size * arguments.world_size
+        step_rows *= arguments.gradient_accumulation_steps
+        each = -(-len(train) // step_rows)  # steps of an epoch, the last of which may be smaller
 
-    def tokens(step: int) -> int:
-        epochs, rest = divmod(step, each)
-        return (epochs * len(train) + min(rest * step_rows, len(train))) * train.seq_len
+        def tokens(step: int) -> int:
+            epochs, rest = divmod(step, each)
+            return (epochs * len(train) + min(rest * step_rows, len(train))) * train.seq_len
 
-    return tuple(
-        Look(
-            step=int(entry["step"]),
-            tokens=tokens(int(entry["step"])),
-            kl=entry[KL],
-            nll=entry[NLL],
-            shift=tuple(entry[name] for name in sorted(entry) if name.startswith(LAYER)),
-            probes={
-                name.removeprefix(PROBE): value
-                for name, value in entry.items()
-                if name.startswith(PROBE)
-            },
+        found = {int(log["step"]): log for log in trainer.state.log_history if KL in log}
+        if kept not in found:
+            found[kept] = self.readings()
+        return tuple(
+            Look(
+                step=step,
+                tokens=tokens(step),
+                kl=found[step][KL],
+                nll=found[step][NLL],
+                shift=tuple(
+                    found[step][name] for name in sorted(found[step]) if name.startswith(LAYER)
+                ),
+                probes={
+                    name.removeprefix(PROBE): value
+                    for name, value in found[step].items()
+                    if name.startswith(PROBE)
+                },
+            )
+            for step in sorted(found)
         )
-        for entry in trainer.state.log_history
-        if KL in entry
-    )

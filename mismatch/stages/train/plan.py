@@ -45,6 +45,7 @@ class TrainPlan(SwapPlan):
 
     Attributes:
         looks: in the order of steps.
+        step: whose weights are kept: the last one, or with load_best_model_at_end the best on validation text.
         students: swap, trained model and controls on the evaluation text.
         parameters: numbers that trained.
         notes: which text was trained on, and what was left out.
@@ -52,7 +53,13 @@ class TrainPlan(SwapPlan):
     """
 
     looks: tuple[Look, ...]
+    step: int
     students: dict[str, StudentReading]
     parameters: int
     notes: tuple[str, ...] = ()
     over: str = FORMER
+
+    @property
+    def kept(self) -> Look:
+        """The look at the weights that are kept."""
+        return next(look for look in self.looks if look.step == self.step)

@@ -36,7 +36,7 @@ def curve_data(_table: pd.DataFrame, *, plan: TrainPlan, dictionary: Any = None)
 
 @style.styled
 def curve(_table: pd.DataFrame, *, plan: TrainPlan, dictionary: Any = None) -> Figure:
-    """Left the KL against tokens, controls as lines; right the shift of each layer at the first and the last look."""
+    """Left the KL against tokens, controls as lines; right the shift of each layer before and after."""
     figure = style.new_figure(style.WIDTH, 3.0)
     left, right = figure.subplots(1, 2)
     tokens = [look.tokens for look in plan.looks]
@@ -57,8 +57,7 @@ def curve(_table: pd.DataFrame, *, plan: TrainPlan, dictionary: Any = None) -> F
     left.set_ylabel("KL to the teacher, nats")
     left.xaxis.set_major_locator(MaxNLocator(5))
     left.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
-    first, last = plan.looks[0], plan.looks[-1]
-    for look, colour, name in ((first, BEFORE, "before"), (last, AFTER, "after")):
+    for look, colour, name in ((plan.looks[0], BEFORE, "before"), (plan.kept, AFTER, "after")):
         right.plot(
             range(len(look.shift)), look.shift, color=colour, lw=1.1, marker="o", ms=3, label=name
         )
@@ -72,8 +71,8 @@ def curve(_table: pd.DataFrame, *, plan: TrainPlan, dictionary: Any = None) -> F
     style.frame(
         figure,
         "Drift from the teacher in the training, on evaluation text",
-        "Left: each point is a look; dashed: controls, untrained. Right: the stream before the first and after the "
-        "last step; dotted: swapped layers. 0 is the teacher.",
+        "Left: each point is a look; dashed: controls, untrained. Right: the stream before and after the training; "
+        "dotted: swapped layers. 0 is the teacher.",
     )
     return figure
 
@@ -102,7 +101,7 @@ def sections(run: Run) -> list[Section]:
     swap, trained = plan.students["swap"], plan.students["trained"]
     text = (
         f"KL to the teacher {style.number(swap.kl[0])} → {intervals.said(*trained.kl)} nats per token after "
-        f"{plan.looks[-1].tokens:,} tokens."
+        f"{plan.kept.tokens:,} tokens."
     )
     rows = [
         (

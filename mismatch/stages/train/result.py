@@ -53,9 +53,9 @@ class Trained(Result):
     def words(self) -> str:
         plan: TrainPlan = self.plan
         parts = [[f"warning: {text}" for text in plan.warnings]]
-        last = plan.looks[-1]
+        kept = plan.kept
         lines = [
-            f"{count(plan.parameters)} parameters trained, {last.step:,} steps, {last.tokens:,} tokens"
+            f"{count(plan.parameters)} parameters trained, {kept.step:,} steps, {kept.tokens:,} tokens"
         ]
         for name, found in plan.students.items():
             (kl, lo, hi), (less, less_lo, less_hi) = found.kl, found.trained_minus

@@ -2,7 +2,7 @@
 
     stage    student    stat
     surgery  swap       mean, shift      before the training: KL, and NLL minus the teacher's; controls too
-    train    swap       mean, shift      after `step` steps; of the last step with intervals
+    train    swap       mean, shift      after `step` steps; of the step whose weights are kept with intervals
                         mean_minus_C     the trained model minus control C, or minus the swap as it was, paired
                         mean of rel_l2   of the stream leaving each layer
 
@@ -37,13 +37,13 @@ def rows_of(plan: TrainPlan, evaluated: Mapping[str, Evaluated]) -> list[dict[st
         plan: with its looks.
         evaluated: every student on the evaluation text, the trained one under `trained`.
     """
-    tokens, last = evaluated[TRAINED].kl.n, plan.looks[-1].step
+    tokens = evaluated[TRAINED].kl.n
     found = []
     for name, one in evaluated.items():
         trained = name == TRAINED
         where = {
             "stage": "train" if trained else "surgery",
-            "step": last if trained else 0,
+            "step": plan.step if trained else 0,
             "student": "swap" if trained else name,
         }
         for metric, stat, read in (("kl", "mean", one.kl.mean()), ("nll", "shift", one.nll.mean())):
@@ -54,7 +54,7 @@ def rows_of(plan: TrainPlan, evaluated: Mapping[str, Evaluated]) -> list[dict[st
                 {
                     **_AT,
                     "stage": "train",
-                    "step": last,
+                    "step": plan.step,
                     "student": "swap",
                     "metric": "kl",
                     **less.as_row(),
@@ -62,7 +62,7 @@ def rows_of(plan: TrainPlan, evaluated: Mapping[str, Evaluated]) -> list[dict[st
             )
     for look in plan.looks:
         at = {**_AT, "stage": "train", "step": look.step, "student": "swap", "n": tokens}
-        if look.step != last:
+        if look.step != plan.step:
             found.append({**at, "metric": "kl", "stat": "mean", "value": look.kl})
             found.append({**at, "metric": "nll", "stat": "shift", "value": look.nll})
         for layer, shift in enumerate(look.shift):

@@ -25,9 +25,9 @@ from mismatch.stages.base import Outcome, Stage
 from mismatch.stages.opening import Opened
 from mismatch.stages.probe.questions import Questions, questions_behind
 from mismatch.stages.swapped import calibration_tokens, warned
-from mismatch.stages.train.arguments import training_arguments
+from mismatch.stages.train.arguments import check_optimizer, training_arguments
 from mismatch.stages.train.config import TrainConfig
-from mismatch.stages.train.looks import Looks, looks_of
+from mismatch.stages.train.looks import Looks
 from mismatch.stages.train.plan import TrainPlan
 from mismatch.stages.train.result import CHECKPOINT, Trained
 from mismatch.stages.train.rows import readings, rows_of
@@ -95,6 +95,7 @@ class Train(Stage[TrainConfig, Prepared]):
             )
             raise _nothing(config, what)
         arguments = _arguments(opened)
+        check_optimizer(arguments, swap.model)
         sharded = arguments.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
         if config.probes and sharded:
             raise UsageError(
@@ -171,13 +172,14 @@ def _run(
         trainer.train(resume_from_checkpoint=resumed)
     if stopping() and trainer.state.global_step < trainer.state.max_steps:
         raise KeyboardInterrupt
+    kept = _kept(trainer)
+    found = looks.of_run(prepared.train, kept)
     trained = _alone(trainer, student, swap)
     if not ranks.first:
         return None
     trained.model.requires_grad_(False)
     after = HeldOut(teacher.layout, evaluation, first, config.batch_size)
     evaluated["trained"] = after.evaluate(trained.layout)
-    found = looks_of(trainer, prepared.train)
     base = warned(student.plan, evaluation.seq_len)
     plan = TrainPlan(
         spec=base.spec,
@@ -185,9 +187,10 @@ def _run(
         warnings=base.warnings,
         apart=base.apart,
         looks=found,
+        step=kept,
         students=readings(evaluated),
         parameters=sum(parameter.numel() for parameter in trainable(trained, config.parameters)),
-        notes=prepared.notes,
+        notes=(*prepared.notes, *_kept_note(kept, trainer.state.global_step)),
         over=evaluated["trained"].kl.mean().over,
     )
     if opened.folder is not None:
@@ -277,6 +280,20 @@ def _steps(trainer: DistillationTrainer, prepared: Prepared) -> int:
     return int(each * arguments.num_train_epochs)
 
 
+def _kept(trainer: DistillationTrainer) -> int:
+    """The step whose weights the model has behind the training."""
+    best = trainer.state.best_model_checkpoint
+    if trainer.args.load_best_model_at_end and best is not None:
+        return int(best.rpartition("-")[2])
+    return trainer.state.global_step
+
+
+def _kept_note(kept: int, last: int) -> tuple[str, ...]:
+    if kept == last:
+        return ()
+    return (f"the weights are those of step {kept} of {last}, by the loss on validation text",)
+
+
 def _alone(trainer: DistillationTrainer, student: Student, swap: Student) -> Student:
     """The trained student as it was before accelerate wrapped it; of a sharded one a copy with all weights."""
     if not trainer.is_fsdp_enabled:
@@ -313,7 +330,7 @@ def _whole_batches(train: Windows, batch: int) -> Windows:
 
 
 def _notes(config: TrainConfig, texts: TrainingTexts, train: Windows) -> tuple[str, ...]:
-    notes = [f"trained on {train.tokens:,} tokens of {config.train_data}"]
+    notes = [f"training text: {train.tokens:,} tokens of {config.train_data}"]
     if len(train) < len(texts.train):
         left = len(texts.train) - len(train)
         notes.append(f"windows left out, for they fill no batch: {left} of {len(texts.train)}")

@@ -142,8 +142,8 @@ class Course(TrainerCallback):
             if isinstance(value, float) and not math.isfinite(value):
                 raise NumericsError(
                     f"{name} is {value} after step {state.global_step} of the training",
-                    hint="a lower learning_rate, a longer warmup_steps, or max_grad_norm; the last checkpoint is in "
-                    f"{args.output_dir}",
+                    hint="begin anew with a lower learning_rate, a longer warmup_steps, or max_grad_norm; --student "
+                    f"takes a checkpoint of {args.output_dir}, too",
                 )
 
 

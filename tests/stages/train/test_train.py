@@ -134,6 +134,43 @@ def test_settings_of_the_trainer(toy_teacher):
     assert mixed.dtype == torch.float32 and "forward" not in vars(mixed)
 
 
+def test_the_best_checkpoint_is_what_is_reported(toy_teacher, tmp_path):
+    """Validation text chooses step 1 of 3; what stands beside it is read at its weights, though no look was due."""
+    steps = [
+        "max_steps=3",
+        "learning_rate=1e-3",
+        "eval_strategy=steps",
+        "eval_steps=1",
+        "save_steps=1",
+    ]
+    best = [
+        "load_best_model_at_end=true",
+        "greater_is_better=true",
+    ]  # the loss falls: the first one
+    found = mismatch.train(
+        toy_teacher, SWAP, trainer=[*steps, *best], output=str(tmp_path / "run"), **SETTINGS
+    )
+    plan, trained = found.plan, found.plan.students["trained"]
+    assert plan.step == 1 and [look.step for look in plan.looks] == [0, 1, 3]
+    assert math.isclose(plan.kept.kl, trained.kl[0], rel_tol=1e-5)
+    assert plan.looks[-1].kl < 0.99 * plan.kept.kl
+    assert plan.kept.tokens == 128
+    assert any("those of step 1 of 3" in note for note in plan.notes)
+    assert "1 steps, 128 tokens" in found.summary()
+    rows = found.table.query("stage == 'train' and metric == 'kl' and stat == 'mean'").set_index(
+        "step"
+    )
+    assert rows.value.to_dict() == {0: plan.looks[0].kl, 1: trained.kl[0], 3: plan.looks[-1].kl}
+
+
+def test_weights_that_are_no_number_are_in_no_checkpoint(toy_teacher, tmp_path):
+    """Else a resumed run would go on from them."""
+    steps = ["max_steps=2", "learning_rate=inf"]
+    with pytest.raises(NumericsError, match="drift/kl is nan after step 2 of the training"):
+        mismatch.train(toy_teacher, SWAP, trainer=steps, output=str(tmp_path / "run"), **SETTINGS)
+    assert not list((tmp_path / "run" / "trainer").glob("checkpoint-*"))
+
+
 @pytest.mark.pages
 def test_what_is_printed_and_drawn(trained):
     said = trained.summary()

@@ -33,6 +33,30 @@ from mismatch.stages.train.stage import Train
         (["--trainer", "seed=1"], "`trainer` sets seed, which the command sets itself\n\nhint: give --seed"),
         (["--trainer", "report_to=tensorboard"], "report_to=tensorboard, and tensorboard is not installed here"),
         (["--trainer", "lr_scheduler_type=up"], "`trainer`: "),
+        (["--trainer", "=1"], "`trainer` must be name=value, got `=1`\n\nhint: write learning_rate=..."),
+        (["--trainer", "learning_rate=nan"], "`trainer`: Invalid learning rate: nan"),
+        (["--trainer", "learning_rate=-1"], "`trainer`: Invalid learning rate: -1.0"),
+        (["--trainer", "optim=galore_adamw"], "`trainer`: You need to install `galore_torch`"),
+        (["--trainer", "lr_scheduler_type=cosine_with_min_lr"], "`trainer`: "),
+        (["--trainer", "gradient_accumulation_steps=0"], "gradient_accumulation_steps must be >= 1, got 0"),
+        (["--trainer", "max_steps=0"], "`trainer`: max_steps=0 and num_train_epochs=3.0 are no training"),
+        (
+            ["--trainer", "max_steps=-1", "--trainer", "num_train_epochs=nan"],
+            "`trainer`: max_steps=-1 and num_train_epochs=nan are no training",
+        ),
+        (
+            ["--trainer", "label_smoothing_factor=0.1"],
+            "`trainer` sets label_smoothing_factor, which is not for here\n\n"
+            "hint: the loss is that of --kl-weight and --ce-weight",
+        ),
+        (["--trainer", "hub_token=x"], "`trainer` sets hub_token, which is not for here"),
+        (
+            [
+                *("--trainer", "load_best_model_at_end=true", "--trainer", "eval_strategy=steps"),
+                *("--trainer", "eval_steps=500", "--trainer", "metric_for_best_model=drift/kl"),
+            ],
+            "metric_for_best_model=drift/kl, and validation text gives the loss alone",
+        ),
         (["--batch-size", "9"], "8 windows of training text do not fill one batch of 9"),
         (["--seq-len", "9999"], "is longer than the context"),
         (["--device", "cuda:3"], "--device cuda:3: the Trainer takes the first device that it sees"),
