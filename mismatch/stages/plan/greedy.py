@@ -29,7 +29,7 @@ class Step:
     """A layer that was taken, and what all layers so far cost together on the text that chose them.
 
     `price` is what it was taken for; `again` the share of draws (`mismatch.stages.scan.unit_sums`) that take the same
-    one, None where there are too few documents or prompts.
+    one, None where there are too few documents or prompts, or all cost the same.
     """
 
     cell: Cell
@@ -107,8 +107,10 @@ def _numbers(sums: Sums, cells: Sequence[Cell], able: Sequence[str]) -> Numbers:
 
 
 def _again(config: PlanConfig, numbers: Numbers, found: Sequence[Step], best: Step) -> float | None:
-    """The share of draws in which the best of those that fit is the best again."""
-    if numbers.over(config.score) is None:
+    """The share of draws in which the best of those that fit is the best again; None: too few documents or prompts, or
+    all cost the same."""
+    alike = len(found) > 1 and len({step.price for step in found}) == 1
+    if alike or numbers.over(config.score) is None:
         return None
     keys = [*numbers.cells]
     fit = [keys.index(step.cell.key) for step in found]

@@ -14,7 +14,7 @@ class StepPlan:
     """A layer that the greedy method chose, and the KL of all chosen so far, nats per token, with its interval.
 
     `again`: share of the draws of other documents and prompts that take the same one, given those before; None: too
-    few to draw from.
+    few to draw from, or all cost the same.
     """
 
     layer: int
@@ -53,7 +53,8 @@ class ChoicePlan:
         answers: tasks that this score averages.
         scores: every layer that could be chosen, alone.
         steps: of the greedy method.
-        reliability: what other documents and prompts would have chosen; None: too few, or the choice did not look.
+        reliability: what other documents and prompts would have chosen; None: too few, all
+            layers cost the same, or the choice did not look.
         overlaps: what the choice shares with that of other scores, by their names.
     """
 

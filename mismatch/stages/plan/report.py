@@ -17,8 +17,8 @@ from mismatch.stages.scan.unit_sums import DRAWS
 from mismatch.stages.scan.words import can_do, teacher_words
 
 WITHOUT_DRAWS = (
-    "No documents or prompts were drawn again: there are too few, or the choice did not look at any, or it was made "
-    "step by step, and each step says how often it is taken again."
+    "No documents or prompts were drawn again: there are too few, or all layers cost the same, or the choice did not "
+    "look at any, or it was made step by step, and each step says how often it is taken again."
 )
 FIGURES = (
     ReportFigure(

@@ -190,11 +190,19 @@ def sure(
     chosen: Collection[int],
     limits: dict[str, float | None],
 ) -> Reliability | None:
-    """How sure the choice is; None: too few documents or prompts to draw from."""
+    """How sure the choice is; None: too few documents or prompts to draw from, or no layer differs from another."""
     over = numbers.over(config.score, config.keep_retrieval)
     if over is None:
         return None
+    layers = sorted({score.layer for score in scores})
+    which = [[at for at, s in enumerate(scores) if s.layer == layer] for layer in layers]
     drawn = numbers.drawn(config.seed)
+    prices, prices_drawn = (
+        np.stack([costs.prices(config.score)[..., at].min(-1) for at in which], -1)
+        for costs in (numbers.costs(), drawn)
+    )
+    if len(set(prices.tolist())) < 2:
+        return None
     again: list[Collection[int] | None] = []
     for at in range(DRAWS):
         try:
@@ -202,12 +210,6 @@ def sure(
             again.append({score.layer for score in found})
         except UsageError:  # these documents leave no choice within the budgets
             again.append(None)
-    layers = sorted({score.layer for score in scores})
-    which = [[at for at, s in enumerate(scores) if s.layer == layer] for layer in layers]
-    prices, prices_drawn = (
-        np.stack([costs.prices(config.score)[..., at].min(-1) for at in which], -1)
-        for costs in (numbers.costs(), drawn)
-    )
     return reliability(layers, prices, prices_drawn, chosen, again, over)
 
 

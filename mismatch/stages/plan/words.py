@@ -142,7 +142,8 @@ def sure_lines(plan: ChoicePlan) -> list[str]:
             *rank_lines(sure),
         ]
     elif plan.scores:
-        lines.append(f"  how sure the choice is, is not known: {intervals.WHY_NONE}")
+        why = f"{intervals.WHY_NONE}; and layers that do not all cost the same"
+        lines.append(f"  how sure the choice is, is not known: {why}")
     lines += [f"  beside {name}: {found.text()}" for name, found in plan.overlaps.items()]
     return lines
 

@@ -155,6 +155,21 @@ def test_nothing_is_regained_of_what_changes_nothing(planted):
     assert not regained.means([cell.key for cell in every]).any()
 
 
+def test_layers_that_cost_the_same_are_not_surely_chosen(planted):
+    """Every draw of equal costs takes the same layers, and that says nothing."""
+    settings = config(mechanism="identity")
+    found = numbers(planted, (text(),), settings, ())
+    scores = found.scores(found.costs(), "kl")
+    assert {score.price for score in scores} == {0.0}
+    assert ways.sure(settings, found, scores, {0, 1}, {}) is None
+    every, sweep = swept(planted, settings)
+    assert [step.again for step in greedy(sweep, every, (text(),), settings)] == [None, None]
+    other = config()
+    found = numbers(planted, (text(),), other, ())
+    sure = ways.sure(other, found, found.scores(found.costs(), "kl"), {1, 2}, {})
+    assert sure is not None and sure.same == 1
+
+
 def test_a_layer_is_given_back_only_for_a_while(planted):
     student = student_of(planted.model, "layers[0-2]:zero")
     ids = torch.from_numpy(cut(2, vocab=50).ids)
