@@ -65,8 +65,10 @@ def read(path: Path | str) -> Ranking:
             hint="it holds `model`, `layers`, and under `replaced` or `kept` lists of layers by name",
         ),
     )
-    if not found.lists:
+    if not found.replaced and not found.kept:
         raise DataError(f"{path} holds no list of layers", hint="write some under `replaced`")
+    if found.layers < 1:
+        raise DataError(f"{path}: `layers` must be >= 1, got {found.layers}")
     for name, layers in [*found.replaced.items(), *found.kept.items()]:
         wrong = [at for at in layers if not 0 <= at < found.layers]
         if wrong or len(set(layers)) < len(layers) or not layers:

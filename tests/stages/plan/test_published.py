@@ -76,6 +76,8 @@ def test_lists_beside_a_plan_and_a_scan(folder, capsys):
     [
         (("glassllm", "Qwen2.5-3B"), "are of Qwen2.5-3B with 4 layers, and the run in"),
         (("layers: 4", "layers: 36"), "are of glassllm with 36 layers, and the run in"),
+        (("layers: 4", "layers: 0"), "{path}: `layers` must be >= 1, got 0"),
+        (("layers: 4", "layers: 1000000000000"), "with 1000000000000 layers, and the run in"),  # not counted up
         (("[1, 3]", "[1, 4]"), "the list `mine` in {path} names layer 4: the model has 4 layers (0-3)"),
         (("[1, 3]", "[1, 1]"), "the list `mine` in {path} names a layer twice"),
         (("[1, 3]", "[]"), "the list `mine` in {path} names no layer"),
