@@ -16,7 +16,7 @@ from typing import Any, Generic
 from tqdm import tqdm
 
 from mismatch import spec
-from mismatch.config import SwapConfig
+from mismatch.config import SwapConfig, fields
 from mismatch.models.families import family_of
 from mismatch.models.layout import Layout
 from mismatch.models.load import ModelInfo, load_tokenizer, read_config
@@ -183,10 +183,15 @@ class Opened(Generic[C]):
             UsageError: windows that were asked for do not fit.
             ModelError: no such model.
         """
-        fitted = self.config.fitted(getattr(self.model_config, "max_position_embeddings", None))
-        if fitted != self.config:
-            self.config = fitted
-            self.say(f"windows of {fitted.seq_len} tokens: the context of {fitted.model}")
+        context = getattr(self.model_config, "max_position_embeddings", None)
+        before, self.config = self.config, self.config.fitted(context)
+        shorter = [
+            f"--{name.replace('_', '-')} {','.join(map(str, value if isinstance(value, tuple) else [value]))}"
+            for name in fields(type(before))
+            if (value := getattr(self.config, name)) != getattr(before, name)
+        ]
+        if shorter:
+            self.say(f"{' '.join(shorter)}: {before.model} has a context of {context} tokens")
 
     # ---- swap and controls --------------------------------------------------------------------------
 
