@@ -17,6 +17,7 @@ from mismatch.errors import DataError, RunError
 from mismatch.runs.folder import load_run
 from mismatch.stages.text_role import short
 from mismatch.texts.documents import Documents
+from mismatch.texts.windows import Windows
 
 CHOSE = "chosen_on"
 """Of the manifest: the runs before this one, and the digests of what they used."""
@@ -61,6 +62,11 @@ class ChosenOn:
     def shared(self, documents: Documents) -> list[bool]:
         """Which documents are among those."""
         return [short(digest) in self.digests for digest in documents.hashes]
+
+    def read_in(self, documents: Documents, cut: Windows) -> int:
+        """How many of those are in windows of these documents."""
+        pairs = zip(documents.names, self.shared(documents), strict=True)
+        return len({name for name, shared in pairs if shared} & set(cut.names))
 
     def without(self, documents: Documents) -> Documents:
         """The documents that are not.

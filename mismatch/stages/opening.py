@@ -330,8 +330,7 @@ class Opened(Generic[C]):
         """How many evaluated documents an earlier run chose on."""
         if role != "evaluation" or self.chosen_on is None:
             return 0
-        pairs = zip(documents.names, self.chosen_on.shared(documents), strict=True)
-        return len({name for name, shared in pairs if shared} & set(made.names))
+        return self.chosen_on.read_in(documents, made)
 
     def calibration(self, wanted: int, documents: Documents | None = None) -> Windows | None:
         """Windows that mechanisms set themselves from.

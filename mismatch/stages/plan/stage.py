@@ -113,10 +113,9 @@ class Plan(Stage[PlanConfig, Prepared]):
             )
             if config.score not in ("even", "random"):
                 opened.texts["selection"] = given
-        documents, overlap = given.documents, 0
+        documents = given.documents
         try:
-            documents = chosen.without(documents)
-            cut = opened.cut("evaluation", documents, config.tokens)
+            cut = opened.cut("evaluation", chosen.without(documents), config.tokens)
         except DataError:
             if not config.allow_overlap:
                 raise
@@ -125,8 +124,8 @@ class Plan(Stage[PlanConfig, Prepared]):
             whole = opened.cut("evaluation", documents, used * config.seq_len + config.tokens)
             if len(whole) <= used:
                 raise
-            cut, overlap = whole.part(slice(used, None)), sum(chosen.shared(documents))
-            opened.texts["evaluation"] = Text(documents, cut, overlap)
+            cut = whole.part(slice(used, None))
+            opened.texts["evaluation"] = Text(documents, cut, chosen.read_in(documents, cut))
         # The keys of a scan are those of its seed.
         seed = max(config.seed, 0 if scan is None else int(scan.manifest.get("seed", 0))) + 1
         other = dataclasses.replace(config, seed=seed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -67,6 +68,9 @@ class Trained(Result):
             lines.append(line)
         parts += [lines, [f"- {note}" for note in plan.notes]]
         if self.checkpoint is not None:
-            model = self.run.manifest["model"]
-            parts.append([f"next: mismatch trace --model {model} --student {self.checkpoint}"])
+            model, run = self.run.manifest["model"], shlex.quote(str(self.run.path))
+            student = shlex.quote(str(self.checkpoint))
+            parts.append(
+                [f"next: mismatch trace --model {model} --student {student} --selected-by {run}"]
+            )
         return "\n\n".join("\n".join(lines) for lines in parts if lines)

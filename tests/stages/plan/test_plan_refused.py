@@ -164,6 +164,11 @@ def test_where_no_document_is_left_it_is_refused_or_said(words, shared, folder, 
     texts = texts_of(tmp_path / "said")
     assert texts["evaluation"]["overlap"] == 4
     assert texts["evaluation"]["fingerprint"] != texts["selection"]["fingerprint"]
+    # Documents that are left, and too short for a window, are none.
+    more = jsonl(tmp_path / "more.jsonl", [*documents(4), "Short.", "Shorter."])
+    said[-1] = str(tmp_path / "short")
+    assert cli.main([*said, "--data", str(more)]) == 0
+    assert texts_of(tmp_path / "short")["evaluation"]["overlap"] == 4
     # A scan that does not say what it chose on is not believed.
     manifest = json.loads((run / "manifest.json").read_text())
     del manifest["texts"]["evaluation"]["digests"]

@@ -176,8 +176,8 @@ def test_what_is_printed_and_drawn(trained):
     said = trained.summary()
     assert "49.2k parameters trained, 8 steps, 1,024 tokens" in said
     assert (
-        f"next: mismatch trace --model {trained.run.manifest['model']} --student {trained.checkpoint}"
-        in said
+        f"next: mismatch trace --model {trained.run.manifest['model']} --student {trained.checkpoint} "
+        f"--selected-by {trained.run_dir}" in said
     )
     assert trained.as_dict()["students"].keys() == {"swap", "zero", "trained"}
     assert len(trained.curve().axes) == 2
