@@ -6,9 +6,9 @@
 
 Source: NF4 and double quantisation, Dettmers et al., arXiv 2305.14314, section 3; rows in 8 bits, LLM.int8,
 arXiv 2208.07339, section 2, the weights alone: activations are not rounded, and outliers have no path of their own.
-Both are the formats of transformers' bitsandbytes quantizer, by its arithmetic, in one module of a model that is not
-quantised otherwise. `lora` on top of it is `qlora`. It saves memory of weights, not of the cache, and no time here: the
-matrix is made anew at each call. Gradients pass to the input; the codes are not trained.
+Both are the formats of transformers' bitsandbytes quantizer, in one module of a model that is not quantised otherwise.
+`lora` on top of it is `qlora`. It saves memory of weights, not of the cache, and no time here: the matrix is made anew
+at each call. Gradients pass to the input; the codes are not trained.
 
 Inherited: biases, and matrices that are no target. New: codes and scales, as buffers. Dropped: the matrices. Needs the
 extra `qlora`.

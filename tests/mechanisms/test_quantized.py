@@ -77,6 +77,23 @@ def test_8_bits_lose_less_than_4():
     assert 0 < off[0] < off[1] / 4
 
 
+def test_8_bits_do_not_ask_bitsandbytes_which_takes_float16_alone_on_a_gpu(monkeypatch):
+    """A row of zeros stays zeros; bfloat16 is rounded once, in float32."""
+    import bitsandbytes
+
+    monkeypatch.delattr(bitsandbytes.functional, "int8_vectorwise_quant")
+    model = tiny("llama").bfloat16()
+    old = model.model.layers[1].self_attn.k_proj
+    with torch.no_grad():
+        old.weight[3] = 0
+    new = part(swap(model, "layer1:quantized(format=int8)")).original.k_proj
+    full = old.weight.detach().double()
+    step = full.abs().amax(1, keepdim=True) / 127
+    off = new.codes.double() - full / step.clamp(min=1e-30)
+    assert off.abs().max() < 0.5 + 1e-4
+    assert not new.weight[3].any()
+
+
 def test_lora_over_it_is_qlora():
     model = tiny("llama")
     both = swap(model, "layer1:quantized(targets=[q_proj, v_proj]); layer1:lora(r=4)").model

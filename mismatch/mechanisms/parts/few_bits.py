@@ -1,4 +1,4 @@
-"""Linear layers whose weights are kept in 4 or 8 bits, by the arithmetic of bitsandbytes.
+"""Linear layers whose weights are kept in 4 bits, by the arithmetic of bitsandbytes, or in 8, in its format.
 
     4 bits   W4 = NF4(W): blocks of 64 values, one of 16 levels each, times the block's largest magnitude
     8 bits   W8 = round(127 W / s) s / 127, s the largest magnitude of the row
@@ -24,6 +24,7 @@ from mismatch.models.quantised import LEVELS_8BIT
 
 BLOCK = 64  # values that share a scale
 SCALES = 256  # scales that share a scale of their own, with double quantisation
+SMALLEST = torch.finfo(torch.float32).tiny  # of a row's largest magnitude, not to divide by 0
 BITS = torch.int32  # what float32 numbers are kept as
 
 
@@ -117,7 +118,10 @@ class Int8Linear(nn.Linear):
         codes = torch.zeros(full.shape, dtype=torch.int8, device=full.device)
         scale = torch.zeros(len(full), dtype=torch.float32, device=full.device)
         if not (full.is_meta or empty):
-            codes, scale, _ = bitsandbytes().functional.int8_vectorwise_quant(full.contiguous())
+            # bitsandbytes' own call takes float16 alone on a GPU.
+            scale = full.abs().amax(1).float()
+            steps = full.float() * (LEVELS_8BIT / scale.clamp(min=SMALLEST))[:, None]
+            codes = steps.round().to(torch.int8)
         self.register_buffer("codes", codes)
         self.register_buffer("scale", scale.view(BITS))
 
