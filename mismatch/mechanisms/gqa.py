@@ -126,6 +126,8 @@ class GQA(HostSoftmax):
             width: channels that are rotated.
             root, inverse: of the metric in which an error counts, `KV D D`; they pass through the rotation.
         """
+        if len(w) == self.settings.groups:  # each head stays what it is, whatever the dtype
+            return (torch.eye(self.head_dim).to(w).expand(len(w), -1, -1),) * 2
         found = []
         for heads in (root @ w).split(len(w) // self.settings.groups):
             size, flat = len(heads), heads.flatten(0, 1)

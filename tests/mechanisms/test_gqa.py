@@ -35,6 +35,18 @@ def test_with_all_kv_heads_it_is_the_attention(family, heads, merge):
     torch.testing.assert_close(student(IDS).logits, model(IDS).logits, atol=2e-5, rtol=0)
 
 
+@pytest.mark.parametrize("merge", MERGES)
+def test_heads_that_are_not_merged_keep_their_weights(merge):
+    """Another basis of the same heads would be rounded anew in bfloat16."""
+    model = tiny("llama").bfloat16()
+    attention = part(swap(model, f"layer1:gqa(groups=2, merge={merge})"))
+    old = model.model.layers[1].self_attn
+    for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+        assert torch.equal(getattr(attention, name).weight, getattr(old, name).weight)
+        bias = getattr(old, name).bias
+        assert bias is None or torch.equal(getattr(attention, name).bias, bias)
+
+
 def planted(family, length):
     """A model whose second kv head is the first one, turned in each rotary pair; its values turned anyhow.
 
