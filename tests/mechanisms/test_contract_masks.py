@@ -7,7 +7,7 @@ import threading
 import pytest
 import torch
 from callers import COUNTS, LENGTH, added, cases, decoder, padded, pairs
-from tiny_models import positions
+from tiny_models import positions, swap, tiny, tokens
 from transformers import DynamicCache, StaticCache
 
 from mismatch.errors import SurgeryError
@@ -116,6 +116,44 @@ def test_a_static_cache_with_left_padding(student, family, name, attn):
     got = called(model, ids, mask, positions(mask), past_key_values=cache, use_cache=True)
     wanted = called(model, ids, mask, positions(mask), use_cache=False)
     torch.testing.assert_close(got[mask == 1], wanted[mask == 1], atol=1e-4, rtol=0)
+
+
+BEHIND_A_WINDOW = {
+    "gqa": "gqa(groups=1)",
+    "mla": "mla(rank=9, rope_dim=4)",
+    "ring": "ring(block=8)",
+    "sliding_window": "sliding_window(window=4, sinks=2)",
+    "topk": "topk(k=4)",
+}
+
+
+@pytest.mark.parametrize("call", BEHIND_A_WINDOW.values(), ids=BEHIND_A_WINDOW)
+@pytest.mark.parametrize("family", ["phi3", "mistral_window"])
+@torch.no_grad()
+def test_pads_that_the_windows_of_all_layers_hide(family, call):
+    """A static cache shows a step the last tokens alone; that pads stand before them its position tells."""
+    model = swap(tiny(family), f"layer1:{call}").model
+    ids, mask = tokens(2, 9), torch.ones(2, 9, dtype=torch.long)
+    mask[0, :4] = 0
+    how = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "output_logits": True}
+    how["return_dict_in_generate"] = True
+    out = model.generate(ids, attention_mask=mask, cache_implementation="static", **how)
+    for row, first in ((0, 4), (1, 0)):
+        alone = model.generate(ids[row : row + 1, first:], **how)
+        for got, wanted in zip(out.logits, alone.logits, strict=True):
+            torch.testing.assert_close(got[row], wanted[0], atol=1e-4, rtol=0)
+
+
+@torch.no_grad()
+def test_pads_that_a_window_shows_and_positions_do_not_tell_are_refused():
+    model = swap(tiny("phi3"), "layer1:topk(k=4)").model
+    cache, ids = DynamicCache(config=model.config), tokens(1, 9)
+    model(ids, past_key_values=cache)
+    shown = torch.ones(1, 1, 1, 8, dtype=torch.bool)
+    shown[..., 1] = False
+    for more in ({}, {"position_ids": torch.tensor([[9]])}):
+        with pytest.raises(SurgeryError, match="it has a window, and older tokens have to be"):
+            model(ids[:, :1], attention_mask=shown, past_key_values=cache, **more)
 
 
 @pytest.mark.parametrize("name", COUNTS)

@@ -52,7 +52,8 @@ class Read(NamedTuple):
     """What a mask and positions say of Q new tokens behind P cached ones.
 
     Attributes:
-        keys: bool `batch or 1, P+Q`, True = real; `batch or 1, Q` where a window hides older keys; None = all real.
+        keys: bool `batch or 1, P+Q`, True = real; `batch or 1, Q` where a window hides older keys and positions do not
+            tell of them; None = all real.
         texts: int64 `batch or 1, Q`, the number of each token's text in its row, -1 of pads; None = one text a row.
     """
 
@@ -220,12 +221,30 @@ class TokenFacts:
             _refuse(given, "it is not causal + padding + texts that read themselves alone")
         apart = texts.masked_fill(~real, -1) if bool(_count(texts, real).max() > 1) else None
         if past and (windowed or self._offset):
-            return Read(_unless_all(real), apart)
+            return Read(self._behind_a_window(old, real), apart)
         goes_on = (real & (texts == 0))[..., None]
         known = (old & goes_on).any(1)
         if not _agree(old, known[:, None] & goes_on, real):
             _refuse(given, "the tokens of one text read different cached ones")
         return Read(_unless_all(torch.cat([known, real], dim=1)), apart)
+
+    def _behind_a_window(self, old: Tensor, real: Tensor) -> Tensor | None:
+        """`Read.keys` where cached keys are hidden: pads stand before the text, as many as its positions are behind.
+
+        Args:
+            old: which cached keys of the mask each new token reads, `batch or 1, Q, keys`.
+            real: new tokens, `batch or 1, Q`.
+        """
+        past, offset = int(self._past), int(self._offset)
+        number = torch.arange(past + self.length, device=real.device)
+        keys = torch.ones_like(number, dtype=torch.bool)[None]
+        if self._positions is not None:
+            keys = number >= number[-1] - self._positions[:, -1:].to(real.device)
+        reads = keys[:, None, offset:past] & real[..., None]
+        if self._window is not None:
+            reads = reads & (number[past:, None] - number[offset:past] < self._window)
+        told = _agree(old, reads, real) and bool((keys[:, past:] == real).all())
+        return _unless_all(keys) if told else real
 
     def _check_collated(self, name: str, given: Tensor, texts: Tensor | None) -> None:
         """Refuse boundaries of texts that are not those which the attention sees."""
