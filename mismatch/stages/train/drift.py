@@ -30,7 +30,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from mismatch.errors import UsageError
+from mismatch.errors import DataError, UsageError
 from mismatch.forward.head import CHUNK
 from mismatch.forward.hooks import tapping
 from mismatch.forward.measured import measured
@@ -57,7 +57,8 @@ class DriftCallback(TrainerCallback):
 
     Raises:
         ModelError: the model has another shape or vocabulary than the teacher.
-        UsageError: `every` or `batch_size` below 1.
+        UsageError: something else was given, or `every` or `batch_size` below 1.
+        DataError: no window.
     """
 
     def __init__(
@@ -69,9 +70,18 @@ class DriftCallback(TrainerCallback):
         every: int = 100,
         batch_size: int = 4,
     ) -> None:
+        for given, kind, what in (
+            (trainer, Trainer, "a transformers.Trainer"),
+            (teacher, Teacher, "a teacher from mismatch.load"),
+            (text, Windows, "windows from mismatch.windows"),
+        ):
+            if not isinstance(given, kind):
+                raise UsageError(f"DriftCallback takes {what}, got {type(given).__name__}")
         for name, value in (("every", every), ("batch_size", batch_size)):
-            if value < 1:
-                raise UsageError(f"`{name}` must be >= 1, got {value}")
+            if not isinstance(value, int) or value < 1:
+                raise UsageError(f"`{name}` must be int >= 1, got {value!r}")
+        if not len(text):
+            raise DataError("there is no window to read the drift on", hint="give more text")
         self.trainer, self.teacher, self.every = trainer, teacher, every
         self.student = layout_of(cast(Any, trainer.model))
         check_shape(teacher.layout, self.student, "in training")

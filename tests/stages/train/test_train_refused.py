@@ -11,7 +11,7 @@ from trainings import SETTINGS, STEPS, words
 
 import mismatch
 from mismatch import cli
-from mismatch.errors import ModelError, UsageError
+from mismatch.errors import DataError, ModelError, UsageError
 from mismatch.stages.train.stage import Train
 
 
@@ -111,8 +111,19 @@ def test_a_watcher_of_another_model(toy_teacher, tiny, tmp_path):
     trainer = transformers.Trainer(model=tiny("llama"), args=arguments)
     with pytest.raises(ModelError, match="not of the teacher's shape"):
         mismatch.DriftCallback(trainer, toy_teacher, cut)
-    with pytest.raises(UsageError, match="`every` must be >= 1, got 0"):
-        mismatch.DriftCallback(trainer, toy_teacher, cut, every=0)
+    for every in (0, 1.5):
+        with pytest.raises(UsageError, match=f"`every` must be int >= 1, got {every}"):
+            mismatch.DriftCallback(trainer, toy_teacher, cut, every=every)
+    with pytest.raises(UsageError, match=r"takes a transformers\.Trainer, got LlamaForCausalLM"):
+        mismatch.DriftCallback(trainer.model, toy_teacher, cut)
+    with pytest.raises(
+        UsageError, match=r"takes a teacher from mismatch\.load, got LlamaForCausal"
+    ):
+        mismatch.DriftCallback(trainer, toy_teacher.model, cut)
+    with pytest.raises(UsageError, match=r"takes windows from mismatch\.windows, got ndarray"):
+        mismatch.DriftCallback(trainer, toy_teacher, cut.ids)
+    with pytest.raises(DataError, match="no window to read the drift on"):
+        mismatch.DriftCallback(trainer, toy_teacher, cut.part(slice(0)))
 
 
 def test_a_run_of_other_settings_or_text_is_not_gone_on_with(
