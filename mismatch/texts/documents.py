@@ -123,6 +123,10 @@ def read(data: Any, *, field: str | None = None, tokenizer: Any = None) -> Docum
     asked = Asked(field, tokenizer)
     if isinstance(data, Documents):
         return data.different()
+    if (
+        isinstance(data, str) and not data.strip()
+    ):  # as a path it would be the folder that one stands in
+        raise DataError("no text is named", hint="give a fetched name, a file or a folder")
     if isinstance(data, str | Path):
         return _named(str(data), asked).different()
     return _documents("strings", _from_python(data, asked)).different()

@@ -100,6 +100,14 @@ def test_paths_in_a_list(tmp_path):
     assert data.read(tmp_path / "a.TXT").texts == ("one",)
 
 
+@pytest.mark.parametrize("name", ["", " "])
+def test_no_name_is_not_the_folder_that_one_stands_in(name, tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("text " * 50)
+    monkeypatch.chdir(tmp_path)
+    failed(name, "no text is named")
+    assert len(data.read(".")) == 1
+
+
 def test_hidden_files_and_checkpoints_are_not_read(tmp_path):
     for name in ("a.txt", ".hidden.txt", ".ipynb_checkpoints/a-checkpoint.txt", ".git/x.txt"):
         path = tmp_path / name
