@@ -18,8 +18,9 @@ Components are those of what the heads give on calibration text, and an error of
 it, one of a value by W_o (`parts/input_moment.py`; not in the paper). With init=weights they are those of the weights
 alone, and all errors count alike: plain SVD. The repair stage `closed-form` then fits W_o anew.
 
-Inherited: queries and the output projection. New: R and D (one matrix), N and V (one), B. Dropped: the projections of
-keys and values. Refused: norms between projections and heads (qwen3, gemma3, olmo2 ...), which no component passes.
+Inherited: the output projection, and queries but where all of the keys is rotated. New: R and D (one matrix), N and V
+(one), B. Dropped: the projections of keys and values. Refused: norms between projections and heads (qwen3, gemma3,
+olmo2 ...), which no component passes.
 """
 
 from __future__ import annotations
@@ -111,18 +112,20 @@ class MLA(HostSoftmax):
     # ---- weights -----------------------------------------------------------------------------
 
     def _fold(self, q: Tensor, turned: Tensor, down: Tensor, up: Tensor) -> None:
-        """Put them into projections; the queries' own stays where it is one."""
-        kind = tensor_kind(self, self.context)
+        """Put them into projections; the queries' own stays where it is one, and is gone where all of the keys is
+        rotated."""
+        kind, separate = tensor_kind(self, self.context), len(self._inputs) == 3
         old: list[Any] = [getattr(self, name, None) for name in self._inputs]
         biased = any(layer is not None and layer.bias is not None for layer in old)
-        for name in self._inputs[1 if len(old) == 3 else 0 :]:
+        for name in self._inputs[int(separate and self.still) :]:
             del self._modules[name]
 
         def made(w: Tensor) -> nn.Linear:
             return linear(w[:, :-1], w[:, -1] if biased else None, kind)
 
-        if len(old) == 1:
-            self._inputs, self.q_proj = ("q_proj",), made(q.flatten(0, 1))
+        self._inputs = ("q_proj",) if self.still else ()
+        if self.still and not separate:
+            self.q_proj = made(q.flatten(0, 1))
         if self.rope_dim:
             self.q_turned = made(turned)
         self.kv_down, self.kv_up = made(down), linear(up, None, kind)

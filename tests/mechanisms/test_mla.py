@@ -185,6 +185,15 @@ def test_the_cache_holds_the_latent(family):
     )
 
 
+@pytest.mark.parametrize("rope_dim", [0, 4, 98])
+@pytest.mark.parametrize("family", ["llama", "phi3"])
+def test_it_holds_no_parameter_that_it_does_not_use(family, rope_dim):
+    """Where all of the keys is rotated nothing reads the queries that are not; DDP waits for their gradient."""
+    student = swap(tiny(family), f"layer1:mla(rank=5, rope_dim={rope_dim})")
+    student.model.requires_grad_(True)(IDS).logits.square().mean().backward()
+    assert [name for name, p in part(student).named_parameters() if p.grad is None] == []
+
+
 def test_in_some_heads():
     model = tiny("llama")
     call = "mla(rank=9, rope_dim=4, init=weights)"
