@@ -172,7 +172,7 @@ def _run(
         trainer.train(resume_from_checkpoint=resumed)
     if stopping() and trainer.state.global_step < trainer.state.max_steps:
         raise KeyboardInterrupt
-    kept = _kept(trainer)
+    kept = ranks.from_first(_kept(trainer))
     found = looks.of_run(prepared.train, kept)
     trained = _alone(trainer, student, swap)
     if not ranks.first:
