@@ -52,7 +52,7 @@ from mismatch.mechanisms.parts.initial_values import (
     silu_gate,
     softplus_inverse,
 )
-from mismatch.mechanisms.parts.mixers import Columns, Mixer, identity_taps, on_any_device
+from mismatch.mechanisms.parts.mixers import Columns, Mixer, identity_taps, on_any_device, stand_in
 
 Library = on_any_device(Qwen3NextGatedDeltaNet, __name__)
 STEP_MIN, STEP_MAX, STEP_FLOOR = 0.001, 0.1, 1e-4  # softplus(dt_bias) of flash-linear-attention
@@ -111,9 +111,9 @@ class GatedDeltaNet(Mixer):
             mixer.dt_bias.copy_(softplus_inverse(step))
         if self.inherits:
             split = 4 * self.width
-            mixer.in_proj_qkvz = Columns(0, split)
-            mixer.in_proj_ba = Columns(split, split + 2 * heads)
-            mixer.out_proj = nn.Identity()
+            stand_in(mixer, "in_proj_qkvz", Columns(0, split))
+            stand_in(mixer, "in_proj_ba", Columns(split, split + 2 * heads))
+            stand_in(mixer, "out_proj", Columns())
             identity_taps(mixer.conv1d)
         return mixer
 

@@ -49,7 +49,7 @@ from mismatch.mechanisms.parts.initial_values import (
     sigmoid_gate,
     softplus_inverse,
 )
-from mismatch.mechanisms.parts.mixers import Columns, Mixer, identity_taps, on_any_device
+from mismatch.mechanisms.parts.mixers import Columns, Mixer, identity_taps, on_any_device, stand_in
 
 CHUNK = 16  # tokens computed at once on a CPU: each pair of them costs head_dim numbers; the library's own are 64
 Library = on_any_device(
@@ -120,12 +120,13 @@ class KDA(Mixer):
             step = torch.empty_like(forget.dt_bias).uniform_(math.log(STEP_MIN), math.log(STEP_MAX))
             forget.dt_bias.copy_(softplus_inverse(step.exp()))
         if self.inherits:
+            places = [(mixer, "q_proj"), (mixer, "k_proj"), (mixer, "v_proj")]
+            places += [(forget, "f_a_proj"), (mixer, "b_proj"), (mixer, "g_a_proj")]
             widths = [self.width] * 3 + list(self._sizes().values())
             ends = [sum(widths[: at + 1]) for at in range(len(widths))]
-            columns = [Columns(end - width, end) for end, width in zip(ends, widths, strict=True)]
-            mixer.q_proj, mixer.k_proj, mixer.v_proj = columns[:3]
-            forget.f_a_proj, mixer.b_proj, mixer.g_a_proj = columns[3:]
-            mixer.o_proj = nn.Identity()
+            stand_in(mixer, "o_proj", Columns())
+            for (holder, name), end, width in zip(places, ends, widths, strict=True):
+                stand_in(holder, name, Columns(end - width, end))
             identity_taps(mixer.conv1d)
         return mixer
 

@@ -11,7 +11,7 @@ import reference_mixers as reference
 import torch
 from lone_mixers import CALLS, DIM, HEADS, KV, gen, lone, name_of, rows_after, run, stream
 from reference_mixers import convolved
-from tiny_models import part, swap, tiny
+from tiny_models import part, swap, tiny, tokens
 from torch import nn
 from transformers import DynamicCache
 from transformers.models.kimi_linear.modeling_kimi_linear import KimiLinearDeltaAttention
@@ -347,3 +347,17 @@ def test_sizes_that_cannot_be_are_refused_before_weights_are_loaded(call, messag
 def test_a_padding_mask_of_another_batch_is_refused():
     with pytest.raises(SurgeryError, match=r"padding mask \(3, 3\) for an input \(2, 3\)"):
         run(lone("mamba2"), stream(2, 3), mask=torch.tensor([[0, 1, 1]] * 3))
+
+
+@pytest.mark.parametrize("name", ["gated_deltanet", "kda"])
+def test_peft_finds_the_projections_with_weights_alone(name):
+    """The library's mixer has projections of the same names; what stands in their place is no module."""
+    peft = pytest.importorskip("peft")
+    model = swap(tiny("llama"), f"layer1:{name}").model
+    wanted = model(tokens(2, 9)).logits
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "out_proj"]
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=targets))
+    torch.testing.assert_close(adapted(tokens(2, 9)).logits, wanted, atol=1e-5, rtol=0)
+    layer = adapted.get_submodule("base_model.model.model.layers.1.self_attn")
+    found = {n for n, _ in layer.named_modules() if n.endswith("lora_A")}
+    assert found == {f"{one}.lora_A" for one in targets[:4]}

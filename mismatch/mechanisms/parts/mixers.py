@@ -24,6 +24,7 @@ import sys
 import types
 import zlib
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -181,15 +182,22 @@ class Mixer(AttentionParts):
         return out, after
 
 
-class Columns(nn.Module):
-    """Some columns of its input: stands where a mixer has one of several input projections."""
+@dataclass(frozen=True)
+class Columns:
+    """Some columns of its input, or all: stands where a mixer has one of several projections."""
 
-    def __init__(self, start: int, stop: int) -> None:
-        super().__init__()
-        self.start, self.stop = start, stop
+    start: int = 0
+    stop: int | None = None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor) -> Tensor:
         return x[..., self.start : self.stop]
+
+
+def stand_in(mixer: nn.Module, name: str, columns: Columns) -> None:
+    """Put columns where a mixer has a projection. They are no module: who looks for projections by name (peft's
+    `target_modules`) finds those with weights alone."""
+    delattr(mixer, name)
+    setattr(mixer, name, columns)
 
 
 def on_any_device(
