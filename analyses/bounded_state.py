@@ -2,6 +2,7 @@
 
     python analyses/bounded_state.py --layers all      every layer: about 70 minutes of CPU; goes on where it stopped
     python analyses/bounded_state.py --layers 18       the layer that carries SmolLM2's passkey: about 30 minutes
+    python analyses/bounded_state.py --layers gemma    layer 11 of Gemma-3-270M, which carries its passkey
     python analyses/bounded_state.py --only NAME       some rows
     python analyses/bounded_state.py --decode          16k tokens through a cache: what is held meanwhile
     python analyses/bounded_state.py --draw            table and figure of what is there
@@ -55,7 +56,7 @@ class Row:
         seed: of the repair.
         long: also read at 2048 tokens.
         window: tokens of a training window.
-        heads: of the layer that are replaced, as in a swap; empty: all.
+        places: what is replaced, as in a swap; empty: the layers of the table.
         group: of the figure.
     """
 
@@ -66,7 +67,7 @@ class Row:
     seed: int = 0
     long: bool = False
     window: int = 512
-    heads: str = ""
+    places: tuple[str, ...] = ()
     group: str = "shared"
 
 
@@ -86,7 +87,21 @@ OTHERS = {
 }
 SHARED = "kv_slots(segment=32, rest=mean)"
 NARROW = "kv_slots(segment=16, rest=mean)"
+PLACES = {"all": ("all",), "18": ("layer18",), "gemma": ("layer11",)}
+MODELS = {"gemma": "gemma3-270m"}
+"""Which model a table is of; smollm2 where nothing is said."""
+GLOBAL = ("layer5", "layer11", "layer17")
+"""The layers of Gemma-3-270M without a window."""
 ROWS = {
+    "gemma": {
+        "shared, 330 kB": Row(SHARED, 330),
+        "sliding_window(64, 1)": OTHERS["sliding_window(64, 1)"],
+        "infini(segment=64)": OTHERS["infini(segment=64)"],
+        "three global layers, shared, 990 kB": Row(SHARED, 990, places=GLOBAL),
+        "three global layers, sliding_window(64, 1)": Row(
+            "sliding_window(window=64, sinks=1)", trained=False, group="other", places=GLOBAL
+        ),
+    },
     "all": {
         "shared, 8 MB": Row(SHARED, 8000, long=True),
         **OTHERS,
@@ -113,7 +128,7 @@ ROWS = {
         "shared, 100 kB, seed 2": Row(NARROW, 100, seed=2),
         "infini in the other kv heads": Row(
             "infini(segment=64, overlap=1, normalizer=shared, feature_map=hedgehog, memory_position=far)",
-            heads=".kv_heads[0,1]",
+            places=("layer18.kv_heads[0,1]",),
             stages=("closed-form", "local"),
             group="other",
         ),
@@ -139,7 +154,6 @@ def main() -> None:
     parser.add_argument(
         "--decode", action="store_true", help="what is held at length, of --layers all"
     )
-    parser.add_argument("--model", default="smollm2", help="whose layers are replaced")
     parser.add_argument("--tokens", type=int, default=4096, help="of evaluation text")
     parser.add_argument("--samples", type=int, default=8, help="prompts of each kind")
     parser.add_argument("--output", type=Path, help="folder of the results")
@@ -152,11 +166,11 @@ def main() -> None:
         if name in (args.only or ROWS[args.layers])
     }
     if args.decode:
-        frame = decoded(mismatch.load(args.model), 16_384, 512)
+        frame = decoded(mismatch.load(MODELS.get(args.layers, "smollm2")), 16_384, 512)
         frame.to_csv(folder / "decoded.csv", index=False, float_format="%.4g")
         print(frame.to_string(index=False))
         return
-    teacher = None if args.draw else mismatch.load(args.model)
+    teacher = None if args.draw else mismatch.load(MODELS.get(args.layers, "smollm2"))
     for name, row in () if args.draw else rows.items():
         if not _file(folder, name).exists():
             found = measured(teacher, row, args)
@@ -171,8 +185,8 @@ def measured(teacher: Any, row: Row, args: argparse.Namespace) -> dict[str, Any]
     """All readings of one row; `seconds` is CPU time of what a user waits for: nets, shares, and their text."""
     started = time.process_time()
     notes: list[str] = []
-    target = "all" if args.layers == "all" else f"layer{args.layers}"
-    swap = f"{target}{row.heads}:{row.mechanism}"
+    places = row.places or PLACES[args.layers]
+    swap = "; ".join(f"{place}:{row.mechanism}" for place in places)
     if row.trained:
         repaired = mismatch.repair(
             teacher,
@@ -409,11 +423,15 @@ def figure(frame: pd.DataFrame, layers: str) -> Figure:
     axes[-1].axis("off")
     handles, labels = axes[0].get_legend_handles_labels()
     axes[-1].legend(handles, labels, loc="center", frameon=False)
-    where = "all 30 attention layers" if layers == "all" else f"attention of layer {layers}"
-    made.suptitle(f"SmolLM2-135M, {where} with a bounded state, 512 tokens; 95 % intervals")
+    made.suptitle(f"{WHERE[layers]} with a bounded state, 512 tokens; 95 % intervals")
     return made
 
 
+WHERE = {
+    "all": "SmolLM2-135M, all 30 attention layers",
+    "18": "SmolLM2-135M, attention of layer 18",
+    "gemma": "Gemma-3-270M, attention of layer 11, and of all three global layers",
+}
 LOST = {
     "passkey": "nats a key more",
     "needles": "nats a token more",
