@@ -31,10 +31,12 @@ SWAPS = {
     "linear_attention": "layer12:linear_attention(feature_map=hedgehog)",
     "gated_deltanet": "layer12:gated_deltanet",
     "mamba2": "layer12:mamba2",
+    "mamba2, norm before": "layer12:mamba2(norm=before)",
+    "rwkv": "layer12:rwkv",
     "nope": "layer12:nope",
     "norms:dyt": "layer12.norms:dyt",
 }
-STAGES = ("closed-form", "local", "block")
+STAGES = ("inherit", "closed-form", "local", "block")
 SEQ_LEN = 512
 REPAIRED = 0.5
 """A smaller share of the gap that is closed is no repair."""
