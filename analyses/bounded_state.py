@@ -118,8 +118,9 @@ ROWS = {
     },
     "18": {
         "shared, 100 kB": Row(NARROW, 100, long=True),
-        "shared, 150 kB": Row(SHARED, 150, long=True),
-        "shared, 150 kB, windows of 2048": Row(SHARED, 150, long=True, window=2048),
+        "shared, 100 kB, segments of 8": Row("kv_slots(segment=8, rest=mean)", 100),
+        "shared, 150 kB": Row(NARROW, 150),
+        "shared, 150 kB, segments of 32": Row(SHARED, 150, long=True),
         **OTHERS,
         "infini(segment=64, sinks=1)": Row(
             "infini(segment=64, sinks=1)", trained=False, group="other"
