@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from measured import cut, measured, student_of
+from overflows import Overflows
 from plans import scan_plan, task_plan
 from wonderland import documents
 
@@ -17,7 +18,6 @@ import mismatch
 from mismatch import registry
 from mismatch.errors import ConfigError, NumericsError, RunError, UsageError
 from mismatch.forward import hooks
-from mismatch.mechanisms.base import Wrapper
 from mismatch.models.layout import Layout
 from mismatch.runs.folder import Run
 from mismatch.stages.plan import answers, ways
@@ -181,20 +181,6 @@ def test_a_layer_is_given_back_only_for_a_while(planted):
     assert torch.equal(hooks.run(student.layout, ids), before)
     with given_back(student, None):
         assert torch.equal(hooks.run(student.layout, ids), before)
-
-
-class Overflows(Wrapper):
-    """The original attention, infinite in layer 1."""
-
-    Config = registry.mechanisms().get("zero").Config
-    slots = ("attn",)
-    identity = "none"
-    state = "the original's"
-    source = "a test"
-
-    def forward(self, *args, **kwargs):
-        out = self.original(*args, **kwargs)
-        return (out[0] * float("inf"), *out[1:]) if self.context.layer == 1 else out
 
 
 def test_activations_that_are_not_finite_are_refused(planted):

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 
 import pytest
+from overflows import Overflows
 from plans import read_back
 from wonderland import documents, jsonl
 
 import mismatch
 from mismatch import cli, registry
 from mismatch.errors import SpecError, UsageError
-from mismatch.mechanisms.base import Wrapper
 from mismatch.runs.folder import load_run
 
 SMALL = {"tokens": 256, "seq_len": 64, "samples": 4, "length": 120, "calibration_tokens": 256}
@@ -163,20 +163,6 @@ def test_the_command_writes_a_run_with_its_atlas(toy_folder, tmp_path, capsys):
         f"error: the run in {run} is a scan, not one swap: there is nothing to set beside another run\n\n"
         f"hint: a scan has its own picture: mismatch report {run}\n"
     )
-
-
-class Overflows(Wrapper):
-    """The original attention, infinite in layer 1."""
-
-    Config = registry.mechanisms().get("zero").Config
-    slots = ("attn",)
-    identity = "none"
-    state = "the original's"
-    source = "a test"
-
-    def forward(self, *args, **kwargs):
-        out = self.original(*args, **kwargs)
-        return (out[0] * float("inf"), *out[1:]) if self.context.layer == 1 else out
 
 
 def test_a_cell_that_overflows_ends_with_4_and_the_others_are_there(toy_folder, tmp_path, capsys):
