@@ -23,7 +23,9 @@ As decided here:
     rest         `mean`: what is let go is one key more (`parts/rest.py`; not in the papers)
     sinks        a sink inside the segments that are read is an ordinary token
     padding      pads take no place in a segment and are not kept
-    dtype        scores and softmax in float32 at least; keys and values are held as the module makes them
+    dtype        scores and softmax in float32 at least; keys and values are held as the module makes them, or rounded
+                 to `kv_dtype` as they come: a text in pieces reads what a whole one reads, but where the last bits
+                 of a product, which depend on how many tokens were computed at once, fall on two sides of a step
     gradients    flow to everything but through the choice; the net has none in the stages behind `scores`
 
 Inherited: every projection, bias and query/key norm. New: the net (learned): d_model x 64, 64 x KV and biases. Dropped:
@@ -74,6 +76,8 @@ class KVSlotsConfig:
     rest: Literal["none", "mean"] = "none"
     """What stands for the far tokens without a slot: nothing, or their mean key and value, counted as often as they
     are."""
+    kv_dtype: Literal["float16", "bfloat16"] | None = None
+    """How keys and values are held and read, those of the segments too; none = as the module makes them."""
 
 
 class KVSlots(Choosing):
@@ -83,7 +87,7 @@ class KVSlots(Choosing):
     choice: Slots
     slots = ("attn",)
     heads = True
-    identity = "segment * (overlap + 1) >= length; slots >= length where the module has no window of its own"
+    identity = "segment * (overlap + 1) >= length; slots >= length where the module has no window of its own; kv_dtype rounds"
     state = (
         "per row, whatever the length: keys and values of segment * (overlap + 1) + sinks tokens, less one, and of "
         "each kv head's slots, with a float32 score of each"
@@ -124,12 +128,16 @@ class KVSlots(Choosing):
         return tuple(notes)
 
     def state_bytes(self) -> int:
-        config = self.settings
-        dtype = tensor_kind(self, self.context)["dtype"]
+        config, dtype = self.settings, self._held_in(tensor_kind(self, self.context)["dtype"])
         tokens = config.segment * (config.overlap + 1) - 1 + config.sinks
         near = tokens * 2 * self.n_kv_heads * self.head_dim * dtype.itemsize
         sums = bytes_of(self.n_kv_heads, self.head_dim, dtype) if config.rest == "mean" else 0
         return near + sums + self.choice.bytes_of(self.head_dim, dtype)
+
+    def _held_in(self, made: torch.dtype) -> torch.dtype:
+        """The dtype of keys and values in the state, where the module makes them in this one."""
+        name = self.settings.kv_dtype
+        return made if name is None else getattr(torch, name)
 
     @text_by_text
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
@@ -142,6 +150,7 @@ class KVSlots(Choosing):
         grid = Grid(state.seen, keep, batch, length, config.segment, x.device)
         q, k, v = self.qkv(x)
         q, k = self.rotate(q, k, kwargs.get("position_embeddings"))
+        k, v = k.to(self._held_in(k.dtype)), v.to(self._held_in(v.dtype))
         rows = state.rows
         own = Pair(grid.place(k, rows.get("open_k")), grid.place(v, rows.get("open_v")))
         earlier = Pair(

@@ -53,9 +53,11 @@ def reference(mechanism, x: Tensor, embeddings) -> Tensor:
     """Output of one text, `pos d_model` -> `pos d_model`."""
     q, k, v = mechanism.qkv(x[None])
     q, k = mechanism.rotate(q, k, embeddings)
+    config, kind = mechanism.settings, x.dtype
+    if config.kv_dtype is not None:
+        k, v = (each.to(getattr(torch, config.kv_dtype)).to(kind) for each in (k, v))
     q, k, v = q[0], k[0], v[0]
     scores = scores_of(mechanism, x, k, v)
-    config = mechanism.settings
     counts = config.slots
     counts = (counts,) * len(k) if isinstance(counts, int) else counts
     heads = torch.zeros_like(q)

@@ -32,6 +32,7 @@ VARIANTS = {
     "first": {"slots": 5, "slot_score": "first"},
     "random": {"slots": 5, "slot_score": "random"},
     "rest": {"slots": (5, 0), "rest": "mean", "sinks": 2},
+    "half": {"slots": (5, 2), "sinks": 2, "kv_dtype": "float16"},
     "rest alone": {"slots": 0, "slot_score": "first", "rest": "mean", "overlap": 0},
 }
 
@@ -205,7 +206,14 @@ def test_padding_is_neither_counted_nor_kept_nor_read(side, size):
 
 
 @pytest.mark.parametrize(
-    "text", ["slots=5", "slots=[0, 5], overlap=2, sinks=3", "slots=0", "slots=[2, 0], rest=mean"]
+    "text",
+    [
+        "slots=5",
+        "slots=[0, 5], overlap=2, sinks=3",
+        "slots=0",
+        "slots=[2, 0], rest=mean",
+        "slots=[2, 0], rest=mean, kv_dtype=float16",
+    ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_state_is_what_is_promised_and_does_not_grow(text, dtype):
@@ -287,6 +295,23 @@ def test_it_is_the_teacher_at_its_limits(family, settings):
 def test_rest_in_a_module_with_a_window_of_its_own_is_refused():
     with pytest.raises(SurgeryError, match="this module reads the last 7 only"):
         swap(llama("mistral_window"), "layer1:kv_slots(rest=mean)")
+
+
+def test_keys_and_values_in_half_precision_are_the_float32_ones_to_rounding():
+    """Scores of the same hidden states, so the same tokens; half the bytes but for the scores."""
+    x = stream(dtype=torch.float32)
+    whole, half, coarse = (
+        module(dtype=torch.float32, slots=5, kv_dtype=held)
+        for held in (None, "float16", "bfloat16")
+    )
+    wanted = run(whole, x)
+    errors = [
+        float((run(each, x) - wanted).detach().norm() / wanted.detach().norm())
+        for each in (half, coarse)
+    ]
+    assert 0 < errors[0] < 1e-3 < errors[1] < 8e-3  # steps of 2^-11 and 2^-8
+    scores = (2 * N - 1 + 5) * 2 * 4  # of each token and slot, by kv head
+    assert half.state_bytes() - scores == (whole.state_bytes() - scores) // 2
 
 
 def test_half_precision_is_the_float32_one_to_rounding():

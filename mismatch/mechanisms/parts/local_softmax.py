@@ -91,7 +91,7 @@ def local_softmax(
         keys.insert(0, kept.k)
         values.insert(0, kept.v)
         masks.insert(0, (kept.log_count > -torch.inf)[:, :, :, None])
-    wide = torch.promote_types(own.v.dtype, torch.float32)
+    wide = torch.promote_types(torch.promote_types(q.dtype, own.v.dtype), torch.float32)
     k, v = torch.cat(keys, dim=3).to(wide), torch.cat(values, dim=3).to(wide)
     # The query heads of one kv head side by side: `batch KV S group*queries D`.
     rows = q.to(wide).unflatten(1, (k.shape[1], -1)).transpose(2, 3)
