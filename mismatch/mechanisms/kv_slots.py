@@ -87,7 +87,10 @@ class KVSlots(Choosing):
     choice: Slots
     slots = ("attn",)
     heads = True
-    identity = "segment * (overlap + 1) >= length; slots >= length where the module has no window of its own; kv_dtype rounds"
+    identity = (
+        "segment * (overlap + 1) >= length, or slots >= length where the module has no window of its own; without "
+        "kv_dtype"
+    )
     state = (
         "per row, whatever the length: keys and values of segment * (overlap + 1) + sinks tokens, less one, and of "
         "each kv head's slots, with a float32 score of each"
