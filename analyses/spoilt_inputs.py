@@ -16,14 +16,17 @@ import os
 import random
 import shutil
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import yaml
 
 import mismatch
 from mismatch import cli
 from mismatch.errors import MismatchError
+from mismatch.runs.folder import RunFolder
 
 SMALL = ("--tokens", "64", "--seq-len", "32", "--controls", "none", "--batch-size", "2")
 
@@ -154,12 +157,25 @@ class Base:
         case.command("trace", "--swap", SPECS[0], "--output", str(folder / "run"), *self.words)
         scan = ("--swap", "nope; mlp:zero", "--among", "0,1", "--output", str(folder / "scan"))
         case.command("scan", *scan, *self.words)
-        # As a stopped run leaves it: the state of the last batch, and no table.
-        shutil.copytree(folder / "run", folder / "stopped")
-        manifest = json.loads((folder / "stopped" / "manifest.json").read_text())
-        case.write(
-            folder / "stopped" / "manifest.json", json.dumps(manifest | {"status": "interrupted"})
-        )
+
+    @cached_property
+    def stopped(self) -> dict[str, Path]:
+        """By command, a run that was stopped: the sums of a trace, the Trainer's checkpoints of a training."""
+        few = ("max_steps=2", "save_strategy=steps", "save_steps=1")
+        settings = {
+            "trace": ("trace", "--swap", SPECS[0], *self.words, "--metrics", "kl"),
+            "train": (*self.training, *(word for one in few for word in ("--trainer", one))),
+        }
+        found = {verb: self.folder / f"stopped {verb}" for verb in settings}
+        for verb, words in settings.items():
+            with (
+                mock.patch.object(RunFolder, "write_table", side_effect=KeyboardInterrupt),
+                contextlib.suppress(Refused),
+            ):
+                Case(self, self.folder, random.Random(0)).command(
+                    *words, "--output", str(found[verb])
+                )
+        return found
 
     @property
     def words(self) -> tuple[str, ...]:
@@ -174,6 +190,21 @@ class Base:
             "-q",
             *SMALL,
         )
+
+    @property
+    def training(self) -> tuple[str, ...]:
+        """A small training, but for its length."""
+        for name in ("evaluated", "trained"):
+            texts = [
+                f"the text {n} {name} is " + f"of many words that are {name} " * 20
+                for n in range(20)
+            ]
+            lines = "\n".join(json.dumps({"text": text}) for text in texts)
+            (self.folder / f"{name}.jsonl").write_text(lines)
+        data = ("--data", str(self.folder / "evaluated.jsonl"))
+        data += ("--train-data", str(self.folder / "trained.jsonl"))
+        small = ("--train-tokens", "256", "--val-tokens", "64", "--probes", "none")
+        return ("train", "--swap", SPECS[0], *self.words, *data, *small)
 
 
 KINDS: dict[str, Callable[[Case], None]] = {}

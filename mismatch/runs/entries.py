@@ -26,6 +26,14 @@ class TextEntry(TypedDict, total=False):
     windows: int
     tokens: Required[int]
     fingerprint: Required[str]
+    digests: list[str]
+
+
+class ChosenOnEntry(TypedDict):
+    """The runs before this one: the documents that they chose, calibrated or trained on."""
+
+    run: str
+    digests: list[str]
 
 
 class ModelEntry(TypedDict, total=False):
@@ -54,6 +62,7 @@ class Manifest(TypedDict, total=False):
     versions: dict[str, str]
     model_info: ModelEntry
     texts: dict[str, TextEntry]
+    chosen_on: ChosenOnEntry
     fingerprints: dict[str, str]
 
 

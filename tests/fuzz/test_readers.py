@@ -193,7 +193,8 @@ def test_an_index(tmp_path, data):
 MANIFEST = {
     "schema_version": 2, "run_id": "r", "status": "done", "kind": "trace", "model": "m", "swap": "layer1:zero",
     "command": "mismatch", "versions": {"mismatch": "1"}, "fingerprints": {"evaluation": "0"},
-    "texts": {"evaluation": {"tokens": 1, "fingerprint": "0"}}, "model_info": {"sha256": "0", "parameters": 1},
+    "texts": {"evaluation": {"tokens": 1, "fingerprint": "0", "digests": ["0"]}},
+    "model_info": {"sha256": "0", "parameters": 1}, "chosen_on": {"run": "before", "digests": ["0"]},
 }  # fmt: skip
 FINDINGS = [{"severity": "low", "title": "t", "text": "x", "evidence": {"a": 1.0}, "next": None}]
 DICTIONARY = {"metrics": {"kl": {"summary": "s", "unit": "nats", "null": {"mean": 0.0}}}}

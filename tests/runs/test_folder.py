@@ -389,6 +389,7 @@ HOSTILE = {
     "fingerprints": [],
     "versions": None,
     "model_info": "x",
+    "chosen_on": {"run": "before", "digests": [0]},
 }
 
 

@@ -9,6 +9,7 @@ from dataclasses import fields
 from typing import Any, NoReturn, cast
 
 import torch
+from torch.utils.data import DataLoader
 from transformers import HfArgumentParser, Trainer, TrainingArguments, get_scheduler
 from transformers.integrations import get_available_reporting_integrations
 
@@ -66,6 +67,12 @@ def training_arguments(words: Sequence[str], **given: Any) -> TrainingArguments:
         # transformers prints to stdout what it thinks of some settings.
         with contextlib.redirect_stdout(None):
             [made] = parser.parse_args_into_dataclasses(read, look_for_args_file=False)
+        DataLoader(
+            [0],  # type: ignore[arg-type]  # a sequence will do
+            num_workers=made.dataloader_num_workers,
+            persistent_workers=made.dataloader_persistent_workers,
+            prefetch_factor=made.dataloader_prefetch_factor,
+        )
     except (ValueError, ImportError, OSError) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise UsageError(f"`trainer`: {reason}", hint=f"see {PAGE}") from error

@@ -8,9 +8,9 @@ accelerate.
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,7 +21,7 @@ from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from mismatch.errors import NumericsError
+from mismatch.errors import NumericsError, RunError
 from mismatch.forward.head import CHUNK
 from mismatch.texts.windows import Windows
 
@@ -71,6 +71,21 @@ class DistillationTrainer(Trainer):
         """Whether any weight has a gradient: those of a control that deletes a module have none."""
         ids = self.train_dataset[0]["input_ids"][None, :2].to(self.args.device)  # type: ignore[index]
         return bool(cast(Any, self.model)(input_ids=ids, use_cache=False).logits.requires_grad)
+
+    # What a checkpoint of the Trainer is read back by.
+    def _load_from_checkpoint(
+        self, resume_from_checkpoint: str, model: nn.Module | None = None
+    ) -> None:
+        with _reading(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with _reading(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with _reading(checkpoint):
+            super()._load_rng_state(checkpoint)
 
     def compute_loss(
         self,
@@ -158,8 +173,28 @@ def last_checkpoint(folder: Path) -> str | None:
 
 
 def _whole(path: Path) -> bool:
-    """Whether its last file can be read."""
+    """Whether its last file can be read, and is of this step."""
     try:
-        return bool(json.loads((path / "trainer_state.json").read_bytes()))
-    except (OSError, ValueError):
+        state = TrainerState.load_from_json(str(path / "trainer_state.json"))
+    except (OSError, ValueError, TypeError, RecursionError):
         return False
+    return state.global_step == int(path.name.rpartition("-")[2])
+
+
+@contextmanager
+def _reading(path: str | None) -> Iterator[None]:
+    """Whatever a damaged file makes transformers and torch raise, in words.
+
+    Raises:
+        RunError: it cannot be read.
+    """
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise RunError(
+            f"the training cannot go on from {path}: {reason:.200}",
+            hint="delete that folder: --resume takes the checkpoint before it, or begins anew where there is none",
+        ) from error

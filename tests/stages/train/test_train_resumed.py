@@ -59,5 +59,14 @@ def test_ctrl_c_saves_and_goes_on(unbroken, toy_folder, tmp_path, capsys, monkey
         patch.setattr(Course, "on_step_end", pressed)
         assert cli.main([*words(unbroken, toy_folder, *SAVES), "--output", str(run)]) == 130
     assert Path(last_checkpoint(run / "trainer")).name == "checkpoint-5"
+    optimizer = run / "trainer" / "checkpoint-5" / "optimizer.pt"
+    whole = optimizer.read_bytes()
+    optimizer.write_bytes(whole[:1000])
+    assert cli.main(["train", "--resume", str(run), "-q"]) == 1
+    said = capsys.readouterr().err
+    assert "error: the training cannot go on from" in said
+    assert "checkpoint-5: PytorchStreamReader failed" in said
+    assert "hint: delete that folder: --resume takes the checkpoint before it" in said
+    optimizer.write_bytes(whole)
     assert cli.main(["train", "--resume", str(run), "-q"]) == 0, capsys.readouterr().err
     assert_same(run, unbroken / "run")
