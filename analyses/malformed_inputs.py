@@ -1,6 +1,6 @@
 """What does mismatch do with input that is broken, enormous or made to harm?
 
-    python analyses/malformed_inputs.py                     1,003 inputs, about 12 minutes of CPU, one thread
+    python analyses/malformed_inputs.py                     1,000 inputs, about 12 minutes of CPU, one thread
     python analyses/malformed_inputs.py --count 100 --only config.json tokenizer
 
 Valid input of each kind (swap text, flags, YAML, Python settings, model folder, checkpoint, run folder, stopped trace

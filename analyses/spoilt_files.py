@@ -172,8 +172,10 @@ def parquet(case: Case) -> None:
                 kept = draw.random() < 0.7
                 array = pa.array(other, table.schema.field(name).type if kept else None)
                 table = table.set_column(at, table.schema.field(name) if kept else name, array)
-        file.unlink()
-        pq.write_table(table, file)
+        other = case.folder / "other.parquet"
+        with contextlib.suppress(pa.ArrowException):  # no such table can be written
+            pq.write_table(table, other)
+            other.replace(file)
     read_run(case, run)
 
 

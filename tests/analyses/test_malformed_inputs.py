@@ -9,7 +9,7 @@ from scripts import script as load
 
 CHEAP = (
     *("swap text", "flags", "YAML", "Python settings", "config.json", "safetensors", "index.json"),
-    *("checkpoint", "run folder", "metrics.parquet"),
+    *("checkpoint", "run folder", "metrics.parquet", "rows", "layer lists", "documents of a run"),
 )
 
 
