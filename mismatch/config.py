@@ -344,6 +344,8 @@ def _refuse_code(made: RunConfig, files: Mapping[str, Any]) -> None:
 def _accept(arg: Arg, value: Any, where: str) -> Any:
     try:
         value = meant(arg, value, path=arg.name in PATHS)
+        if value == "" and arg.name in PATHS:  # as a path it would be the current folder
+            raise ValueError("is empty")
         return arg.accept(value)
     except ValueError as error:
         known = arg.choices or ()

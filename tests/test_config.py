@@ -315,6 +315,9 @@ NO_SWAP = (
         ),
         ({"controls": "zero,zero"}, "the mechanism `zero` is named twice"),
         ({"metrics": ""}, "unknown metric ``"),
+        ({"model": ""}, "`--model` is empty"),
+        ({"selected_by": ""}, "`--selected-by` is empty"),
+        ({"output": ""}, "`--output` is empty"),
     ],
 )
 def test_a_wrong_flag(flags, message):

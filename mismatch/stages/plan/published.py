@@ -59,7 +59,7 @@ def read(path: Path | str) -> Ranking:
     path = Path(path)
     found: Ranking = typed(
         Ranking,
-        yaml_of(path, DataError),
+        yaml_of(path, DataError) or {},
         lambda reason: DataError(
             f"{path} is no file of layer lists: {reason}",
             hint="it holds `model`, `layers`, and under `replaced` or `kept` lists of layers by name",

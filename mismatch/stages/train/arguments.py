@@ -82,7 +82,7 @@ def training_arguments(words: Sequence[str], **given: Any) -> TrainingArguments:
                 f"`trainer`: report_to={name}, and {name} is not installed here",
                 hint=f"pip install {name}, or leave report_to out: the curve is in the report of the run",
             )
-    _check_steps(made)
+    _check_values(made)
     return made
 
 
@@ -112,7 +112,12 @@ def check_optimizer(made: TrainingArguments, model: Any) -> None:
         raise UsageError(f"`trainer`: {error}", hint=f"see {PAGE}") from error
 
 
-def _check_steps(made: TrainingArguments) -> None:
+def _check_values(made: TrainingArguments) -> None:
+    if made.fp16 and made.use_cpu:
+        raise UsageError(
+            "`trainer`: fp16 is for a GPU, and this training runs on the CPU",
+            hint="bf16=true runs there",
+        )
     if made.gradient_accumulation_steps < 1:
         raise UsageError(
             f"`trainer`: gradient_accumulation_steps must be >= 1, got {made.gradient_accumulation_steps}"

@@ -38,6 +38,7 @@ from mismatch.stages.train.stage import Train
         (["--trainer", "learning_rate=-1"], "`trainer`: Invalid learning rate: -1.0"),
         (["--trainer", "optim=galore_adamw"], "`trainer`: You need to install `galore_torch`"),
         (["--trainer", "lr_scheduler_type=cosine_with_min_lr"], "`trainer`: "),
+        (["--trainer", "fp16=true"], "fp16 is for a GPU, and this training runs on the CPU"),
         (["--trainer", "dataloader_num_workers=-1"], "num_workers option should be non-negative"),
         (["--trainer", "gradient_accumulation_steps=0"], "gradient_accumulation_steps must be >= 1, got 0"),
         (["--trainer", "max_steps=0"], "`trainer`: max_steps=0 and num_train_epochs=3.0 are no training"),
