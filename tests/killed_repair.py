@@ -20,7 +20,6 @@ from wonderland import documents, jsonl
 import mismatch
 from mismatch.runs import state
 from mismatch.stages import runner
-from mismatch.stages.repair import ladder
 from mismatch.stages.repair.ladder_stages import closed_form, training
 from mismatch.stages.repair.ladder_stages.activation_store import Store
 
@@ -88,7 +87,7 @@ def plant(moment: str) -> None:
             inside.append(True)
             yield from real(*args)
 
-        ladder.closed_form = fitted
+        closed_form.closed_form = fitted
         Store.batch = counted(Store.batch, int(number), lambda: bool(inside))
     else:
         step = training.Trainer._step

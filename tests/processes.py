@@ -1,4 +1,4 @@
-"""Commands in two processes at once."""
+"""Commands in several processes at once."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-def start(words: list[str], before: str = "") -> list[subprocess.Popen]:
-    """Two processes as torchrun starts them, without its own seconds; `before` is code that each runs first."""
+def start(words: list[str], before: str = "", world: int = 2) -> list[subprocess.Popen]:
+    """Processes as torchrun starts them, without its own seconds; `before` is code that each runs first."""
     code = (
         "import sys\nfrom mismatch import cli\nfrom mismatch.stages import runner\n"
         f"runner.write_html = lambda path: None\n{before}\nsys.exit(cli.main(sys.argv[1:]))"
@@ -31,12 +31,12 @@ def start(words: list[str], before: str = "") -> list[subprocess.Popen]:
                 **os.environ,
                 "RANK": str(rank),
                 "LOCAL_RANK": str(rank),
-                "WORLD_SIZE": "2",
+                "WORLD_SIZE": str(world),
                 "MASTER_ADDR": "127.0.0.1",
                 "MASTER_PORT": port,
             },
         )
-        for rank in range(2)
+        for rank in range(world)
     ]
 
 

@@ -29,13 +29,6 @@ def refused(
     return err
 
 
-def refused_under_torchrun(words: list[str], folder: Path, capsys, monkeypatch) -> None:
-    """A command that one process does: two are refused, with exit code 2."""
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    err = refused(words, folder, capsys)
-    assert f"`mismatch {words[0]}` runs in one process, and torchrun started several" in err
-
-
 def assert_failed(run: Path, error: str) -> None:
     """A run that failed says so, and with which error, in its manifest and its log."""
     manifest = json.loads((run / "manifest.json").read_text())

@@ -2,7 +2,8 @@
 
 The teacher runs once. Of each batch its stream entering the first swapped block and its final states are kept
 (2 d_model numbers a token), so that a student costs its own blocks from there on and the head. Where a share of the
-tokens is scored, it is drawn once and is the same for every student. Logits are never kept.
+tokens is scored, it is drawn once and is the same for every student. Logits are never kept. Several ranks share the
+batches, or where there are many students, these.
 """
 
 from __future__ import annotations
@@ -82,6 +83,7 @@ class HeldOut:
         scored: share of the tokens whose predictions are compared.
         seed: random seed of that share.
         progress: called after each run of a model over a batch.
+        ranks: who shares the batches: each rank holds its own, and all of them evaluate the same students.
     """
 
     def __init__(
@@ -94,9 +96,10 @@ class HeldOut:
         scored: float = 1.0,
         seed: int = 0,
         progress: Callable[[], None] = lambda: None,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.teacher, self.windows, self.first = teacher, windows, first
-        self.progress = progress
+        self.progress, self.ranks = progress, ranks
         self.units = Units.by(windows.doc, windows.offset)
         self.batches: list[Batch] = []
         generator = torch.Generator().manual_seed(seed)
@@ -105,6 +108,8 @@ class HeldOut:
             ids = on_device(teacher, part.ids)
             docs = on_device(teacher, self.units.of[start : start + len(part.ids)])
             at = _drawn(ids, torch.from_numpy(part.scored), scored, generator)
+            if not ranks.mine(number):
+                continue
             with torch.no_grad():
                 final, streams = self.run_teacher(ids)
             predictions = Predictions.of(ids, docs, at)
@@ -129,30 +134,39 @@ class HeldOut:
 
         Args:
             trials: the same on every rank.
-            ranks: who we are among how many: each rank evaluates its share, and gets all.
+            ranks: who shares the trials, where each rank holds all batches: each evaluates its share, and gets all.
 
         Raises:
             RunError: a student changed the teacher's stream in place.
         """
         mine = [trial for at, trial in enumerate(trials) if ranks.mine(at)]
-        found = {
-            trial.name: StudentMeter(
-                ("kl", "nll"),
-                n_docs=self.units.count,
-                n_pos=self.windows.seq_len,
-                units=self.units.over,
-            )
-            for trial in mine
-        }
+        found = {trial.name: self._meter() for trial in mine}
         assert len(found) == len(mine)  # each has sums of its own
         for batch in self.batches:
             states = [(t.name, t.layout, self._final(t, batch)) for t in mine]
             pairs = compare(self.teacher, batch.reference, states, batch.predictions)
             for name, pair in pairs:
                 found[name].update(pair)
+        found = {name: self._of_all_batches(meter) for name, meter in found.items()}
         parts = ranks.everywhere({name: _evaluated(meter) for name, meter in found.items()})
         every = {name: one for part in parts for name, one in part.items()}
         return {trial.name: every[trial.name] for trial in trials}
+
+    def _meter(self) -> StudentMeter:
+        return StudentMeter(
+            ("kl", "nll"),
+            n_docs=self.units.count,
+            n_pos=self.windows.seq_len,
+            units=self.units.over,
+        )
+
+    def _of_all_batches(self, meter: StudentMeter) -> StudentMeter:
+        """The sums over the batches of all ranks, on every rank."""
+        first, *others = self.ranks.everywhere(meter.state())
+        whole = self._meter().load(first)
+        for other in others:
+            whole.merge(self._meter().load(other))
+        return whole
 
     def _final(self, trial: Trial, batch: Batch) -> Tensor:
         with trial.during(batch):

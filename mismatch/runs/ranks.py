@@ -3,22 +3,27 @@
     torchrun --nproc-per-node 2 -m mismatch trace --model ... --swap ...
 
 Rank r of w takes pieces r, r + w, r + 2w, ... of a list that is the same on every rank: batches of a trace and of a
-probe, cells of a scan, corrections of a diagnosis, candidates of a plan. What they found is joined in the order of the
-list (gloo between CPUs, nccl between GPUs), so it does not depend on how many ranks there were.
+probe, cells of a scan, corrections of a diagnosis, candidates of a plan, modules of a repair or rows of its batches.
+What they found is joined in the order of the list, or added (gloo between CPUs, nccl between GPUs), so it depends on
+how many ranks there were by the order of additions at most.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
-from torch import distributed
+from torch import Tensor, distributed
 
 from mismatch.errors import RunError
+
+PATIENCE = timedelta(days=1)
+"""That a rank waits for the others: a share may take hours, and a rank that is gone is noticed at once."""
 
 Piece = TypeVar("Piece")
 Found = TypeVar("Found")
@@ -77,6 +82,33 @@ class Ranks:
         parts = self.everywhere([run(one) for at, one in enumerate(pieces) if self.mine(at)])
         return [parts[at % self.world][at // self.world] for at in range(len(pieces))]
 
+    def added(self, tensor: Tensor) -> Tensor:
+        """The sum over all ranks of a tensor that has one shape on all of them, on every rank."""
+        if self.world == 1:
+            return tensor
+        whole = self._for_all(tensor)
+        with self._waiting():
+            distributed.all_reduce(whole)
+        return whole.to(tensor.device)
+
+    @torch.no_grad()
+    def copied(self, tensors: Iterable[Tensor], source: int = 0) -> None:
+        """Write one rank's tensors over those of the others: as many, of the same shapes and dtypes."""
+        if self.world == 1:
+            return
+        for tensor in tensors:
+            whole = self._for_all(tensor)
+            with self._waiting():
+                distributed.broadcast(whole, src=source)
+            if self.rank != source:
+                tensor.copy_(whole)
+
+    @staticmethod
+    def _for_all(tensor: Tensor) -> Tensor:
+        """A copy where the processes talk."""
+        device = "cuda" if distributed.get_backend() == "nccl" else "cpu"
+        return tensor.detach().to(device, copy=True, memory_format=torch.contiguous_format)
+
     @contextmanager
     def _waiting(self) -> Iterator[None]:
         """Of a rank that is gone the connection is closed.
@@ -116,7 +148,7 @@ def joined(device: str = "auto") -> Iterator[Ranks]:
     gpu = torch.cuda.is_available() and device.startswith(("auto", "cuda"))
     if gpu:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
-    distributed.init_process_group("nccl" if gpu else "gloo")
+    distributed.init_process_group("nccl" if gpu else "gloo", timeout=PATIENCE)
     try:
         yield Ranks(distributed.get_rank(), distributed.get_world_size())
     finally:

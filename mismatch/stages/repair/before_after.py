@@ -17,6 +17,7 @@ from typing import Any
 from mismatch.errors import MismatchError
 from mismatch.metrics.sums.per_document import Units
 from mismatch.probes.needles import Needles
+from mismatch.runs.ranks import Ranks
 from mismatch.runs.table import SWAP
 from mismatch.stages.opening import Opened
 from mismatch.stages.probe.questions import Questions, answers, light, needs_text, questions
@@ -102,8 +103,10 @@ def shift_rows(
     *,
     batch_size: int,
     seed: int,
+    ranks: Ranks,
 ) -> list[dict[str, Any]]:
-    """The shift of both students at every site, and the floor, as rows without run id."""
+    """The shift of both students at every site, and the floor, as rows without run id; several ranks share the windows,
+    and the first has the rows."""
     students = _beside(swap, repaired)
     collector = Collector(
         teacher.layout,
@@ -115,8 +118,8 @@ def shift_rows(
         n_tokens=int(cut.scored.sum()),
         seed=seed,
     )
-    measure(teacher.layout, students, collector, cut, batch_size=batch_size)
-    return [_staged(row) for row in collector.rows()]
+    measure(teacher.layout, students, collector, cut, batch_size=batch_size, ranks=ranks)
+    return [_staged(row) for row in collector.rows()] if ranks.first else []
 
 
 def few(cut: Windows, tokens: int) -> Windows:

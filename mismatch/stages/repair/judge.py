@@ -8,11 +8,13 @@ asked, and with fewer than `LEAST` of them retrieval is not judged.
 
     undone     the KL on text got worse, or the NLL of the answers did beyond its interval, paired over prompts
 
-The teacher runs once; of each prompt the stream entering the first swapped block is kept.
+The teacher runs once; of each prompt the stream entering the first swapped block is kept. The ranks that share the
+text share the prompts too.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -150,25 +152,27 @@ class Judge:
 
     def __init__(self, held_out: HeldOut, asked: Selection) -> None:
         self.held_out, self.first = held_out, held_out.first
-        self.batches: list[_Batch] = []
+        self.batches: dict[int, _Batch] = {}
+        """Of this rank, by number; those with a prompt that the teacher answers."""
+        self.count = 0  # of the batches of all ranks
         self.note = f"the ladder is judged on text alone: {asked.why_not}"
-        nll: list[np.ndarray] = []
-        tokens: list[np.ndarray] = []
-        whole = 0
-        for part in (batch for some in asked.prompts for batch in some.batches(BATCH)):
-            batch, found, counts = self._answered(part)
-            whole += len(part.ids)
-            if len(found):
-                self.batches.append(batch)
-                nll.append(found)
-                tokens.append(counts)
         if not asked.prompts:
             return
-        known = sum(map(len, nll))
+        parts = [batch for some in asked.prompts for batch in some.batches(BATCH)]
+
+        def answered(number: int) -> tuple[np.ndarray, np.ndarray]:
+            batch, nll, counts = self._answered(parts[number])
+            if len(nll):
+                self.batches[number] = batch
+            return nll, counts
+
+        told = held_out.ranks.shared(range(len(parts)), answered)
+        nll, tokens = zip(*told, strict=True)
+        known, whole = sum(map(len, nll)), sum(len(part.ids) for part in parts)
         if known < LEAST:
-            self.batches = []
             self.note += f"the teacher answers {known} of {whole} prompts of retrieval"
             return
+        self.count = len(parts)
         self.tokens = np.concatenate(tokens)
         self.teacher = self._of(nll)
         self.note = (
@@ -183,12 +187,13 @@ class Judge:
             RunError: the student changed the teacher's stream in place.
         """
         text = self.held_out.evaluate(student)
-        if not self.batches:
+        if not self.count:
             return Judged(text.kl, text.nll)
-        answers = self._of([self._nll(student, batch) for batch in self.batches])
+        found = self.held_out.ranks.shared(range(self.count), lambda at: self._nll(student, at))
+        answers = self._of(found)
         return Judged(text.kl, text.nll, answers, answers - self.teacher)
 
-    def _of(self, parts: list[np.ndarray]) -> PerDocument:
+    def _of(self, parts: Sequence[np.ndarray]) -> PerDocument:
         return PerDocument(np.concatenate(parts), self.tokens, SAMPLES)
 
     @torch.no_grad()
@@ -208,6 +213,9 @@ class Judge:
         return _Batch(ids[at], scored[at], kept), nll[known.numpy()], counts[known.numpy()]
 
     @torch.no_grad()
-    def _nll(self, student: Layout, batch: _Batch) -> np.ndarray:
+    def _nll(self, student: Layout, number: int) -> np.ndarray:
+        batch = self.batches.get(number)
+        if batch is None:
+            return np.zeros(0)
         final = run_suffix(student, batch.ids, self.first, batch.streams, "the student")
         return -scores(student, final, batch.ids, batch.scored)[0].sum(1).numpy()

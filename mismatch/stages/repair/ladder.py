@@ -6,6 +6,9 @@ A stage's weights are those that did best on validation windows; the evaluation 
 between stages. When the KL on them, or retrieval, got worse (`mismatch.stages.repair.judge`), the weights from before
 the stage come back. After each stage the weights are saved, so a run that was killed goes on at the last stage, and
 inside it at the last saved step.
+
+Several ranks hold the same student and go through the same stages. They share places or batches
+(`ladder_stages.places`); what hangs on a clock or on a number that was read, the first rank decides.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ from mismatch.mechanisms.base import trains_new_first
 from mismatch.models.layout import Layout
 from mismatch.report.intervals import band
 from mismatch.runs.plan import from_json
+from mismatch.runs.ranks import ALONE, Ranks
 from mismatch.runs.state import State
 from mismatch.stages.repair.config import SWAPPED, RepairConfig
 from mismatch.stages.repair.judge import Judge, Judged
@@ -33,11 +37,12 @@ from mismatch.stages.repair.ladder_stages.block_window_kl import (
     block,
     final,
 )
-from mismatch.stages.repair.ladder_stages.budget import LOOKS, Pace, planned
-from mismatch.stages.repair.ladder_stages.closed_form import closed_form
+from mismatch.stages.repair.ladder_stages.budget import Pace, planned
+from mismatch.stages.repair.ladder_stages.closed_form import closed_forms
 from mismatch.stages.repair.ladder_stages.inherit import inherit
 from mismatch.stages.repair.ladder_stages.local import NEVER, LocalLoss, groups
-from mismatch.stages.repair.ladder_stages.module_pair import ModulePair
+from mismatch.stages.repair.ladder_stages.module_pair import ModulePair, tensors_of
+from mismatch.stages.repair.ladder_stages.places import Places
 from mismatch.stages.repair.ladder_stages.scores import SCORES, asked, scores
 from mismatch.stages.repair.ladder_stages.slot_counts import SLOTS, give, keepers, slots
 from mismatch.stages.repair.ladder_stages.snapshot import bits, fingerprint, tensor
@@ -75,6 +80,7 @@ class Ladder:
         stopping: True asks to save and stop.
         say: a line for the user.
         spent: seconds of the time there is that went by before.
+        ranks: who works on it; each holds the student.
     """
 
     def __init__(
@@ -91,7 +97,9 @@ class Ladder:
         stopping: Callable[[], bool],
         say: Callable[[str], None],
         spent: float = 0.0,
+        ranks: Ranks = ALONE,
     ) -> None:
+        self.ranks = ranks
         self.config, self.teacher, self.student = config, teacher, learner.student
         self.learner, self.parts = learner, learner.parts
         self.companions, self.neighbours = learner.companions, learner.neighbours
@@ -131,19 +139,21 @@ class Ladder:
             self.best = self._evaluated()
         done, ended = {stage.name for stage in self.stages}, False
         for name in (name for name in asked(self) if name not in done):
-            if not ended and self._exhausted():
+            if not ended and self.ranks.from_first(self._exhausted()):
                 self.say(
                     f"the ladder ends before {name}: no time is left, or two stages gained too little"
                 )
                 ended = True
             if ended and name != SLOTS:  # a budget is kept, whatever the time
                 continue
-            if self.stopping():
+            if any(self.ranks.everywhere(self.stopping())):
                 raise KeyboardInterrupt
             before = self._weights()
             stage = getattr(self, "_" + name.replace("-", "_"))(name)
+            self.ranks.copied(self.learner.named().values())
             now = self._evaluated()
-            if (why := now.worse_than(self.best)) is not None and name != SLOTS:
+            why = self.ranks.from_first(now.worse_than(self.best))
+            if why is not None and name != SLOTS:
                 self._set(before)
                 stage.kept = False
                 stage.notes.append(f"{why}: undone")
@@ -176,47 +186,41 @@ class Ladder:
         )
 
     # ---- the stages ------------------------------------------------------------------------------
-    _scores, _slots, _inherit = scores, slots, inherit
-
-    def _closed_form(self, name: str) -> StageResult:
-        stage, started = StageResult(name), time.monotonic()
-        for part in self.parts:
-            store, held = self.stores([part], [part])
-            for fit in closed_form(part, store, held):
-                done = "taken" if fit.taken else "not taken"
-                stage.notes.append(
-                    f"{part.where} {fit.what}: error {fit.before:.3f} -> {fit.after:.3f}, {done}"
-                )
-        if not stage.notes:
-            stage.notes.append("nothing in these parts has a closed form")
-        stage.tokens = sum(ids.numel() for ids in self.texts.train) * len(self.parts)
-        stage.seconds = time.monotonic() - started
-        return stage
+    _scores, _slots, _inherit, _closed_form = scores, slots, inherit, closed_forms
 
     def _local(self, name: str) -> StageResult:
-        stage = StageResult(name)
-        fresh = self.learner.fresh()
-        seconds = self.pace.share(name) / len(self.parts)
-        for index, part in enumerate(self.parts):
-            store, held = self.stores([part], [part])
+        places, fresh = Places.of(self, self.parts), self.learner.fresh()
+        seconds = self.pace.share(name) / places.turns
+
+        def train(stage: StageResult, at: int, part: ModulePair) -> None:
+            store, held = self.stores([part], [part], ranks=places.together)
             learning = groups(part, fresh[part.path], self.config.lr, self.config.gate_lr)
             learning = [group for group in learning if group.joins < NEVER]
             loss = LocalLoss(part, store, held)
-            self._train(stage, f"{name}-{index}", learning, loss, seconds)
-        return stage
+            self._train(stage, f"{name}-{at}", learning, loss, seconds)
+
+        return places.run(StageResult(name), train, tensors_of)
 
     def _block(self, name: str) -> StageResult:
         """Each swapped block as a whole: what is left of the part's error, the rest of its block takes up."""
-        stage = StageResult(name)
-        seconds = self.pace.share(name) / max(1, len(self.companions))
-        for layer in self.companions:
-            mine = [part for part in self.parts if part.layer == layer]
+        places = Places.of(self, list(self.companions))
+        seconds = self.pace.share(name) / places.turns
+
+        def inside(layer: int) -> list[ModulePair]:
+            return [part for part in self.parts if part.layer == layer]
+
+        def train(stage: StageResult, _at: int, layer: int) -> None:
             whole = block(self.teacher, layer)
-            store, held = self.stores(mine, [whole])
+            store, held = self.stores(inside(layer), [whole], ranks=places.together)
             loss = WindowLoss(self.student.layout, store, held, whole, whole)
-            learning = self._later(mine, self.companions[layer], LATER_RATE)
+            learning = self._later(inside(layer), self.companions[layer], LATER_RATE)
             self._train(stage, f"{name}-{layer}", learning, loss, seconds)
-        return stage
+
+        def changed(layer: int) -> list[Tensor]:
+            parts = [tensor for part in inside(layer) for tensor in tensors_of(part)]
+            return [*parts, *self.companions[layer].values()]
+
+        return places.run(StageResult(name), train, changed)
 
     def _later(
         self, parts: Sequence[ModulePair], companions: dict[str, nn.Parameter], share: float
@@ -269,8 +273,9 @@ class Ladder:
             steps=steps,
             every=max(1, steps // looks),
             seed=self.config.seed,
-            state=None if self.state is None else State(self.state.folder / key),
+            state=self._state_of(key, loss.ranks),
             fingerprint={**self.fingerprint, "stage": key, "steps": steps},
+            ranks=loss.ranks,
             stopping=self.stopping,
             out_of_time=lambda: time.monotonic() > deadline + 0.2 * seconds,
             say=self.say,
@@ -278,30 +283,21 @@ class Ladder:
         done: Trained = trainer.run()
         for parameter in trainer.named.values():
             parameter.requires_grad_(False)
-        stage.tokens += done.tokens
-        stage.seconds += done.seconds
-        stage.steps += done.steps
-        stage.looks += done.looks
-        stage.gates |= done.gates
-        stage.notes += done.notes
+        stage.add([done])
 
     def _planned(
         self, key: str, loss: Any, learning: list[Group], seconds: float
     ) -> tuple[int, int]:
         """Steps and looks: as many as the epochs allow and as fit into the time; a resumed run keeps to the plan."""
-        most = self.config.epochs * len(self.texts.train)
-        if seconds == float("inf"):
-            return most, LOOKS
-        plan = None if self.state is None else State(self.state.folder / f"{key}-steps")
-        known = None if plan is None else plan.load(self.fingerprint)
-        if known is not None:
-            return known[1]["steps"], known[1]["looks"]
-        steps, looks = planned(
-            loss, learning, most, len(self.texts.train), len(self.texts.train[0]), seconds
-        )
-        if plan is not None:
-            plan.save({}, {"steps": steps, "looks": looks}, self.fingerprint)
-        return steps, looks
+        state = self._state_of(f"{key}-steps", loss.ranks)
+        texts, epochs = self.texts.train, self.config.epochs
+        return planned(loss, learning, texts, epochs, seconds, state, self.fingerprint)
+
+    def _state_of(self, key: str, ranks: Ranks) -> State | None:
+        """Where the first of some ranks saves what it trains."""
+        if self.state is None or not ranks.first:
+            return None
+        return State(self.state.folder / key)
 
     # ---- activations ----------------------------------------------------------------------------
 
@@ -328,9 +324,14 @@ class Ladder:
         return block(self.teacher, self.first), block(self.teacher, last)
 
     def stores(
-        self, own: Sequence[ModulePair], modules: Sequence[ModulePair], every: int = 1
+        self,
+        own: Sequence[ModulePair],
+        modules: Sequence[ModulePair],
+        every: int = 1,
+        ranks: Ranks | None = None,
     ) -> tuple[Store, Store]:
-        """Activations of each `every`-th training batch and held-out; `own`: parts that read the student's, in turn."""
+        """Activations of each `every`-th training batch and held-out; `own`: parts that read the student's, in turn;
+        `ranks`: who shares them, all by default."""
         behind = self.parts.index(own[0]) > 0 if own else False
         inputs = self.student.layout if behind and self.config.order == "sequential" else None
         whose = "teacher" if inputs is None else fingerprint(self._weights())
@@ -346,6 +347,7 @@ class Ladder:
                 key={**self.texts.key, "text": kind, "inputs": whose},
                 inputs=inputs,
                 every=every if kind == "train" else 1,
+                ranks=self.ranks if ranks is None else ranks,
             )
             if store.folder is not None and len(store.stored) < len(modules):
                 self.say(
@@ -368,17 +370,19 @@ class Ladder:
             own.copy_(weights[name])
 
     def _save(self) -> None:
-        if self.state is None:
+        if self.state is None or not self.ranks.first:
             return
         arrays = {name: bits(own) for name, own in self._weights().items()}
         info = {"stages": [asdict(stage) for stage in self.stages], "seconds": self.pace.spent()}
         self.state.save(arrays, info, self.fingerprint)
 
     def _resume(self) -> None:
-        found = None if self.state is None else self.state.load(self.fingerprint)
-        if found is None:
+        state = self.state if self.ranks.first else None
+        found = None if state is None else state.load(self.fingerprint)
+        info = self.ranks.from_first(None if found is None else found[1])
+        if info is None:
             return
-        self._arrays, info = found
+        self._arrays = {} if found is None else found[0]
         self.stages = [from_json(StageResult, stage, None) for stage in info["stages"]]
         self.pace.earlier = info["seconds"]
 
@@ -388,4 +392,6 @@ class Ladder:
                 counts = {int(layer): tuple(own) for layer, own in stage.slots.items()}
                 give(self.student, keepers(self.parts), counts)
         named = self.learner.named()
-        self._set({n: tensor(a, named[n]) for n, a in self._arrays.items()})
+        if self.ranks.first:
+            self._set({n: tensor(a, named[n]) for n, a in self._arrays.items()})
+        self.ranks.copied(named.values())

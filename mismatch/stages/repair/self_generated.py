@@ -5,6 +5,10 @@ from its own distribution is as wide as what it was trained on, and asks for no 
 3.1). Each piece begins with a token at random and goes on at temperature 1 over all tokens but the special ones, so
 that nothing is chosen to suit a layer or the evaluation text. Pieces are short, for every token attends to all before
 it; several make a window, and the teacher reads windows as they are.
+
+Several ranks share the pieces that are sampled side by side, each with the draws that one process would give it. A
+matrix of fewer rows may round differently, and a draw that falls on the border of two words then takes the other one:
+that piece goes on differently.
 """
 
 from __future__ import annotations
@@ -22,6 +26,7 @@ from transformers.cache_utils import DynamicLayer
 
 from mismatch.models.generate import settings_aside
 from mismatch.runs.kept_pages import kept_pages
+from mismatch.runs.ranks import ALONE, Ranks
 from mismatch.stages.repair.ladder_stages.training import no_room
 from mismatch.texts.windows import prefix_ids
 
@@ -44,6 +49,7 @@ class Writer:
         seed: of the draws.
         stopping: asked at each token; True stops.
         say: a line for the user.
+        ranks: who shares the pieces; all of them get all windows.
     """
 
     def __init__(
@@ -55,9 +61,10 @@ class Writer:
         seed: int,
         stopping: Callable[[], bool] = lambda: False,
         say: Callable[[str], None] = lambda _line: None,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.model, self.seq_len, self.seed = model, seq_len, seed
-        self.stopping, self.say = stopping, say
+        self.stopping, self.say, self.ranks = stopping, say, ranks
         self.per_window = math.ceil(seq_len / PIECE)
         self.piece = math.ceil(seq_len / self.per_window)
         self.prefix = prefix_ids(tokenizer)
@@ -85,7 +92,7 @@ class Writer:
 
     def _written(self, tokens: int, seconds: float) -> np.ndarray:
         asked = tokens // self.seq_len
-        wanted = min(asked, self._affordable(asked, seconds))
+        wanted = self.ranks.from_first(min(asked, self._affordable(asked, seconds)))
         self.say(f"{wanted * self.seq_len:,} tokens are sampled from the teacher, to train on")
         if wanted < asked:
             self.say(f"(for all {asked * self.seq_len:,} of --self-generated there is no time)")
@@ -113,7 +120,8 @@ class Writer:
             for held in (layer.keys, layer.values)
             if held is not None
         )
-        return max(1, int(ROOM / (kept * self.piece + SCORES * logits.shape[-1])))
+        room = max(1, int(ROOM / (kept * self.piece + SCORES * logits.shape[-1])))
+        return self.ranks.from_first(room)
 
     def _affordable(self, windows: int, seconds: float) -> int:
         """Windows that these seconds are enough for."""
@@ -126,23 +134,33 @@ class Writer:
         return int(seconds / each / self.seq_len)
 
     def _pieces(self, rows: int, length: int, number: int) -> list[Tensor]:
-        """Pieces side by side, from this number on; fewer where memory is short."""
+        """Pieces side by side, from this number on; fewer where memory is short, on whichever rank."""
         while True:
+            world, beside = self.ranks.world, min(rows, self.rows)
             try:
-                return list(self._drawn(min(rows, self.rows), length, number))
-            except torch.OutOfMemoryError as error:
-                if self.rows == 1:
-                    raise no_room("while the teacher is sampled") from error
-                self.rows = max(1, min(rows, self.rows) // 2)
-                self.say(f"out of memory: {self.rows} pieces side by side from here on")
+                own = self._drawn(beside, length, number)
+            except torch.OutOfMemoryError:
+                own = None
+            parts = self.ranks.everywhere(own)
+            found = [part for part in parts if part is not None]
+            if len(found) == world:
+                return [found[at % world][at // world] for at in range(beside)]
+            if self.rows == 1:
+                raise no_room("while the teacher is sampled")
+            self.rows = max(1, beside // 2)
+            self.say(f"out of memory: {self.rows} pieces side by side from here on")
 
     @torch.no_grad()
     def _drawn(self, rows: int, length: int, number: int) -> Tensor:
+        """This rank's share of some pieces: `share length`."""
+        mine = slice(self.ranks.rank, rows, self.ranks.world)
+        if self.ranks.rank >= rows:
+            return torch.empty(0, length, dtype=torch.long)
         seed = np.random.default_rng([self.seed, number]).integers(2**63)
         draws = torch.Generator().manual_seed(int(seed))
         first = self.words[torch.randint(len(self.words), (rows, 1), generator=draws)]
         begun = torch.cat([torch.tensor([self.prefix]).long().expand(rows, -1), first], 1)
-        begun = begun[:, :length].to(self.device)
+        begun = begun[mine, :length].to(self.device)
         if begun.shape[1] == length:
             return begun.cpu()
         told = GenerationConfig(max_new_tokens=length - begun.shape[1], pad_token_id=0)
@@ -153,7 +171,7 @@ class Writer:
                 attention_mask=torch.ones_like(begun),
                 past_key_values=_roomy(self.model.config, length),
                 generation_config=told,
-                logits_processor=[_Draw(self.words.to(self.device), draws)],
+                logits_processor=[_Draw(self.words.to(self.device), draws, rows, mine)],
                 stopping_criteria=[_Stop(self.stopping)],
             )
         if out.shape[1] < length:
@@ -202,8 +220,12 @@ class _Draw(LogitsProcessor):
     long on a CPU as the model itself. The scores are `generate`'s own copy, and are written over.
     """
 
-    def __init__(self, words: Tensor, draws: torch.Generator) -> None:
+    def __init__(self, words: Tensor, draws: torch.Generator, rows: int, mine: slice) -> None:
         self.words, self.draws = words, draws
+        self.rows, self.mine = (
+            rows,
+            mine,
+        )  # of all ranks, for which numbers are drawn; and of this one
         self.others: Tensor | None = None  # what the head knows and must not be drawn
 
     def __call__(self, _ids: Tensor, scores: Tensor) -> Tensor:
@@ -213,7 +235,8 @@ class _Draw(LogitsProcessor):
             self.others = (~drawable).nonzero()[:, 0]
         scores.index_fill_(1, self.others, -math.inf)
         chances = scores.softmax(-1, torch.float32).cumsum(-1)
-        drawn = torch.rand(len(scores), 1, generator=self.draws).to(chances) * chances[:, -1:]
+        numbers = torch.rand(self.rows, 1, generator=self.draws)[self.mine]
+        drawn = numbers.to(chances) * chances[:, -1:]
         # A number that rounds up to the whole sum is the last word's.
         at = torch.searchsorted(chances, drawn, right=True).clamp_(max=int(self.words[-1]))
         return scores.fill_(-math.inf).scatter_(1, at, 0.0)

@@ -75,6 +75,7 @@ class Repair(Stage[RepairConfig, Prepared]):
     report = "mismatch.stages.repair.report.page"
     plan = "mismatch.stages.repair.plan:RepairPlan"
     resumable = True
+    distributed = True
     starts_from = ("trace",)
     takes = (
         "model",
@@ -118,7 +119,7 @@ class Repair(Stage[RepairConfig, Prepared]):
             f"{texts.evaluation.tokens:,} of {config.data}, validate on {texts.validation.tokens:,} others of it"
         )
 
-    def run(self, opened: Opened[RepairConfig], prepared: Prepared) -> Outcome:
+    def run(self, opened: Opened[RepairConfig], prepared: Prepared) -> Outcome | None:
         # Without a run folder activations live as long as the run does.
         with polite() as stopping, tempfile.TemporaryDirectory(prefix="mismatch-") as temporary:
             return _run(opened, prepared, stopping, Path(temporary))
@@ -126,12 +127,13 @@ class Repair(Stage[RepairConfig, Prepared]):
 
 def _run(
     opened: Opened[RepairConfig], prepared: Prepared, stopping: Any, temporary: Path
-) -> Outcome:
-    config, teacher, texts = opened.config, opened.teacher, prepared.texts
+) -> Outcome | None:
+    config, teacher, texts, ranks = opened.config, opened.teacher, prepared.texts, opened.ranks
     calibration = prepared.calibration
     swap, *controls = opened.students(calibration)
     mine = trainable(teacher.layout, config, swap)
     student, parts = mine.student, mine.parts
+    ranks.copied(mine.named().values())
     start = standing(parts)
     trained_on = training_text(
         config,
@@ -141,6 +143,7 @@ def _run(
         state=opened.state("self-generated"),
         stopping=stopping,
         say=opened.say,
+        ranks=ranks,
     )
     trained_on = readable(
         config,
@@ -149,11 +152,12 @@ def _run(
         blocks=parts[-1].layer + 1 + config.window_blocks * ("window" in config.stages),
         state=opened.state("reading"),
         say=opened.say,
+        ranks=ranks,
     )
     device = teacher.layout.embedding_device
     opened.say(f"the teacher runs over {texts.evaluation.tokens:,} evaluation tokens, once")
     first = swap.plan.first or 0
-    held_out = HeldOut(teacher.layout, texts.evaluation, first, config.batch_size)
+    held_out = HeldOut(teacher.layout, texts.evaluation, first, config.batch_size, ranks=ranks)
     key = {"model": teacher.info.sha256, "train": trained_on.windows.fingerprint}
     batches = Texts(
         _batches(trained_on.windows, config.batch_size, device),
@@ -167,6 +171,7 @@ def _run(
         "stopping": stopping,
         "say": opened.say,
         "spent": trained_on.seconds,
+        "ranks": ranks,
     }
     beside = {control.name: held_out.evaluate(control.layout) for control in controls}
     judge = Judge(held_out, prepared.selection)
@@ -189,6 +194,8 @@ def _run(
         opened.say(branch_line(at, ladder.best.kl.mean().value))
     began = time.monotonic()
     rows = _before_and_after(opened, prepared, swap, mine)
+    if not ranks.first:
+        return None
     base = warned(student.plan, texts.evaluation.seq_len)
     over = ladder.best.kl.mean().over
     plan = RepairPlan(
@@ -267,7 +274,13 @@ def _before_and_after(
         cut = before_after.few(prepared.texts.evaluation, config.trace_tokens)
         opened.say(f"swap and repaired model are traced on {cut.tokens:,} evaluation tokens")
         rows += before_after.shift_rows(
-            opened.teacher, swap, repaired, cut, batch_size=config.batch_size, seed=config.seed
+            opened.teacher,
+            swap,
+            repaired,
+            cut,
+            batch_size=config.batch_size,
+            seed=config.seed,
+            ranks=opened.ranks,
         )
     if prepared.asked is not None:
         opened.say(f"probes: {', '.join(prepared.asked.probes)}")
@@ -282,4 +295,5 @@ def _before_and_after(
 def _activations(opened: Opened[RepairConfig], temporary: Path) -> Path:
     if opened.config.activations_dir is not None:
         return Path(opened.config.activations_dir)
-    return temporary if opened.path is None else opened.path / "state" / "activations"
+    path = temporary if opened.path is None else opened.path / "state" / "activations"
+    return opened.ranks.from_first(path)

@@ -51,9 +51,8 @@ class TrainedControl(Ladder):
         for group in learning:
             for parameter in group.parameters.values():
                 parameter.requires_grad_(True)
-        if loss(
-            0, 1
-        ).requires_grad:  # of a mechanism that learns nothing the stage `local` has no gradient
+        # Of a mechanism that learns nothing the stage `local` has no gradient.
+        if loss.ranks.from_first(loss(0, 1).requires_grad):
             later = count()
             trainer = Trainer(
                 learning,
@@ -65,6 +64,7 @@ class TrainedControl(Ladder):
                 seed=self.config.seed,
                 stopping=self.stopping,
                 say=self.say,
+                ranks=loss.ranks,
             )
             trainer.run()
         for group in learning:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from mismatch.forward import hooks
+from mismatch.runs.ranks import ALONE, Ranks
 from mismatch.runs.state import State
 from mismatch.stages.repair.config import RepairConfig
 from mismatch.stages.repair.self_generated import Writer
@@ -67,6 +68,7 @@ def training_text(
     state: State | None,
     stopping: Callable[[], bool],
     say: Callable[[str], None],
+    ranks: Ranks = ALONE,
 ) -> TrainingText:
     """The training text, with text sampled from the teacher behind it.
 
@@ -78,6 +80,7 @@ def training_text(
         state: where the samples are kept; None keeps nothing.
         stopping: True asks to stop.
         say: a line for the user.
+        ranks: who shares the sampling; the first one keeps the samples.
 
     Raises:
         KeyboardInterrupt: stopped; what was begun is sampled again.
@@ -90,7 +93,8 @@ def training_text(
         "generated": [config.to_generate, config.seq_len, config.seed],
         "minutes": config.max_minutes,
     }
-    kept = None if state is None else state.load(prints)
+    state = state if ranks.first else None
+    kept = ranks.from_first(None if state is None else state.load(prints))
     if kept is None:
         started = time.monotonic()
         writer = Writer(
@@ -100,6 +104,7 @@ def training_text(
             seed=config.seed,
             stopping=stopping,
             say=say,
+            ranks=ranks,
         )
         limit = float("inf") if config.max_minutes is None else SHARE * 60 * config.max_minutes
         ids, seconds = writer.write(config.to_generate, limit), time.monotonic() - started
@@ -141,6 +146,7 @@ def readable(
     *,
     state: State | None,
     say: Callable[[str], None],
+    ranks: Ranks = ALONE,
 ) -> TrainingText:
     """As much of the text as the teacher reads in its share of the time: of each kind the share that was asked for;
     where less was sampled, more of the training text.
@@ -152,12 +158,14 @@ def readable(
         blocks: that it runs, at most all there are.
         state: where the number is kept, so that a resumed repair trains on the same text.
         say: a line for the user.
+        ranks: who will share the reading; the first one's clock counts.
     """
     if config.max_minutes is None:
         return found
     blocks = min(blocks, teacher.layout.n_layers)
     prints = {"text": found.windows.fingerprint, "minutes": config.max_minutes, "blocks": blocks}
-    kept = None if state is None else state.load(prints)
+    state = state if ranks.first else None
+    kept = ranks.from_first(None if state is None else state.load(prints))
     if kept is not None:
         most = kept[1]["windows"]
     else:
@@ -165,8 +173,8 @@ def readable(
         hooks.run(teacher.layout, ids, stop=blocks)  # what is made on first use is not counted
         started = time.monotonic()
         hooks.run(teacher.layout, ids, stop=blocks)
-        each = (time.monotonic() - started) / len(ids)
-        most = max(1, int(READING * 60 * config.max_minutes / each))
+        each = (time.monotonic() - started) / len(ids) / ranks.world
+        most = ranks.from_first(max(1, int(READING * 60 * config.max_minutes / each)))
         if state is not None:
             state.save({}, {"windows": most}, prints)
     whole = len(found.windows.ids)

@@ -14,8 +14,8 @@ import torch
 
 from mismatch import config
 from mismatch.stages import runner
-from mismatch.stages.repair import ladder
 from mismatch.stages.repair.config import RepairConfig
+from mismatch.stages.repair.ladder_stages import budget
 from mismatch.stages.repair.ladder_stages.training import Trainer
 from mismatch.stages.repair.result import Repaired
 
@@ -88,7 +88,7 @@ def test_a_limit_in_minutes_is_planned_once(tmp_path, monkeypatch):
             self.stopping = lambda: True
         return step(self, done)
 
-    monkeypatch.setattr(ladder, "planned", lambda *_: (12, 2))
+    monkeypatch.setattr(budget, "fitting", lambda *_: (12, 2))
     monkeypatch.setattr(Trainer, "_step", stop)
     with pytest.raises(KeyboardInterrupt):
         killed_repair.repaired(tmp_path, "run", stages=("local",), max_minutes=10)
@@ -97,7 +97,7 @@ def test_a_limit_in_minutes_is_planned_once(tmp_path, monkeypatch):
     def unasked(*_):
         raise AssertionError("the steps were timed again")
 
-    monkeypatch.setattr(ladder, "planned", unasked)
+    monkeypatch.setattr(budget, "fitting", unasked)
     settings = config.load(RepairConfig, run / "config.yaml")
     done = runner.command("repair", settings, resume=run, progress=False)
     assert done.stages["steps"].iloc[-1] == 12

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from killed_repair import SETTINGS, SWAP
-from refusals import assert_failed, no_weights, refused, refused_under_torchrun
+from refusals import assert_failed, no_weights, refused
 from wonderland import documents, jsonl
 
 import mismatch
@@ -145,12 +145,6 @@ def test_the_function_refuses_before_weights_too(tmp_path, toy_folder, monkeypat
             str(toy_folder), "final_norm:dyt", output=str(tmp_path / "run"), **CLOSED_FORM, **texts
         )
     assert not (tmp_path / "run").exists()
-
-
-def test_several_processes_are_refused_before_anything_is_written(
-    words, tmp_path, monkeypatch, capsys
-):
-    refused_under_torchrun(words(), tmp_path, capsys, monkeypatch)
 
 
 # ---- what a run leaves behind -------------------------------------------------------------------

@@ -49,7 +49,7 @@ def test_words_are_drawn_as_often_as_the_model_says():
     words = torch.tensor([1, 3, 4, 6, 7])
     scores = torch.tensor([9.0, 0.5, 9.0, -1.0, 1.5, 9.0, 0.0, -math.inf])
     rows = 20_000
-    draw = _Draw(words, torch.Generator().manual_seed(0))
+    draw = _Draw(words, torch.Generator().manual_seed(0), rows, slice(None))
     drawn = draw(None, scores.repeat(rows, 1))
     assert ((drawn == 0).sum(1) == 1).all()
     counts = drawn.argmax(1).bincount(minlength=8).numpy()

@@ -5,7 +5,7 @@
 A budget in bytes is kept: what does not fit is recomputed from the tokens, blocks 0..layer and no head, each time it is
 asked for. The key holds model, text, dtype and windows and not the swap, so many candidates (mechanisms, options,
 seeds) train on one stored pass. A shard is written whole or not at all; a pass that was cut off goes on where it
-stopped.
+stopped. Several ranks share the pass by batches.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from torch import Tensor
 
 from mismatch.models.layout import Layout
 from mismatch.runs.files import write_atomic
+from mismatch.runs.ranks import ALONE, Ranks
 from mismatch.stages.repair.ladder_stages.module_pair import Call, ModulePair, watch
 
 GB = 1e9
@@ -52,6 +53,7 @@ class Store:
         every: only each so many-th batch is run and gone through by `batches_of`.
         inputs: another model, whose stream the parts get as input (the student as repaired so far); the targets stay
             the teacher's. `key` must then say which student.
+        ranks: who shares the pass; where one does not see the folder of another, it computes anew what is missing.
     """
 
     def __init__(
@@ -66,7 +68,9 @@ class Store:
         key: dict[str, str] | None = None,
         inputs: Layout | None = None,
         every: int = 1,
+        ranks: Ranks = ALONE,
     ) -> None:
+        self.ranks = ranks
         self.teacher, self.batches, self.dtype = teacher, batches, dtype
         self.modules, self.inputs = tuple(modules), inputs
         self.chosen = range(0, len(batches), every)
@@ -86,9 +90,12 @@ class Store:
         return self.bytes_per_module * len(self.modules)
 
     def fill(self, progress: Callable[[int], None] = lambda _n: None) -> int:
-        """Run the teacher over every chosen batch that has no shard yet, once for all modules; the tokens run."""
+        """Run the teacher over every chosen batch that has no shard yet, once for all modules; the tokens that this
+        rank ran. Each rank takes its share of the batches, and waits for the others."""
         ran = 0
-        for index in self.chosen:
+        for at, index in enumerate(self.chosen):
+            if not self.ranks.mine(at):
+                continue
             ids = self.batches[index]
             missing = [p for p in self.stored if not self._shard(index, p).exists()]
             if missing:
@@ -98,6 +105,7 @@ class Store:
                     write_atomic(self._shard(index, part), partial(_put, data))
                 ran += ids.numel()
             progress(ids.numel())
+        self.ranks.everywhere(None)
         return ran
 
     def batch(self, part: ModulePair, index: int) -> Example:
@@ -117,6 +125,12 @@ class Store:
         """Every batch of a module that is chosen, in order."""
         for index in self.chosen:
             yield self.batch(part, index)
+
+    def share_of(self, part: ModulePair) -> Iterator[Example]:
+        """This rank's share of them."""
+        for at, index in enumerate(self.chosen):
+            if self.ranks.mine(at):
+                yield self.batch(part, index)
 
     def _run(self, parts: Sequence[ModulePair], ids: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Input and output of each part, `batch pos d`."""

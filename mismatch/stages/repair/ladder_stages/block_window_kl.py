@@ -50,21 +50,21 @@ class WindowLoss(Loss):
         super().__init__(store, held)
         self.student, self.entering, self.leaving = student, entering, leaving
 
-    def of(self, store: Store, index: int, rows: int) -> Tensor:
+    def of(self, store: Store, index: int, rows: int, mine: slice) -> Tensor:
         stream = store.batch(self.entering, index).x[:rows]
         target = store.batch(self.leaving, index).y[:rows]
         first, last = self.entering.layer, self.leaving.layer
         found: dict[str, Tensor] = {}
         hooks.run(
             self.student,
-            store.batches[index][:rows],
+            store.batches[index][:rows][mine],
             [sites.leaving(last)],
             lambda _tap, value: found.__setitem__("stream", value),
             start=first,
             stop=last + 1,
-            stream=stream if first else None,
+            stream=stream[mine] if first else None,
         )
-        return relative_error(found["stream"] - stream, target - stream)
+        return relative_error(found["stream"] - stream[mine], target - stream, mine)
 
 
 class EndToEndLoss(Loss):
@@ -90,9 +90,11 @@ class EndToEndLoss(Loss):
         self.teacher, self.student = teacher, student
         self.entering, self.leaving = entering, leaving
 
-    def of(self, store: Store, index: int, rows: int) -> Tensor:
-        stream = store.batch(self.entering, index).x[:rows]
+    def of(self, store: Store, index: int, rows: int, mine: slice) -> Tensor:
+        stream = store.batch(self.entering, index).x[:rows][mine]
         reference = store.batch(self.leaving, index).y[:rows]
-        ids, start = store.batches[index][:rows], self.entering.layer
+        ids, start = store.batches[index][:rows][mine], self.entering.layer
         states = hooks.run(self.student, ids, start=start, stream=stream if start else None)
-        return mean_kl(self.teacher, reference.flatten(0, 1), self.student, states.flatten(0, 1))
+        own = reference[mine].flatten(0, 1)
+        kl = mean_kl(self.teacher, own, self.student, states.flatten(0, 1))
+        return kl * (len(ids) / len(reference))

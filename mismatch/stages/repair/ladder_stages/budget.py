@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from mismatch.runs.state import State
 from mismatch.stages.repair.config import RepairConfig
 from mismatch.stages.repair.ladder_stages.training import Group, no_room
 
@@ -64,21 +67,46 @@ class Pace:
 
 
 def planned(
-    loss: Any, learning: list[Group], most: int, batches: int, rows: int, seconds: float
+    loss: Any,
+    learning: list[Group],
+    batches: Sequence[Tensor],
+    epochs: int,
+    seconds: float,
+    state: State | None,
+    fingerprint: Mapping[str, Any],
 ) -> tuple[int, int]:
-    """Steps and looks that fit into some seconds.
+    """Steps and looks: as many as the epochs allow and as fit into the time. Of several ranks the first one's clock
+    counts.
 
     Args:
-        loss: of the stage; timed over a look and a few steps.
-        learning: whose gradients the timing leaves clean.
-        most: steps at most.
-        batches, rows: of the training text.
-        seconds: there are.
+        loss: of the stage.
+        learning: what trains.
+        batches: of the training text.
+        epochs: over it at most.
+        seconds: there are; without a limit nothing is timed.
+        state: where the plan is kept, so that a resumed run keeps to it; None: it is not.
+        fingerprint: of the run.
     """
+    most = epochs * len(batches)
+    if seconds == math.inf:
+        return most, LOOKS
+    kept = loss.ranks.from_first(None if state is None else state.load(fingerprint))
+    if kept is not None:
+        return kept[1]["steps"], kept[1]["looks"]
+    steps, looks = loss.ranks.from_first(fitting(loss, learning, batches, most, seconds))
+    if state is not None:
+        state.save({}, {"steps": steps, "looks": looks}, fingerprint)
+    return steps, looks
+
+
+def fitting(
+    loss: Any, learning: list[Group], batches: Sequence[Tensor], most: int, seconds: float
+) -> tuple[int, int]:
+    """Steps, so many at most, and looks that fit into some seconds: a look and a few steps are timed."""
     started = time.monotonic()
     loss.look()
     look = time.monotonic() - started
-    each = _timed(loss, batches, rows)
+    each = _timed(loss, len(batches), len(batches[0]))
     for group in learning:
         for parameter in group.parameters.values():
             parameter.grad = None
@@ -86,7 +114,7 @@ def planned(
     return max(0, min(most, int((seconds - (looks + 2) * look) / each))), looks
 
 
-def _timed(loss: Callable[[int, int], torch.Tensor], batches: int, rows: int) -> float:
+def _timed(loss: Callable[[int, int], Tensor], batches: int, rows: int) -> float:
     """Seconds of a step, with as many windows as there is memory for; the loop itself finds out how many."""
     try:
         # What is made on first use is not part of a step.

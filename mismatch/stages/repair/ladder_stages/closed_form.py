@@ -20,8 +20,10 @@ The sums are float64. Memory: two matrices of the map's width squared.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -30,9 +32,15 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from mismatch.mechanisms.base import trains_new_first
+from mismatch.runs.ranks import Ranks
 from mismatch.stages.repair.ladder_stages.activation_store import Example, Store
 from mismatch.stages.repair.ladder_stages.loss import weights
-from mismatch.stages.repair.ladder_stages.module_pair import ModulePair
+from mismatch.stages.repair.ladder_stages.module_pair import ModulePair, tensors_of
+from mismatch.stages.repair.ladder_stages.places import Places
+from mismatch.stages.repair.ladder_stages.stage_result import StageResult
+
+if TYPE_CHECKING:
+    from mismatch.stages.repair.ladder import Ladder
 
 RIDGES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 """Of the mean of A's diagonal."""
@@ -69,10 +77,38 @@ class Sums:
         self.hy = self.hy + h.T @ (weight * y)
         self.yy += float((weight * y.square()).sum())
 
+    def of_all(self, ranks: Ranks, matrix: Tensor) -> Sums:
+        """The sums of all ranks, of a map like `matrix`, `in out`; those of a rank without text are 0."""
+        whole, size = Sums(), len(matrix)
+        whole.hh = ranks.added(self.hh.to(matrix.device).expand(size, size))
+        whole.hy = ranks.added(self.hy.to(matrix.device).expand(size, matrix.shape[1]))
+        whole.yy = float(ranks.added(torch.tensor(self.yy, dtype=torch.float64)))
+        return whole
+
     def error(self, w: Tensor) -> float:
         """Relative error of outputs `h @ w`."""
         lost = (w * (self.hh @ w)).sum() - 2 * (w * self.hy).sum() + self.yy
         return float(lost) / self.yy
+
+
+def closed_forms(ladder: Ladder, name: str) -> StageResult:
+    """Fit what can be fitted in every part."""
+    places = Places.of(ladder, ladder.parts)
+
+    def fit(stage: StageResult, _at: int, part: ModulePair) -> None:
+        started = time.monotonic()
+        store, held = ladder.stores([part], [part], ranks=places.together)
+        for found in closed_form(part, store, held):
+            done = "taken" if found.taken else "not taken"
+            errors = f"{found.before:.3f} -> {found.after:.3f}"
+            stage.notes.append(f"{part.where} {found.what}: error {errors}, {done}")
+        stage.tokens = sum(ids.numel() for ids in ladder.texts.train)
+        stage.seconds = time.monotonic() - started
+
+    stage = places.run(StageResult(name), fit, tensors_of)
+    if not stage.notes:
+        stage.notes.append("nothing in these parts has a closed form")
+    return stage
 
 
 @torch.no_grad()
@@ -81,7 +117,7 @@ def closed_form(part: ModulePair, store: Store, held: Store) -> list[Fit]:
 
     Args:
         part: owns its tensors.
-        store: training inputs and targets.
+        store: training inputs and targets; its ranks share the sums, but not a `refit`.
         held: of another source; they choose, and say what was gained.
     """
     refit = getattr(part.student, "refit", None)
@@ -128,6 +164,8 @@ def _fit_gates(part: ModulePair, gates: Sequence[Tensor], store: Store) -> None:
 
     system, right = np.zeros((n, n)), np.zeros(n)
     for index in range(min(GATE_BATCHES, len(store.batches))):
+        if not store.ranks.mine(index):
+            continue
         example = store.batch(part, index)
         root = weights(example.y).sqrt()[..., None]
         nothing = torch.zeros(n)
@@ -140,6 +178,8 @@ def _fit_gates(part: ModulePair, gates: Sequence[Tensor], store: Store) -> None:
         u = torch.stack(added)
         system += (u @ u.T).double().cpu().numpy()
         right += (u @ ((example.y - bare) * root).flatten()).double().cpu().numpy()
+    system = store.ranks.added(torch.from_numpy(system)).numpy()
+    right = store.ranks.added(torch.from_numpy(right)).numpy()
     # The normal equations as a least-squares problem of n rows: R'R = system.
     values, vectors = np.linalg.eigh(system)
     root_values = np.sqrt(np.clip(values, values.max() * 1e-10, None))
@@ -189,7 +229,7 @@ def _summed(part: ModulePair, store: Store, linear: Linear) -> Sums:
     handle = linear.register_forward_pre_hook(lambda _m, args: entering.append(args[0]))
     sums = Sums()
     try:
-        for example in store.batches_of(part):
+        for example in store.share_of(part):
             entering.clear()
             example.call(part.student, example.x)
             h = entering[-1]
@@ -198,18 +238,19 @@ def _summed(part: ModulePair, store: Store, linear: Linear) -> Sums:
             sums.add(h, example.y)
     finally:
         handle.remove()
-    return sums
+    return sums.of_all(store.ranks, _matrix(linear))
 
 
 def _error(part: ModulePair, store: Store) -> float:
     """Relative error of the module over a text."""
     lost = whole = 0.0
-    for example in store.batches_of(part):
+    for example in store.share_of(part):
         weight = weights(example.y)
         output = example.call(part.student, example.x).to(example.y.dtype)
         lost += float((weight * (output - example.y).square().sum(-1)).sum())
         whole += float((weight * example.y.square().sum(-1)).sum())
-    return lost / whole
+    both = store.ranks.added(torch.tensor([lost, whole], dtype=torch.float64)).tolist()
+    return both[0] / both[1]
 
 
 def _matrix(linear: Linear) -> Tensor:

@@ -32,7 +32,8 @@ from mismatch.mechanisms.parts.initial_values import (
 )
 from mismatch.stages.repair.ladder_stages.activation_store import Store
 from mismatch.stages.repair.ladder_stages.closed_form import closed_form
-from mismatch.stages.repair.ladder_stages.module_pair import ModulePair
+from mismatch.stages.repair.ladder_stages.module_pair import ModulePair, tensors_of
+from mismatch.stages.repair.ladder_stages.places import Places
 from mismatch.stages.repair.ladder_stages.stage_result import StageResult
 
 if TYPE_CHECKING:
@@ -54,12 +55,14 @@ def taking(part: ModulePair) -> list[Any]:
 @torch.no_grad()
 def inherit(ladder: Ladder, name: str) -> StageResult:
     """Set what was asked for in every part that has it."""
-    stage, started = StageResult(name), time.monotonic()
     batches, mean = ladder.texts.train, "mean-half-life" in ladder.config.initial_values
     every = max(1, sum(ids.numel() for ids in batches) // ENOUGH)
-    for part in ladder.parts:
+    places = Places.of(ladder, ladder.parts)
+
+    def begin(stage: StageResult, _at: int, part: ModulePair) -> None:
+        started = time.monotonic()
         for mechanism in taking(part):
-            store, held = ladder.stores([part], [part], every)
+            store, held = ladder.stores([part], [part], every, places.together)
             asked = {*ladder.config.initial_values} | ({"half-life"} if mean else set())
             if innermost(part.student) is not mechanism:
                 asked -= SHARED
@@ -71,8 +74,9 @@ def inherit(ladder: Ladder, name: str) -> StageResult:
                 f"{part.where}: {', '.join(done) or 'nothing'} set; half-lives {tokens} tokens{why}"
             )
             stage.tokens += sum(store.batches[index].numel() for index in store.chosen)
-    stage.seconds = time.monotonic() - started
-    return stage
+        stage.seconds = time.monotonic() - started
+
+    return places.run(StageResult(name), begin, tensors_of)
 
 
 def _begun(

@@ -81,6 +81,7 @@ class LocalLoss(Loss):
         super().__init__(store, held)
         self.part = part
 
-    def of(self, store: Store, index: int, rows: int) -> Tensor:
+    def of(self, store: Store, index: int, rows: int, mine: slice) -> Tensor:
         example = store.batch(self.part, index)
-        return relative_error(example.call(self.part.student, example.x[:rows]), example.y[:rows])
+        output = example.call(self.part.student, example.x[:rows][mine])
+        return relative_error(output, example.y[:rows], mine)

@@ -60,6 +60,11 @@ class Call:
         return first_of(module(x, *args, **kwargs))
 
 
+def tensors_of(part: ModulePair) -> list[Tensor]:
+    """Every tensor of the student's module."""
+    return [*part.student.state_dict().values()]
+
+
 def pairs_of(teacher: Layout, student: Student) -> tuple[ModulePair, ...]:
     """The swapped modules in depth order, each once however many wrappers stand there.
 

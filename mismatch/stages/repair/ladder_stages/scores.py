@@ -7,8 +7,8 @@ queries and keys before anything is trained. The net reads what the attention is
     BCE(sigmoid(net(x)), y),  AdamW, STEPS steps of TOKENS tokens drawn with a seed, linear decay of the rate
 
 All parts learn from one pass of the teacher, whatever `order` is: a part's scores are of the teacher's stream, for
-which its target holds. Weights that err more on validation text than those that were there are not taken. A net costs
-about two CPU-seconds at d_model 576.
+which its target holds. So several ranks share the nets. Weights that err more on validation text than those that were
+there are not taken. A net costs about two CPU-seconds at d_model 576.
 
 Where no part has learned scores there is no such stage.
 """
@@ -95,16 +95,23 @@ def scores(ladder: Ladder, name: str) -> StageResult:
     learners = list(_learners(ladder.parts))
     parts = list(dict.fromkeys(learner.part for learner in learners))
     store, held = ladder.stores([], parts, every=_every(ladder, len(parts)))
-    for index, learner in enumerate(learners):
+
+    def train(index: int) -> str | None:
         if ladder.stopping():
             raise KeyboardInterrupt
         if ladder.pace.left() <= 0:
-            stage.notes.append(f"no time was left for {len(learners) - index} of {len(learners)}")
-            break
+            return None
         state = None if ladder.state is None else State(ladder.state.folder / f"{name}-{index}")
         key = {**ladder.fingerprint, "stage": f"{name}-{index}"}
-        stage.notes.append(_once(learner, store, held, ladder.config.seed + index, state, key))
-        stage.steps += STEPS
+        return _once(learners[index], store, held, ladder.config.seed + index, state, key)
+
+    found = ladder.ranks.shared(range(len(learners)), train)
+    for index, learner in enumerate(learners):
+        ladder.ranks.copied(learner.net.state_dict().values(), source=index % ladder.ranks.world)
+    stage.notes += (trained := [note for note in found if note is not None])
+    stage.steps = STEPS * len(trained)
+    if len(trained) < len(found):
+        stage.notes.append(f"no time was left for {len(found) - len(trained)} of {len(found)}")
     stage.tokens = sum(store.batches[index].numel() for index in store.chosen)
     stage.seconds = time.monotonic() - started
     return stage

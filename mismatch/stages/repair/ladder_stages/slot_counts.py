@@ -30,6 +30,7 @@ from mismatch.errors import UsageError
 from mismatch.mechanisms.parts.slots import Slots
 from mismatch.mechanisms.parts.some_heads import SomeHeads
 from mismatch.models.layout import Layout
+from mismatch.runs.ranks import ALONE, Ranks
 from mismatch.stages.repair.ladder_stages.block_window_kl import block
 from mismatch.stages.repair.ladder_stages.module_pair import ModulePair, watch
 from mismatch.stages.repair.ladder_stages.stage_result import StageResult
@@ -118,7 +119,8 @@ def slots(ladder: Ladder, name: str) -> StageResult:
     stage, started = StageResult(name), time.monotonic()
     kept, budget = keepers(ladder.parts), ladder.config.state_bytes
     assert budget is not None  # without it there is no such stage
-    give(ladder.student, kept, shared_out(ladder.teacher, kept, ladder.texts.train, budget))
+    counts = shared_out(ladder.teacher, kept, ladder.texts.train, budget, ladder.ranks)
+    give(ladder.student, kept, counts)
     stage.slots = {str(keeper.part.layer): list(keeper.choice.counts) for keeper in kept}
     used = sum(keeper.mechanism.state_bytes() for keeper in kept)
     heads = "; ".join(f"layer {at}: {' '.join(map(str, own))}" for at, own in stage.slots.items())
@@ -142,6 +144,7 @@ def shared_out(
     kept: Sequence[Keeper],
     batches: Sequence[Tensor],
     budget: int,
+    ranks: Ranks = ALONE,
 ) -> dict[int, tuple[int, ...]]:
     """Slots of each kv head by layer, within the budget.
 
@@ -150,8 +153,9 @@ def shared_out(
         kept: whose slots; nothing else of them may have been trained yet.
         batches: training text, int64 `batch pos` each.
         budget: bytes of one text's state, what is held beside the slots included.
+        ranks: who shares the batches.
     """
-    curves = measured(teacher, kept, batches)
+    curves = measured(teacher, kept, batches, ranks)
     costs = {keeper.part.layer: keeper.bytes_per_slot for keeper in kept}
     return climbed(curves, costs, budget - least(kept))
 
@@ -176,12 +180,13 @@ def least(kept: Sequence[Keeper]) -> int:
 
 @torch.no_grad()
 def measured(
-    teacher: Layout, kept: Sequence[Keeper], batches: Sequence[Tensor]
+    teacher: Layout, kept: Sequence[Keeper], batches: Sequence[Tensor], ranks: Ranks = ALONE
 ) -> dict[int, Tensor]:
     """E of each kv head at each of `LEVELS` that the windows allow: by layer, float64 `KV levels`."""
     chosen = _spread(batches)
-    found: dict[int, Tensor] = {}
-    for ids in chosen:
+
+    def of(ids: Tensor) -> dict[int, Tensor]:
+        found = {}
         blocks = {keeper.part.layer: block(teacher, keeper.part.layer) for keeper in kept}
         paths = [keeper.part.path for keeper in kept] + [b.path for b in blocks.values()]
         seen = watch(teacher, paths, ids, last=max(blocks))
@@ -194,8 +199,12 @@ def measured(
             errors = [
                 _errors(keeper, whole[0], call, x, stream, level) for level in _levels(keeper, ids)
             ]
-            found[layer] = found.get(layer, 0) + torch.stack(errors, dim=1) / len(chosen)
-    return found
+            found[layer] = torch.stack(errors, dim=1).cpu() / len(chosen)
+        return found
+
+    parts = ranks.shared(chosen, of)
+    # In the order of the batches: the same bits however many ranks there are.
+    return {layer: torch.stack([part[layer] for part in parts]).sum(0) for layer in parts[0]}
 
 
 def _spread(batches: Sequence[Tensor]) -> list[Tensor]:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mismatch.report.intervals import band
+
+if TYPE_CHECKING:
+    from mismatch.stages.repair.ladder_stages.training import Trained
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,17 @@ class StageResult:
     notes: list[str] = field(default_factory=list)
     slots: dict[str, list[int]] = field(default_factory=dict)
     """Slots of each kv head by layer, where the stage shared them out."""
+
+    def add(self, places: Sequence[StageResult | Trained], ranks: int = 1) -> None:
+        """What was done at each place, in their order; each of several ranks did its own, at the same time."""
+        for one in places:
+            self.tokens += one.tokens
+            self.steps += one.steps
+            self.looks += one.looks
+            self.gates |= one.gates
+            self.notes += one.notes
+        turns = [places[rank::ranks] for rank in range(ranks)]
+        self.seconds += max(sum(one.seconds for one in own) for own in turns)
 
     @property
     def retrieval_words(self) -> str:

@@ -11,6 +11,8 @@ What a stage adds is a loss over one batch. Everything else is decided here, onc
     plateau    the weights that did best on held-out windows are kept; no progress for `patience` looks ends the stage
     failures   a loss that is not finite ends the stage at the last good weights and names the step; out of memory
                halves the batch and goes on
+    ranks      share the rows of each batch: losses and gradients are added before the step, which all of them take.
+               What one of them meets (out of memory, asked to stop, out of time) all of them do
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from mismatch.errors import MismatchError
+from mismatch.runs.ranks import ALONE, Ranks
 from mismatch.runs.state import State
 from mismatch.stages.repair.ladder_stages.stage_result import Look
 
@@ -80,18 +83,22 @@ class Trainer:
 
     Args:
         groups: what trains.
-        loss: of a batch (its number) and at most so many of its rows: a scalar with a gradient.
-        look: the error on held-out windows, no gradient.
+        loss: of a batch (its number) and at most so many of its rows, this rank's part of it: a scalar with a
+            gradient.
+        look: the error on held-out windows, no gradient; the same on every rank.
         batches: of the training text, `batch pos` each.
         steps: at most.
         every: steps between looks.
         patience: looks without progress that end the stage.
         seed: of the order.
-        state: where to save; None never saves.
+        state: where to save; None never saves. The first rank's is used.
         fingerprint: what must be equal for a resumed run to go on.
         stopping: asked after each step: True saves and stops.
         out_of_time: asked after each step: True ends the stage.
         say: a line for the user.
+        save_every: seconds between saves.
+        ranks: who shares each batch.
+        advance: told how many tokens each step took.
     """
 
     def __init__(
@@ -111,13 +118,15 @@ class Trainer:
         out_of_time: Callable[[], bool] = lambda: False,
         say: Callable[[str], None] = lambda _line: None,
         save_every: float = 60.0,
+        ranks: Ranks = ALONE,
         advance: Callable[[int], None] = lambda _tokens: None,
     ) -> None:
         self.groups = [group for group in groups if group.parameters]
         self.loss, self.look = loss, look
         self.batches, self.rows = batches, max(len(batch) for batch in batches)
         self.steps, self.every, self.patience, self.seed = steps, every, patience, seed
-        self.state, self.fingerprint = state, fingerprint or {}
+        self.ranks = ranks
+        self.state, self.fingerprint = state if ranks.first else None, fingerprint or {}
         self.stopping, self.out_of_time, self.say = stopping, out_of_time, say
         self.save_every, self.advance = save_every, advance
         self.named = {n: p for group in self.groups for n, p in group.parameters.items()}
@@ -133,6 +142,7 @@ class Trainer:
             betas=BETAS,
             weight_decay=0.0,
         )
+        self._asked = (False, False)  # behind each step: to stop, and whether time is out
         self.moved: set[str] = set()  # parameters that ever had a gradient
         self.kept: dict[str, Tensor] = {}
         self.start = {n: m.detach().clone() for n, m in self.masters.items()}
@@ -151,11 +161,12 @@ class Trainer:
             if self.state is not None and time.monotonic() - saved > self.save_every:
                 self._save(done)
                 saved = time.monotonic()
-            if self.stopping():
+            stop, late = self._asked
+            if stop:
                 done.complete = False
                 self._save(done)
                 raise KeyboardInterrupt
-            if self.out_of_time():
+            if late:
                 break
         if done.looks[-1].step != done.steps:
             self._look(done)
@@ -177,33 +188,27 @@ class Trainer:
         """One step; False when the loss is not finite."""
         index = self._batch(done.steps)
         self._rates(done.steps)
-        while True:
-            try:
-                loss = self.loss(index, self.rows)
-                if not torch.isfinite(loss.detach()):
-                    done.notes.append(
-                        f"the loss of step {done.steps} is {loss.item()}: stopped, the last good weights are kept"
-                    )
-                    self.say(done.notes[-1])
-                    return False
-                loss.backward()
-                break
-            except torch.OutOfMemoryError as error:
-                if self.rows == 1:
-                    raise no_room(f"at step {done.steps}") from error
-                self._clear()
-                self.rows = self.rows // 2
-                done.notes.append(
-                    f"out of memory at step {done.steps}: {self.rows} windows a batch from here on"
-                )
-                self.say(done.notes[-1])
-        for name, parameter in self.named.items():
-            master = self.masters[name]
-            if parameter.grad is not None:
-                if name not in self.moved and bool(parameter.grad.any()):
-                    self.moved.add(name)
-                if master is not parameter:
-                    master.grad = parameter.grad.float()
+        while (loss := self._backward(index)) is None:
+            if self.rows == 1:
+                raise no_room(f"at step {done.steps}")
+            self._clear()
+            self.rows = self.rows // 2
+            done.notes.append(
+                f"out of memory at step {done.steps}: {self.rows} windows a batch from here on"
+            )
+            self.say(done.notes[-1])
+        if not math.isfinite(loss):
+            done.notes.append(
+                f"the loss of step {done.steps} is {loss}: stopped, the last good weights are kept"
+            )
+            self.say(done.notes[-1])
+            self._clear()
+            return False
+        self.moved |= {
+            name
+            for name, master in self.masters.items()
+            if name not in self.moved and master.grad is not None and bool(master.grad.any())
+        }
         norm = torch.nn.utils.clip_grad_norm_(list(self.masters.values()), CLIP)
         if not torch.isfinite(norm):
             done.notes.append(
@@ -220,6 +225,39 @@ class Trainer:
         done.tokens += tokens
         self.advance(tokens)
         return True
+
+    def _backward(self, index: int) -> float | None:
+        """The loss of a batch, and its gradient in the masters; None: out of memory, on whichever rank."""
+        value, full = 0.0, False
+        try:
+            loss = self.loss(index, self.rows)
+            value = loss.item()
+            if math.isfinite(value):
+                loss.backward()
+        except torch.OutOfMemoryError:
+            full = True
+        for name, parameter in self.named.items():
+            master = self.masters[name]
+            if master is not parameter and parameter.grad is not None:
+                master.grad = parameter.grad.float()
+        told = [value, float(full), float(self.stopping()), float(self.out_of_time())]
+        value, some_full, stop, late = self._of_all(told)
+        self._asked = bool(stop), bool(late)
+        return None if some_full else value
+
+    @torch.no_grad()
+    def _of_all(self, told: list[float]) -> list[float]:
+        """What each rank tells, added; the gradients too, in one message. A parameter without a gradient has 0."""
+        if self.ranks.world == 1:
+            return told
+        masters = list(self.masters.values())
+        found = [torch.zeros_like(m) if m.grad is None else m.grad for m in masters]
+        device = masters[0].device
+        flat = [part.to(device).flatten() for part in (*found, torch.tensor(told))]
+        whole = self.ranks.added(torch.cat(flat)).split([len(part) for part in flat])
+        for master, part in zip(masters, whole[:-1], strict=True):
+            master.grad = part.view_as(master).to(master.device)
+        return whole[-1].tolist()
 
     def _batch(self, step: int) -> int:
         """The batch of a step: a function of the step alone."""
@@ -319,6 +357,7 @@ class Trainer:
     @torch.no_grad()
     def _resumed(self) -> Trained | None:
         found = None if self.state is None else self.state.load(self.fingerprint)
+        found = self.ranks.from_first(found)
         if found is None:
             return None
         arrays, info = found
