@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from mismatch import spec
+from mismatch.errors import RunError
 from mismatch.forward.heldout import Evaluated, HeldOut
 from mismatch.runs.plan import as_json
 from mismatch.runs.stopping import polite
@@ -122,7 +123,13 @@ class Repair(Stage[RepairConfig, Prepared]):
     def run(self, opened: Opened[RepairConfig], prepared: Prepared) -> Outcome | None:
         # Without a run folder activations live as long as the run does.
         with polite() as stopping, tempfile.TemporaryDirectory(prefix="mismatch-") as temporary:
-            return _run(opened, prepared, stopping, Path(temporary))
+            try:
+                return _run(opened, prepared, stopping, Path(temporary))
+            except RunError:
+                if opened.ranks.world > 1 and stopping():
+                    # So were the others, and this rank waited for one that has stopped.
+                    raise KeyboardInterrupt from None
+                raise
 
 
 def _run(
@@ -135,6 +142,7 @@ def _run(
     student, parts = mine.student, mine.parts
     ranks.copied(mine.named().values())
     start = standing(parts)
+    _say_who_waits(opened, len(parts))
     trained_on = training_text(
         config,
         teacher,
@@ -233,6 +241,20 @@ def _run(
         seconds={"before and after": time.monotonic() - began},
         memory={"student": student},
     )
+
+
+def _say_who_waits(opened: Opened[RepairConfig], modules: int) -> None:
+    """Where a step has fewer windows than there are ranks: some of them wait."""
+    config, world = opened.config, opened.ranks.world
+    by_rows = {"window", "end-to-end"}
+    if config.order == "sequential" or modules == 1:
+        by_rows |= {"local", "block"}
+    waiting = [name for name in config.stages if name in by_rows]
+    if waiting and config.batch_size < world:
+        opened.say(
+            f"--batch-size {config.batch_size}: {world - config.batch_size} of {world} ranks wait in the steps of "
+            f"{', '.join(waiting)}; a larger one would share them, and is another training"
+        )
 
 
 def _readings(evaluated: Mapping[str, Evaluated]) -> dict[str, StudentReading]:

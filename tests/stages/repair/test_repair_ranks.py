@@ -108,3 +108,103 @@ def test_two_ranks_repair_one_place(toy_folder, tmp_path):
 def test_two_ranks_give_what_one_process_gives(swap, more, bits, toy_folder, tmp_path):
     line = words(tmp_path, toy_folder, swap, *more)
     assert_same(one_process(line, tmp_path / "one"), ranks(line, tmp_path / "two"), bits=bits)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_three_ranks_of_which_two_have_no_place(toy_folder, tmp_path):
+    """One place, whose batches of three and of two windows are shared; two places apart, of which one rank has none."""
+    line = words(tmp_path, toy_folder, INFINI, *SMALL, "--stages", "local,end-to-end")
+    assert_same(one_process(line, tmp_path / "one"), ranks(line, tmp_path / "three", 3))
+    line = words(tmp_path, toy_folder, WINDOWS, *SMALL, "--order", "joint")
+    apart = one_process(line, tmp_path / "apart"), ranks(line, tmp_path / "three apart", 3)
+    assert_same(*apart, bits=True)
+
+
+@pytest.mark.slow
+def test_a_limit_in_minutes_is_the_first_ranks(toy_folder, tmp_path):
+    """Sampling, reading and steps are timed: all ranks do what fits by the clock of one."""
+    more = ("--self-generated", "0.25", "--max-minutes", "0.2", "--train-tokens", "4096")
+    line = words(tmp_path, toy_folder, INFINI, *TO_THE_END, *more, "--probes", "none")
+    run = load_run(ranks(line, tmp_path / "two"))
+    assert any(stage.steps for stage in run.plan.stages)
+    assert any("sampled from the teacher" in note for note in run.plan.notes)
+
+
+# ---- a rank that dies ---------------------------------------------------------------------------
+
+DIES = """
+import os
+from mismatch.stages.repair.ladder_stages import training
+training.Trainer.__init__.__kwdefaults__["save_every"] = 0.0
+real = training.Trainer._step
+def step(self, done):
+    if os.environ["RANK"] == "1" and done.steps == 2 and self.fingerprint["stage"] == {at!r}:
+        {what}
+    return real(self, done)
+training.Trainer._step = step
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize(
+    ("swap", "more", "at"),
+    [(INFINI, (), "local-0"), (WINDOWS, ("--order", "joint"), "local-1")],
+    ids=["batches are shared", "places are shared"],
+)
+def test_a_rank_that_dies_ends_the_run_which_goes_on(swap, more, at, toy_folder, tmp_path):
+    line = words(tmp_path, toy_folder, swap, *SMALL, *more)
+    run, begun = tmp_path / "run", time.monotonic()
+    dies = DIES.format(at=at, what="os._exit(9)")
+    (code, out, err), (died, _, _) = finished(start([*line, "--output", str(run)], dies))
+    assert (code, died) == (1, 9), err
+    assert time.monotonic() - begun < 60
+    assert out == ""
+    assert err.endswith(
+        "error: rank 0 of 2 waited for the others, and one of them is gone\n\nhint: its own message says why\n"
+    )
+    manifest = json.loads((run / "manifest.json").read_text())
+    assert manifest["status"] == "failed" and "one of them is gone" in manifest["error"]
+    # It goes on at the step behind the last one that was saved.
+    info = json.loads((run / "state" / at / "state.json").read_text())["info"] if not more else {}
+    assert info.get("steps", 2) == 2
+    done = finished(start(["repair", "--resume", str(run), "-q"]))
+    assert [code for code, _, _ in done] == [0, 0], done
+    assert_same(one_process(line, tmp_path / "one"), run, bits=bool(more))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_a_rank_that_is_asked_to_stop_stops_all_of_them(toy_folder, tmp_path):
+    line = words(tmp_path, toy_folder, INFINI, *SMALL)
+    run = tmp_path / "run"
+    asked = DIES.format(at="local-0", what="os.kill(os.getpid(), 15)")
+    done = finished(start([*line, "--output", str(run)], asked))
+    assert [code for code, _, _ in done] == [130, 130], done
+    assert json.loads((run / "manifest.json").read_text())["status"] == "interrupted"
+    state = json.loads((run / "state" / "local-0" / "state.json").read_text())
+    assert state["info"]["steps"] == 3
+    done = finished(start(["repair", "--resume", str(run), "-q"]))
+    assert [code for code, _, _ in done] == [0, 0], done
+    assert_same(one_process(line, tmp_path / "one"), run)
+
+
+def test_another_number_of_ranks_is_refused(toy_folder, tmp_path, monkeypatch, capsys):
+    """The state of a run by two ranks is not for one."""
+    run = tmp_path / "run"
+    line = words(tmp_path, toy_folder, INFINI, *SMALL, "--output", str(run))
+
+    def stop(*_args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("mismatch.stages.repair.ladder.Ladder._local", stop)
+        assert cli.main(line) == 130
+    saved = run / "state" / "state.json"
+    state = json.loads(saved.read_text())
+    state["fingerprint"]["ranks"] = "2"
+    saved.write_text(json.dumps(state))
+    capsys.readouterr()
+    assert cli.main(["repair", "--resume", str(run), "-q"]) == 2
+    assert "  ranks: '2' then, '1' now" in capsys.readouterr().err

@@ -17,6 +17,7 @@ from wonderland import documents
 import mismatch
 from mismatch.cli import main
 from mismatch.errors import ConfigError, MismatchError
+from mismatch.runs.ranks import ALONE, Ranks
 from mismatch.runs.state import State
 from mismatch.stages.repair import training_text as module
 from mismatch.stages.repair.config import RepairConfig
@@ -56,6 +57,23 @@ def test_words_are_drawn_as_often_as_the_model_says():
     assert counts[[0, 2, 5, 7]].sum() == 0  # not words, or without a chance
     expected = rows * scores[words[:4]].double().softmax(0).numpy()
     assert stats.chisquare(counts[[1, 3, 4, 6]], expected).pvalue > 1e-3
+
+
+class Quiet(Ranks):
+    """A rank that nobody hears."""
+
+    def from_first(self, value):
+        return value
+
+
+def test_ranks_draw_what_one_process_draws(toy_teacher):
+    def drawn(ranks: Ranks) -> torch.Tensor:
+        writer = Writer(toy_teacher.model, toy_teacher.tokenizer, 64, seed=0, ranks=ranks)
+        return writer._drawn(5, 20, 0)
+
+    parts = [drawn(Quiet(rank, 3)) for rank in range(3)]
+    assert torch.equal(torch.stack([parts[at % 3][at // 3] for at in range(5)]), drawn(ALONE))
+    assert drawn(Quiet(7, 8)).shape == (0, 20)
 
 
 def test_the_words_follow_the_model(toy_teacher):
