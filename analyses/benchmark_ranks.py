@@ -1,6 +1,6 @@
 """Every command by one process, by two ranks and by three: are the numbers the same, and what does it cost?
 
-    python analyses/benchmark_ranks.py                  about 40 minutes on two cores; wants a quiet machine
+    python analyses/benchmark_ranks.py                  SmolLM2; long, and wants a quiet machine
     python analyses/benchmark_ranks.py --only repair    one command; what others wrote stays
     python analyses/benchmark_ranks.py --quick          the toy: whether it runs, not what it costs
 

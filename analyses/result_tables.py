@@ -233,24 +233,6 @@ def repair_cost() -> str:
     return _table(("what", "CPU milliseconds per token", "rounds"), rows)
 
 
-def ranks_cost() -> str:
-    """What `python analyses/benchmark_ranks.py` compared and timed."""
-    rows = []
-    for row in _read("benchmark_ranks/ranks.csv"):
-        one = row["ranks"] == "1"
-        rows.append(
-            (
-                *(row["command"], row["ranks"]),
-                *(f"{float(row[name]):.0f}" for name in ("cpu_seconds", "wall_seconds")),
-                row["rows"],
-                "" if one else f"{float(row['worst']):.0e}",
-                "" if one or not row["weights"] else f"{float(row['weights']):.0e}",
-            )
-        )
-    head = ("command", "ranks", "CPU seconds", "wall seconds", "rows")
-    return _table((*head, "largest difference of a value", "of a weight"), rows)
-
-
 def stages() -> str:
     """What `python analyses/repair_layer12.py` measured."""
     found = {(row["swap"], row["name"]): row for row in _read("repair_layer12/stages.csv")}
@@ -411,7 +393,6 @@ TABLES = {
     "trace cost": trace_cost,
     "trace shares": trace_shares,
     "repair cost": repair_cost,
-    "ranks cost": ranks_cost,
     "stages": stages,
     "repair": repair,
     "options": options,

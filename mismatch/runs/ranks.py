@@ -25,6 +25,11 @@ from mismatch.errors import RunError
 PATIENCE = timedelta(days=1)
 """That a rank waits for the others: a share may take hours, and a rank that is gone is noticed at once."""
 
+
+class RankGone(RunError):
+    """Another rank stopped or died, and this one waited for it."""
+
+
 Piece = TypeVar("Piece")
 Found = TypeVar("Found")
 
@@ -114,12 +119,12 @@ class Ranks:
         """Of a rank that is gone the connection is closed.
 
         Raises:
-            RunError: it is.
+            RankGone: it is.
         """
         try:
             yield
         except RuntimeError as error:
-            raise RunError(
+            raise RankGone(
                 f"rank {self.rank} of {self.world} waited for the others, and one of them is gone",
                 hint="its own message says why",
             ) from error

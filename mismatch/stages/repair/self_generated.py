@@ -222,10 +222,8 @@ class _Draw(LogitsProcessor):
 
     def __init__(self, words: Tensor, draws: torch.Generator, rows: int, mine: slice) -> None:
         self.words, self.draws = words, draws
-        self.rows, self.mine = (
-            rows,
-            mine,
-        )  # of all ranks, for which numbers are drawn; and of this one
+        # Of all ranks: numbers are drawn for each; and of this one.
+        self.rows, self.mine = rows, mine
         self.others: Tensor | None = None  # what the head knows and must not be drawn
 
     def __call__(self, _ids: Tensor, scores: Tensor) -> Tensor:

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 
 from mismatch import spec
-from mismatch.errors import RunError
 from mismatch.forward.heldout import Evaluated, HeldOut
 from mismatch.runs.plan import as_json
+from mismatch.runs.ranks import RankGone
 from mismatch.runs.stopping import polite
 from mismatch.stages.base import Outcome, Stage
 from mismatch.stages.opening import Opened
@@ -125,9 +125,8 @@ class Repair(Stage[RepairConfig, Prepared]):
         with polite() as stopping, tempfile.TemporaryDirectory(prefix="mismatch-") as temporary:
             try:
                 return _run(opened, prepared, stopping, Path(temporary))
-            except RunError:
-                if opened.ranks.world > 1 and stopping():
-                    # So were the others, and this rank waited for one that has stopped.
+            except RankGone:
+                if stopping():  # so were the others, and one of them has stopped
                     raise KeyboardInterrupt from None
                 raise
 
