@@ -10,7 +10,8 @@ Attention of one layer of SmolLM2 is replaced by a mixer whose initial values ar
 alone and all together; then the output projection is fitted in closed form, then the layer trains alone, the same steps
 for all, on the same windows of `sotu`. Evaluated on documents of `wiki` in windows of 512, before the steps and after
 them: the share closed of the KL that deleting the attention costs, paired by document. Beside them the best linear map
-of one token. No part, no rate and no step was chosen on these documents, but one of eight was in view when the parts
+of one token. What keeps the last tokens exactly, alone and with a codebook of all others, is not trained: it needs no
+gradient. No part, no rate and no step was chosen on these documents, but one of eight was in view when the parts
 were first tried. CPU seconds are those of the three stages. Writes figures/initial_values/.
 """
 
@@ -45,6 +46,13 @@ MECHANISMS = {
     "mamba2, norm before": "mamba2(norm=before)",
     "rwkv": "rwkv",
 }
+UNTRAINED = {
+    "last 8 tokens": "sliding_window(window=8, sinks=1)",
+    "last 8 tokens, codebook": "linear_attention(feature_map=codebook, window=8, sinks=1, decay=learned)",
+    "last 16 tokens": "sliding_window(window=16, sinks=1)",
+    "last 16 tokens, codebook": "linear_attention(feature_map=codebook, window=16, sinks=1, decay=learned)",
+}
+"""Exact near tokens and the first one, alone and with 64 codes for all others: closed form, no steps."""
 ARMS: dict[str, tuple[str, ...]] = {
     "random": (),
     "mean half-life": ("mean-half-life",),
@@ -54,7 +62,11 @@ ARMS: dict[str, tuple[str, ...]] = {
     "gate fit": ("gate",),
     "all": INITIAL_VALUES,
 }
-CONTROLS = {"zero": "zero", "linear": "linear"}
+CONTROLS = {
+    "zero": "zero",
+    "linear": "linear",
+    "last 64 and first": "sliding_window(window=64, sinks=1)",
+}
 SMALL: dict[str, Any] = {
     "arms": ("random", "all"),
     "layers": (12,),
@@ -113,7 +125,9 @@ class Bench:
 
     def arm(self, call: str, parts: tuple[str, ...]) -> dict[str, Any]:
         """One mechanism with some of its initial values, before and after the steps."""
+        began = time.process_time()
         student = self._student(call)
+        swapped = time.process_time() - began
         config = dataclasses.replace(
             self.opened.config, swap=(f"layer{self.layer}:{call}",), initial_values=parts
         )
@@ -136,13 +150,15 @@ class Bench:
         notes = [note for name in ("inherit", "closed_form") for note in ladder.ran(name).notes]
         before = time.process_time() - began
         found = {"before": kept(self.held_out.evaluate(learner.student.layout).kl)}
+        found |= {"swap_seconds": swapped, "notes": notes}
+        if call in UNTRAINED.values():
+            return found | {"cpu_seconds": [before, 0.0], "steps": 0}
         began = time.process_time()
         looks = [look.error for look in ladder.ran("local").looks]
         found |= {"after": kept(self.held_out.evaluate(learner.student.layout).kl)}
         return {
             **found,
             "cpu_seconds": [before, time.process_time() - began],
-            "notes": notes,
             "looks": looks,
             "steps": self.steps,
         }
@@ -152,7 +168,8 @@ class Bench:
         child = self.opened.child(config)
         calibration = None
         if call.startswith(("rwkv", "linear")):
-            calibration = self.opened.calibration(16384, self.texts.documents)
+            tokens = 4096 if call in UNTRAINED.values() else 16384
+            calibration = self.opened.calibration(tokens, self.texts.documents)
         return child.students(calibration)[0]
 
 
@@ -178,7 +195,8 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--full", action="store_true", help="the study; hours of CPU")
-    parser.add_argument("--only", choices=MECHANISMS, nargs="*", help="these mechanisms")
+    every = MECHANISMS | UNTRAINED
+    parser.add_argument("--only", choices=every, nargs="*", help="these mechanisms")
     parser.add_argument("--layers", type=int, nargs="*", help="these layers")
     parser.add_argument("--arms", choices=ARMS, nargs="*", help="these arms")
     parser.add_argument("--output", type=Path, default=HERE, help="folder of the results")
@@ -210,7 +228,8 @@ def measure(
         (mechanism, arm, parts)
         for arm, parts in ARMS.items()
         if arm in (args.arms or sizes["arms"])
-        for mechanism in args.only or MECHANISMS
+        for mechanism in args.only or MECHANISMS | UNTRAINED
+        if mechanism in MECHANISMS or arm == ("all" if "codebook" in mechanism else "random")
     ]
     bench = None
     for mechanism, arm, what in [*controls, *arms]:
@@ -220,7 +239,11 @@ def measure(
         bench = Bench(layer, seed, sizes, store) if bench is None else bench
         print(layer, seed, mechanism, arm, flush=True)
         control = mechanism == "control"
-        made = bench.untrained(what) if control else bench.arm(MECHANISMS[mechanism], what)
+        made = (
+            bench.untrained(what)
+            if control
+            else bench.arm((MECHANISMS | UNTRAINED)[mechanism], what)
+        )
         made |= {"layer": layer, "seed": seed, "mechanism": mechanism, "arm": arm}
         made |= {"sizes": sizes, "versions": mismatch.versions()}
         file.write_text(json.dumps(made, indent=1) + "\n")
@@ -243,7 +266,7 @@ def table(folder: Path) -> pd.DataFrame:
             sums, counts = (np.array(made[when][name]) for name in ("total", "count"))
             found.setdefault(key, {})[made["seed"]] = PerDocument(sums, counts, positive=True)
             cost.setdefault(key, []).append(made.get("cpu_seconds", [0.0, 0.0])[at])
-    order = {"control": 0} | {name: at + 1 for at, name in enumerate(MECHANISMS)}
+    order = {name: at for at, name in enumerate(("control", *MECHANISMS, *UNTRAINED))}
     arms = {name: at for at, name in enumerate((*CONTROLS, *ARMS))}
     rows = []
     for key in sorted(found, key=lambda k: (k[0], order[k[1]], arms[k[2]], k[3] == "after")):

@@ -285,7 +285,7 @@ def initial() -> str:
         cells = found.setdefault((row["mechanism"], row["arm"]), {})
         cells[row["when"]] = "{:.0f} % [{:.0f}, {:.0f}]".format(*closed)
     rows = [
-        (mechanism, arm, cells.get("before", ""), cells["after"])
+        (mechanism, arm, cells.get("before", ""), cells.get("after", ""))
         for (mechanism, arm), cells in found.items()
         if arm != "zero"
     ]

@@ -25,17 +25,27 @@ def phi(x: Tensor, name: str, weight: Tensor | None = None, bias: Tensor | None 
     return both / both.sum()
 
 
+def nearness(k: Tensor, codes: Tensor, log_t: Tensor) -> Tensor:
+    """How much of a key, `D`, each code counts for: `codes`, sum 1."""
+    away = torch.stack([((k - code) ** 2).sum() for code in codes]) / (2 * torch.exp(log_t))
+    like = torch.exp(away.min() - away)
+    return like / like.sum()
+
+
 def reference(
     q: Tensor, k: Tensor, v: Tensor, maps: dict[str, Tensor], *, feature_map: str, scaling: float,
     window: int = 0, sinks: int = 0, g: Tensor | None = None, mu: Tensor | None = None,
     softcap: float | None = None, own_window: int | None = None,
+    bare: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """One row of real tokens.
 
     Args:
         q: `H pos D`, rotated; k, v: `KV pos D`, k rotated.
-        maps: `q_weight` `H D D`, `q_bias` `H D`, and so for k (KV), as far as the map has them.
+        maps: `q_weight` `H D D`, `q_bias` `H D`, and so for k (KV), as far as the map has them; of a codebook
+            `k_codes` `KV codes D` and `k_spread` `KV`.
         g: decay, `KV`. mu: weight of the softmax, `H`.
+        bare: q and k before the rotation, which a codebook reads.
 
     Returns:
         heads `H pos D`; S and z after the last token side by side, `KV features D+1`.
@@ -49,7 +59,17 @@ def reference(
     else:
         linear = True
 
+    by_codes = feature_map == "codebook"
+    far_q, far_k = (x.double() for x in bare) if by_codes and bare is not None else (q, k)
+
+    def cap(logit: Tensor) -> Tensor:
+        return logit if softcap is None else softcap * torch.tanh(logit / softcap)
+
     def mapped(x: Tensor, side: str, head: int) -> Tensor:
+        if by_codes and side == "k":
+            return nearness(x, maps["k_codes"][head], maps["k_spread"][head])
+        if by_codes:
+            return torch.exp(cap(scaling * maps["k_codes"][head // group] @ x))
         own = {kind: maps[f"{side}_{kind}"][head] for kind in ("weight", "bias")
                if f"{side}_{kind}" in maps}  # fmt: skip
         return phi(x, feature_map, **own)
@@ -57,23 +77,23 @@ def reference(
     heads, memories = [], []
     for h in range(n_heads):
         kv, row = h // group, []
-        keys = [mapped(k[kv, j], "k", kv) for j in range(length)]
+        keys = [mapped(far_k[kv, j], "k", kv) for j in range(length)]
+        beside = 1 - mu[h].double() if by_codes and mu is not None else 1.0
         fade = torch.ones((), dtype=torch.float64) if g is None else g[kv].double()
         for n in range(length):
             near = [j for j in range(n + 1) if n - j < window or j < sinks]
             far = sorted(set(range(n + 1)) - set(near)) if linear else []
-            query = mapped(q[h, n], "q", h)
+            query = mapped(far_q[h, n], "q", h)
             sums = torch.zeros(v.shape[-1], dtype=torch.float64)
             weights = torch.zeros((), dtype=torch.float64)
             if near:
-                logits = torch.stack([scaling * (q[h, n] * k[kv, j]).sum() for j in near])
-                if softcap is not None:
-                    logits = softcap * torch.tanh(logits / softcap)
-                for j, weight in zip(near, torch.exp(logits - logits.max()), strict=True):
+                logits = cap(torch.stack([scaling * (q[h, n] * k[kv, j]).sum() for j in near]))
+                most = 0.0 if by_codes else logits.max()
+                for j, weight in zip(near, torch.exp(logits - most), strict=True):
                     sums = sums + mu[h].double() * weight * v[kv, j]
                     weights = weights + mu[h].double() * weight
             for j in far:
-                weight = fade ** (n - window - j) * (query * keys[j]).sum()
+                weight = beside * fade ** (n - window - j) * (query * keys[j]).sum()
                 sums = sums + weight * v[kv, j]
                 weights = weights + weight
             row.append(sums / weights if weights > 0 else sums)

@@ -122,7 +122,15 @@ def kept_by(mine):
 
 
 @pytest.mark.parametrize(
-    "call", ["gated_deltanet", "mamba2", "rwkv", "kda", "linear_attention(decay=learned)"]
+    "call",
+    [
+        "gated_deltanet",
+        "mamba2",
+        "rwkv",
+        "kda",
+        "linear_attention(decay=learned)",
+        "linear_attention(feature_map=codebook, codes=5, decay=learned)",
+    ],
 )
 def test_a_state_halves_over_the_half_life(call):
     mine, statistics, _ = measured(call)

@@ -132,6 +132,13 @@ class Statistics:
         tokens = torch.arange(at.shape[1], dtype=at.dtype, device=at.device)
         return (at @ tokens / at.sum(1)).clamp(min=1.0)
 
+    def beyond(self, window: int, *, first: bool) -> Tensor:
+        """The share of each query head's attention on tokens at least so far away, the first token among them or not:
+        float64 `H`."""
+        far = self.on_others[:, window:].sum(1)
+        far = far + self.on_first[:, window:].sum(1) if first else far
+        return far / (self.on_first + self.on_others).sum(1)
+
     def map_of(self, targets: Callable[[Tensor], Tensor]) -> Tensor:
         """The linear map of x that comes closest to `targets(x)`, `tokens n`, by ridge: `n d_model`."""
         x = torch.cat([x.flatten(0, 1) for x, _ in self.runs])

@@ -9,7 +9,7 @@ says which parts it has and how they are set (`TakesStatistics`), in the order o
     half-life        the state halves over the median distance of attention, the first token left out
     mean-half-life   the same with the mean distance, the first token included, as published
     write            how much of a value is written, one number for every token
-    gate             as loud as the attention's heads are, token by token
+    gate             as loud as the attention's heads are, token by token; of a codebook, far tokens as heavy as in it
     value-scale      sigma_h = <a_h, h_h> / <h_h, h_h> times what the head gives, as published
 
 With nothing to set there is no such stage.
