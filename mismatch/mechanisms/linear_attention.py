@@ -270,10 +270,7 @@ class LinearAttention(AttentionParts):
         q, k, v, far_q, far_k = (part.to(wide) for part in (q, k, v, *far))
         sums: list[Tensor] = []
         after: dict[str, Tensor] = {}
-        near = most = share = None
-        if self.near or sinks:
-            near, most = self._near(q, k, v, sinks, row)
-            share = torch.sigmoid(self.mix.to(wide)).view(self.n_kv_heads, 1, self.group, 1, 1)
+        near = self._near(q, k, v, sinks, row) if self.near or sinks else None
         if self.has_far:
             phi_k = self.map_k(row.leaving(far_k))
             if memory is None:
@@ -282,20 +279,25 @@ class LinearAttention(AttentionParts):
                 queries = self.map_k.logits(far_q, self.scaling, self.softcap)
             else:
                 queries = self.map_q(far_q)
+            most = None if near is None else near[1]
             total, memory, top = self._far(queries, phi_k, row.leaving(v), row, memory, most)
             after = {"memory": memory}
-            if near is not None and most is not None and top is not None:
-                near = near * (most - top).exp()
-                total = (1 - share) * total
+            if near is not None and top is not None:
+                near = near[0] * (near[1] - top).exp(), top
+                total = (1 - self._share(wide)) * total
             sums.append(self._unless_silent(total, "far"))
         if near is not None:
-            sums.append(share * self._unless_silent(near, "near"))
+            sums.append(self._share(wide) * self._unless_silent(near[0], "near"))
         total = sums[0] if len(sums) == 1 else sums[0] + sums[1]
         weight = total[..., -1:]
         # Filled in BEFORE the division: a `where` around 0 / 0 hides the NaN of the value and not
         # that of its gradient.
         heads = total[..., :-1] / weight.masked_fill(weight < EMPTY, 1.0)
         return heads.movedim(2, 3).flatten(3, 4).flatten(1, 2)[:, :, : q.shape[2]], after
+
+    def _share(self, dtype: torch.dtype) -> Tensor:
+        """mu, `KV 1 group 1 1`."""
+        return torch.sigmoid(self.mix.to(dtype)).view(self.n_kv_heads, 1, self.group, 1, 1)
 
     def _unless_silent(self, total: Tensor, branch: str) -> Tensor:
         """A sum with its weight; of a branch that is switched off the weight alone."""

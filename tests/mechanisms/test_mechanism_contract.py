@@ -56,7 +56,7 @@ IN_HEADS = {
     "infini in heads": "infini(segment=8, sinks=2, update=delta, feature_map=learned)",
     "kv_slots in heads": "kv_slots(segment=4, slots=[0, 3])",
     "linear in heads": "linear",
-    "linear_attention in heads": "linear_attention(window=5, sinks=2, decay=learned)",
+    "hedgehog in heads": "linear_attention(window=5, sinks=2, decay=learned)",
     "mamba2 in heads": "mamba2",
     "nope in heads": "nope",
     "sliding_window in heads": "sliding_window(window=5, sinks=2)",

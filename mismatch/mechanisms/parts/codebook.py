@@ -48,7 +48,8 @@ class InputSample:
     """
 
     def __init__(self, skipped: int) -> None:
-        self.skipped, self.found = skipped, list[Tensor]()
+        self.skipped = skipped
+        self.found: list[Tensor] = []
 
     def update(self, inputs: Tensor, outputs: Tensor, keep: Tensor) -> None:
         """As `Calibrator.update`."""

@@ -38,6 +38,14 @@ def test_the_attention_says_where_to_begin(toy_teacher, call):
     assert found.plan.forecast.why_not is not None
 
 
+def test_a_codebook_takes_decay_and_balance(toy_teacher):
+    call = "linear_attention(feature_map=codebook, codes=16, window=4, sinks=1, decay=learned)"
+    found = repaired(toy_teacher, f"layer1:{call}", ("inherit", "closed-form"), controls=("zero",))
+    assert list(found.stages["stage"]) == ["swap", "inherit", "closed-form"]
+    assert found.plan.stages[1].notes[0].startswith("layer1.attn: half-life, gate set; half-lives ")
+    assert found.stages["kl"].iloc[-1] < 0.5 * found.plan.students["zero"].kl[0]
+
+
 def test_centred_keys_are_taken_where_the_fitted_layer_errs_less(toy_teacher, monkeypatch):
     errors = iter([0.3, 0.4])
     monkeypatch.setattr(module, "_when_fitted", lambda *_: next(errors))
