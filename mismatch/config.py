@@ -343,10 +343,9 @@ def _refuse_code(made: RunConfig, files: Mapping[str, Any]) -> None:
 
 def _accept(arg: Arg, value: Any, where: str) -> Any:
     try:
-        value = meant(arg, value, path=arg.name in PATHS)
         if value == "" and arg.name in PATHS:  # as a path it would be the current folder
             raise ValueError("is empty")
-        return arg.accept(value)
+        return arg.accept(meant(arg, value, path=arg.name in PATHS))
     except ValueError as error:
         known = arg.choices or ()
         hint = did_you_mean(value, map(str, known)) if known and isinstance(value, str) else None
