@@ -343,7 +343,7 @@ def _refuse_code(made: RunConfig, files: Mapping[str, Any]) -> None:
 
 def _accept(arg: Arg, value: Any, where: str) -> Any:
     try:
-        if value == "" and arg.name in PATHS:  # as a path it would be the current folder
+        if arg.name in PATHS and isinstance(value, str) and not value:  # would be `.`
             raise ValueError("is empty")
         return arg.accept(meant(arg, value, path=arg.name in PATHS))
     except ValueError as error:
