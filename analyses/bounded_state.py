@@ -4,7 +4,6 @@
     python analyses/bounded_state.py --layers 18       the layer that carries SmolLM2's passkey: about 30 minutes
     python analyses/bounded_state.py --layers gemma    layer 11 of Gemma-3-270M, which carries its passkey
     python analyses/bounded_state.py --only NAME       some rows
-    python analyses/bounded_state.py --decode          16k tokens through a cache: what is held meanwhile
     python analyses/bounded_state.py --draw            table and figure of what is there
 
 No swapped layer keeps its cache: it reads its segment, the one before, the first token, of each kv head a few slots,
@@ -21,13 +20,13 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
+from bounded_rows import MODELS, PLACES, ROWS, Row
 from matplotlib.figure import Figure
 
 import mismatch
@@ -44,107 +43,6 @@ READINGS = {
 FIGURES = Path(__file__).resolve().parent.parent / "figures"
 
 
-@dataclass(frozen=True)
-class Row:
-    """One swap.
-
-    Attributes:
-        mechanism: the text.
-        kilobytes: budget to share out; None: as the swap says.
-        trained: whether scores are trained.
-        stages: that train.
-        seed: of the repair.
-        long: also read at 2048 tokens.
-        window: tokens of a training window.
-        places: what is replaced, as in a swap; empty: the layers of the table.
-        group: of the figure.
-    """
-
-    mechanism: str
-    kilobytes: float | None = None
-    trained: bool = True
-    stages: tuple[str, ...] = ("scores", "slots")
-    seed: int = 0
-    long: bool = False
-    window: int = 512
-    places: tuple[str, ...] = ()
-    group: str = "shared"
-
-
-def chosen_by(score: str, slots: str, rest: str) -> Row:
-    """A control of the choice: as many slots, other tokens."""
-    settings = f"segment=32, slots={slots}, slot_score={score}{rest}"
-    return Row(f"kv_slots({settings})", trained=False, group="control")
-
-
-REST = ", rest=mean"
-OTHERS = {
-    "infini(segment=64)": Row("infini(segment=64)", trained=False, group="other"),
-    "sliding_window(64, 1)": Row(
-        "sliding_window(window=64, sinks=1)", trained=False, group="other"
-    ),
-    "local only": Row("kv_slots(segment=32, slots=0)", trained=False, group="other"),
-}
-SHARED = "kv_slots(segment=32, rest=mean)"
-NARROW = "kv_slots(segment=16, rest=mean)"
-PLACES = {"all": ("all",), "18": ("layer18",), "gemma": ("layer11",)}
-MODELS = {"gemma": "gemma3-270m"}
-"""Which model a table is of; smollm2 where nothing is said."""
-GLOBAL = ("layer5", "layer11", "layer17")
-"""The layers of Gemma-3-270M without a window."""
-ROWS = {
-    "gemma": {
-        "shared, 330 kB": Row(SHARED, 330),
-        "sliding_window(64, 1)": OTHERS["sliding_window(64, 1)"],
-        "infini(segment=64)": OTHERS["infini(segment=64)"],
-        "three global layers, shared, 990 kB": Row(SHARED, 990, places=GLOBAL),
-        "three global layers, sliding_window(64, 1)": Row(
-            "sliding_window(window=64, sinks=1)", trained=False, group="other", places=GLOBAL
-        ),
-    },
-    "all": {
-        "shared, 8 MB": Row(SHARED, 8000, long=True),
-        **OTHERS,
-        "alike, 96 slots, rest": Row(SHARED, long=True, group="alike"),
-        "random, 104 slots, rest": chosen_by("random", "104", REST),
-        "shared, 8 MB, seed 1": Row(SHARED, 8000, seed=1),
-        "shared, 8 MB, seed 2": Row(SHARED, 8000, seed=2),
-        "shared, 10 MB, windows of 2048": Row(SHARED, 10000, long=True, window=2048),
-        "shared, 6 MB": Row(SHARED, 6000),
-        "shared, 4.5 MB": Row(SHARED, 4500),
-        "alike, 104 slots": Row("kv_slots(segment=32, slots=104)", group="alike"),
-        "value norm, 104 slots, rest": chosen_by("value_norm", "104", REST),
-        "first, 104 slots, rest": chosen_by("first", "104", REST),
-    },
-    "18": {
-        "shared, 100 kB": Row(NARROW, 100, long=True),
-        "shared, 100 kB, segments of 8": Row("kv_slots(segment=8, rest=mean)", 100),
-        "shared, 150 kB": Row(NARROW, 150),
-        "shared, 150 kB, segments of 32": Row(SHARED, 150, long=True),
-        **OTHERS,
-        "infini(segment=64, sinks=1)": Row(
-            "infini(segment=64, sinks=1)", trained=False, group="other"
-        ),
-        "shared, 100 kB, seed 1": Row(NARROW, 100, seed=1),
-        "shared, 100 kB, seed 2": Row(NARROW, 100, seed=2),
-        "infini in the other kv heads": Row(
-            "infini(segment=64, overlap=1, normalizer=shared, feature_map=hedgehog, memory_position=far)",
-            places=("layer18.kv_heads[0,1]",),
-            stages=("closed-form", "local"),
-            group="other",
-        ),
-        "without rest": Row("kv_slots(segment=16)", 100),
-        "without the segment before": Row("kv_slots(segment=32, overlap=0, rest=mean)", 100),
-        "without the first token": Row("kv_slots(segment=16, sinks=0, rest=mean)", 100),
-        "96 slots of kv head 2": Row("kv_slots(segment=32, slots=[0, 0, 96])", group="alike"),
-        **{
-            f"{score}, 96 slots of kv head 2": chosen_by(score, "[0, 0, 96]", "")
-            for score in ("random", "value_norm", "key_norm", "recent", "first")
-        },
-    },
-}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -152,9 +50,6 @@ def main() -> None:
     parser.add_argument("--layers", choices=ROWS, default="all", help="which are replaced")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="some rows")
     parser.add_argument("--draw", action="store_true", help="measure nothing")
-    parser.add_argument(
-        "--decode", action="store_true", help="what is held at length, of --layers all"
-    )
     parser.add_argument("--tokens", type=int, default=4096, help="of evaluation text")
     parser.add_argument("--samples", type=int, default=8, help="prompts of each kind")
     parser.add_argument("--output", type=Path, help="folder of the results")
@@ -166,11 +61,6 @@ def main() -> None:
         for name, row in ROWS[args.layers].items()
         if name in (args.only or ROWS[args.layers])
     }
-    if args.decode:
-        frame = decoded(mismatch.load(MODELS.get(args.layers, "smollm2")), 16_384, 512)
-        frame.to_csv(folder / "decoded.csv", index=False, float_format="%.4g")
-        print(frame.to_string(index=False))
-        return
     teacher = None if args.draw else mismatch.load(MODELS.get(args.layers, "smollm2"))
     for name, row in () if args.draw else rows.items():
         if not _file(folder, name).exists():
@@ -259,56 +149,6 @@ def prompts_of(teacher: Any, length: int, number: int) -> Any:
         for key in setting.draw("generated").choice(np.arange(10_000, 100_000), number, False)
     ]
     return passkeys(setting, length, 0.5, keys, keys)
-
-
-@torch.no_grad()
-def decoded(teacher: Any, tokens: int, one_by_one: int) -> pd.DataFrame:
-    """What the cache of an all-layers swap holds while so many tokens go through it, the last ones one by one."""
-    student = mismatch.swap(teacher, f"all:{SHARED.replace('rest', 'slots=96, rest')}")
-    text = mismatch.windows(mismatch.read_documents("wiki"), teacher.tokenizer, 1024, tokens, 0)
-    ids = torch.from_numpy(text.ids.reshape(1, -1)[:, :tokens])
-    cache, at, lines = None, 0, []
-    while at < tokens:
-        step = 1 if at >= tokens - one_by_one else 64
-        started = time.process_time()
-        out = student.model(
-            ids[:, at : at + step], past_key_values=cache, use_cache=True, logits_to_keep=1
-        )
-        cache, at = out.past_key_values, at + step
-        lines.append(
-            {
-                "tokens": at,
-                "bytes": held(cache),
-                "cpu_ms_per_token": 1000 * (time.process_time() - started) / step,
-            }
-        )
-    kept = pd.DataFrame(lines)
-    return kept[(kept.tokens % 1024 == 0) | (kept.index >= len(kept) - 32)]
-
-
-def held(cache: Any) -> int:
-    """Bytes of all tensors in a cache."""
-    seen: dict[int, int] = {}
-    visited: set[int] = set()
-
-    def walk(value: Any) -> None:
-        if id(value) in visited:
-            return
-        visited.add(id(value))
-        if isinstance(value, torch.Tensor):
-            storage = value.untyped_storage()
-            seen[storage.data_ptr()] = storage.nbytes()
-        elif isinstance(value, dict):
-            for inner in value.values():
-                walk(inner)
-        elif isinstance(value, (list, tuple)):
-            for inner in value:
-                walk(inner)
-        elif hasattr(value, "__dict__"):
-            walk(vars(value))
-
-    walk(cache)
-    return sum(seen.values())
 
 
 def readings(teacher: Any, student: Any, length: int, args: argparse.Namespace) -> dict[str, Any]:

@@ -121,7 +121,14 @@ class InfiniConfig:
     slots: Annotated[int | tuple[int, ...], ">= 0"] = 0
     """Far tokens whose exact keys and values a kv head keeps: one number for all heads, or one for each."""
     slot_score: Literal[
-        "learned", "recall_error", "value_norm", "key_norm", "recent", "random", "first"
+        "learned",
+        "recall_error",
+        "value_norm",
+        "key_norm",
+        "short_key",
+        "recent",
+        "random",
+        "first",
     ] = "learned"
     """What is worth keeping: a trained net, what the memory recalls badly, or a control of the choice."""
     memory_position: Literal["none", "far"] = "none"

@@ -69,9 +69,9 @@ class KVSlotsConfig:
     """First tokens of the text that every query still reads."""
     slots: Annotated[int | tuple[int, ...], ">= 0"] = 96
     """Far tokens that a kv head keeps: one number for all heads, or one for each."""
-    slot_score: Literal["learned", "value_norm", "key_norm", "recent", "random", "first"] = (
-        "learned"
-    )
+    slot_score: Literal[
+        "learned", "value_norm", "key_norm", "short_key", "recent", "random", "first"
+    ] = "learned"
     """What is worth keeping: a trained net, or a control of the choice."""
     rest: Literal["none", "mean"] = "none"
     """What stands for the far tokens without a slot: nothing, or their mean key and value, counted as often as they

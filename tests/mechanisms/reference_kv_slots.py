@@ -30,6 +30,7 @@ def scores_of(mechanism, x: Tensor, k: Tensor, v: Tensor) -> Tensor:
         found = found.T
     else:
         found = (v if kind == "value_norm" else k).square().sum(-1).sqrt().log()
+        found = -found if kind == "short_key" else found
     return torch.round(found * 1024) / 1024
 
 

@@ -28,6 +28,7 @@ VARIANTS = {
     "one token a segment": {"segment": 1, "slots": 4},
     "value_norm": {"slots": 5, "slot_score": "value_norm"},
     "key_norm": {"slots": (5, 2), "slot_score": "key_norm"},
+    "short_key": {"slots": (5, 2), "slot_score": "short_key"},
     "recent": {"slots": 5, "slot_score": "recent"},
     "first": {"slots": 5, "slot_score": "first"},
     "random": {"slots": 5, "slot_score": "random"},

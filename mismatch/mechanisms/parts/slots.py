@@ -13,6 +13,7 @@ its segment becomes far), so a text that comes in pieces keeps the same tokens a
 |---|---|
 | `learned` | W_2 silu(W_1 x_n + b_1) + b_2, one output a kv head; W_2 = b_2 = 0 at first |
 | `value_norm`, `key_norm` | log of the length of its value or key |
+| `short_key` | minus that of its key: the rule of arXiv 2406.11430, Knorm in kvpress |
 | `recent` | n: the last far tokens stay |
 | `first` | the same for all: the first tokens stay |
 | `random` | a hash of n, the head and the seed: whatever the chunks are |
@@ -142,6 +143,7 @@ class Slots(nn.Module):
                 side = v if self.score == "value_norm" else k
                 wide = torch.promote_types(side.dtype, torch.float32)
                 score = side.to(wide).norm(dim=-1).clamp(min=SHORTEST).log()
+                score = -score if self.score == "short_key" else score
             return rounded(score)[..., None]
 
     def _by_number(self, number: Tensor, head: int) -> Tensor:
