@@ -12,6 +12,7 @@ import mismatch
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # the real model
 @pytest.mark.parametrize("length, size", [(256, 1), (1024, 1), (1024, 2)])
 def test_the_memory_of_a_trace_is_foretold_within_a_fifth(tmp_path, length, size):
     swap, run = "layer12:infini(segment=64)", tmp_path / "run"

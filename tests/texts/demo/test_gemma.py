@@ -20,6 +20,7 @@ def test_the_merges_are_those_that_transformers_makes():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # the real model, twice
 def test_gemma_is_what_transformers_reads_from_the_same_file(tmp_path):
     """Needs the model in the cache, fetched by someone who accepted its terms, and the wheels again."""
     pytest.importorskip("accelerate")
