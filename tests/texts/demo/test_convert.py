@@ -133,9 +133,10 @@ def test_smollm2_speaks(smollm2):
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize(("text", "low", "high"), [("wiki", 12, 19), ("sotu", 26, 34)])
+@pytest.mark.parametrize(("text", "low", "high"), [("wiki", 18, 26), ("sotu", 26, 34)])
 def test_smollm2_perplexity(smollm2, text, low, high):
-    """15.0 on wiki and 29.0 on sotu, measured over the whole texts; here over 4,096 tokens."""
+    """Four windows of 1,024 tokens from anywhere in each text: 21.6 on wiki, where 40 of its 573 windows, drawn at
+    random, have 18.4 together; 29.0 on all of sotu."""
     from mismatch.texts import documents as data
     from mismatch.texts.windows import windows
 
