@@ -17,7 +17,7 @@ from typing import Any
 from mismatch.errors import MismatchError
 from mismatch.metrics.sums.per_document import Units
 from mismatch.probes.needles import Needles
-from mismatch.runs.ranks import Ranks
+from mismatch.runs.ranks import ALONE, Ranks
 from mismatch.runs.table import SWAP
 from mismatch.stages.opening import Opened
 from mismatch.stages.probe.questions import Questions, answers, light, needs_text, questions
@@ -103,7 +103,7 @@ def shift_rows(
     *,
     batch_size: int,
     seed: int,
-    ranks: Ranks,
+    ranks: Ranks = ALONE,
 ) -> list[dict[str, Any]]:
     """The shift of both students at every site, and the floor, as rows without run id; several ranks share the windows,
     and the first has the rows."""
