@@ -44,7 +44,7 @@ def test_rebuilt_from_its_pieces_every_attention_is_itself(family, attn):
             model.set_submodule(path, Rebuilt(original, None, context(layer)))
         got = model(ids).logits
     assert wanted.abs().max() > 0.5
-    torch.testing.assert_close(got, wanted, atol=1e-5, rtol=0)
+    torch.testing.assert_close(got, wanted, atol=3e-5, rtol=0)
 
 
 def test_parameters_are_the_originals_under_the_same_names():
