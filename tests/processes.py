@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 
 def free_port() -> int:
@@ -47,3 +49,15 @@ def finished(processes: list[subprocess.Popen]) -> list[tuple[int, str, str]]:
         for process in processes:
             process.kill()
     return [(p.returncode, out, err) for p, (out, err) in zip(processes, said, strict=True)]
+
+
+def assert_told_of_the_dead(done: list[tuple[int, str, str]], run: Path) -> None:
+    """Of two ranks the second died by `os._exit(9)`; the first said so, and the run folder says failed."""
+    (code, out, err), (died, _, _) = done
+    assert (code, died) == (1, 9), err
+    assert out == ""
+    assert err.endswith(
+        "error: rank 0 of 2 waited for the others, and one of them is gone\n\nhint: its own message says why\n"
+    )
+    manifest = json.loads((run / "manifest.json").read_text())
+    assert manifest["status"] == "failed" and "one of them is gone" in manifest["error"]

@@ -77,7 +77,8 @@ class KVSlotsConfig:
     """What stands for the far tokens without a slot: nothing, or their mean key and value, counted as often as they
     are."""
     kv_dtype: Literal["float16", "bfloat16"] | None = None
-    """How keys and values are held and read, those of the segments too; none = as the module makes them."""
+    """How keys and values are held and read, those of the segments too; none = as the module makes them. float16 ends
+    at 65,504: a larger one is inf, and the output NaN."""
 
 
 class KVSlots(Choosing):

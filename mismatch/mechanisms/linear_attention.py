@@ -66,7 +66,7 @@ from torch import Tensor, nn
 from mismatch.errors import ConfigError
 from mismatch.mechanisms.base import CALIBRATION_TOKENS, Context, tensor_kind
 from mismatch.mechanisms.parts.calling import cache_in, hidden_in
-from mismatch.mechanisms.parts.codebook import Codebook, InputSample, balanced, lowered
+from mismatch.mechanisms.parts.codebook import UNBALANCED, Codebook, InputSample, balanced, lowered
 from mismatch.mechanisms.parts.feature_maps import FeatureMap
 from mismatch.mechanisms.parts.initial_values import EARLY, Statistics
 from mismatch.mechanisms.parts.own_state import OwnState, entry
@@ -160,14 +160,15 @@ class LinearAttention(AttentionParts):
         return max(CALIBRATION_TOKENS, Codebook.tokens_each * config.codes)
 
     def notes(self) -> tuple[str, ...]:
-        if self.window is None:
-            return ()
-        if not self.has_far:
-            return (f"the module's own window of {self.window} tokens is kept; nothing is linear",)
-        return (
-            f"the module's own window of {self.window} tokens is gone: the sum reaches back to the "
-            "first token",
-        )
+        notes = [UNBALANCED] if self.by_codes and not self.context.restoring else []
+        if self.window is not None:
+            what = (
+                "gone: the sum reaches back to the first token"
+                if self.has_far
+                else "kept; nothing is linear"
+            )
+            notes.append(f"the module's own window of {self.window} tokens is {what}")
+        return tuple(notes)
 
     def state_bytes(self) -> int:
         kind, config = tensor_kind(self, self.context), self.settings

@@ -203,3 +203,14 @@ def test_without_calibration_or_without_numbers_it_is_refused():
     keys[3, 2] = math.nan
     with pytest.raises(NumericsError, match="keys of the calibration text"):
         fitted(keys, 2, seed=0)
+
+
+def test_what_is_swapped_in_says_that_it_is_off_balance():
+    (said,) = (
+        swap(llama("llama"), "layer1:linear_attention(feature_map=codebook, codes=4)")
+        .plan.clauses[0]
+        .notes
+    )
+    assert said.startswith("decay and balance of the codebook are not set")
+    assert "mismatch repair --stages inherit,closed-form" in said
+    assert swap(llama("llama"), "layer1:linear_attention").plan.clauses[0].notes == ()

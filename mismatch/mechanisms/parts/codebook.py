@@ -26,6 +26,10 @@ from mismatch.mechanisms.base import Context, need_calibration, tensor_kind
 from mismatch.mechanisms.parts.linears import seed_of
 from mismatch.mechanisms.parts.projections import AttentionParts
 
+UNBALANCED = (
+    "decay and balance of the codebook are not set, and far tokens weigh too much: `mismatch repair --stages "
+    "inherit,closed-form` sets them"
+)
 SOFT = 4.0
 """Codes are broad: a key counts at all that are nearly as near."""
 ROUNDS = 20
