@@ -33,6 +33,7 @@ INSIDE = {
     "forecast_fresh": "writes NaN as null",
     "forecast_record": "reads what a repair knows before it trains",
     "forecast_score": "tests the forecast of a repair",
+    "harness": "reads the demo text as it lies",
     "infini_options": "trains many forms on one pass of the teacher, and counts all against one swap",
     "initial_values": "trains many arms on one pass of the teacher, and counts all against one control",
     "interval_coverage": "names what the table says that intervals are over",
@@ -49,7 +50,7 @@ INSIDE = {
     "scan_atlas": "says what the report of a scan says",
 }
 """Scripts that import more of the package than a user needs, and why."""
-NEEDS = {("benchmark_trace", "cka")}
+NEEDS = {("benchmark_trace", "cka"), ("harness", "datasets"), ("harness", "lm_eval")}
 """What a script imports besides, and says so before it loads a model."""
 
 

@@ -73,6 +73,7 @@ def test_the_metric_of_the_guide_works(written, monkeypatch, toy_folder):
     assert found[found.layer >= 2].value.gt(0).all()
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_the_student_of_the_guide_is_measured(written, monkeypatch, toy_folder, tmp_path, capsys):
     """Every command and every block of the page, in its order."""

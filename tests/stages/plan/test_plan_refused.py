@@ -123,8 +123,7 @@ def test_the_text_that_chose_and_the_text_that_is_evaluated(words, scan, folder,
     for name, more in (
         ("new", []),
         ("given", ["--scan", str(scan)]),
-        ("short", ["--scan", str(scan), "--seq-len", "32"]),
-        ("seed", ["--scan", str(scan), "--seed", "1"]),
+        ("short", ["--scan", str(scan), "--seq-len", "32", "--seed", "1"]),
         ("copy", ["--scan", str(scan), "--data", str(copy)]),
         ("other", ["--scan", str(scan), "--data", str(folder / "other.jsonl")]),
     ):

@@ -30,7 +30,10 @@ def logits(model):
     return model(torch.arange(8, 56)[None]).logits
 
 
-@pytest.mark.parametrize("swap", ["layer1:infini(segment=16)", "layer1:lora"])
+@pytest.mark.parametrize(
+    "swap",
+    [pytest.param("layer1:infini(segment=16)", marks=pytest.mark.slow), "layer1:lora"],
+)
 def test_every_stage_runs_and_the_checkpoint_is_the_repaired_model(teacher, tmp_path, swap):
     before = logits(teacher.model)
     result = mismatch.repair(teacher, swap, output=tmp_path / "run", **SETTINGS, **TEXTS)

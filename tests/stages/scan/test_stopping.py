@@ -198,6 +198,7 @@ def test_the_command_is_stopped_and_goes_on(
     assert capsys.readouterr().out.splitlines()[-1] == str(run)
 
 
+@pytest.mark.slow
 def test_two_processes_write_the_bytes_of_one(uninterrupted, toy_folder, tmp_path):
     folder, all_bytes = uninterrupted
     run = tmp_path / "two"
