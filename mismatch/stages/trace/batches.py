@@ -28,7 +28,8 @@ from mismatch.surgery.operate import Student
 from mismatch.texts.windows import Windows
 
 FLOOR_TOKENS = 256  # of the first window that are run once more in another shape
-SAVE_EVERY = 20.0  # seconds between two saves of the state: cheap beside the work, little to lose
+SAVE_EVERY = 20.0  # seconds between two saves of the state: little to lose
+CHEAP = 0.01 * SAVE_EVERY  # seconds of a save; one that takes longer is made less often
 
 
 def measure(
@@ -74,7 +75,7 @@ def measure(
     first = _resume(collector, state, fingerprint)
     progress(sum(len(batch.ids) for i, batch in mine if i < first))
     with polite() as stopping, kept_pages():
-        saved = time.monotonic()
+        saved, due_in = time.monotonic(), SAVE_EVERY
         for index, batch in mine:
             if index < first:
                 continue
@@ -89,10 +90,11 @@ def measure(
             if index == 0 and reference is not None:
                 _format_floor(teacher, reference, collector, ids[:1], run)
             progress(len(ids))
-            due = stopping() or time.monotonic() - saved > SAVE_EVERY
-            if state is not None and due:
+            began = time.monotonic()
+            if state is not None and (stopping() or began - saved > due_in):
                 state.save(collector.state(), {"next": index + 1}, fingerprint or {})
                 saved = time.monotonic()
+                due_in = SAVE_EVERY * max(1.0, (saved - began) / CHEAP)
             if stopping():
                 raise KeyboardInterrupt
         if state is not None and ranks.world > 1:
