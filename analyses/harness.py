@@ -9,7 +9,7 @@ tasks that need no hub, each in the form of a known one:
 | task | form of | what |
 |---|---|---|
 | `perplexity` | WikiText: rolling log-likelihood | word perplexity of 16 articles of `wiki`, 300 words each |
-| `last_word` | LAMBADA: greedy accuracy, perplexity | the word behind 100 passages of 200 words of `wiki`, seen in their first half |
+| `last_word` | LAMBADA: greedy accuracy, perplexity | the word behind 100 passages of `wiki`; it came before |
 | `passkey` | Landmark attention: generated, exact match | a key of five digits in 300 words that repeat, 32 prompts |
 
 No prompt is one of the probes of `mismatch`. It needs a package that `make` does not install:
