@@ -64,6 +64,8 @@ class Manifest(TypedDict, total=False):
     texts: dict[str, TextEntry]
     chosen_on: ChosenOnEntry
     fingerprints: dict[str, str]
+    batch_size: int
+    out_of_memory: list[str]
 
 
 class FindingEntry(TypedDict, total=False):

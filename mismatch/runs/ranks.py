@@ -30,6 +30,10 @@ class RankGone(RunError):
     """Another rank stopped or died, and this one waited for it."""
 
 
+class NoRoom(Exception):
+    """A rank is out of memory: it hands this over in place of what it should have found."""
+
+
 Piece = TypeVar("Piece")
 Found = TypeVar("Found")
 
@@ -69,12 +73,18 @@ class Ranks:
         return boxes
 
     def everywhere(self, value: Found) -> list[Found]:
-        """Every rank's value, in rank order, on every rank."""
-        if self.world == 1:
-            return [value]
-        boxes: list[Any] = [None] * self.world
-        with self._waiting():
-            distributed.all_gather_object(boxes, value)
+        """Every rank's value, in rank order, on every rank.
+
+        Raises:
+            NoRoom: on all ranks, where it is the value of one.
+        """
+        boxes: list[Any] = [value]
+        if self.world > 1:
+            boxes = [None] * self.world
+            with self._waiting():
+                distributed.all_gather_object(boxes, value)
+        if any(isinstance(box, NoRoom) for box in boxes):
+            raise NoRoom
         return boxes
 
     def shared(self, pieces: Sequence[Piece], run: Callable[[Piece], Found]) -> list[Found]:

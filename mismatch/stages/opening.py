@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Generic
+from typing import Any
 
 from tqdm import tqdm
 
@@ -27,6 +27,7 @@ from mismatch.runs.ranks import ALONE, Ranks
 from mismatch.runs.state import State
 from mismatch.stages.base import C
 from mismatch.stages.chosen_on import ChosenOn
+from mismatch.stages.fitting import Fitting
 from mismatch.stages.given import GivenStudent
 from mismatch.stages.loaded import load
 from mismatch.stages.text_role import Text
@@ -41,7 +42,7 @@ FIELDS = {"evaluation": "data", "calibration": "calibration_data", "training": "
 """Role of a text -> the setting that names its source."""
 
 
-class Opened(Generic[C]):
+class Opened(Fitting[C]):
     """Everything a stage works with.
 
     Args:
@@ -98,6 +99,7 @@ class Opened(Generic[C]):
             overwrite=self.overwrite,
         )
         made.tokenizer, made.skeleton = self.tokenizer, self.skeleton
+        made.batch = self.batch
         if self._teacher is None:
             made.source = self.source
         made.fit()
@@ -242,7 +244,11 @@ class Opened(Generic[C]):
         Raises:
             MismatchError: as `mismatch.surgery.students.students_of`.
         """
-        return students_of(self.teacher, self.swap_config, calibration, self.student)
+
+        def built(config: Any) -> list[Student]:
+            return students_of(self.teacher, config, calibration, self.student)
+
+        return self.fitting(built, "while the students were built")
 
     # ---- text ---------------------------------------------------------------------------------------
 

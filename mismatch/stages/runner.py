@@ -22,6 +22,7 @@ from mismatch.config import load as load_config
 from mismatch.errors import MismatchError, OutputError, RunError, UsageError
 from mismatch.report.words import text_line
 from mismatch.runs import table as tables
+from mismatch.runs.batch_size import in_words
 from mismatch.runs.environment import peak_memory
 from mismatch.runs.folder import Run, RunFolder, check_output, check_resume, load_run
 from mismatch.runs.ranks import joined
@@ -122,9 +123,12 @@ def work(
     if ranks.first and write:
         opened.folder = _folder(stage, opened, resume)
     opened.path = ranks.from_first(None if opened.folder is None else opened.folder.path)
+    if resume is not None:
+        opened.batch.resume(ranks.from_first(opened.folder and opened.folder.manifest))
     started = time.monotonic()
     try:
-        outcome = stage.run(opened, prepared)
+        with in_words(f"in the {stage.name}"):
+            outcome = stage.run(opened, prepared)
         result = None
         if outcome is not None:
             seconds = {"load": spent, "work": time.monotonic() - started, **outcome.seconds}
@@ -209,6 +213,7 @@ def _facts(opened: Opened[Any]) -> dict[str, Any]:
         "attention": teacher.model.config._attn_implementation,
         "seed": opened.config.seed,
         "ranks": opened.ranks.world,
+        **opened.batch.facts(),
         "texts": {
             **opened.earlier,
             **{role: text.as_dict() for role, text in opened.texts.items()},

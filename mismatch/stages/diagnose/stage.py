@@ -127,39 +127,46 @@ class Diagnose(Stage[DiagnoseConfig, Prepared]):
         config, teacher, cut = opened.config, opened.teacher, prepared.cut
         swap, *controls = opened.students(prepared.calibration)
         places = places_of(swap.plan)
-        with opened.bar(0, "the teacher, on calibration text", "batch") as bar:
-            apart = TakenApart(teacher, swap, places, config, prepared.fit)
-            bar.set_description("the teacher, on evaluation text")
-            held_out = CorrectedHeldOut(
-                teacher.layout,
-                places,
-                cut,
-                swap.plan.first or 0,
-                batch_size=config.batch_size,
-                scored=config.scored,
-                seed=config.seed,
-                student=swap.layout,
-                complete=apart.complete,
-                progress=bar.update,
-            )
-            bar.set_description("the swap and its controls")
-            first = [Trial(s.name, s.layout) for s in (swap, *controls)]
-            bar.total = len(held_out.batches) * (1 + len(first))
-            evaluated = held_out.evaluate_all(first, opened.ranks)
-            damage = evaluated[swap.name]
-            if not math.isfinite(damage.kl.total):
-                raise NumericsError(
-                    "the KL of the swap is not a number: its activations are not finite",
-                    hint="mismatch trace shows where they leave",
+
+        def measured(
+            config: DiagnoseConfig,
+        ) -> tuple[TakenApart, CorrectedHeldOut, dict[str, Evaluated]]:
+            with opened.bar(0, "the teacher, on calibration text", "batch") as bar:
+                apart = TakenApart(teacher, swap, places, config, prepared.fit)
+                bar.set_description("the teacher, on evaluation text")
+                held_out = CorrectedHeldOut(
+                    teacher.layout,
+                    places,
+                    cut,
+                    swap.plan.first or 0,
+                    batch_size=config.batch_size,
+                    scored=config.scored,
+                    seed=config.seed,
+                    student=swap.layout,
+                    complete=apart.complete,
+                    progress=bar.update,
                 )
-            if kl_of(damage).value > NOTHING:
-                bar.set_description("fits on calibration text")
-                apart.fit()
-                bar.set_description("corrections")
-                trials = apart.trials(held_out.sides)
-                bar.total += len(held_out.batches) * len(trials)
-                bar.refresh()
-                evaluated |= held_out.evaluate_all(trials, opened.ranks)
+                bar.set_description("the swap and its controls")
+                first = [Trial(s.name, s.layout) for s in (swap, *controls)]
+                bar.total = len(held_out.batches) * (1 + len(first))
+                evaluated = held_out.evaluate_all(first, opened.ranks)
+                damage = evaluated[swap.name]
+                if not math.isfinite(damage.kl.total):
+                    raise NumericsError(
+                        "the KL of the swap is not a number: its activations are not finite",
+                        hint="mismatch trace shows where they leave",
+                    )
+                if kl_of(damage).value > NOTHING:
+                    bar.set_description("fits on calibration text")
+                    apart.fit()
+                    bar.set_description("corrections")
+                    trials = apart.trials(held_out.sides)
+                    bar.total += len(held_out.batches) * len(trials)
+                    bar.refresh()
+                    evaluated |= held_out.evaluate_all(trials, opened.ranks)
+                return apart, held_out, evaluated
+
+        apart, held_out, evaluated = opened.fitting(measured, "in the diagnosis")
         if not opened.ranks.first:
             return None
         readings = readings_of(prepared.earlier, *_fingerprints(opened))

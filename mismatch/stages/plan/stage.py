@@ -147,9 +147,7 @@ class Plan(Stage[PlanConfig, Prepared]):
         scan, config = prepared.scan, opened.config
         if scan is None:
             if config.keep_retrieval or SCORES[config.score].answers:
-                size = config.batch_size * config.seq_len
-                reads = answers.asked(opened.teacher.layout, prepared.cells.tasks, size)
-                answers.check(config, reads)
+                answers.check(config, ways.teacher_answers(opened, prepared.cells))
             return
         if scan.manifest.get("model_info", {}).get("sha256") != opened.teacher.info.sha256:
             raise UsageError(
@@ -162,18 +160,22 @@ class Plan(Stage[PlanConfig, Prepared]):
         choice, facts = _choice(opened, prepared)
         chosen = time.monotonic()
         count = 2 + len(config.controls) + sum(map(len, choice.values()))
-        size = config.batch_size * config.seq_len
-        runs = count * sum(1 for task in prepared.tasks for _ in task.batches(size))
-        with opened.bar(runs, "evaluating", "run") as bar:
-            measured = evaluate(
-                opened.teacher,
-                config,
-                choice,
-                prepared.tasks,
-                prepared.cells.calibration,
-                bar.update,
-                opened.ranks,
-            )
+
+        def evaluated(config: PlanConfig) -> Measured:
+            size = config.batch_size * config.seq_len
+            runs = count * sum(1 for task in prepared.tasks for _ in task.batches(size))
+            with opened.bar(runs, "evaluating", "run") as bar:
+                return evaluate(
+                    opened.teacher,
+                    config,
+                    choice,
+                    prepared.tasks,
+                    prepared.cells.calibration,
+                    bar.update,
+                    opened.ranks,
+                )
+
+        measured = opened.fitting(evaluated, "while the choice was evaluated")
         if not opened.ranks.first:
             return None
         seconds = {"choice": chosen - started, "evaluation": time.monotonic() - chosen}

@@ -18,7 +18,7 @@ from mismatch.stages.opening import Opened
 from mismatch.stages.plan import answers
 from mismatch.stages.plan.choose import Score, choose
 from mismatch.stages.plan.config import PlanConfig
-from mismatch.stages.plan.greedy import greedy
+from mismatch.stages.plan.greedy import Step, greedy
 from mismatch.stages.plan.measured import Choice
 from mismatch.stages.plan.numbers import Numbers, at_random, spaced
 from mismatch.stages.plan.plan import Predicted, StepPlan
@@ -29,7 +29,7 @@ from mismatch.stages.scan.config import ScanConfig
 from mismatch.stages.scan.prepared import Prepared as ScanPrepared
 from mismatch.stages.scan.reliability import Overlap, Reliability, reliability
 from mismatch.stages.scan.stage import Scan, sweep_of
-from mismatch.stages.scan.unit_sums import DRAWS
+from mismatch.stages.scan.unit_sums import DRAWS, UnitSums
 from mismatch.stages.scan.words import teacher_reads
 
 Way = tuple[Choice, dict[str, Any]]
@@ -76,11 +76,15 @@ def by_restoring(opened: Opened[PlanConfig], cells: ScanPrepared) -> Way:
     """What giving one layer back chooses: those that regain least."""
     config = opened.config
     (task,) = (task for task in cells.tasks if task.name == "text")
-    sweep = sweep_of(opened.teacher, config, cells.cells, cells.calibration)
-    size = config.batch_size * config.seq_len
-    runs = (1 + len(cells.cells)) * sum(1 for _ in task.batches(size))
-    with opened.bar(runs, "giving one back", "run") as bar:
-        units = restored(sweep, cells.cells, task, config, bar.update, opened.ranks)
+
+    def given_back(config: PlanConfig) -> UnitSums:
+        sweep = sweep_of(opened.teacher, config, cells.cells, cells.calibration)
+        size = config.batch_size * config.seq_len
+        runs = (1 + len(cells.cells)) * sum(1 for _ in task.batches(size))
+        with opened.bar(runs, "giving one back", "run") as bar:
+            return restored(sweep, cells.cells, task, config, bar.update, opened.ranks)
+
+    units = opened.fitting(given_back, "while layers were given back")
     places = {cell.key: (cell.name, cell.layer) for cell in cells.cells if cell.layer is not None}
     chosen, facts = _cheapest(config, Numbers(places, {"text": units}))
     return _by_name(chosen), facts
@@ -100,18 +104,22 @@ def greedily(opened: Opened[PlanConfig], cells: ScanPrepared) -> Way:
     """What a scan after every chosen layer chooses."""
     config = opened.config
     able: tuple[str, ...] = ()
-    size = config.batch_size * config.seq_len
     if SCORES[config.score].answers:
-        able = answers.check(config, answers.asked(opened.teacher.layout, cells.tasks, size))
+        able = answers.check(config, teacher_answers(opened, cells))
     wanted = {"text", *(["passkey"] if config.keep_retrieval else []), *able}
     asked = tuple(task for task in cells.tasks if task.name in wanted)
-    sweep = sweep_of(opened.teacher, config, cells.cells, cells.calibration)
     there, most = len(cells.cells), len(cells.layers)
     # After each step the cells of one layer are gone.
     runs = sum(there - round(at * there / most) for at in range(min(config.layers or most, most)))
-    batches = sum(1 for task in asked for _ in task.batches(size))
-    with opened.bar(runs * batches, "greedy", "run") as bar:
-        steps = greedy(sweep, cells.cells, asked, config, able, bar.update, opened.ranks)
+
+    def taken(config: PlanConfig) -> tuple[Step, ...]:
+        sweep = sweep_of(opened.teacher, config, cells.cells, cells.calibration)
+        size = config.batch_size * config.seq_len
+        batches = sum(1 for task in asked for _ in task.batches(size))
+        with opened.bar(runs * batches, "greedy", "run") as bar:
+            return greedy(sweep, cells.cells, asked, config, able, bar.update, opened.ranks)
+
+    steps = opened.fitting(taken, "while layers were taken")
     choice: dict[str, list[int]] = {}
     for step in steps:
         assert step.cell.layer is not None  # candidates are of one layer each
@@ -125,6 +133,18 @@ def greedily(opened: Opened[PlanConfig], cells: ScanPrepared) -> Way:
         if step.cell.layer is not None
     )
     return choice, {"steps": tuple(path)}
+
+
+def teacher_answers(
+    opened: Opened[PlanConfig], cells: ScanPrepared
+) -> dict[str, tuple[float, float]]:
+    """What the teacher loses of its answers (`answers.asked`)."""
+    layout = opened.teacher.layout
+
+    def asked(config: PlanConfig) -> dict[str, tuple[float, float]]:
+        return answers.asked(layout, cells.tasks, config.batch_size * config.seq_len)
+
+    return opened.fitting(asked, "while the teacher was asked")
 
 
 def check_asked(config: PlanConfig, cells: ScanPrepared, asked: Collection[str]) -> None:

@@ -8,7 +8,8 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,6 +20,7 @@ from mismatch.config import SwapConfig, fields
 from mismatch.probes import PROBES, load_probe
 from mismatch.probes.base import Probe, Setting, Subject, rows
 from mismatch.probes.inputs import plain_tokens
+from mismatch.runs.batch_size import BatchSize
 from mismatch.stages.opening import Opened
 from mismatch.stages.probe.config import ProbeConfig
 from mismatch.surgery.operate import Student
@@ -33,10 +35,12 @@ LIGHT = 4
 
 @dataclass(frozen=True)
 class Questions:
-    """What will be asked: what the probes share, and the probes by name, in the order in which they run."""
+    """What will be asked: what the probes share, the probes by name in the order in which they run, and how many
+    sequences run together."""
 
     setting: Setting
     probes: dict[str, Probe]
+    batch: BatchSize
 
 
 def chosen(config: ProbeConfig) -> tuple[str, ...]:
@@ -86,7 +90,9 @@ def questions(config: ProbeConfig, opened: Opened[Any], cut: Windows | None) -> 
         seed=config.seed,
         ranks=opened.ranks,
     )
-    return Questions(setting, {name: load_probe(name)(setting) for name in chosen(config)})
+    made = {name: load_probe(name)(setting) for name in chosen(config)}
+    own = config is opened.config
+    return Questions(setting, made, opened.batch if own else opened.batch.beside(config.batch_size))
 
 
 def light(config: Any, probes: Sequence[str], **settings: Any) -> ProbeConfig:
@@ -152,18 +158,30 @@ def answers(
     # Together first: those that share their batches wait for each other.
     together = [name for name, probe in probes.items() if probe.by_batch]
     whole = [name for name in probes if name not in together]
-    mine = [*together, *(name for at, name in enumerate(whole) if ranks.mine(at))]
-    found: dict[str, Answers] = {}
-    with tqdm(mine, file=sys.stderr, disable=None if progress else True) as bar:
-        for name in bar:
+    own = [name for at, name in enumerate(whole) if ranks.mine(at)]
+    with tqdm(file=sys.stderr, disable=None if progress else True) as bar:
+
+        def ask(names: Sequence[str], size: int) -> dict[str, Answers]:
+            bar.reset(len(together) + len(own))
+            bar.update(len(found))
+            return {name: answer(name, size) for name in names}
+
+        def answer(name: str, size: int) -> Answers:
             bar.set_description(name)
             begun = time.monotonic()
             probe = probes[name]
+            probe.setting = replace(probe.setting, batch_size=size)
             units = asked.setting.units if probe.needs == "text" else None
             answered = rows(name, probe.run(subjects), swapped, units)
+            bar.update()
             seconds = {name: round(time.monotonic() - begun, 1)}
-            found[name] = Answers(answered, seconds, probe.warnings())
-    for other in ranks.everywhere({name: found[name] for name in mine if name in whole}):
+            return Answers(answered, seconds, probe.warnings())
+
+        found: dict[str, Answers] = {}
+        for name in together:
+            found |= asked.batch.run(partial(ask, [name]), f"in the probe {name}")
+        found |= asked.batch.run(partial(ask, own), f"in the probes {', '.join(whole)}")
+    for other in ranks.everywhere({name: found[name] for name in own}):
         found |= other
     return Answers(
         [row for name in probes for row in found[name].rows],

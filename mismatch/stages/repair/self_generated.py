@@ -25,9 +25,9 @@ from transformers import DynamicCache, GenerationConfig, LogitsProcessor, Stoppi
 from transformers.cache_utils import DynamicLayer
 
 from mismatch.models.generate import settings_aside
+from mismatch.runs.batch_size import is_memory, no_room
 from mismatch.runs.kept_pages import kept_pages
 from mismatch.runs.ranks import ALONE, Ranks
-from mismatch.stages.repair.ladder_stages.training import no_room
 from mismatch.texts.windows import prefix_ids
 
 if TYPE_CHECKING:
@@ -111,7 +111,9 @@ class Writer:
         cache = DynamicCache(config=self.model.config)
         try:
             logits = self.model(self.words[:1, None].to(self.device), past_key_values=cache).logits
-        except torch.OutOfMemoryError as error:
+        except (MemoryError, RuntimeError) as error:
+            if not is_memory(error):
+                raise
             raise no_room("while the teacher is sampled") from error
         kept = sum(
             held.nbytes
@@ -139,7 +141,9 @@ class Writer:
             world, beside = self.ranks.world, min(rows, self.rows)
             try:
                 own = self._drawn(beside, length, number)
-            except torch.OutOfMemoryError:
+            except (MemoryError, RuntimeError) as error:
+                if not is_memory(error):
+                    raise
                 own = None
             parts = self.ranks.everywhere(own)
             found = [part for part in parts if part is not None]

@@ -164,7 +164,12 @@ def _run(
     device = teacher.layout.embedding_device
     opened.say(f"the teacher runs over {texts.evaluation.tokens:,} evaluation tokens, once")
     first = swap.plan.first or 0
-    held_out = HeldOut(teacher.layout, texts.evaluation, first, config.batch_size, ranks=ranks)
+
+    def held(config: RepairConfig) -> tuple[HeldOut, dict[str, Evaluated]]:
+        made = HeldOut(teacher.layout, texts.evaluation, first, config.batch_size, ranks=ranks)
+        return made, {control.name: made.evaluate(control.layout) for control in controls}
+
+    held_out, beside = opened.fitting(held, "on evaluation text")
     key = {"model": teacher.info.sha256, "train": trained_on.windows.fingerprint}
     batches = Texts(
         _batches(trained_on.windows, config.batch_size, device),
@@ -180,7 +185,6 @@ def _run(
         "spent": trained_on.seconds,
         "ranks": ranks,
     }
-    beside = {control.name: held_out.evaluate(control.layout) for control in controls}
     judge = Judge(held_out, prepared.selection)
     opened.say(judge.note)
     ladder = Ladder(config, teacher.layout, mine, judge, batches, state=opened.state(), **shared)
@@ -294,14 +298,17 @@ def _before_and_after(
     if config.trace_tokens:
         cut = before_after.few(prepared.texts.evaluation, config.trace_tokens)
         opened.say(f"swap and repaired model are traced on {cut.tokens:,} evaluation tokens")
-        rows += before_after.shift_rows(
-            opened.teacher,
-            swap,
-            repaired,
-            cut,
-            batch_size=config.batch_size,
-            seed=config.seed,
-            ranks=opened.ranks,
+        rows += opened.fitting(
+            lambda config: before_after.shift_rows(
+                opened.teacher,
+                swap,
+                repaired,
+                cut,
+                batch_size=config.batch_size,
+                seed=config.seed,
+                ranks=opened.ranks,
+            ),
+            "in the trace behind the repair",
         )
     if prepared.asked is not None:
         opened.say(f"probes: {', '.join(prepared.asked.probes)}")

@@ -62,10 +62,11 @@ def measure(
     Raises:
         KeyboardInterrupt: after the cells in flight were finished and the state saved.
         NumericsError: the teacher is not finite.
+        NoRoom: another rank is out of memory.
     """
     mine = [cell for index, cell in enumerate(cells) if ranks.mine(index)]
     sums = Sums(mine, tasks)
-    where = _resume(sums, state, fingerprint)
+    where = _resume(sums, batch_tokens, state, fingerprint)
     with polite() as stopping:
         saved = time.monotonic()
 
@@ -80,12 +81,13 @@ def measure(
                     continue
                 ids, asked, docs = (on_device(sweep.teacher, part) for part in batch)
 
-                def finished(count: int, begin: int = begin, here: tuple = (at, number)) -> None:
+                def finished(count: int, begin: int = begin, run: tuple = (at, number)) -> None:
                     nonlocal saved
-                    next_ = [*here, begin + count]
+                    next_ = [*run, begin + count]
                     if due():
                         if state is not None:
-                            state.save(sums.state(), {"next": next_}, fingerprint or {})
+                            here = {"next": next_, "batch": batch_tokens}
+                            state.save(sums.state(), here, fingerprint or {})
                         saved = time.monotonic()
                     if stopping():
                         raise KeyboardInterrupt
@@ -100,7 +102,8 @@ def measure(
                 )  # fmt: skip
         if state is not None and ranks.world > 1:
             # While this rank waits for the others, one of them may fail and end all.
-            state.save(sums.state(), {"next": [len(tasks), 0, 0]}, fingerprint or {})
+            here = {"next": [len(tasks), 0, 0], "batch": batch_tokens}
+            state.save(sums.state(), here, fingerprint or {})
     if ranks.world == 1:
         return sums
     whole = Sums(cells, tasks)
@@ -139,10 +142,13 @@ def prove_restored(sweep: Sweep) -> None:
         )
 
 
-def _resume(sums: Sums, state: State | None, fingerprint: Mapping[str, Any] | None) -> list[int]:
-    """Fill the sums from the last save; the task, batch and cell to go on with."""
+def _resume(
+    sums: Sums, batch_tokens: int, state: State | None, fingerprint: Mapping[str, Any] | None
+) -> list[int]:
+    """Fill the sums from the last save; the task, batch and cell to go on with. A save of larger batches, which did not
+    fit, counts for nothing."""
     found = None if state is None else state.load(fingerprint or {})
-    if found is None:
+    if found is None or found[1].get("batch") != batch_tokens:
         return [0, 0, 0]
     arrays, info = found
     sums.load(arrays)

@@ -58,23 +58,28 @@ class Scan(Stage[ScanConfig, Prepared]):
         if opened.folder is not None:
             opened.folder.update(fingerprints=prints)
             opened.folder.log(f"{len(prepared.cells)} cells, {len(prepared.tasks)} tasks")
-        sweep = sweep_of(opened.teacher, config, mine, prepared.calibration)
-        prove(sweep, mine)
-        size = config.batch_size * config.seq_len
-        batches = sum(1 for task in prepared.tasks for _ in task.batches(size))
-        what = f"{len(mine)} cells x {batches} batches"
-        with opened.bar(len(mine) * batches, what, "run") as bar:
-            sums = measure(
-                sweep,
-                prepared.cells,
-                prepared.tasks,
-                batch_tokens=size,
-                ranks=ranks,
-                state=opened.state(),
-                fingerprint=prints,
-                progress=bar.update,
-            )
-        prove_restored(sweep)
+
+        def filled(config: ScanConfig) -> tuple[Sweep, Sums]:
+            sweep = sweep_of(opened.teacher, config, mine, prepared.calibration)
+            prove(sweep, mine)
+            size = config.batch_size * config.seq_len
+            batches = sum(1 for task in prepared.tasks for _ in task.batches(size))
+            what = f"{len(mine)} cells x {batches} batches"
+            with opened.bar(len(mine) * batches, what, "run") as bar:
+                sums = measure(
+                    sweep,
+                    prepared.cells,
+                    prepared.tasks,
+                    batch_tokens=size,
+                    ranks=ranks,
+                    state=opened.state(),
+                    fingerprint=prints,
+                    progress=bar.update,
+                )
+            prove_restored(sweep)
+            return sweep, sums
+
+        sweep, sums = opened.fitting(filled, "in the scan")
         work = ranks.to_first(sweep.work.as_dict())
         if work is None:
             return None

@@ -51,7 +51,7 @@ def measure(
     Args:
         teacher: layout of the untouched model.
         students: the swap and its controls.
-        collector: empty.
+        collector: what is in it is let go.
         windows: the text.
         batch_size: windows per forward pass.
         reference: the same model in float32 when the teacher is not: then the floor is what the format itself brings;
@@ -68,11 +68,13 @@ def measure(
     Raises:
         KeyboardInterrupt: after the batch in flight was finished and the state saved.
         NumericsError: NaN or infinity; names student, layer, site and the first batch.
+        NoRoom: another rank is out of memory.
     """
+    collector.clear()
     runners = [runner_of(student) for student in students]
     batches = list(enumerate(windows.batches(batch_size)))
     mine = [(i, batch) for i, batch in batches if ranks.mine(i)]
-    first = _resume(collector, state, fingerprint)
+    first = _resume(collector, batch_size, state, fingerprint)
     progress(sum(len(batch.ids) for i, batch in mine if i < first))
     with polite() as stopping, kept_pages():
         saved, due_in = time.monotonic(), SAVE_EVERY
@@ -92,14 +94,17 @@ def measure(
             progress(len(ids))
             began = time.monotonic()
             if state is not None and (stopping() or began - saved > due_in):
-                state.save(collector.state(), {"next": index + 1}, fingerprint or {})
+                here = {"next": index + 1, "batch": batch_size}
+                state.save(collector.state(), here, fingerprint or {})
                 saved = time.monotonic()
                 due_in = SAVE_EVERY * max(1.0, (saved - began) / CHEAP)
             if stopping():
                 raise KeyboardInterrupt
         if state is not None and ranks.world > 1:
             # While this rank waits for the others, one of them may fail and end all.
-            state.save(collector.state(), {"next": len(batches)}, fingerprint or {})
+            here = {"next": len(batches), "batch": batch_size}
+            state.save(collector.state(), here, fingerprint or {})
+    ranks.everywhere(None)  # one that is out of memory says so here
     parts = ranks.to_first(collector.state())
     for part in (parts or [])[1:]:
         collector.merge(collector.fresh().load(part))
@@ -132,12 +137,14 @@ def _format_floor(
 
 def _resume(
     collector: Collector,
+    batch_size: int,
     state: State | None,
     fingerprint: Mapping[str, Any] | None,
 ) -> int:
-    """Fill the collector from the last save; the number of the batch to go on with."""
+    """Fill the collector from the last save; the number of the batch to go on with. A save of larger batches, which
+    did not fit, counts for nothing."""
     found = None if state is None else state.load(fingerprint or {})
-    if found is None:
+    if found is None or found[1].get("batch") != batch_size:
         return 0
     arrays, info = found
     collector.load(arrays)

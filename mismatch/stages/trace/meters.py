@@ -70,6 +70,11 @@ class Collector:
         """An empty one with the same settings."""
         return replace(self, meters={}, teachers={})
 
+    def clear(self) -> None:
+        """Let go of all sums."""
+        self.meters.clear()
+        self.teachers.clear()
+
     @contextmanager
     def batch(
         self,

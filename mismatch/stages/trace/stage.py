@@ -87,22 +87,26 @@ class Trace(Stage[TraceConfig, Prepared]):
                 f"{len(cut)} windows of {cut.n_docs} documents, {len(students)} students"
             )
         reference = _float32(opened)
-        mine = [b for i, b in enumerate(cut.batches(config.batch_size)) if opened.ranks.mine(i)]
-        windows = sum(len(batch.ids) for batch in mine)
-        with opened.bar(windows, f"{cut.n_docs} documents", "window") as bar:
-            measure(
-                teacher.layout,
-                students,
-                collector,
-                cut,
-                batch_size=config.batch_size,
-                reference=reference,
-                ranks=opened.ranks,
-                state=opened.state(),
-                fingerprint=opened.fingerprints(),
-                progress=bar.update,
-                run=_backend(config.backend),
-            )
+
+        def fill(config: TraceConfig) -> None:
+            parts = enumerate(cut.batches(config.batch_size))
+            windows = sum(len(batch.ids) for i, batch in parts if opened.ranks.mine(i))
+            with opened.bar(windows, f"{cut.n_docs} documents", "window") as bar:
+                measure(
+                    teacher.layout,
+                    students,
+                    collector,
+                    cut,
+                    batch_size=config.batch_size,
+                    reference=reference,
+                    ranks=opened.ranks,
+                    state=opened.state(),
+                    fingerprint=opened.fingerprints(),
+                    progress=bar.update,
+                    run=_backend(config.backend),
+                )
+
+        opened.fitting(fill, "in the trace")
         asked = prepared.probes
         answered = [] if asked is None else answers(asked, teacher, students).rows
         if not opened.ranks.first:

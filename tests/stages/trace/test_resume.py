@@ -177,6 +177,9 @@ MOMENTS = (
 class _Alone(Ranks):
     """One share of several, without the others."""
 
+    def everywhere(self, value):
+        return [value]
+
     def to_first(self, value):
         return [value]
 

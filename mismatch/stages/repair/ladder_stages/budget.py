@@ -8,12 +8,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from mismatch.runs.batch_size import is_memory, no_room
 from mismatch.runs.state import State
 from mismatch.stages.repair.config import RepairConfig
-from mismatch.stages.repair.ladder_stages.training import Group, no_room
+from mismatch.stages.repair.ladder_stages.training import CHEAPER, Group
 
 WEIGHTS = {"local": 15, "block": 51, "window": 30.6, "end-to-end": 3.4}
 """How stages that train part the time among those still to come; the closed form takes what it takes."""
@@ -122,8 +122,10 @@ def _timed(loss: Callable[[int, int], Tensor], batches: int, rows: int) -> float
         started = time.monotonic()
         for index in range(TRIAL_STEPS):
             loss(index % batches, rows).backward()
-    except torch.OutOfMemoryError as error:
+    except (MemoryError, RuntimeError) as error:
+        if not is_memory(error):
+            raise
         if rows == 1:
-            raise no_room("while steps were timed") from error
+            raise no_room("while steps were timed", CHEAPER) from error
         return _timed(loss, batches, rows // 2)
     return (time.monotonic() - started) / TRIAL_STEPS

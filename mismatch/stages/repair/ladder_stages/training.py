@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mismatch.errors import MismatchError
+from mismatch.runs.batch_size import is_memory, no_room
 from mismatch.runs.ranks import ALONE, Ranks
 from mismatch.runs.state import State
 from mismatch.stages.repair.ladder_stages.stage_result import Look
@@ -35,6 +35,7 @@ from mismatch.stages.repair.ladder_stages.stage_result import Look
 WARMUP = 0.05  # share of the steps
 BETAS = (0.9, 0.95)
 CLIP = 1.0  # norm of the whole gradient
+CHEAPER = "leave out the dearest --stages"
 MOVED = 0.05  # a gate that moved less has not moved
 DRAWN = 64  # numbers of a gate's tensor, at most, of a trajectory: one a head can be drawn, one a channel cannot
 
@@ -190,7 +191,7 @@ class Trainer:
         self._rates(done.steps)
         while (loss := self._backward(index)) is None:
             if self.rows == 1:
-                raise no_room(f"at step {done.steps}")
+                raise no_room(f"at step {done.steps}", CHEAPER)
             self._clear()
             self.rows = self.rows // 2
             done.notes.append(
@@ -234,7 +235,9 @@ class Trainer:
             value = loss.item()
             if math.isfinite(value):
                 loss.backward()
-        except torch.OutOfMemoryError:
+        except (MemoryError, RuntimeError) as error:
+            if not is_memory(error):
+                raise
             full = True
         for name, parameter in self.named.items():
             master = self.masters[name]
@@ -378,11 +381,3 @@ class Trainer:
         return Trained(
             info["steps"], info["tokens"], info["seconds"], looks, best, list(info["notes"])
         )
-
-
-def no_room(when: str) -> MismatchError:
-    """Nothing is left to halve."""
-    return MismatchError(
-        f"out of memory {when}, with one window a batch",
-        hint="take a smaller --seq-len, --dtype bfloat16, or leave out the dearest --stages",
-    )
