@@ -38,6 +38,7 @@ from mismatch.models.private import for_reading
 from mismatch.models.quantised import bits, numbers, quantised, settle, values
 from mismatch.models.resolve import Located, from_hub, locate
 from mismatch.models.tokenizer import check_vocabulary
+from mismatch.runs.batch_size import is_memory
 
 if TYPE_CHECKING:
     from mismatch.models.layout import CausalLM
@@ -315,12 +316,12 @@ def pretrained(
             model.to(target["device"])
         settle(model)
         return model, report
-    except torch.OutOfMemoryError as error:
-        raise ModelError(
-            f"{folder} does not fit: {_first_line(error)}",
-            hint="--device-map auto, or --dtype bfloat16",
-        ) from error
     except Exception as error:  # a config or weights that a family's constructors do not take
+        if is_memory(error):
+            raise ModelError(
+                f"{folder} does not fit: {_first_line(error)}",
+                hint="--device-map auto, or --dtype bfloat16",
+            ) from error
         raise ModelError(
             f"{folder} could not be loaded as a causal language model: {_first_line(error)}"
         ) from error

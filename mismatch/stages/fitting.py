@@ -40,7 +40,8 @@ class Fitting(Generic[C]):
         """
 
         def with_rows(rows: int) -> Found:
-            return work(dataclasses.replace(self.config, batch_size=rows))
+            same = rows == self.config.batch_size
+            return work(self.config if same else dataclasses.replace(self.config, batch_size=rows))
 
         return self.batch.run(with_rows, what)
 

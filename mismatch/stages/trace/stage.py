@@ -16,6 +16,7 @@ from mismatch.forward import hooks
 from mismatch.metrics.sums.per_document import Units
 from mismatch.models.layout import Layout
 from mismatch.models.quantised import is_quantised
+from mismatch.runs.batch_size import is_memory
 from mismatch.stages.base import SEVERITIES, Finding, Outcome, Stage
 from mismatch.stages.opening import Opened
 from mismatch.stages.probe.questions import Questions, answers, questions_behind
@@ -157,7 +158,9 @@ def _float32(opened: Opened[TraceConfig]) -> Layout | None:
         if is_quantised(teacher.model):  # what its codes were made of is not here
             return None
         model = copy.deepcopy(teacher.model).float()
-    except (torch.OutOfMemoryError, ModelError):
+    except (MemoryError, RuntimeError, ModelError) as error:
+        if not isinstance(error, ModelError) and not is_memory(error):
+            raise
         return None  # the floor is then that of another batch shape alone
     return dataclasses.replace(teacher.layout, model=model)
 
