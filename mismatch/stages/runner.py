@@ -9,6 +9,7 @@ finish     table, plan, findings, manifest, report; the stage's Result
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 import time
 from collections.abc import Mapping
@@ -25,7 +26,7 @@ from mismatch.runs import table as tables
 from mismatch.runs.batch_size import in_words
 from mismatch.runs.environment import peak_memory
 from mismatch.runs.folder import Run, RunFolder, check_output, check_resume, load_run
-from mismatch.runs.ranks import joined
+from mismatch.runs.ranks import Ranks, joined
 from mismatch.runs.run_id import run_id
 from mismatch.stages.base import Outcome, P, Result, Stage
 from mismatch.stages.chosen_on import CHOSE
@@ -133,8 +134,9 @@ def work(
         if outcome is not None:
             seconds = {"load": spent, "work": time.monotonic() - started, **outcome.seconds}
             result = _finished(stage, opened, outcome, seconds)
-        if ranks.from_first(opened.path) is not None and result is None:
-            result = stage.Result(load_run(opened.path))
+        result = _everywhere(stage, ranks, result)
+        if not ranks.first and opened.path is not None:
+            _clear_node(opened.path)
     except KeyboardInterrupt as stop:
         if opened.folder is not None:
             opened.folder.finish("interrupted")
@@ -150,8 +152,22 @@ def work(
         if isinstance(error, MismatchError) and not ranks.first:
             print(f"error (rank {ranks.rank}): {error}", file=sys.stderr)  # torchrun ends the first
         raise
-    assert result is not None
     return result
+
+
+def _everywhere(stage: Stage[Any, Any], ranks: Ranks, result: Result | None) -> Result:
+    """The first rank's result on every rank, with its table: others may not see the folder, as on another node."""
+    if ranks.world > 1 and result is not None:
+        _ = result.run.table
+    run = ranks.from_first(None if result is None else result.run)
+    return stage.Result(run) if result is None else result
+
+
+def _clear_node(path: Path) -> None:
+    """Remove what the ranks of another node kept there; where all see one folder, the first rank has done it."""
+    shutil.rmtree(path / "state", ignore_errors=True)
+    with suppress(OSError):
+        path.rmdir()
 
 
 def _folder(stage: Stage[Any, Any], opened: Opened[Any], resume: Path | None) -> RunFolder:

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from processes import finished, start
+from processes import finished, free_port, start
 from wonderland import command
 
+import mismatch
 from mismatch import cli
 from mismatch.runs.folder import load_run
 from mismatch.runs.ranks import Ranks, joined
@@ -126,6 +127,54 @@ def test_torchrun(toy_folder, tmp_path):
     assert done.stdout.splitlines()[-1] == str(run)
     assert done.stdout.count("output shift") == 1
     assert_same_numbers(single(tmp_path, words), run)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["trace", "repair"])
+def test_two_nodes(toy_folder, tmp_path, stage):
+    """Two torchruns meet, each with a process and a folder of its own; the second node keeps nothing."""
+    words, port = command(tmp_path, toy_folder), str(free_port())
+    if stage == "repair":
+        words = [
+            stage,
+            *words[1:],
+            "--train-tokens",
+            "1024",
+            "--val-tokens",
+            "256",
+            "--max-minutes",
+            "none",
+        ]
+        words[words.index("--calibration-data")] = "--train-data"
+        words[words.index("--tokens") + 1] = "256"
+    nodes = []
+    for node in range(2):
+        (home := tmp_path / f"node{node}").mkdir()
+        meet = ("--master-addr", "127.0.0.1", "--master-port", port)
+        start = ("--nnodes", "2", "--node-rank", str(node), *meet, "--nproc-per-node", "1")
+        nodes.append(
+            subprocess.Popen(
+                [
+                    *(sys.executable, "-m", "torch.distributed.run", *start),
+                    *("-m", "mismatch", *words, "--output", "run"),
+                ],
+                cwd=home,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
+    done = finished(nodes)
+    assert [code for code, _, _ in done] == [0, 0], done
+    assert done[0][1].splitlines()[-1] == "run" and done[1][1] == ""
+    assert not [*(tmp_path / "node1").iterdir()]
+    run = tmp_path / "node0" / "run"
+    manifest = json.loads((run / "manifest.json").read_text())
+    assert (manifest["status"], manifest["ranks"]) == ("done", 2)
+    if stage == "trace":
+        assert_same_numbers(single(tmp_path, words), run)
+    else:  # that its numbers are those of one process: tests/stages/repair/test_repair_ranks.py
+        assert mismatch.load(run / "checkpoint").model.swap_record.swaps
 
 
 def test_shares_cover_every_batch_once():
