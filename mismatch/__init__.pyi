@@ -363,7 +363,7 @@ def plan(
     budget_kl: float | None = None,
     keep_retrieval: bool = False,
     budget_retrieval: float = 0.5,
-    score: Literal['kl', 'answer_nll', 'restore_one', 'halo', 'even', 'random'] = 'kl',
+    score: Literal['kl', 'answer_nll', 'restore_one', 'gates', 'halo', 'even', 'random'] = 'kl',
     method: Literal['milp', 'greedy'] = 'milp',
     scan: str | None = None,
     progress: bool = False,
@@ -402,7 +402,7 @@ def plan(
         budget_kl: Highest KL of all chosen layers together, in nats per token.
         keep_retrieval: Leave out layers that carry retrieval: the passkey may lose no more than --budget-retrieval.
         budget_retrieval: What the passkey may lose with --keep-retrieval, nats per key.
-        score: What the layers are chosen by: the KL of text when a layer alone is replaced; the rise of the NLL of answers to retrieval prompts; the KL regained when all are replaced and one is given back; HALO's ratio of retrieval to text; evenly spaced layers, or layers at random, as baselines.
+        score: What the layers are chosen by: the KL of text when a layer alone is replaced; the rise of the NLL of answers to retrieval prompts; the KL regained when all are replaced and one is given back; gates between both modules, learnt on answers; HALO's ratio of retrieval to text; evenly spaced layers, or layers at random, as baselines.
         method: milp: the best choice if costs add up, from one scan. greedy: a new scan after every chosen layer.
         scan: Run folder of a finished scan to choose from, in place of a new one. Not with greedy.
         progress: talk on stderr, with a progress bar.

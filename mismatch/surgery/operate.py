@@ -220,6 +220,12 @@ def given_back(student: Student, layer: int | None) -> Iterator[None]:
             setattr(holder, name, new)
 
 
+def beside(student: Student) -> Iterator[tuple[int | None, nn.Module, nn.Module]]:
+    """Of each clause the layer, the original module, and what stands in its place."""
+    for (holder, name, original), clause in zip(student._undo, student.plan.clauses, strict=True):
+        yield clause.layer, original, getattr(holder, name)
+
+
 def replace(
     student: Student,
     placements: Sequence[Placement],

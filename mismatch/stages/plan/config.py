@@ -55,10 +55,10 @@ class PlanConfig(SweepConfig):
     """Leave out layers that carry retrieval: the passkey may lose no more than --budget-retrieval."""
     budget_retrieval: Annotated[float, "> 0"] = 0.5
     """What the passkey may lose with --keep-retrieval, nats per key."""
-    score: Literal["kl", "answer_nll", "restore_one", "halo", "even", "random"] = "kl"
+    score: Literal["kl", "answer_nll", "restore_one", "gates", "halo", "even", "random"] = "kl"
     """What the layers are chosen by: the KL of text when a layer alone is replaced; the rise of the NLL of answers to
-    retrieval prompts; the KL regained when all are replaced and one is given back; HALO's ratio of retrieval to text;
-    evenly spaced layers, or layers at random, as baselines."""
+    retrieval prompts; the KL regained when all are replaced and one is given back; gates between both modules, learnt
+    on answers; HALO's ratio of retrieval to text; evenly spaced layers, or layers at random, as baselines."""
     method: Literal["milp", "greedy"] = "milp"
     """milp: the best choice if costs add up, from one scan. greedy: a new scan after every chosen layer."""
     scan: str | None = None

@@ -19,6 +19,7 @@ class ScoreKind:
         forwards: what it costs.
         scanned: it is read from a scan of layers replaced one at a time.
         answers: it needs a model that can answer.
+        halves: it is learnt from each half of the prompts, and what they share says how sure it is.
     """
 
     what: str
@@ -27,6 +28,7 @@ class ScoreKind:
     forwards: str
     scanned: bool = True
     answers: bool = False
+    halves: bool = False
 
 
 SCORES = {
@@ -50,6 +52,15 @@ SCORES = {
         "KL-guided selection (GA-S2, fla-org/hybrid-distillation), without its training",
         "(L + 1) / 2 + 1 on text",
         scanned=False,
+    ),
+    "gates": ScoreKind(
+        "share of the layer's own module that answers need, when all layers of --among may close at a price",
+        "a share",
+        "FlashMorph, arXiv 2606.30562, in 256 steps",
+        "256 of both modules, forward and backward, on prompts",
+        scanned=False,
+        answers=True,
+        halves=True,
     ),
     "halo": ScoreKind(
         "(answer_nll above that of the least layer) / (kl above that of the least layer)",

@@ -221,4 +221,6 @@ def _choice(opened: Opened[PlanConfig], prepared: Prepared) -> ways.Way:
         return ways.from_scan(config, cells, ways.scanned(opened, prepared.scanning, cells))
     if config.score == "restore_one":
         return ways.by_restoring(opened, cells)
+    if config.score == "gates":
+        return ways.by_gates(opened, cells)
     return ways.without_looking(config, cells)

@@ -6,6 +6,7 @@ Each gives the choice and the facts of plan.json that say how it was made, and h
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import numpy as np
 from mismatch.errors import RunError, UsageError
 from mismatch.runs.folder import Run
 from mismatch.stages.opening import Opened
-from mismatch.stages.plan import answers
+from mismatch.stages.plan import answers, gates
 from mismatch.stages.plan.choose import Score, choose
 from mismatch.stages.plan.config import PlanConfig
 from mismatch.stages.plan.greedy import Step, greedy
@@ -87,6 +88,49 @@ def by_restoring(opened: Opened[PlanConfig], cells: ScanPrepared) -> Way:
     units = opened.fitting(given_back, "while layers were given back")
     places = {cell.key: (cell.name, cell.layer) for cell in cells.cells if cell.layer is not None}
     chosen, facts = _cheapest(config, Numbers(places, {"text": units}))
+    return _by_name(chosen), facts
+
+
+def by_gates(opened: Opened[PlanConfig], cells: ScanPrepared) -> Way:
+    """Layers whose gates answers leave closed; what each half of the prompts would choose stands beside it."""
+    config = opened.config
+    able = answers.check(config, teacher_answers(opened, cells))
+    asked = [task for task in cells.tasks if task.name in able]
+    if few := [task.name for task in asked if len(task.ids) < 2]:
+        raise UsageError(
+            f"--score gates learns from each half of the prompts, and {few[0]} has one",
+            hint="take --samples 2 or more",
+        )
+
+    def opened_gates(config: PlanConfig) -> np.ndarray:
+        sweep = sweep_of(opened.teacher, config, cells.cells, cells.calibration)
+        with opened.bar(2 * gates.STEPS, "gates", "step") as bar:
+            size = config.batch_size * config.seq_len
+            return gates.learnt(sweep, cells.cells, asked, size, bar.update)
+
+    found = opened.ranks.from_first(opened.fitting(opened_gates, "while gates were learnt"))
+
+    def scored(prices: np.ndarray) -> tuple[Score, ...]:
+        return tuple(
+            Score(cell.layer, cell.name, math.nan, cost=float(price))
+            for cell, price in zip(cells.cells, prices, strict=True)
+            if cell.layer is not None
+        )
+
+    def taken(prices: np.ndarray) -> tuple[Score, ...]:
+        return choose(scored(prices), config.layers)
+
+    chosen = taken(found.mean(0))
+    layers = {score.layer for score in chosen}
+    first, second = ({score.layer for score in taken(half)} for half in found)
+    there = len(cells.cells)
+    overlaps = {
+        "one another, learnt from either half of the prompts": Overlap.between(
+            first, second, there
+        ),
+        "even": Overlap.between(layers, spaced(cells.layers, len(layers)), there),
+    }
+    facts = {"scores": scored(found.mean(0)), "answers": able, "overlaps": overlaps}
     return _by_name(chosen), facts
 
 

@@ -12,6 +12,7 @@ import pandas as pd
 from mismatch.report import intervals, style
 from mismatch.stages.plan.figure import plan_data
 from mismatch.stages.plan.plan import ChoicePlan
+from mismatch.stages.plan.scores import SCORES
 from mismatch.stages.scan.damage import PANELS, Panel
 from mismatch.stages.scan.reliability import Reliability
 from mismatch.stages.scan.unit_sums import DRAWS
@@ -141,7 +142,7 @@ def sure_lines(plan: ChoicePlan) -> list[str]:
             + (", ".join(map(str, sorted(sure.sure))) or "no layer"),
             *rank_lines(sure),
         ]
-    elif plan.scores:
+    elif plan.scores and not SCORES[plan.score].halves:
         why = f"{intervals.WHY_NONE}; and layers that do not all cost the same"
         lines.append(f"  how sure the choice is, is not known: {why}")
     lines += [f"  beside {name}: {found.text()}" for name, found in plan.overlaps.items()]

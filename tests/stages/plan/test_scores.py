@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import itertools
 from types import SimpleNamespace
@@ -20,7 +21,7 @@ from mismatch.errors import ConfigError, NumericsError, RunError, UsageError
 from mismatch.forward import hooks
 from mismatch.models.layout import Layout
 from mismatch.runs.folder import Run
-from mismatch.stages.plan import answers, ways
+from mismatch.stages.plan import answers, gates, ways
 from mismatch.stages.plan.config import GREEDY, PlanConfig
 from mismatch.stages.plan.greedy import greedy
 from mismatch.stages.plan.numbers import Numbers, at_random, spaced
@@ -31,7 +32,7 @@ from mismatch.stages.scan.cells import cells, columns
 from mismatch.stages.scan.reliability import Overlap
 from mismatch.stages.scan.stage import sweep_of
 from mismatch.stages.scan.tasks import Task, text_task
-from mismatch.surgery.operate import given_back
+from mismatch.surgery.operate import given_back, replace
 from mismatch.surgery.students import Teacher
 
 TEXT, RETRIEVAL = 0, 2
@@ -114,6 +115,59 @@ def test_giving_back_finds_what_text_needs(planted):
     means = regained.means([cell.key for cell in every])
     assert means[TEXT] > 0.01
     assert means[1] == means[RETRIEVAL] == 0
+
+
+def test_gates_stay_open_where_answers_need_them(planted, monkeypatch):
+    monkeypatch.setattr(gates, "PRICE", 0.002)  # the planted answer is worth little
+    settings = config(score="gates")
+    every, sweep = swept(planted, settings)
+    before = [weight.clone() for weight in planted.model.parameters()]
+    stood = gates.learnt(sweep, every, [prompts(planted)], 96)
+    assert stood.shape == (2, 3)
+    for half in stood:
+        assert half[RETRIEVAL] > 0.5
+        assert half[TEXT] == half[1] < 0.2
+    assert all(torch.equal(a, b) for a, b in zip(before, planted.model.parameters(), strict=True))
+
+
+def test_no_gate_stays_open_for_what_changes_nothing(planted):
+    settings = config(mechanism="identity", score="gates")
+    every, sweep = swept(planted, settings)
+    stood = gates.learnt(sweep, every, [prompts(planted)], 96)
+    assert (stood == stood[0, 0]).all() and stood[0, 0] < 0.2
+
+
+def test_a_gate_beside_nothing_scales_the_attention(planted):
+    """Half open beside `zero`, the model is the one whose output projections are halved."""
+    settings = config(score="gates")
+    every, sweep = swept(planted, settings)
+    replace(sweep.base, [p for cell in every for p in cell.placements])
+    sweep.base.plan = SimpleNamespace(clauses=[SimpleNamespace(layer=at) for at in range(3)])
+    shares = torch.tensor([1.0, 0.5, 0.25], requires_grad=True)
+    task = prompts(planted)
+    with gates.mixed(sweep.base, shares, {0: 0, 1: 1, 2: 2}):
+        found = gates.misaligned(sweep, task.ids, task.asked)
+    found.backward()
+
+    def wanted(values):
+        model = copy.deepcopy(planted.model)
+        for layer, share in zip(model.model.layers, values, strict=True):
+            layer.self_attn.o_proj.weight.data *= share
+        ids, asked = torch.from_numpy(task.ids), torch.from_numpy(task.asked)
+        with torch.no_grad():
+            p, q = (m(ids).logits[asked].log_softmax(-1) for m in (planted.model, model))
+        return float((p.exp() * (p - q)).sum(-1).mean())
+
+    assert found.item() == pytest.approx(wanted([1.0, 0.5, 0.25]), abs=2e-7)
+    slope = (wanted([1.0, 0.5, 0.27]) - wanted([1.0, 0.5, 0.23])) / 0.04
+    assert shares.grad[2].item() == pytest.approx(slope, rel=0.02)
+
+
+def test_halves_share_no_prompt(planted):
+    task = prompts(planted, rows=7)
+    parts = [np.concatenate([ids for ids, _ in half]) for half in gates.halves([task], 40)]
+    assert [len(part) for part in parts] == [4, 3]
+    assert np.array_equal(parts[0], task.ids[::2]) and np.array_equal(parts[1], task.ids[1::2])
 
 
 def test_greedy_by_answers_spares_the_layer_that_answers(planted):
@@ -265,7 +319,7 @@ def test_layers_at_random_depend_on_the_seed_alone():
             "hint: take --score kl or answer_nll, or --method milp",
         ),
         ({"score": "restore_one", "method": "greedy"}, "and restore_one is no such cost"),
-        ({"score": "kll"}, "`score` must be one of kl, answer_nll, restore_one, halo, even, random"),
+        ({"score": "kll"}, "`score` must be one of kl, answer_nll, restore_one, gates, halo, even, random"),
     ],
 )  # fmt: skip
 def test_settings_that_do_not_fit(changes, message):
@@ -302,6 +356,27 @@ def test_a_plan_that_makes_no_scan(toy, score, tmp_path):
         assert made.plan.reliability.over == "documents"
     else:
         assert made.plan.reliability is None
+
+
+def test_a_plan_by_gates(toy, monkeypatch):
+    """As if the toy could find its passkeys; a few steps, so all stand open about alike."""
+    monkeypatch.setattr(answers, "check", lambda *given: ("passkey",))
+    monkeypatch.setattr(gates, "STEPS", 4)
+    asked = {
+        "data": documents(8), "calibration_data": documents(3, seed=1), "tokens": 256, "selection_tokens": 256,
+        "seq_len": 64, "length": 120, "layers": 2, "score": "gates",
+    }  # fmt: skip
+    made = mismatch.plan((toy.model, toy.tokenizer), "infini(segment=16)", samples=3, **asked)
+    prices = {s.layer: s.cost for s in made.plan.scores}
+    assert all(0.9 < price <= 1 for price in prices.values())
+    assert set(made.plan.choice["infini(segment=16)"]) == set(sorted(prices, key=prices.get)[:2])
+    words = made.words()
+    assert "beside one another, learnt from either half of the prompts: share" in words
+    assert "how sure the choice is" not in words
+    with pytest.raises(
+        UsageError, match="learns from each half of the prompts, and passkey has one"
+    ):
+        mismatch.plan((toy.model, toy.tokenizer), "infini(segment=16)", samples=1, **asked)
 
 
 def test_a_model_that_cannot_answer_is_refused_before_it_is_scanned(toy, tmp_path):
