@@ -96,11 +96,6 @@ def by_gates(opened: Opened[PlanConfig], cells: ScanPrepared) -> Way:
     config = opened.config
     able = answers.check(config, teacher_answers(opened, cells))
     asked = [task for task in cells.tasks if task.name in able]
-    if few := [task.name for task in asked if len(task.ids) < 2]:
-        raise UsageError(
-            f"--score gates learns from each half of the prompts, and {few[0]} has one",
-            hint="take --samples 2 or more",
-        )
 
     def opened_gates(config: PlanConfig) -> np.ndarray:
         sweep = sweep_of(opened.teacher, config, cells.cells, cells.calibration)

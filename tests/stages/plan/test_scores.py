@@ -373,10 +373,6 @@ def test_a_plan_by_gates(toy, monkeypatch):
     words = made.words()
     assert "beside one another, learnt from either half of the prompts: share" in words
     assert "how sure the choice is" not in words
-    with pytest.raises(
-        UsageError, match="learns from each half of the prompts, and passkey has one"
-    ):
-        mismatch.plan((toy.model, toy.tokenizer), "infini(segment=16)", samples=1, **asked)
 
 
 def test_a_model_that_cannot_answer_is_refused_before_it_is_scanned(toy, tmp_path):
