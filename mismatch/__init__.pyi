@@ -82,7 +82,7 @@ def trace(
         revision: Branch, tag or commit of a hub model.
         dtype: dtype of the models. Metrics are always summed in float64.
         device: cpu, cuda, cuda:1, mps; auto takes the first accelerator there is.
-        device_map: auto spreads a model over several devices (accelerate).
+        device_map: auto spreads a model over devices, host memory and disk (accelerate); or a JSON map of its parts.
         trust_remote_code: Run Python code that comes with a model.
         allow_pickle: Load pickled weights, which can run code.
         data: Evaluation text, behind every reported number: a fetched name, a file (.txt, .md, .jsonl, .csv, .tsv, .parquet, also with .gz or .zst; token ids as .npy or .bin), a folder of these, hf:NAME[:CONFIG[:SPLIT]], or - for standard input. Or a list of strings.
@@ -156,7 +156,7 @@ def probe(
         revision: Branch, tag or commit of a hub model.
         dtype: dtype of the models. Metrics are always summed in float64.
         device: cpu, cuda, cuda:1, mps; auto takes the first accelerator there is.
-        device_map: auto spreads a model over several devices (accelerate).
+        device_map: auto spreads a model over devices, host memory and disk (accelerate); or a JSON map of its parts.
         trust_remote_code: Run Python code that comes with a model.
         allow_pickle: Load pickled weights, which can run code.
         data: Evaluation text, behind every reported number: a fetched name, a file (.txt, .md, .jsonl, .csv, .tsv, .parquet, also with .gz or .zst; token ids as .npy or .bin), a folder of these, hf:NAME[:CONFIG[:SPLIT]], or - for standard input. Or a list of strings.
@@ -228,7 +228,7 @@ def diagnose(
         revision: Branch, tag or commit of a hub model.
         dtype: dtype of the models. Metrics are always summed in float64.
         device: cpu, cuda, cuda:1, mps; auto takes the first accelerator there is.
-        device_map: auto spreads a model over several devices (accelerate).
+        device_map: auto spreads a model over devices, host memory and disk (accelerate); or a JSON map of its parts.
         trust_remote_code: Run Python code that comes with a model.
         allow_pickle: Load pickled weights, which can run code.
         data: Evaluation text, behind every reported number: a fetched name, a file (.txt, .md, .jsonl, .csv, .tsv, .parquet, also with .gz or .zst; token ids as .npy or .bin), a folder of these, hf:NAME[:CONFIG[:SPLIT]], or - for standard input. Or a list of strings.
@@ -298,7 +298,7 @@ def scan(
         revision: Branch, tag or commit of a hub model.
         dtype: dtype of the models. Metrics are always summed in float64.
         device: cpu, cuda, cuda:1, mps; auto takes the first accelerator there is.
-        device_map: auto spreads a model over several devices (accelerate).
+        device_map: auto spreads a model over devices, host memory and disk (accelerate); or a JSON map of its parts.
         trust_remote_code: Run Python code that comes with a model.
         allow_pickle: Load pickled weights, which can run code.
         data: Evaluation text, behind every reported number: a fetched name, a file (.txt, .md, .jsonl, .csv, .tsv, .parquet, also with .gz or .zst; token ids as .npy or .bin), a folder of these, hf:NAME[:CONFIG[:SPLIT]], or - for standard input. Or a list of strings.
@@ -376,7 +376,7 @@ def plan(
         revision: Branch, tag or commit of a hub model.
         dtype: dtype of the models. Metrics are always summed in float64.
         device: cpu, cuda, cuda:1, mps; auto takes the first accelerator there is.
-        device_map: auto spreads a model over several devices (accelerate).
+        device_map: auto spreads a model over devices, host memory and disk (accelerate); or a JSON map of its parts.
         trust_remote_code: Run Python code that comes with a model.
         allow_pickle: Load pickled weights, which can run code.
         data: Evaluation text, behind every reported number: a fetched name, a file (.txt, .md, .jsonl, .csv, .tsv, .parquet, also with .gz or .zst; token ids as .npy or .bin), a folder of these, hf:NAME[:CONFIG[:SPLIT]], or - for standard input. Or a list of strings.
@@ -472,7 +472,7 @@ def repair(
         revision: Branch, tag or commit of a hub model.
         dtype: dtype of the models. Metrics are always summed in float64.
         device: cpu, cuda, cuda:1, mps; auto takes the first accelerator there is.
-        device_map: auto spreads a model over several devices (accelerate).
+        device_map: auto spreads a model over devices, host memory and disk (accelerate); or a JSON map of its parts.
         trust_remote_code: Run Python code that comes with a model.
         allow_pickle: Load pickled weights, which can run code.
         data: Evaluation text, behind every reported number: a fetched name, a file (.txt, .md, .jsonl, .csv, .tsv, .parquet, also with .gz or .zst; token ids as .npy or .bin), a folder of these, hf:NAME[:CONFIG[:SPLIT]], or - for standard input. Or a list of strings.
@@ -564,7 +564,7 @@ def train(
         revision: Branch, tag or commit of a hub model.
         dtype: dtype of the models. Metrics are always summed in float64.
         device: cpu, cuda, cuda:1, mps; auto takes the first accelerator there is.
-        device_map: auto spreads a model over several devices (accelerate).
+        device_map: auto spreads a model over devices, host memory and disk (accelerate); or a JSON map of its parts.
         trust_remote_code: Run Python code that comes with a model.
         allow_pickle: Load pickled weights, which can run code.
         data: Evaluation text, behind every reported number: a fetched name, a file (.txt, .md, .jsonl, .csv, .tsv, .parquet, also with .gz or .zst; token ids as .npy or .bin), a folder of these, hf:NAME[:CONFIG[:SPLIT]], or - for standard input. Or a list of strings.

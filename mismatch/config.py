@@ -62,7 +62,7 @@ class RunConfig:
     device: str = "auto"
     """cpu, cuda, cuda:1, mps; auto takes the first accelerator there is."""
     device_map: str | None = None
-    """auto spreads a model over several devices (accelerate)."""
+    """auto spreads a model over devices, host memory and disk (accelerate); or a JSON map of its parts."""
     trust_remote_code: bool = False
     """Run Python code that comes with a model."""
     allow_pickle: bool = False

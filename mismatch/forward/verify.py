@@ -33,7 +33,7 @@ def prove(layout: Layout) -> None:
     Raises:
         LayoutError: names the check that failed, layer and site, with the numbers.
     """
-    device = next(layout.model.parameters()).device
+    device = layout.embedding_device
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, layout.vocab, (2, TOKENS), generator=generator).to(device)
     values: dict[tuple[int, str], Tensor] = {}
@@ -199,4 +199,4 @@ def first_moved(teacher: Layout, student: Layout, first: int) -> Tap | None:
 def _few(teacher: Layout) -> Tensor:
     """Token ids, `1 pos`."""
     ids = torch.randint(0, teacher.vocab, (1, TOKENS), generator=torch.Generator().manual_seed(0))
-    return ids.to(next(teacher.model.parameters()).device)
+    return ids.to(teacher.embedding_device)

@@ -26,6 +26,10 @@ BITSANDBYTES = "bitsandbytes"
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
+FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+"""dtypes of safetensors, as torch calls them."""
+
+
 class Config(TypedDict, total=False):
     """config.json, as far as it is read here; transformers checks the rest."""
 
@@ -176,6 +180,15 @@ def check_weights(folder: Path, allow_pickle: bool = False) -> list[Path]:
             "--allow-pickle (in Python: allow_pickle=True)",
         )
     return []
+
+
+def saved_dtypes(folder: Path) -> set[str]:
+    """What the weights of a folder are saved in, as torch calls it; empty where they are pickled."""
+    found = set()
+    for file in check_weights(folder, allow_pickle=True):
+        with safe_open(file, framework="numpy") as opened:
+            found |= {opened.get_slice(name).get_dtype() for name in opened.keys()}  # noqa: SIM118
+    return {FLOATS.get(name, name.lower()) for name in found}
 
 
 def _check_shards(folder: Path) -> list[Path]:

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from mismatch.errors import UsageError
+from mismatch.models.offloaded import device_of
 
 if TYPE_CHECKING:
     from mismatch.models.layout import CausalLM
@@ -77,7 +78,7 @@ def generate(
     """
     check(max_new_tokens, temperature)
     embedding: Any = model.get_input_embeddings()
-    given = _encoded(tokenizer, prompt, chat).to(embedding.weight.device)
+    given = _encoded(tokenizer, prompt, chat).to(device_of(embedding))
     length = given["input_ids"].shape[1]
     limit = getattr(model.config, "max_position_embeddings", None)
     if limit is not None and length + max_new_tokens > limit:

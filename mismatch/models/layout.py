@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from mismatch.errors import LayoutError
 from mismatch.models.families import Family, family_of, is_parallel
+from mismatch.models.offloaded import device_of
 
 if TYPE_CHECKING:
     import torch
@@ -106,7 +107,7 @@ class Layout:
     @property
     def embedding_device(self) -> torch.device:
         """The device that token ids must be on; under accelerate blocks may be on others."""
-        return self._of_decoder(self.family.embed).weight.device
+        return device_of(self._of_decoder(self.family.embed))
 
     @property
     def parallel(self) -> bool:

@@ -37,6 +37,7 @@ from mismatch.models.folder import (
 from mismatch.models.private import for_reading
 from mismatch.models.quantised import bits, numbers, quantised, settle, values
 from mismatch.models.resolve import Located, from_hub, locate
+from mismatch.models.target import as_target
 from mismatch.models.tokenizer import check_vocabulary
 from mismatch.runs.batch_size import is_memory
 
@@ -112,8 +113,7 @@ def load(
         name_or_path: see `resolve`.
         dtype: "auto" is what the model was saved in; else a key of `DTYPES` or a torch dtype.
         device: where to put it; None is CUDA when there is one, else the CPU.
-        device_map: accelerate's device map ("auto" spreads a model over all GPUs and the CPU);
-            not together with `device`.
+        device_map: accelerate's device map, see `mismatch.models.target`; not together with `device`.
         revision: branch, tag or commit of a hub id.
         trust_remote_code: run Python code that comes with the model.
         allow_pickle: read pickle weights when there are no others (transformers reads them with
@@ -367,24 +367,6 @@ def as_dtype(dtype: str | torch.dtype) -> torch.dtype | str:
     if dtype not in DTYPES:
         raise ModelError(f"unknown dtype {dtype!r}; known: {', '.join(DTYPES)}")
     return DTYPES[dtype]
-
-
-def as_target(device: Any, device_map: Any) -> dict[str, Any]:
-    """Where a model goes: `{"device": ...}` or `{"device_map": ...}`.
-
-    Raises:
-        ModelError: both are given, or the device cannot be used.
-    """
-    if device_map is not None:
-        if device is not None:
-            raise ModelError("device and device_map exclude one another", hint="give one of them")
-        return {"device_map": device_map}
-    chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.empty(0, device=chosen)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ModelError(f"device {chosen!s} cannot be used: {_first_line(error)}") from error
-    return {"device": torch.device(chosen)}
 
 
 def _first_line(error: BaseException) -> str:

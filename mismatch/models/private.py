@@ -10,7 +10,7 @@ So the copy is on write: both read the same memory until either writes, whoever 
 | parameter or buffer in memory that torch allocated | on write (`torch._lazy_clone`) |
 | over a mapped file, as transformers loads weights | both move to memory that torch allocated; then on write |
 | in memory that processes share; a subclass (quantised weights); sparse | at once: its memory twice |
-| without values (meta) | another one without values |
+| without values (meta) | another one without values; of offloaded weights both read the same ones |
 
 What asks for a writable pointer although it only reads (`data_ptr()`: numpy, pickle, safetensors, bitsandbytes,
 compiled code) makes the copy then: more memory, the same values. Tensors that share memory inside the first tree (tied
@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, UntypedStorage, nn
 from transformers import PretrainedConfig
 
-from mismatch.models import quantised
+from mismatch.models import offloaded, quantised
 
 Tree = TypeVar("Tree", bound=nn.Module)
 
@@ -50,7 +50,7 @@ def private_copy(tree: Tree, keep: Iterable[Any] = ()) -> Tree:
         tree: a model, or a part of one. Values, dtypes and requires_grad are kept; gradients are left behind.
         keep: objects that the copy goes on sharing, such as the config of the model around a part.
     """
-    memo: dict[int, Any] = {id(one): one for one in keep}
+    memo: dict[int, Any] = {id(one): one for one in (*keep, *offloaded.maps(tree))}
     storages: dict[int, _Storages] = {}
     quantised.settle(tree)
     for tensor in chain(tree.parameters(), tree.buffers(), quantised.carried(tree)):

@@ -12,6 +12,7 @@ import transformers
 from torch import nn
 
 from mismatch.errors import ModelError
+from mismatch.models import offloaded
 from mismatch.models.layout import Layout
 from mismatch.models.quantised import quantised
 
@@ -49,4 +50,7 @@ def skeleton_of(layout: Layout) -> Layout:
     ):  # as those of a config: of its shape, whatever it is packed in
         bias, dtype = layer.bias is not None, layout.model.dtype
         meta[id(layer)] = nn.Linear(layer.in_features, layer.out_features, bias, "meta", dtype)
-    return replace(layout, model=copy.deepcopy(layout.model, meta))
+    meta |= {id(one): one for one in offloaded.maps(layout.model)}
+    bare = copy.deepcopy(layout.model, meta)
+    offloaded.forget(bare)
+    return replace(layout, model=bare)

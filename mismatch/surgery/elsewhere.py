@@ -15,6 +15,7 @@ from mismatch import spec
 from mismatch.errors import ModelError
 from mismatch.forward.verify import prove_student
 from mismatch.models.layout import Layout
+from mismatch.models.offloaded import offloaded
 from mismatch.models.swap_record import Base, Record
 from mismatch.runs.plan import Apart, Replaced, SwapPlan
 from mismatch.surgery.compared import compared
@@ -78,6 +79,13 @@ def adopted(
         LayoutError: a mechanism carries state from one call to the next.
     """
     _check_numbers(teacher.layout, student.layout)
+    for who, layout in (("teacher", teacher.layout), ("student", student.layout)):
+        if names := offloaded(layout.model):
+            raise ModelError(
+                f"the {who}'s {names[0]} was offloaded ({len(names)} tensors were), and a student from elsewhere is "
+                "compared with its teacher tensor by tensor",
+                hint="load both without offloading: a smaller dtype, or a --device-map of devices alone",
+            )
     bare = replace(student, plan=replace(student.plan, apart=None))
     found = compared(teacher.layout, bare)
     prove_student(teacher.layout, found.layout, found.plan.first)

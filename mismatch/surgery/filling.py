@@ -144,6 +144,7 @@ def _alike(tensor: Tensor) -> Tensor:
 def _refuse_offloaded(tensor: Tensor, name: str, folder: Path) -> None:
     if tensor.device.type == "meta":
         raise ModelError(
-            f"{folder}: {name} belongs to a replaced module and lies on no device (it was offloaded)",
-            hint="give a device_map that keeps the swapped layers on a device",
+            f"{folder}: {name} was trained in another dtype than the model's, or apart from one that it "
+            "shared, and lies on no device (it was offloaded)",
+            hint="give a device_map that keeps its layer on a device",
         )

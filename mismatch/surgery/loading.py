@@ -34,6 +34,7 @@ from mismatch.models.quantised import settle
 from mismatch.models.resolve import Located, from_hub, locate
 from mismatch.models.skeleton import skeleton as of_config_alone
 from mismatch.models.swap_record import MODEL_TYPE, Record, of_config, read
+from mismatch.models.target import as_target
 from mismatch.models.tokenizer import check_vocabulary
 from mismatch.runs.plan import Replaced
 from mismatch.surgery.codes import without_codes
@@ -98,7 +99,7 @@ def load(
         layout = Layout.of(model)
         prove(layout)
         return Measurable(model, tokenizer, layout, info)
-    target = models.as_target(device, device_map)
+    target = as_target(device, device_map)
     wanted = models.as_dtype(dtype or "auto")
     _check_names(found, folder, trust_remote_code)
     if source.hub:

@@ -28,6 +28,7 @@ from mismatch.mechanisms.parts.token_facts import add_token_facts
 from mismatch.mechanisms.parts.user_module import configured
 from mismatch.models.families import family_of
 from mismatch.models.layout import HEADS, Layout
+from mismatch.models.offloaded import fetch
 from mismatch.models.private import configs_of, private_copy
 from mismatch.models.swap_record import Base, Swap
 from mismatch.runs.plan import Replaced, SwapPlan
@@ -243,6 +244,7 @@ def replace(
         holder, attribute = _held(model, path, placement)
         original = getattr(holder, attribute)
         inherited = private_copy(original, keep=configs_of(original))
+        fetch(inherited)
 
         def build(
             call: Call,

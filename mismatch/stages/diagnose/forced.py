@@ -21,6 +21,7 @@ from mismatch.forward import hooks
 from mismatch.forward.sites import leaving, massive, taps
 from mismatch.mechanisms.parts.calling import first_of, hidden_in, with_first
 from mismatch.models.layout import Layout
+from mismatch.models.offloaded import value_of
 from mismatch.stages.diagnose.fits import Known
 from mismatch.stages.diagnose.places import Place
 from mismatch.surgery.compared import same
@@ -175,7 +176,10 @@ def head_given(
 def heads_shared(teacher: Layout, student: Layout, place: Place) -> int:
     """Heads that can be restored one by one; 0 where student and teacher do not share the output projection."""
     theirs, ours = _projection(teacher, place), _projection(student, place)
-    if theirs is None or not same(getattr(ours, "weight", None), theirs.weight):
+    if theirs is None or not isinstance(getattr(ours, "weight", None), Tensor):
+        return 0
+    assert ours is not None
+    if not same(value_of(ours, "weight"), value_of(theirs, "weight")):
         return 0
     return int(teacher.config.num_attention_heads)
 

@@ -21,6 +21,7 @@ from mismatch.runs.plan import as_json
 from mismatch.runs.ranks import RankGone
 from mismatch.runs.stopping import polite
 from mismatch.stages.base import Outcome, Stage
+from mismatch.stages.offloading import refuse_offloaded
 from mismatch.stages.opening import Opened
 from mismatch.stages.probe.questions import Questions
 from mismatch.stages.repair import before_after
@@ -65,6 +66,10 @@ class Prepared:
     selection: Selection
 
 
+WHOLE = "a repair trains beside them and writes all of them into its checkpoint"
+"""Why no weight may be offloaded."""
+
+
 class Repair(Stage[RepairConfig, Prepared]):
     help = "Train the swapped module to match the teacher's, layer by layer, and evaluate what was recovered."
     Config = RepairConfig
@@ -94,6 +99,7 @@ class Repair(Stage[RepairConfig, Prepared]):
     )
 
     def prepare(self, opened: Opened[RepairConfig]) -> Prepared:
+        refuse_offloaded(opened, WHOLE)
         swap, *_ = opened.planned()  # refuses what model, swap and controls do not allow
         parts = pairs_of(opened.skeleton, swap)
         if opened.config.state_bytes is not None:
@@ -119,6 +125,9 @@ class Repair(Stage[RepairConfig, Prepared]):
             f"train on {texts.train.tokens:,} tokens of {config.train_data}{generated}, evaluate on "
             f"{texts.evaluation.tokens:,} of {config.data}, validate on {texts.validation.tokens:,} others of it"
         )
+
+    def loaded(self, opened: Opened[RepairConfig], prepared: Prepared) -> None:
+        refuse_offloaded(opened, WHOLE)
 
     def run(self, opened: Opened[RepairConfig], prepared: Prepared) -> Outcome | None:
         # Without a run folder activations live as long as the run does.

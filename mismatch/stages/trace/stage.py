@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import copy
-import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import pandas as pd
 import torch
@@ -14,8 +13,11 @@ from mismatch import registry
 from mismatch.errors import ModelError
 from mismatch.forward import hooks
 from mismatch.metrics.sums.per_document import Units
+from mismatch.models.folder import saved_dtypes
 from mismatch.models.layout import Layout
+from mismatch.models.offloaded import offloaded
 from mismatch.models.quantised import is_quantised
+from mismatch.models.upcast import in_float32
 from mismatch.runs.batch_size import is_memory
 from mismatch.stages.base import SEVERITIES, Finding, Outcome, Stage
 from mismatch.stages.opening import Opened
@@ -141,28 +143,29 @@ class Trace(Stage[TraceConfig, Prepared]):
 
 
 def _float32(opened: Opened[TraceConfig]) -> Layout | None:
-    """The model in float32, for the floor of a run in another dtype."""
+    """The model in float32, for the floor of a run in another dtype: read anew where its file holds more."""
     teacher, config = opened.teacher, opened.config
-    if teacher.model.dtype == torch.float32 or not opened.ranks.first:
+    if teacher.model.dtype == torch.float32 or not opened.ranks.first or offloaded(teacher.model):
         return None
-    device = teacher.layout.embedding_device
+    coded = is_quantised(teacher.model)
+    path = Path(teacher.info.path) if teacher.info.path else None
     try:
-        if teacher.info.path:
+        if path is not None and (
+            coded or saved_dtypes(path) != {str(teacher.model.dtype).removeprefix("torch.")}
+        ):
             return load(
-                teacher.info.path,
+                path,
                 dtype="float32",
-                device=device,
+                device=teacher.layout.embedding_device,
                 trust_remote_code=config.trust_remote_code,
                 allow_pickle=config.allow_pickle,
             ).layout
-        if is_quantised(teacher.model):  # what its codes were made of is not here
-            return None
-        model = copy.deepcopy(teacher.model).float()
+        # What its codes were made of is not here.
+        return None if coded else in_float32(teacher.layout)
     except (MemoryError, RuntimeError, ModelError) as error:
         if not isinstance(error, ModelError) and not is_memory(error):
             raise
         return None  # the floor is then that of another batch shape alone
-    return dataclasses.replace(teacher.layout, model=model)
 
 
 def _backend(name: str) -> Callable[..., torch.Tensor]:

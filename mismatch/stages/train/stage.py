@@ -22,6 +22,7 @@ from mismatch.forward.heldout import HeldOut
 from mismatch.runs.plan import as_json
 from mismatch.runs.stopping import polite
 from mismatch.stages.base import Outcome, Stage
+from mismatch.stages.offloading import refuse_offloaded
 from mismatch.stages.opening import Opened
 from mismatch.stages.probe.questions import Questions, questions_behind
 from mismatch.stages.swapped import calibration_tokens, warned
@@ -102,6 +103,7 @@ class Train(Stage[TrainConfig, Prepared]):
                 "--probes run parts of a model, which cannot be done while FSDP shards it",
                 hint="leave them out, and ask the checkpoint: mismatch probe --student RUN/checkpoint",
             )
+        refuse_offloaded(opened, "training needs all of them there")
         texts = training_texts(opened, config.train_tokens)
         train = _whole_batches(texts.train, config.batch_size * opened.ranks.world)
         clauses = () if opened.has_student else spec.check(config.swap_spec).clauses
