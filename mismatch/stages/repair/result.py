@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,8 +26,27 @@ if TYPE_CHECKING:
 
 
 NATS = "{:.4f}".format
+NUMBER = re.compile(r"\d[\d.,]*")
 CHECKPOINT = "checkpoint"
 """The repaired model, inside the run folder."""
+
+
+ALIKE = 3
+"""Notes that differ in numbers only, as those of many layers do: so many are said in a terminal."""
+
+
+def some_of(notes: Sequence[str]) -> list[str]:
+    """Each note once; of many that differ in their numbers only the first ones, and how many there are."""
+    kinds: dict[str, list[str]] = {}
+    for note in dict.fromkeys(notes):
+        kinds.setdefault(NUMBER.sub("0", note), []).append(note)
+    said: list[str] = []
+    for alike in kinds.values():
+        less = alike if len(alike) <= ALIKE + 1 else alike[:ALIKE]
+        said += less
+        if more := len(alike) - len(less):
+            said.append(f"{more} more like it, in the report")
+    return said
 
 
 @dataclass(frozen=True, repr=False)
@@ -62,7 +83,7 @@ class Repaired(Result):
         notes = [note for stage in plan.stages for note in stage.notes]
         notes += [branch_line(at, whole) for at in plan.branches]
         notes += needle_lines(self.table)
-        parts.append([f"- {note}" for note in dict.fromkeys([*notes, *plan.notes])])
+        parts.append([f"- {note}" for note in some_of([*notes, *plan.notes])])
         if self.checkpoint is not None:
             parts.append([f'next: mismatch generate {self.checkpoint} "Once upon a time"'])
         return "\n\n".join("\n".join(lines) for lines in parts if lines)

@@ -19,6 +19,7 @@ from mismatch.stages.repair.ladder_stages.activation_store import Store
 from mismatch.stages.repair.ladder_stages.budget import Pace
 from mismatch.stages.repair.ladder_stages.loss import relative_error, weights
 from mismatch.stages.repair.ladder_stages.module_pair import pairs_of, watch
+from mismatch.stages.repair.result import some_of
 from mismatch.surgery.operate import Student
 
 
@@ -236,3 +237,15 @@ def test_they_have_most_of_the_time_until_the_stages_behind_have_theirs():
     usual, first = Pace(config), Pace(config, new_first=True)
     assert usual.share("local") < 0.2 * 60 < 0.6 * 60 < first.share("local") < 0.7 * 60
     assert usual.share("window") == pytest.approx(first.share("window"), rel=1e-2)
+
+
+def test_notes_of_many_layers_are_said_in_part():
+    many = [f"layer{at}.attn: off by 0.{at}2" for at in range(12)]
+    other = ["layer3.attn: undone", "left out", "left out"]
+    assert some_of([*many, *other]) == [
+        *many[:3],
+        "9 more like it, in the report",
+        "layer3.attn: undone",
+        "left out",
+    ]
+    assert some_of(many[:4]) == many[:4]
