@@ -26,6 +26,7 @@ PUBLIC = {
 }
 """Modules for users, beside the names of `mismatch` itself."""
 INSIDE = {
+    "benchmark_gpu": "reads the peak of memory as a manifest has it",
     "benchmark_repair": "times the steps of a repair one by one",
     "benchmark_scan": "times a scan against the blocks it has to run",
     "benchmark_trace": "times a trace against the work it cannot avoid",
@@ -37,6 +38,7 @@ INSIDE = {
     "infini_options": "trains many forms on one pass of the teacher, and counts all against one swap",
     "initial_values": "trains many arms on one pass of the teacher, and counts all against one control",
     "interval_coverage": "names what the table says that intervals are over",
+    "long_context": "reads the demo text as it lies, and the peak of memory",
     "malformed_inputs": "fetches the model that it spoils",
     "mechanism_costs": "counts models that have no weights",
     "mechanism_table": "one sweep of cells that no scan asks for",
