@@ -4,7 +4,7 @@
     python analyses/benchmark_gpu.py --small     a tiny one, on whatever device there is: whether it runs
 
 The model is made on the device, and its text is random ids of the toy's tokenizer, in documents of one window: what is
-measured is time and memory, and nothing of what the model says. Each line is a process of its own after one that does not count.
+measured is time and memory, and nothing of what the model says. Each line is a process of its own, its second run.
 
 | line | what |
 |---|---|
