@@ -52,7 +52,8 @@ from mismatch.mechanisms.parts.initial_values import (
     silu_gate,
     softplus_inverse,
 )
-from mismatch.mechanisms.parts.mixers import Columns, Mixer, identity_taps, on_any_device, stand_in
+from mismatch.mechanisms.parts.linears import Columns, stand_in
+from mismatch.mechanisms.parts.mixers import Mixer, identity_taps, on_any_device
 
 Library = on_any_device(Qwen3NextGatedDeltaNet, __name__)
 STEP_MIN, STEP_MAX, STEP_FLOOR = 0.001, 0.1, 1e-4  # softplus(dt_bias) of flash-linear-attention

@@ -49,7 +49,8 @@ from mismatch.mechanisms.parts.initial_values import (
     sigmoid_gate,
     softplus_inverse,
 )
-from mismatch.mechanisms.parts.mixers import Columns, Mixer, identity_taps, on_any_device, stand_in
+from mismatch.mechanisms.parts.linears import Columns, stand_in
+from mismatch.mechanisms.parts.mixers import Mixer, identity_taps, on_any_device
 
 CHUNK = 16  # tokens computed at once on a CPU: each pair of them costs head_dim numbers; the library's own are 64
 Library = on_any_device(

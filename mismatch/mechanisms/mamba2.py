@@ -53,6 +53,7 @@ from mismatch.mechanisms.parts.initial_values import (
     silu_gate,
     softplus_inverse,
 )
+from mismatch.mechanisms.parts.linears import Columns, stand_in
 from mismatch.mechanisms.parts.mixers import Mixer, identity_taps, on_any_device
 
 Library = on_any_device(Mamba2Mixer, __name__)
@@ -125,7 +126,8 @@ class Mamba2(Mixer):
             layer_idx=0,
         )
         if self.inherits:
-            mixer.in_proj, mixer.out_proj = nn.Identity(), nn.Identity()
+            for name in ("in_proj", "out_proj"):
+                stand_in(mixer, name, Columns())
             identity_taps(mixer.conv1d)
             nn.init.constant_(mixer.norm.weight, GAIN)
         if self.settings.norm == "before":

@@ -349,6 +349,21 @@ def test_a_padding_mask_of_another_batch_is_refused():
         run(lone("mamba2"), stream(2, 3), mask=torch.tensor([[0, 1, 1]] * 3))
 
 
+@pytest.mark.parametrize(
+    "text", ["layer1:gated_attention", "layer1.heads[0,1]:infini(segment=4)", "layer1:mamba2"]
+)
+def test_peft_finds_the_output_projection_once(text):
+    """Also where an attention inside goes without its own."""
+    peft = pytest.importorskip("peft")
+    model = swap(tiny("llama"), text).model
+    wanted = model(tokens(2, 9)).logits
+    targets = ["o_proj", "in_proj", "out_proj"]
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=targets))
+    torch.testing.assert_close(adapted(tokens(2, 9)).logits, wanted, atol=1e-5, rtol=0)
+    layer = adapted.get_submodule("base_model.model.model.layers.1.self_attn")
+    assert [n for n, _ in layer.named_modules() if n.endswith("lora_A")] == ["o_proj.lora_A"]
+
+
 @pytest.mark.parametrize("name", ["gated_deltanet", "kda"])
 def test_peft_finds_the_projections_with_weights_alone(name):
     """The library's mixer has projections of the same names; what stands in their place is no module."""

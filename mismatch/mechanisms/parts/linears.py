@@ -16,6 +16,7 @@ from __future__ import annotations
 import copy
 import zlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
@@ -39,6 +40,24 @@ def grafted(tree: nn.Module) -> nn.Module:
     quantised.settle(tree)
     tensors = chain(tree.parameters(), tree.buffers(), quantised.carried(tree))
     return copy.deepcopy(tree, {id(one): one for one in chain(tensors, configs_of(tree))})
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Some columns of its input, or all: stands where a module had a projection."""
+
+    start: int = 0
+    stop: int | None = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return x[..., self.start : self.stop]
+
+
+def stand_in(module: nn.Module, name: str, columns: Columns) -> None:
+    """Put columns where a module has a projection. They are no module: who looks for projections by name (peft's
+    `target_modules`) finds those with weights alone."""
+    delattr(module, name)
+    setattr(module, name, columns)
 
 
 def linear_layers(tree: nn.Module) -> dict[str, LinearLayer]:

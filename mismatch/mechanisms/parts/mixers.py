@@ -24,7 +24,6 @@ import sys
 import types
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -180,24 +179,6 @@ class Mixer(AttentionParts):
                     known = x.new_zeros(len(new), *x.shape[1:])
                 after[name] = known.index_copy(0, row, x)
         return out, after
-
-
-@dataclass(frozen=True)
-class Columns:
-    """Some columns of its input, or all: stands where a mixer has one of several projections."""
-
-    start: int = 0
-    stop: int | None = None
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return x[..., self.start : self.stop]
-
-
-def stand_in(mixer: nn.Module, name: str, columns: Columns) -> None:
-    """Put columns where a mixer has a projection. They are no module: who looks for projections by name (peft's
-    `target_modules`) finds those with weights alone."""
-    delattr(mixer, name)
-    setattr(mixer, name, columns)
 
 
 def on_any_device(

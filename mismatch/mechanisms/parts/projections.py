@@ -38,7 +38,7 @@ from torch import Tensor, nn
 
 from mismatch.errors import SurgeryError
 from mismatch.mechanisms.base import Context, Mechanism, refuse_linear_attention
-from mismatch.mechanisms.parts.linears import affine
+from mismatch.mechanisms.parts.linears import Columns, affine
 
 # names of the modules that make q, k, v; then the one that makes the output
 SEPARATE = (("q_proj", "k_proj", "v_proj"), "o_proj")
@@ -78,7 +78,7 @@ class AttentionParts(Mechanism):
         )
         self._inputs, self._output = _named_parts(original, context)
         for name in (*self._inputs, self._output, *NORMS):
-            if isinstance(getattr(original, name, None), nn.Module):
+            if isinstance(getattr(original, name, None), nn.Module | Columns):
                 setattr(self, name, getattr(original, name))
         _refuse_unknown(original, self, context)
         source: Any = original  # its attributes differ by family
@@ -153,7 +153,7 @@ class AttentionParts(Mechanism):
         """The weight of the output projection as numbers, outside autograd: `out H D`, float64. The identity where the
         heads themselves are asked for, and the projection was taken out."""
         layer = getattr(self, self._output)
-        if isinstance(layer, nn.Identity):
+        if isinstance(layer, Columns):
             whole = torch.eye(self.n_heads * self.head_dim, dtype=torch.float64)
         else:
             whole = affine(layer, self.context)[:, :-1]

@@ -193,7 +193,12 @@ def _plan(
     measured: Measured,
     facts: dict[str, Any],
 ) -> ChoicePlan:
-    notes = (f"{task} is not measured: {why}" for task, why in prepared.left_out.items())
+    # What the choice could not be asked it cannot be evaluated on either: one reason is enough.
+    notes = (
+        f"{task} is not measured: {why}"
+        for task, why in prepared.left_out.items()
+        if task not in prepared.cells.left_out
+    )
     return ChoicePlan(
         model=config.model,
         swap=swap_of(config, choice),
