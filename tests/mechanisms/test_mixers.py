@@ -364,6 +364,23 @@ def test_peft_finds_the_output_projection_once(text):
     assert [n for n, _ in layer.named_modules() if n.endswith("lora_A")] == ["o_proj.lora_A"]
 
 
+@pytest.mark.parametrize(
+    "text", ["layer1:parallel(infini(segment=4), alpha=0.5)", "layer1.heads[0,1]:infini(segment=4)"]
+)
+def test_an_adapter_on_a_weight_of_two_paths_is_warned_of(text, recwarn):
+    """Merged, it would change both; the output projection of some heads is one for all."""
+    peft = pytest.importorskip("peft")
+    for target, warned in (("q_proj", True), ("down_proj", False), ("o_proj", "parallel" in text)):
+        model = swap(tiny("llama"), text).model
+        recwarn.clear()
+        model(tokens(2, 9))
+        assert not len(recwarn)
+        peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=[target]))(tokens(2, 9))
+        said = [str(w.message) for w in recwarn if "peft adapter sits on" in str(w.message)]
+        assert bool(said) is warned, target
+        assert not said or f"layer 1: a peft adapter sits on `{target}`" in said[0]
+
+
 @pytest.mark.parametrize("name", ["gated_deltanet", "kda"])
 def test_peft_finds_the_projections_with_weights_alone(name):
     """The library's mixer has projections of the same names; what stands in their place is no module."""

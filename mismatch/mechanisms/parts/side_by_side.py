@@ -8,6 +8,7 @@ which is what masks are made for.
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -39,6 +40,8 @@ def side_by_side(
     Raises:
         SurgeryError: the cache was written by another model.
     """
+    if not torch.compiler.is_compiling():
+        _warn_of_adapters(paths, layer, owner)
     cache = cache_in(kwargs, args)
     if cache is None or layer is None or len(paths) == 1:
         return [path(*args, **kwargs) for path in paths]
@@ -46,6 +49,27 @@ def side_by_side(
     return [
         _with_state(path, cache, layer, entries, at, args, kwargs) for at, path in enumerate(paths)
     ]
+
+
+def _warn_of_adapters(paths: Sequence[nn.Module], layer: int | None, owner: str) -> None:
+    """peft merges an adapter into a weight in place, whoever else reads it."""
+    for path in paths:
+        for name, child in path._modules.items():
+            adapted = getattr(child, "base_layer", None)  # what a layer of peft wraps
+            if adapted is None:
+                continue
+            others = (other._modules.get(name) for other in paths if other is not path)
+            if any(
+                getattr(getattr(o, "base_layer", o), "weight", None) is adapted.weight
+                for o in others
+            ):
+                warnings.warn(
+                    f"layer {layer}: a peft adapter sits on `{name}`, whose weight several paths of {owner} read. The "
+                    "model is right as it stands; merge_and_unload() would write the adapter into all of them. Keep it "
+                    "unmerged, or swap mismatch's own `lora` in",
+                    stacklevel=2,
+                )
+                return
 
 
 @torch.compiler.disable  # what a path keeps between two calls does not fit into one graph
