@@ -56,8 +56,8 @@ def _warn_of_adapters(paths: Sequence[nn.Module], layer: int | None, owner: str)
     for path in paths:
         for name, child in path._modules.items():
             adapted = getattr(child, "base_layer", None)  # what a layer of peft wraps
-            if adapted is None:
-                continue
+            if adapted is None or type(child).__module__.startswith("mismatch."):
+                continue  # `mismatch merge` refuses where its own could not be merged
             others = (other._modules.get(name) for other in paths if other is not path)
             if any(
                 getattr(getattr(o, "base_layer", o), "weight", None) is adapted.weight
