@@ -5,11 +5,11 @@
 
 Attention of one layer of SmolLM2 is replaced by a mixer with a state, and repaired with `--max-minutes`; nothing else
 is set but windows of 512 tokens, on `wiki` for evaluation and `sotu` for training. The clock of the minutes is the CPU
-time of one core here, so that a busy machine gets as far as an idle one. Counted is the share closed of the KL of the
-swap as it was made, on documents that nothing was trained or chosen on; beside it, on the same tokens, the attention
-deleted (`zero`) and the best linear map of one token (`linear`). CPU seconds are those of the whole command behind the
-loading of the model: sampling from the teacher, its run over the text, the stages, and evaluation, which the minutes
-do not count. Writes figures/repair_minutes/.
+time of one core here, so that a busy machine gets nearly as far as an idle one. Counted is the share closed of the KL
+of the attention deleted (`zero`), of the best linear map of one token (`linear`), and of the swap as it was made, which
+can be worse than no attention; on documents that nothing was trained or chosen on. CPU seconds are those of the whole
+command behind the loading of the model: sampling from the teacher, its run over the text, the stages, and evaluation,
+which the minutes do not count. Writes figures/repair_minutes/.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def repaired(minutes: int, layer: int, name: str) -> dict[str, Any]:
         "spec": plan.spec,
         "cpu_seconds": time.process_time() - began,
         "students": {
-            who: {"kl": list(one.kl), "closed": list(one.gap_closed or ())}
+            who: {"kl": list(one.kl), "repaired_closes": list(one.repaired_closes)}
             for who, one in plan.students.items()
         },
         "stages": [(s.name, s.kl, s.kept, s.steps, s.seconds) for s in plan.stages],
@@ -105,10 +105,11 @@ def table(folder: Path) -> pd.DataFrame:
                 row: dict[str, Any] = {"layer": layer, "mechanism": name, "minutes": minutes}
                 for who in ("zero", "linear", "swap", "repaired"):
                     row |= dict(
-                        zip((who, f"{who}_lo", f"{who}_hi"), students[who]["kl"], strict=False)
+                        zip((who, f"{who}_lo", f"{who}_hi"), students[who]["kl"], strict=True)
                     )
-                closed = students["repaired"]["closed"]
-                row |= dict(zip(("closed", "closed_lo", "closed_hi"), closed, strict=False))
+                for who in ("zero", "linear", "swap"):
+                    names = (f"of_{who}", f"of_{who}_lo", f"of_{who}_hi")
+                    row |= dict(zip(names, students[who]["repaired_closes"], strict=True))
                 row["cpu_seconds"] = made["cpu_seconds"]
                 row["kept"] = " ".join(stage[0] for stage in made["stages"] if stage[2])
                 rows.append(row)

@@ -39,7 +39,7 @@ from mismatch.stages.repair.ladder_stages.block_window_kl import (
 )
 from mismatch.stages.repair.ladder_stages.budget import Pace, planned
 from mismatch.stages.repair.ladder_stages.closed_form import closed_forms
-from mismatch.stages.repair.ladder_stages.inherit import inherit
+from mismatch.stages.repair.ladder_stages.inherit import inherit, taking
 from mismatch.stages.repair.ladder_stages.local import NEVER, LocalLoss, groups
 from mismatch.stages.repair.ladder_stages.module_pair import ModulePair, tensors_of
 from mismatch.stages.repair.ladder_stages.places import Places
@@ -113,8 +113,8 @@ class Ladder:
         """On the evaluation text, before the first stage; known behind `begin`."""
         self.best: Judged
         """After the stages that were kept."""
-        new_first = any(trains_new_first(part.student) for part in self.parts)
-        self.pace = Pace(config, spent, new_first)
+        longest = any(trains_new_first(part.student) or taking(part) for part in self.parts)
+        self.pace = Pace(config, spent, longest)
 
     # ---- the run --------------------------------------------------------------------------------
 
@@ -140,9 +140,8 @@ class Ladder:
         done, ended = {stage.name for stage in self.stages}, False
         for name in (name for name in asked(self) if name not in done):
             if not ended and self.ranks.from_first(self._exhausted()):
-                self.say(
-                    f"the ladder ends before {name}: no time is left, or two stages gained too little"
-                )
+                why = "no time is left, or two stages gained too little"
+                self.say(f"the ladder ends before {name}: {why}")
                 ended = True
             if ended and name != SLOTS:  # a budget is kept, whatever the time
                 continue
@@ -151,7 +150,7 @@ class Ladder:
             before = self._weights()
             stage = getattr(self, "_" + name.replace("-", "_"))(name)
             self.ranks.copied(self.learner.named().values())
-            now = self._evaluated()
+            now = self.best if name != SLOTS and self._still(before) else self._evaluated()
             why = self.ranks.from_first(now.worse_than(self.best))
             if why is not None and name != SLOTS:
                 self._set(before)
@@ -363,6 +362,10 @@ class Ladder:
 
     def _weights(self) -> dict[str, Tensor]:
         return {name: tensor.detach().clone() for name, tensor in self.learner.named().items()}
+
+    def _still(self, before: dict[str, Tensor]) -> bool:
+        """Whether no weight has changed, as where a stage had no time: then nothing is evaluated again."""
+        return all(torch.equal(own, before[name]) for name, own in self.learner.named().items())
 
     @torch.no_grad()
     def _set(self, weights: dict[str, Tensor]) -> None:

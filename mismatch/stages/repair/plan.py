@@ -19,12 +19,20 @@ ALL, NONE = "all", "none"
 
 @dataclass(frozen=True)
 class StudentReading:
-    """One student on the evaluation text: nats per token; `repaired_minus` is the repaired model minus this, paired."""
+    """One student on the evaluation text: nats per token.
+
+    Attributes:
+        kl, nll: as `mismatch.forward.heldout.Evaluated`.
+        gap_closed: the share of the swap's KL, as it was made, that this one closes.
+        repaired_minus: KL of the repaired model minus that of this one, paired.
+        repaired_closes: the share of this one's KL that the repaired model closes, paired; NaN in older plans.
+    """
 
     kl: Reading
     nll: Reading
     gap_closed: Reading
     repaired_minus: Reading
+    repaired_closes: Reading = (float("nan"),) * 3
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,8 @@ PIECE = 256  # tokens of a piece, at most
 ROOM = 4e9  # bytes that pieces sampled side by side may take
 SCORES = 16  # bytes per word of the vocabulary and piece: scores, and what is made of them to draw
 TRIAL = 16  # tokens of each piece that are timed to know what all of them cost
-DEARER = 1.5  # a token of a whole piece against one of the trial: it looks back further
+BESIDE = 32  # pieces of a trial, at most: with more of them a token hardly gets cheaper
+DEARER = 1.25  # a token of a whole piece against one of the trial: it looks back further
 
 
 class Writer:
@@ -92,7 +93,7 @@ class Writer:
 
     def _written(self, tokens: int, seconds: float) -> np.ndarray:
         asked = tokens // self.seq_len
-        wanted = self.ranks.from_first(min(asked, self._affordable(asked, seconds)))
+        wanted = self._affordable(asked, seconds)
         self.say(f"{wanted * self.seq_len:,} tokens are sampled from the teacher, to train on")
         if wanted < asked:
             self.say(f"(for all {asked * self.seq_len:,} of --self-generated there is no time)")
@@ -126,14 +127,17 @@ class Writer:
         return self.ranks.from_first(room)
 
     def _affordable(self, windows: int, seconds: float) -> int:
-        """Windows that these seconds are enough for."""
+        """Windows that these seconds are enough for, at most as many as given. A token costs more the fewer pieces
+        stand side by side, so where less than half of those that were timed are made, they are timed again."""
         if windows == 0 or seconds == math.inf:
             return windows
-        rows, length = min(self.rows, windows * self.per_window), min(TRIAL, self.piece)
+        rows, length = min(self.rows, windows * self.per_window, BESIDE), min(TRIAL, self.piece)
         started = time.monotonic()
         self._pieces(rows, length, 0)
         each = (time.monotonic() - started) / (rows * length) * DEARER
-        return int(seconds / each / self.seq_len)
+        found = self.ranks.from_first(min(windows, int(seconds / each / self.seq_len)))
+        again = 2 * found * self.per_window < rows
+        return self._affordable(found, seconds) if again else found
 
     def _pieces(self, rows: int, length: int, number: int) -> list[Tensor]:
         """Pieces side by side, from this number on; fewer where memory is short, on whichever rank."""

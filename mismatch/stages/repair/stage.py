@@ -277,6 +277,7 @@ def _readings(evaluated: Mapping[str, Evaluated]) -> dict[str, StudentReading]:
             one.nll.mean()[:3],
             one.kl.gap_closed(swapped)[:3],
             (repaired - one.kl).mean()[:3],
+            repaired.gap_closed(one.kl)[:3],
         )
         for name, one in evaluated.items()
     }

@@ -23,7 +23,7 @@ from mismatch.texts.overlap import repeats
 from mismatch.texts.retrieval import made_tokens
 from mismatch.texts.windows import Windows
 
-SHARE = 0.4  # of the time there is, that sampling may take
+SHARE = 0.2  # of the time there is, that sampling may take
 READING = 0.25  # of the time there is, that the teacher's run over the text may take
 
 

@@ -12,6 +12,7 @@ from torch import nn
 import mismatch
 from mismatch.models.layout import Layout
 from mismatch.stages.repair.config import RepairConfig
+from mismatch.stages.repair.ladder import Ladder
 from mismatch.stages.repair.ladder_stages import block_window_kl as stream
 from mismatch.stages.repair.ladder_stages import closed_form as closed
 from mismatch.stages.repair.ladder_stages import local
@@ -20,6 +21,7 @@ from mismatch.stages.repair.ladder_stages.budget import Pace
 from mismatch.stages.repair.ladder_stages.loss import relative_error, weights
 from mismatch.stages.repair.ladder_stages.module_pair import pairs_of, watch
 from mismatch.stages.repair.result import some_of
+from mismatch.stages.repair.trainable import trainable
 from mismatch.surgery.operate import Student
 
 
@@ -232,9 +234,9 @@ def test_the_projection_is_not_fitted_before_they_have_learned(swapped):
     assert all(torch.equal(before[n], t) for n, t in part.student.state_dict().items())
 
 
-def test_they_have_most_of_the_time_until_the_stages_behind_have_theirs():
+def test_where_the_layer_has_most_to_learn_it_has_most_of_the_time():
     config = RepairConfig(model="glassllm", swap=("layer1:zero",), max_minutes=1.0)
-    usual, first = Pace(config), Pace(config, new_first=True)
+    usual, first = Pace(config), Pace(config, local_longest=True)
     assert usual.share("local") < 0.2 * 60 < 0.6 * 60 < first.share("local") < 0.7 * 60
     assert usual.share("window") == pytest.approx(first.share("window"), rel=1e-2)
 
@@ -249,3 +251,21 @@ def test_notes_of_many_layers_are_said_in_part():
         "left out",
     ]
     assert some_of(many[:4]) == many[:4]
+
+
+@pytest.mark.parametrize(
+    "mechanism, share",
+    [("infini(segment=16)", 0.15), (FIRST, 0.64), ("gated_deltanet", 0.64), ("rwkv", 0.64)],
+)
+def test_a_mixer_and_new_parameters_that_train_alone_get_most_of_the_time(
+    toy_teacher, mechanism, share
+):
+    """Of 100 minutes, in seconds: a layer that only has its gates to learn keeps the usual part."""
+    config = RepairConfig(model="glassllm", swap=(f"layer1:{mechanism}",), max_minutes=100.0)
+    student = mismatch.swap(toy_teacher, f"layer1:{mechanism}")
+    learner = trainable(toy_teacher.layout, config, student)
+    ladder = Ladder(
+        config, toy_teacher.layout, learner, judge=None, texts=None, folder=None, state=None,
+        fingerprint={}, stopping=bool, say=print,
+    )  # fmt: skip
+    assert ladder.pace.share("local") == pytest.approx(share * 6000, rel=0.01)

@@ -16,6 +16,8 @@ from mismatch import config
 from mismatch.errors import DataError, MismatchError, OutputError
 from mismatch.stages import runner
 from mismatch.stages.repair.config import RepairConfig
+from mismatch.stages.repair.judge import Judge
+from mismatch.stages.repair.ladder import Ladder
 from mismatch.stages.repair.ladder_stages.local import LocalLoss
 from mismatch.stages.repair.ladder_stages.training import Trainer
 
@@ -65,6 +67,19 @@ def starve(monkeypatch, most: int) -> list[int]:
 
     monkeypatch.setattr(LocalLoss, "__call__", loss)
     return tried
+
+
+def test_a_stage_that_had_no_time_is_left_out_and_not_evaluated_again(toy_teacher, monkeypatch):
+    evaluated = []
+    real = Judge.evaluate
+    monkeypatch.setattr(Judge, "evaluate", lambda *args: evaluated.append(1) or real(*args))
+    monkeypatch.setattr(Ladder, "_planned", lambda *_args: (3, 1))
+    stages = ("closed-form", "local", "block")
+    result = repaired(toy_teacher, stages=stages, max_minutes=5.0)
+    _, fitted, local, block = result.plan.stages
+    assert local.notes == block.notes == ["left out: the time that is left allows 3 steps"]
+    assert local.kl == block.kl == fitted.kl and local.gap_lo == fitted.gap_lo
+    assert len(evaluated) == 2  # the swap, and behind the closed form
 
 
 @pytest.mark.parametrize("minutes", [None, 1.0])  # with a limit steps are timed first

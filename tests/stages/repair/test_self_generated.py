@@ -162,17 +162,33 @@ def test_as_many_pieces_stand_side_by_side_as_there_is_room_for(tiny, monkeypatc
 
 
 def test_no_more_is_written_than_there_is_time_for(tiny, monkeypatch):
+    """Sampling costs 4 s and 0.1 s a token: of 40 windows time is enough for 20 by a trial of 32 side by side, which
+    holds; or for 10, and a trial of these tells that their tokens cost more each."""
     from mismatch.stages.repair import self_generated as written
 
     said: list[str] = []
-    clock = iter(range(0, 10_000, 4))  # the trial takes four seconds
-    monkeypatch.setattr(written.time, "monotonic", lambda: float(next(clock)))
     writer = Writer(tiny("llama"), Words(), 32, seed=0, say=said.append)
-    trial = 10 * written.TRIAL  # tokens
-    each = 4 / trial * written.DEARER
-    assert len(writer.write(320, seconds=3.5 * 32 * each)) == 3
-    assert said[0] == "96 tokens are sampled from the teacher, to train on"
-    assert "for all 320" in said[1]
+    now, drawn, trials = [0.0], writer._pieces, []
+
+    def timed(rows: int, length: int, number: int) -> Any:
+        if length == written.TRIAL:
+            now[0] += 4 + 0.1 * rows * length
+            trials.append(rows)
+        return drawn(rows, length, number)
+
+    monkeypatch.setattr(written.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(writer, "_pieces", timed)
+
+    def each(rows: int) -> float:
+        """Seconds of a window, by a trial of so many."""
+        return 32 * written.DEARER * (4 / (rows * written.TRIAL) + 0.1)
+
+    assert len(writer.write(40 * 32, 20.5 * each(32))) == 20
+    assert trials == [32]
+    assert len(writer.write(40 * 32, 10.5 * each(32))) == int(10.5 * each(32) / each(10)) == 9
+    assert trials == [32, 32, 10]
+    assert said[-2] == "288 tokens are sampled from the teacher, to train on"
+    assert "for all 1,280" in said[-1]
     assert writer.write(320, seconds=0.0).shape == (0, 32)
 
 

@@ -17,9 +17,10 @@ from mismatch.stages.repair.ladder_stages.training import CHEAPER, Group
 
 WEIGHTS = {"local": 15, "block": 51, "window": 30.6, "end-to-end": 3.4}
 """How stages that train part the time among those still to come; the closed form takes what it takes."""
-LOCAL_FIRST = 150
-"""In place of the first of them where new parameters train alone at first (`Mechanism.new_first`): little is left for
-the stages behind."""
+LOCAL_LONGEST = 150
+"""In place of the first of them where the layer alone has most to learn: new parameters that train alone at first
+(`Mechanism.new_first`), a recurrent mixer. Little is left for the stages behind: a second of `local` is then worth more
+than one of `block`."""
 TRIAL_STEPS = 2  # timed to plan the others
 LOOKS = 8  # per stage, fewer where a look is dear:
 LOOKING = 0.2  # share of a stage's time that looks may take
@@ -31,12 +32,14 @@ class Pace:
     Args:
         config: the settings; `max_minutes` None is no limit.
         spent: seconds that went by before the first stage and count.
-        new_first: whether new parameters train alone in the stage `local`.
+        local_longest: whether the stage `local` gets most of the time.
     """
 
-    def __init__(self, config: RepairConfig, spent: float = 0.0, new_first: bool = False) -> None:
+    def __init__(
+        self, config: RepairConfig, spent: float = 0.0, local_longest: bool = False
+    ) -> None:
         self.config = config
-        self.weights = {**WEIGHTS, "local": LOCAL_FIRST} if new_first else WEIGHTS
+        self.weights = {**WEIGHTS, "local": LOCAL_LONGEST} if local_longest else WEIGHTS
         self.began = time.monotonic()
         self.earlier = spent  # of a resumed repair, what its process had spent
         self.idle = 0.0

@@ -15,7 +15,7 @@ from mismatch.report.page import Cell, Html, grid, join, reading, tag, whole
 from mismatch.report.sections import Section, replaced, verdict
 from mismatch.runs.folder import Run
 from mismatch.stages.probe.words import WORSE, headlines, probes_of
-from mismatch.stages.repair.plan import RepairPlan
+from mismatch.stages.repair.plan import RepairPlan, StudentReading
 from mismatch.stages.repair.report.before_after_figure import before_after as before_after_figure
 from mismatch.stages.repair.report.before_after_figure import before_after_data
 from mismatch.stages.repair.report.curve_figure import repair_data, repair_figure, stage_table
@@ -106,11 +106,21 @@ def students(plan: RepairPlan) -> Html:
                 reading(*found.kl),
                 reading(*found.nll),
                 reading(*found.repaired_minus) if name != "repaired" else "",
+                _closes(found) if name != "repaired" else "",
             )
         )
-    heads = ("student", "KL", "NLL minus the teacher's", "KL, repaired − student, paired")
+    heads = (
+        *("student", "KL", "NLL minus the teacher's", "KL, repaired − student, paired"),
+        "share of the student's KL that the repair closes",
+    )
     marked = [i for i, name in enumerate(plan.students) if name == "repaired"]
-    return grid(heads, rows, numbers=(1, 2, 3), marked=marked)
+    return grid(heads, rows, numbers=(1, 2, 3, 4), marked=marked)
+
+
+def _closes(found: StudentReading) -> Cell | str:
+    """Of a plan that was made before there was such a reading, nothing."""
+    read = found.repaired_closes
+    return "-" if math.isnan(read[0]) else Cell(percent(read), read[0])
 
 
 def branches(plan: RepairPlan) -> Html:
