@@ -494,7 +494,7 @@ def repair(
         tokens: Evaluation tokens.
         train_data: Training text, of another source than the evaluation text. Mechanisms that need calibration use it too. Or a list of strings.
         train_tokens: Training tokens.
-        self_generated: Share of the training tokens that is sampled from the teacher, which knows more kinds of text than one source has; the rest is training text. Sampling may take a fifth of --max-minutes. 0 = training text alone.
+        self_generated: Share of the training tokens that is sampled from the teacher, which knows more kinds of text than one source has; the rest is training text. Sampling, and the teacher's run over all of it, may take 0.45 of --max-minutes. 0 = training text alone.
         retrieval_text: Share of the training tokens in which something must be retrieved: needles, copies and lists made of training text. By default half of what --self-generated leaves, at most 0.25, where the tokenizer and --seq-len allow it; 0 = none.
         val_tokens: Validation tokens, of other documents of the evaluation source: they select checkpoints and end a stage early.
         trace_tokens: Evaluation tokens behind the heatmaps before and after the repair; 0 = no heatmaps.

@@ -92,7 +92,8 @@ class RepairConfig(ScoredConfig, SwapConfig):
     """Training tokens."""
     self_generated: Annotated[float, ">= 0"] = 0.5
     """Share of the training tokens that is sampled from the teacher, which knows more kinds of text than one source
-    has; the rest is training text. Sampling may take a fifth of --max-minutes. 0 = training text alone."""
+    has; the rest is training text. Sampling, and the teacher's run over all of it, may take 0.45 of --max-minutes. 0 =
+    training text alone."""
     retrieval_text: Annotated[float, ">= 0"] | None = None
     """Share of the training tokens in which something must be retrieved: needles, copies and lists made of training
     text. By default half of what --self-generated leaves, at most 0.25, where the tokenizer and --seq-len allow it;

@@ -74,12 +74,13 @@ class Writer:
         self.words = torch.tensor([i for i in range(len(tokenizer)) if i not in special])
         self.rows = self._side_by_side()
 
-    def write(self, tokens: int, seconds: float = math.inf) -> np.ndarray:
+    def write(self, tokens: int, seconds: float = math.inf, beside: float = 0.0) -> np.ndarray:
         """Windows, as many as were asked for or as there is time for.
 
         Args:
             tokens: to sample, at most.
-            seconds: that it may take.
+            seconds: that it may take, and what each token entails.
+            beside: seconds that each token entails.
 
         Returns:
             ids, int64 `n seq_len`.
@@ -89,11 +90,11 @@ class Writer:
             MismatchError: no memory for a single piece.
         """
         with kept_pages():
-            return self._written(tokens, seconds)
+            return self._written(tokens, seconds, beside)
 
-    def _written(self, tokens: int, seconds: float) -> np.ndarray:
+    def _written(self, tokens: int, seconds: float, beside: float) -> np.ndarray:
         asked = tokens // self.seq_len
-        wanted = self._affordable(asked, seconds)
+        wanted = self._affordable(asked, seconds, beside)
         self.say(f"{wanted * self.seq_len:,} tokens are sampled from the teacher, to train on")
         if wanted < asked:
             self.say(f"(for all {asked * self.seq_len:,} of --self-generated there is no time)")
@@ -126,7 +127,7 @@ class Writer:
         room = max(1, int(ROOM / (kept * self.piece + SCORES * logits.shape[-1])))
         return self.ranks.from_first(room)
 
-    def _affordable(self, windows: int, seconds: float) -> int:
+    def _affordable(self, windows: int, seconds: float, beside: float) -> int:
         """Windows that these seconds are enough for, at most as many as given. A token costs more the fewer pieces
         stand side by side, so where less than half of those that were timed are made, they are timed again."""
         if windows == 0 or seconds == math.inf:
@@ -135,9 +136,9 @@ class Writer:
         started = time.monotonic()
         self._pieces(rows, length, 0)
         each = (time.monotonic() - started) / (rows * length) * DEARER
-        found = self.ranks.from_first(min(windows, int(seconds / each / self.seq_len)))
+        found = self.ranks.from_first(min(windows, int(seconds / (each + beside) / self.seq_len)))
         again = 2 * found * self.per_window < rows
-        return self._affordable(found, seconds) if again else found
+        return self._affordable(found, seconds, beside) if again else found
 
     def _pieces(self, rows: int, length: int, number: int) -> list[Tensor]:
         """Pieces side by side, from this number on; fewer where memory is short, on whichever rank."""

@@ -47,7 +47,7 @@ from mismatch.stages.repair.rows import (
 from mismatch.stages.repair.texts import RepairTexts, read_texts
 from mismatch.stages.repair.trainable import Trainable, trainable
 from mismatch.stages.repair.trained_controls import TrainedControl
-from mismatch.stages.repair.training_text import readable, training_text
+from mismatch.stages.repair.training_text import readable, reading_pace, training_text
 from mismatch.stages.swapped import calibration_tokens, reach, warned
 from mismatch.surgery.operate import Student
 from mismatch.surgery.students import students_of
@@ -151,25 +151,26 @@ def _run(
     ranks.copied(mine.named().values())
     start = standing(parts)
     _say_who_waits(opened, len(parts))
+    pace = reading_pace(
+        config,
+        teacher,
+        texts.train,
+        blocks=parts[-1].layer + 1 + config.window_blocks * ("window" in config.stages),
+        state=opened.state("reading"),
+        ranks=ranks,
+    )
     trained_on = training_text(
         config,
         teacher,
         texts.train,
         (texts.evaluation, texts.validation),
+        reading=pace,
         state=opened.state("self-generated"),
         stopping=stopping,
         say=opened.say,
         ranks=ranks,
     )
-    trained_on = readable(
-        config,
-        teacher,
-        trained_on,
-        blocks=parts[-1].layer + 1 + config.window_blocks * ("window" in config.stages),
-        state=opened.state("reading"),
-        say=opened.say,
-        ranks=ranks,
-    )
+    trained_on = readable(config, trained_on, pace, say=opened.say)
     device = teacher.layout.embedding_device
     opened.say(f"the teacher runs over {texts.evaluation.tokens:,} evaluation tokens, once")
     first = swap.plan.first or 0

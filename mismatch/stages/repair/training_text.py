@@ -1,7 +1,12 @@
 """What a repair trains on: training text, and text sampled from the teacher; sampled once, and kept.
 
-The teacher runs over all of it once before a layer trains. Where time is limited, no more text is taken than it reads
-in `READING` of that time: a stage with a tenth of the text repairs, one without time does not.
+The teacher runs over all of it once before a layer trains. Where time is limited, sampling and that run together take
+`TEXT` of it: a stage with a tenth of the text repairs, one without time does not. Reading is timed first, for text that
+is sampled is also read, beside its share of training text; then a token costs, in the shares that were asked for,
+
+    sampling + reading / self_generated      per sampled token
+
+On a CPU a sampled token costs four times a read one, on a GPU more.
 """
 
 from __future__ import annotations
@@ -23,8 +28,9 @@ from mismatch.texts.overlap import repeats
 from mismatch.texts.retrieval import made_tokens
 from mismatch.texts.windows import Windows
 
-SHARE = 0.2  # of the time there is, that sampling may take
-READING = 0.25  # of the time there is, that the teacher's run over the text may take
+TEXT = 0.45  # of the time there is, that sampling and the teacher's run over the text may take together
+READING = 0.25  # of it, that the run may take at most
+LEAST_READING = 0.1  # of it, that is left for the run where sampling took longer than was planned
 
 
 @dataclass(frozen=True)
@@ -65,6 +71,7 @@ def training_text(
     read: Windows,
     held_out: Sequence[Windows],
     *,
+    reading: float,
     state: State | None,
     stopping: Callable[[], bool],
     say: Callable[[str], None],
@@ -77,6 +84,7 @@ def training_text(
         teacher: is sampled from.
         read: the training text.
         held_out: what must not be trained on.
+        reading: seconds that the teacher takes to read a token (`reading_pace`).
         state: where the samples are kept; None keeps nothing.
         stopping: True asks to stop.
         say: a line for the user.
@@ -106,8 +114,9 @@ def training_text(
             say=say,
             ranks=ranks,
         )
-        limit = float("inf") if config.max_minutes is None else SHARE * 60 * config.max_minutes
-        ids, seconds = writer.write(config.to_generate, limit), time.monotonic() - started
+        limit = float("inf") if config.max_minutes is None else TEXT * 60 * config.max_minutes
+        ids = writer.write(config.to_generate, limit, beside=reading / config.self_generated)
+        seconds = time.monotonic() - started
         if state is not None:
             state.save({"ids": ids}, {"seconds": seconds}, prints)
     else:
@@ -138,46 +147,61 @@ def training_text(
 
 
 @torch.no_grad()
-def readable(
+def reading_pace(
     config: RepairConfig,
     teacher: Teacher,
-    found: TrainingText,
+    read: Windows,
     blocks: int,
     *,
     state: State | None,
-    say: Callable[[str], None],
     ranks: Ranks = ALONE,
-) -> TrainingText:
-    """As much of the text as the teacher reads in its share of the time: of each kind the share that was asked for;
-    where less was sampled, more of the training text.
+) -> float:
+    """Seconds that the teacher takes to read a token, before anything is sampled; 0 without a limit of time.
 
     Args:
-        config: the time there is; without a limit all of the text is taken.
+        config: the time there is.
         teacher: reads; a batch is timed.
-        found: the text.
+        read: the training text.
         blocks: that it runs, at most all there are.
-        state: where the number is kept, so that a resumed repair trains on the same text.
-        say: a line for the user.
+        state: where the pace is kept, so that a resumed repair trains on the same text.
         ranks: who will share the reading; the first one's clock counts.
     """
     if config.max_minutes is None:
-        return found
+        return 0.0
     blocks = min(blocks, teacher.layout.n_layers)
-    prints = {"text": found.windows.fingerprint, "minutes": config.max_minutes, "blocks": blocks}
+    prints = {"text": read.fingerprint, "minutes": config.max_minutes, "blocks": blocks}
     state = state if ranks.first else None
     kept = ranks.from_first(None if state is None else state.load(prints))
     if kept is not None:
-        most = kept[1]["windows"]
-    else:
-        ids = hooks.on_device(teacher.layout, found.windows.ids[: config.batch_size])
-        hooks.run(teacher.layout, ids, stop=blocks)  # what is made on first use is not counted
-        started = time.monotonic()
-        hooks.run(teacher.layout, ids, stop=blocks)
-        each = (time.monotonic() - started) / len(ids) / ranks.world
-        most = ranks.from_first(max(1, int(READING * 60 * config.max_minutes / each)))
-        if state is not None:
-            state.save({}, {"windows": most}, prints)
+        return kept[1]["seconds"]
+    ids = hooks.on_device(teacher.layout, read.ids[: config.batch_size])
+    hooks.run(teacher.layout, ids, stop=blocks)  # what is made on first use is not counted
+    started = time.monotonic()
+    hooks.run(teacher.layout, ids, stop=blocks)
+    each = ranks.from_first((time.monotonic() - started) / ids.numel() / ranks.world)
+    if state is not None:
+        state.save({}, {"seconds": each}, prints)
+    return each
+
+
+def readable(
+    config: RepairConfig, found: TrainingText, reading: float, *, say: Callable[[str], None]
+) -> TrainingText:
+    """As much of the text as the teacher reads in the time that sampling left: of each kind the share that was asked
+    for; where less was sampled, more of the training text.
+
+    Args:
+        config: the time there is; without a limit all of the text is taken.
+        found: the text.
+        reading: seconds that the teacher takes to read a token (`reading_pace`).
+        say: a line for the user.
+    """
+    if config.max_minutes is None:
+        return found
+    there_is = 60 * config.max_minutes
+    left = min(READING * there_is, max(LEAST_READING * there_is, TEXT * there_is - found.seconds))
     whole = len(found.windows.ids)
+    most = max(1, int(left / reading / config.seq_len)) if reading else whole
     if most >= whole:
         return found
     own = found.generated // config.seq_len

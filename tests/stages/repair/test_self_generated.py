@@ -186,9 +186,11 @@ def test_no_more_is_written_than_there_is_time_for(tiny, monkeypatch):
     assert len(writer.write(40 * 32, 20.5 * each(32))) == 20
     assert trials == [32]
     assert len(writer.write(40 * 32, 10.5 * each(32))) == int(10.5 * each(32) / each(10)) == 9
-    assert trials == [32, 32, 10]
-    assert said[-2] == "288 tokens are sampled from the teacher, to train on"
-    assert "for all 1,280" in said[-1]
+    # What each token entails takes its part of the time.
+    assert len(writer.write(40 * 32, 40.5 * each(32), beside=each(32) / 32)) == 20
+    assert trials == [32, 32, 10, 32]
+    assert "640 tokens are sampled from the teacher, to train on" in said
+    assert "(for all 1,280 of --self-generated there is no time)" in said
     assert writer.write(320, seconds=0.0).shape == (0, 32)
 
 
@@ -258,6 +260,7 @@ def asked(toy_teacher) -> dict[str, Any]:
         "teacher": toy_teacher,
         "read": windows(rng.integers(5, 900, (8, 64)), "text"),
         "held_out": (windows(rng.integers(5, 900, (2, 64)), "held"),),
+        "reading": 0.0,
         "stopping": lambda: False,
         "say": lambda _line: None,
     }
@@ -308,34 +311,64 @@ def clock(monkeypatch, seconds):
 
 
 @pytest.mark.parametrize(
-    "seconds, read, generated",
-    [(0.9, 512, 512), (1.25, 384, 384), (3.0, 128, 192), (999.0, 0, 64)],
+    "seconds, sampling, read, generated",
+    [
+        (0.9, 0.0, 512, 512),  # 15 s, a quarter of the minute, are enough for all
+        (1.25, 0.0, 384, 384),  # for 12 windows
+        (1.25, 17.0, 256, 256),  # of 27 s, which is TEXT of the minute, 10 are left: 8 windows
+        (1.25, 40.0, 128, 128),  # sampling took more than it should: 6 s are left, whatever it took
+        (3.0, 0.0, 128, 192),
+        (999.0, 0.0, 0, 64),
+    ],
 )
-def test_no_more_is_trained_on_than_the_teacher_reads_in_its_share_of_the_time(
-    asked, tmp_path, monkeypatch, seconds, read, generated
+def test_no_more_is_trained_on_than_the_teacher_reads_in_the_time_that_sampling_left(
+    asked, tmp_path, monkeypatch, seconds, sampling, read, generated
 ):
-    """Of 16 windows, each of 64 tokens, in a quarter of a minute: all, 12, 5, and one at least."""
-    found = training_text(**asked, state=None)
+    """Of 16 windows, each of 64 tokens, in a minute; one at least."""
+    found = dataclasses.replace(training_text(**asked, state=None), seconds=sampling)
     config = dataclasses.replace(asked["config"], max_minutes=1.0, batch_size=1)
-    given = (config, asked["teacher"], found, 2)
+    given = (config, asked["teacher"], asked["read"], 2)
     told: list[str] = []
     clock(monkeypatch, seconds)
-    less = module.readable(*given, state=State(tmp_path), say=told.append)
+    pace = module.reading_pace(*given, state=State(tmp_path))
+    assert pace == pytest.approx(seconds / 64)
+    less = module.readable(config, found, pace, say=told.append)
     assert (less.read, less.generated) == (read, generated)
     assert less.windows.tokens == read + generated
     assert len(told) == (read + generated < 1024)
     taken = [row.tolist() for row in less.windows.ids]
     assert all(row.tolist() in taken for row in found.windows.ids[: read // 64])
     clock(monkeypatch, 0.001)  # a resumed repair does not ask the clock again
-    again = module.readable(*given, state=State(tmp_path), say=told.append)
-    assert again.windows.fingerprint == less.windows.fingerprint
+    assert module.reading_pace(*given, state=State(tmp_path)) == pace
+
+
+@pytest.mark.parametrize("share", [0.25, 0.5])
+def test_sampling_leaves_time_to_read_what_it_makes_and_the_text_beside_it(
+    asked, monkeypatch, share
+):
+    """Told to the writer: TEXT of a minute, and of each token the reading of it and of its share of training text."""
+    given = []
+
+    class Told:
+        def __init__(self, *_args: Any, **_more: Any) -> None:
+            pass
+
+        def write(self, tokens: int, seconds: float, beside: float) -> np.ndarray:
+            given.append((tokens, seconds, beside))
+            return np.zeros((0, 64), np.int64)
+
+    monkeypatch.setattr(module, "Writer", Told)
+    changes = {"max_minutes": 1.0, "self_generated": share}
+    asked["config"] = dataclasses.replace(asked["config"], **changes)
+    training_text(**asked | {"reading": 0.01}, state=None)
+    assert given == [(1024 * share, 27.0, pytest.approx(0.01 / share))]
 
 
 def test_without_a_limit_all_of_the_text_is_taken(asked):
     found = training_text(**asked, state=None)
-    assert (
-        module.readable(asked["config"], asked["teacher"], found, 2, state=None, say=print) is found
-    )
+    config, teacher, read = (asked[name] for name in ("config", "teacher", "read"))
+    assert module.reading_pace(config, teacher, read, 2, state=None) == 0.0
+    assert module.readable(config, found, 0.0, say=print) is found
 
 
 def test_a_repair_trains_on_both(toy_teacher):
