@@ -292,6 +292,33 @@ def initial() -> str:
     return _table(("layer 12", "initial values", "closed form", "and the steps"), rows)
 
 
+def minutes() -> str:
+    """What `python analyses/repair_minutes.py` measured."""
+    rows = []
+    for row in _read("repair_minutes/table.csv"):
+        shares = [
+            "{:.1f} % [{:.1f}, {:.1f}]".format(
+                *(100 * float(row[f"of_{who}{end}"]) for end in ("", "_lo", "_hi"))
+            )
+            for who in ("zero", "linear", "swap")
+        ]
+        left = "{:.4f} [{:.4f}, {:.4f}]".format(
+            *(float(row[f"repaired{end}"]) for end in ("", "_lo", "_hi"))
+        )
+        seconds = f"{float(row['cpu_seconds']):.0f}"
+        rows.append((row["layer"], row["mechanism"], row["minutes"], left, *shares, seconds))
+    head = (
+        "layer",
+        "mixer",
+        "minutes",
+        "KL left",
+        "closed of `zero`",
+        "of `linear`",
+        "of the swap",
+    )
+    return _table((*head, "CPU seconds"), rows)
+
+
 def bounded(layers: str, length: str) -> str:
     """What `python analyses/bounded_state.py` measured at one length."""
     readings = ("passkey", "needles", "look-up", "copy160")
@@ -398,6 +425,7 @@ TABLES = {
     "options": options,
     "smaller cache": smaller_cache,
     "initial": initial,
+    "minutes": minutes,
     "bounded all": partial(bounded, "all", "512"),
     "bounded all, long": partial(bounded, "all", "2048"),
     "bounded 18": partial(bounded, "18", "512"),

@@ -499,7 +499,7 @@ def repair(
         val_tokens: Validation tokens, of other documents of the evaluation source: they select checkpoints and end a stage early.
         trace_tokens: Evaluation tokens behind the heatmaps before and after the repair; 0 = no heatmaps.
         probes: Probes of teacher, swap and repaired model. By default passkey, needles, kv_lookup, induction and generation where the model can answer them; none = no probe.
-        epochs: Passes over the training text per stage; no progress on validation text ends a stage earlier.
+        epochs: Passes over the training text per stage; no progress on validation text ends a stage earlier. Where time allows a part of --train-tokens only, as many steps over that part.
         state_bytes: Bytes of state that a text may take in all swapped modules together: shared out as slots among their kv heads, by what each loses without them. none = slots as the swap says.
         max_minutes: Wall-clock minutes that sampling and training may take: self-generated text, the teacher's activations, all stages together; a stage plans its steps for its share. Not counted: loading, evaluation after each stage, controls, branches, probes, the heatmaps. none = by tokens alone.
         lr: Peak learning rate of weights.

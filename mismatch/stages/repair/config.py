@@ -108,7 +108,8 @@ class RepairConfig(ScoredConfig, SwapConfig):
     batch_size: Annotated[int, ">= 1"] = 1
     """Windows per training step. Small steps learn more from the same tokens; a GPU wants more windows at once."""
     epochs: Annotated[int, ">= 1"] = 10
-    """Passes over the training text per stage; no progress on validation text ends a stage earlier."""
+    """Passes over the training text per stage; no progress on validation text ends a stage earlier. Where time allows a
+    part of --train-tokens only, as many steps over that part."""
     state_bytes: Annotated[int, ">= 1"] | None = None
     """Bytes of state that a text may take in all swapped modules together: shared out as slots among their kv heads, by
     what each loses without them. none = slots as the swap says."""

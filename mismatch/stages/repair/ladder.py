@@ -289,8 +289,8 @@ class Ladder:
     ) -> tuple[int, int]:
         """Steps and looks: as many as the epochs allow and as fit into the time; a resumed run keeps to the plan."""
         state = self._state_of(f"{key}-steps", loss.ranks)
-        texts, epochs = self.texts.train, self.config.epochs
-        return planned(loss, learning, texts, epochs, seconds, state, self.fingerprint)
+        texts = self.texts.train
+        return planned(loss, learning, texts, self.config, seconds, state, self.fingerprint)
 
     def _state_of(self, key: str, ranks: Ranks) -> State | None:
         """Where the first of some ranks saves what it trains."""

@@ -11,13 +11,14 @@ from torch import nn
 
 import mismatch
 from mismatch.models.layout import Layout
+from mismatch.runs.ranks import ALONE
 from mismatch.stages.repair.config import RepairConfig
 from mismatch.stages.repair.ladder import Ladder
 from mismatch.stages.repair.ladder_stages import block_window_kl as stream
 from mismatch.stages.repair.ladder_stages import closed_form as closed
 from mismatch.stages.repair.ladder_stages import local
 from mismatch.stages.repair.ladder_stages.activation_store import Store
-from mismatch.stages.repair.ladder_stages.budget import Pace
+from mismatch.stages.repair.ladder_stages.budget import LOOKS, Pace, planned
 from mismatch.stages.repair.ladder_stages.loss import relative_error, weights
 from mismatch.stages.repair.ladder_stages.module_pair import pairs_of, watch
 from mismatch.stages.repair.result import some_of
@@ -269,3 +270,29 @@ def test_a_mixer_and_new_parameters_that_train_alone_get_most_of_the_time(
         fingerprint={}, stopping=bool, say=print,
     )  # fmt: skip
     assert ladder.pace.share("local") == pytest.approx(share * 6000, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    "seconds, batches, steps",
+    [
+        (float("inf"), 3, 30),  # 10 epochs of the text there is
+        (60.0, 3, 80),  # 8 batches were asked for, and time allowed 3: as many steps
+        (60.0, 12, 120),
+        (0.5, 3, 50),  # what fits
+    ],
+)
+def test_epochs_are_of_the_text_that_was_asked_for(monkeypatch, seconds, batches, steps):
+    config = RepairConfig(
+        model="m", swap=("layer1:zero",), seq_len=64, batch_size=2, train_tokens=1000
+    )
+    fitted = []
+
+    def fitting(_loss, _learning, _batches, most: int, seconds: float) -> tuple[int, int]:
+        fitted.append(most)
+        return min(most, int(100 * seconds)), 3
+
+    monkeypatch.setattr("mismatch.stages.repair.ladder_stages.budget.fitting", fitting)
+    loss = type("Loss", (), {"ranks": ALONE})()
+    found = planned(loss, [], [torch.zeros(2, 64)] * batches, config, seconds, None, {})
+    assert found == (steps, LOOKS if seconds == float("inf") else 3)
+    assert bool(fitted) is (seconds != float("inf"))

@@ -73,26 +73,28 @@ def planned(
     loss: Any,
     learning: list[Group],
     batches: Sequence[Tensor],
-    epochs: int,
+    config: RepairConfig,
     seconds: float,
     state: State | None,
     fingerprint: Mapping[str, Any],
 ) -> tuple[int, int]:
-    """Steps and looks: as many as the epochs allow and as fit into the time. Of several ranks the first one's clock
-    counts.
+    """Steps and looks: as many as the epochs allow and as fit into the time. Epochs are passes over the text that was
+    asked for: where time allows a part of it only, that part is gone through more often, as long as the validation text
+    gains. Of several ranks the first one's clock counts.
 
     Args:
         loss: of the stage.
         learning: what trains.
         batches: of the training text.
-        epochs: over it at most.
+        config: how many epochs, of how much text.
         seconds: there are; without a limit nothing is timed.
         state: where the plan is kept, so that a resumed run keeps to it; None: it is not.
         fingerprint: of the run.
     """
-    most = epochs * len(batches)
     if seconds == math.inf:
-        return most, LOOKS
+        return config.epochs * len(batches), LOOKS
+    asked = math.ceil(config.train_tokens / (config.seq_len * config.batch_size))
+    most = config.epochs * max(asked, len(batches))
     kept = loss.ranks.from_first(None if state is None else state.load(fingerprint))
     if kept is not None:
         return kept[1]["steps"], kept[1]["looks"]
