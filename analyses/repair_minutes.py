@@ -5,11 +5,11 @@
 
 Attention of one layer of SmolLM2 is replaced by a mixer with a state, and repaired with `--max-minutes`; nothing else
 is set for the training but windows of 512 tokens. It trains on `sotu` and is evaluated on 8 documents of `wiki`, on
-which neither steps nor the sharing of the time were chosen. The clock of the minutes is the CPU time of one core here, so that a busy machine gets
-nearly as far as an idle one. Counted is the share closed of the KL of the attention deleted (`zero`), of the best
-linear map of one token (`linear`), and of the swap as it was made, which can be worse than no attention. CPU seconds
-are those of the whole command behind the loading of the model, evaluation included, which the minutes do not count.
-Writes figures/repair_minutes/.
+which neither steps nor the sharing of the time were chosen. The clock of the minutes is the CPU time of one core here,
+so that a busy machine gets nearly as far as an idle one. Counted is the share closed of the KL of the attention deleted
+(`zero`), of the best linear map of one token (`linear`), and of the swap as it was made, which can be worse than no
+attention. CPU seconds are those of the whole command behind the loading of the model, evaluation included, which the
+minutes do not count. Writes figures/repair_minutes/.
 """
 
 from __future__ import annotations
