@@ -119,11 +119,12 @@ def evaluated(folder: Path, task: str, limit: int | None) -> list[dict[str, Any]
         {
             "metric": metric.partition(",")[0],
             "value": value,
-            "standard_error": found.get(metric.replace(",", "_stderr,")),
+            "standard_error": error if isinstance(error, float) else None,
             "documents": min(len(rows), limit or len(rows)),
         }
         for metric, value in found.items()
         if isinstance(value, float) and "_stderr" not in metric
+        for error in [found.get(metric.replace(",", "_stderr,"))]
     ]
 
 

@@ -345,6 +345,20 @@ def bounded(layers: str, length: str) -> str:
     return _table(head, rows)
 
 
+def harness() -> str:
+    """What `python analyses/harness.py` read from a checkpoint."""
+    cells: dict[tuple[str, str], dict[str, str]] = {}
+    for row in _read("harness/table.csv"):
+        error = f" ± {float(row['standard_error']):.2f}" if row["standard_error"] else ""
+        line = cells.setdefault((row["task"], row["metric"]), {"documents": row["documents"]})
+        line[row["model"]] = f"{float(row['value']):.2f}{error}"
+    rows = [
+        (task, metric.replace("_", " "), line["documents"], line["original"], line["swap"])
+        for (task, metric), line in cells.items()
+    ]
+    return _table(("task", "reading", "documents", "original", "swapped"), rows)
+
+
 def smaller_cache() -> str:
     """What `python analyses/smaller_cache.py` measured."""
     rows = []
@@ -426,6 +440,7 @@ TABLES = {
     "smaller cache": smaller_cache,
     "initial": initial,
     "minutes": minutes,
+    "harness": harness,
     "bounded all": partial(bounded, "all", "512"),
     "bounded all, long": partial(bounded, "all", "2048"),
     "bounded 18": partial(bounded, "18", "512"),
