@@ -178,6 +178,24 @@ def scan_cost() -> str:
     return _table(("30 layers, one mechanism", "CPU seconds", "forwards"), rows)
 
 
+def large_model() -> str:
+    """What `python analyses/large_model.py` measured."""
+    rows = [
+        (
+            f"{row['model']}, {row['dtype']}",
+            row["file_gb"],
+            row["run"] + (f", at most {row['cap_gb']} GB" if row["cap_gb"] else ""),
+            row["told_gb"],
+            row["peak_gb"] or row["outcome"],
+            row["told_over_peak"] or (row["peak_over_file"] and f"{row['peak_over_file']} x file"),
+            row["cpu_seconds"],
+        )
+        for row in _read("large_model/table.csv")
+    ]
+    names = ("model", "file, GB", "run", "said, GB", "peak, GB", "said / peak", "CPU seconds")
+    return _table(names, rows)
+
+
 def trace_cost() -> str:
     """What `python analyses/benchmark_trace.py time` timed."""
     words = {
@@ -431,6 +449,7 @@ TABLES = {
     "selectors": selectors,
     "selected": selected,
     "scan cost": scan_cost,
+    "large model": large_model,
     "trace cost": trace_cost,
     "trace shares": trace_shares,
     "repair cost": repair_cost,

@@ -8,14 +8,17 @@ from dataclasses import dataclass
 
 import torch
 
+from mismatch.config import RunConfig
 from mismatch.forward.head import chunk_of
 from mismatch.models.layout import Layout
+from mismatch.models.target import to_disk
 from mismatch.runs.table import BLOCK_SITES
 from mismatch.stages.trace.config import TraceConfig
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "auto": 4}
-PROCESS = 600_000_000  # bytes of Python and its libraries, of a trace of a toy
+PROCESS = 700_000_000  # bytes of Python and its libraries, of a trace of a toy
 COPIES = 4  # of the teacher's values behind the swap, in sums, students and freed pages; measured
+MOMENTS = 6  # places of second moments beside those that are asked for, one swapped layer
 EFFICIENCY = (
     0.4  # of a large matrix product; measured on SmolLM2, blocks of 1024 tokens, 2 CPU cores
 )
@@ -53,7 +56,7 @@ def estimate(
     """
     size = BYTES[config.dtype]
     layers, d, vocab = skeleton.n_layers, skeleton.d_model, skeleton.vocab
-    parameters = sum(p.numel() for p in skeleton.model.parameters())
+    weights = resident(skeleton, config)
     head = vocab * d
     inside = sum(p.numel() for p in skeleton.blocks.parameters())
     attention = layers * config.seq_len * d  # scores and their use, causal: half of 4 T d per token
@@ -64,9 +67,21 @@ def estimate(
     shown = layers - min(starts, default=0)
     sites = shown * len(BLOCK_SITES) * config.batch_size * config.seq_len * d * 4
     heads = 5 * chunk_of(skeleton) * vocab * 4
-    moments = 0 if config.metrics is None else 4 * shown * d * d * 8  # behind every block
-    peak = PROCESS + parameters * size + COPIES * sites + heads + moments
-    return Estimate(parameters * size, peak, flops, flops / (speed() * EFFICIENCY))
+    places = MOMENTS if config.metrics is None else MOMENTS + shown  # named: behind every block
+    moments = 4 * places * d * d * 8
+    wide = 0 if size == 4 or to_disk(config.device_map) else 4 * (head + inside // layers)
+    peak = PROCESS + weights + COPIES * sites + heads + moments + wide
+    return Estimate(weights, peak, flops, flops / (speed() * EFFICIENCY))
+
+
+def resident(skeleton: Layout, config: RunConfig) -> int:
+    """Bytes of weights that are in memory at once: all but those on disk, of which one part is."""
+    size, on_disk = BYTES[config.dtype], to_disk(config.device_map)
+    inside = [
+        sum(p.numel() for p in skeleton.model.get_submodule(name).parameters()) for name in on_disk
+    ]
+    every = sum(p.numel() for p in skeleton.model.parameters())
+    return size * (every - sum(inside) + max(inside, default=0))
 
 
 def speed() -> float:

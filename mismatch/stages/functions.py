@@ -15,6 +15,7 @@ from mismatch.config import C, fields, refused
 from mismatch.errors import ConfigError, UsageError
 from mismatch.forward.measured import measured
 from mismatch.registry import did_you_mean
+from mismatch.runs.batch_size import in_words
 from mismatch.runs.folder import check_output
 from mismatch.stages.base import Result, Stage
 from mismatch.stages.loaded import load
@@ -41,7 +42,7 @@ def function(name: str) -> Callable[..., Any]:
         if config.folder is not None:
             check_output(config.folder)
         stage.check(config)
-        with measured(*opened.models):
+        with in_words(f"in the {name}"), measured(*opened.models):
             opened.fit()
             prepared = stage.prepare(opened)
             started = time.monotonic()

@@ -72,7 +72,7 @@ def command(
             f"`mismatch {name}` runs in one process, and torchrun started several",
             hint=f"mismatch {name} ...   (without torchrun)",
         )
-    with joined(config.device) as ranks:
+    with in_words(f"in the {name}"), joined(config.device) as ranks:
         opened = Opened(config, ranks=ranks, progress=progress, overwrite=overwrite)
         return run(stage, opened, resume=resume)
 

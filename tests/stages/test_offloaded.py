@@ -143,6 +143,16 @@ def test_maps_that_are_none(given, said):
         as_map(given)
 
 
+def test_parts_on_disk_are_not_counted_into_memory(toy_folder):
+    whole, mapped = (
+        mismatch.check(str(toy_folder), SWAP, data=documents(4), seq_len=64, **given).estimate
+        for given in ({}, {"device_map": json.dumps(PLACES)})
+    )
+    block = 4 * sum(p.numel() for p in mismatch.load(toy_folder).layout.blocks[2].parameters())
+    assert whole.weights - mapped.weights == block  # of two one is there at a time
+    assert whole.peak - mapped.peak == block
+
+
 def test_maps():
     assert as_map("auto") == "auto"
     assert as_map("cuda:1") == "cuda:1"

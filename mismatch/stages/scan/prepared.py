@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from mismatch import spec
 from mismatch.forward.head import chunk_of
 from mismatch.models.layout import Layout
-from mismatch.stages.estimate import BYTES, EFFICIENCY, PROCESS, Estimate, speed
+from mismatch.stages.estimate import BYTES, EFFICIENCY, PROCESS, Estimate, resident, speed
 from mismatch.stages.opening import Opened
 from mismatch.stages.scan.cells import Cell, Column, cells, columns, refused
 from mismatch.stages.scan.config import TASKS, ScanConfig
@@ -124,7 +124,7 @@ def estimate(
     """Time and memory of a scan: the teacher once, a suffix a cell, the head where predictions are scored."""
     n, d, vocab = skeleton.n_layers, skeleton.d_model, skeleton.vocab
     inside = sum(p.numel() for p in skeleton.blocks.parameters())
-    weights = sum(p.numel() for p in skeleton.model.parameters()) * BYTES[config.dtype]
+    weights = resident(skeleton, config)
     blocks = n + sum(n - cell.first for cell in cells)
     flops = 0.0
     for task in tasks:
@@ -134,5 +134,6 @@ def estimate(
         flops += int(task.asked.sum()) * (len(cells) + 1) * 2 * vocab * d
     tokens = config.batch_size * config.seq_len
     streams = len({cell.first for cell in cells}) * tokens * d * BYTES[config.dtype]
-    peak = PROCESS + weights + streams + HELD + 5 * chunk_of(skeleton) * vocab * 4
+    held = min(HELD, len(cells) * tokens * d * BYTES[config.dtype])
+    peak = PROCESS + weights + streams + held + 5 * chunk_of(skeleton) * vocab * 4
     return Estimate(weights, peak, flops * 1.15, flops * 1.15 / (speed() * EFFICIENCY))
