@@ -6,9 +6,10 @@
 
 A random model is written in bfloat16, in shards, into a temporary folder, and removed. Each row is a process of its own
 with one thread: `load` reads the weights; `trace` compares one swapped layer with its teacher; `scan` tries a few
-layers. A row with a cap runs under that much memory of its own (`RLIMIT_DATA`: mapped files do not count), once as it
-is and once with all blocks but the first two on disk. Peak is the largest resident memory, pages of mapped files
-included; CPU seconds are user and system. Up to 8 GB of memory and 4 GB of disk.
+layers. Of the largest, a trace runs once under a cap of its address space for data (`RLIMIT_DATA`), and once with all
+blocks but the first two on disk. Peak is the largest resident memory; own is without pages of mapped files, which the
+system can take back, read every 20 ms from /proc where there is one. CPU seconds are user and system. Up to 8 GB of
+memory and 4 GB of disk.
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import transformers
@@ -33,14 +35,14 @@ from safetensors.torch import save_file
 import mismatch
 
 HERE = Path(__file__).resolve().parent.parent / "figures" / "large_model"
-FIELDS = ("model", "parameters", "file_gb", "dtype", "run", "cap_gb", "outcome", "told_gb", "peak_gb", "told_over_peak",
-          "peak_over_file", "cpu_seconds")  # fmt: skip
+FIELDS = ("model", "parameters", "file_gb", "dtype", "run", "cap_gb", "outcome", "told_gb", "peak_gb", "own_gb",
+          "told_over_peak", "peak_over_file", "cpu_seconds")  # fmt: skip
 SIZES: dict[str, dict[str, int]] = {
     "tiny": {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 4,
              "num_attention_heads": 4, "num_key_value_heads": 2},
     "0.5B": {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 27,
              "num_attention_heads": 16, "num_key_value_heads": 4},
-    "1.5B": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 21,
+    "1.5B": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 23,
              "num_attention_heads": 32, "num_key_value_heads": 8},
 }  # fmt: skip
 CAPPED = ("tiny", "1.5B")
@@ -52,6 +54,16 @@ LOAD = "import sys, mismatch; mismatch.load(sys.argv[1], dtype=sys.argv[2], devi
 IMPORTS = "import mismatch; mismatch.load"
 
 
+class Done(NamedTuple):
+    """A command that ended: peak and own memory in bytes, CPU seconds, exit code, what it said on stderr."""
+
+    peak: int
+    own: int
+    seconds: float
+    code: int
+    said: str
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -60,7 +72,7 @@ def main() -> None:
     parser.add_argument("--swap", default="layer3:infini(segment=64)", help="what the trace swaps")
     parser.add_argument("--mechanism", default="sliding_window(64, 1)", help="what the scan tries")
     parser.add_argument("--among", default="1-3", help="the layers of the scan")
-    parser.add_argument("--tokens", default="512", help="evaluation tokens")
+    parser.add_argument("--tokens", default="256", help="evaluation tokens")
     parser.add_argument("--seq-len", default="256", help="tokens per window")
     parser.add_argument("--cap", type=float, default=4.0, help="GB, for rows of 1.5B")
     parser.add_argument("--output", type=Path, default=HERE, help="folder of the table")
@@ -77,7 +89,7 @@ def main() -> None:
             else:
                 write_model(size, folder)
             rows += measured(size, folder, args, capped=size in CAPPED)
-            for row in rows[-6:]:
+            for row in [row for row in rows if row["model"] == size]:
                 print(
                     "  ".join(f"{key} {row[key]}" for key in FIELDS if row[key] != ""), flush=True
                 )
@@ -132,37 +144,34 @@ def measured(
     trace = ("trace", "--swap", args.swap, *shared)
     scan = ("scan", "--swap", args.mechanism, "--among", args.among, "--tasks", "text", *shared)
     offload = ("--device", "auto", "--device-map", json.dumps(_places(layers)))
-    began, _, _, _ = _run([sys.executable, "-c", IMPORTS])
-    peak, seconds, _, _ = _run([sys.executable, "-c", LOAD, str(folder), dtype])
-    over = f"{(peak - began) / on_file:.2f}"
-    found = [_row(about, "load", peak, seconds) | {"peak_over_file": over}]
+    began = _run([sys.executable, "-c", IMPORTS])
+    done = _run([sys.executable, "-c", LOAD, str(folder), dtype])
+    over = f"{(done.peak - began.peak) / on_file:.2f}"
+    found = [_row(about, "load", done) | {"peak_over_file": over}]
     runs: list[tuple[str, tuple[str, ...], float]] = [("trace", trace, 0), ("scan", scan, 0)]
     if capped:
-        runs += [
-            ("trace", trace, args.cap),
-            ("trace, offloaded", (*trace, *offload), args.cap),
-            ("scan, offloaded", (*scan, *offload), args.cap),
-        ]
+        runs += [("trace", trace, args.cap), ("trace, offloaded", (*trace, *offload), 0)]
     for name, words, cap in runs:
         with tempfile.TemporaryDirectory() as place:
             line = [sys.executable, "-m", "mismatch", *words, "--output", str(Path(place, "run"))]
-            peak, seconds, code, said = _run(line, cap)
-        told = float(TOLD.search(said)[1]) if TOLD.search(said) else None  # type: ignore[index]
-        row = _row(about, name, peak, seconds) | {"cap_gb": cap or ""}
-        if code != 0:
-            error = re.search(r"error: (.*)", said)
-            row |= {"outcome": error[1][:60] if error else f"ended by {code}", "peak_gb": ""}
-        if told is not None:
-            row["told_gb"] = f"{told:.1f}"
-            row["told_over_peak"] = "" if code else f"{told * 1e9 / peak:.2f}"
+            done = _run(line, cap)
+        row = _row(about, name, done) | {"cap_gb": cap or ""}
+        if done.code != 0:
+            error = re.search(r"error: (.*)", done.said)
+            why = error[1][:60] if error else f"ended by {done.code}"
+            row |= {"outcome": why, "peak_gb": "", "own_gb": ""}
+        if (told := TOLD.search(done.said)) is not None:
+            row["told_gb"] = told[1]
+            over = float(told[1]) * 1e9 / done.peak
+            row["told_over_peak"] = "" if done.code else f"{over:.2f}"
         found.append(row)
     return found
 
 
-def _row(about: dict[str, str], run: str, peak: float, seconds: float) -> dict[str, Any]:
-    row = dict.fromkeys(FIELDS, "") | about
-    return row | {
-        "run": run, "outcome": "done", "peak_gb": f"{peak / 1e9:.2f}", "cpu_seconds": f"{seconds:.0f}"
+def _row(about: dict[str, str], run: str, done: Done) -> dict[str, Any]:
+    return dict.fromkeys(FIELDS, "") | about | {
+        "run": run, "outcome": "done", "peak_gb": f"{done.peak / 1e9:.2f}",
+        "own_gb": f"{done.own / 1e9:.2f}" if done.own else "", "cpu_seconds": f"{done.seconds:.0f}",
     }  # fmt: skip
 
 
@@ -173,8 +182,8 @@ def _places(layers: int) -> dict[str, str]:
     return {**dict.fromkeys(rest, "cpu"), **blocks}
 
 
-def _run(line: list[str], cap: float = 0) -> tuple[int, float, int, str]:
-    """A command with one thread: its peak in bytes, CPU seconds, exit code and what it said on stderr."""
+def _run(line: list[str], cap: float = 0) -> Done:
+    """A command with one thread."""
 
     def limited() -> None:
         if cap:
@@ -185,12 +194,30 @@ def _run(line: list[str], cap: float = 0) -> tuple[int, float, int, str]:
             line, stdout=subprocess.DEVNULL, stderr=said, preexec_fn=limited,
             env={**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
         )  # fmt: skip
-        _, status, used = os.wait4(process.pid, 0)
+        own = 0
+        while True:
+            ended, status, used = os.wait4(process.pid, os.WNOHANG)
+            if ended:
+                break
+            own = max(own, _own(process.pid))
+            time.sleep(0.02)
         process.returncode = os.waitstatus_to_exitcode(status)
         said.seek(0)
         words = said.read()
     unit = 1 if sys.platform == "darwin" else 1024
-    return used.ru_maxrss * unit, used.ru_utime + used.ru_stime, process.returncode, words
+    return Done(
+        used.ru_maxrss * unit, own, used.ru_utime + used.ru_stime, process.returncode, words
+    )
+
+
+def _own(pid: int) -> int:
+    """Resident bytes that are no pages of a file; 0 where /proc does not tell."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text(encoding="ascii")
+    except OSError:
+        return 0
+    found = re.search(r"RssAnon:\s+(\d+) kB", status)
+    return int(found[1]) * 1024 if found else 0
 
 
 def _known(path: Path) -> list[dict[str, Any]]:

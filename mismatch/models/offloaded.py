@@ -31,7 +31,8 @@ def fetch(tree: nn.Module) -> None:
         if hook is None:
             continue
         values = {
-            name: hook.weights_map[name].to(hook.execution_device)
+            # A copy: from disk it is a view of the whole mapped file.
+            name: hook.weights_map[name].to(hook.execution_device, copy=True)
             for name, tensor in module.named_parameters(recurse=False)
             if tensor.is_meta
         }

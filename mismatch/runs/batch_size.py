@@ -23,6 +23,7 @@ WORDS = (
     "out of memory",  # CUDA, MPS
     "can't allocate memory",  # the CPU of Linux and macOS
     "not enough memory",  # the CPU of Windows
+    "Cannot allocate memory",  # a file that cannot be mapped
     "CUBLAS_STATUS_ALLOC_FAILED",
 )
 """What a RuntimeError of torch says when memory is short and it has no class for that."""

@@ -30,9 +30,9 @@ def test_a_model_in_shards_loads(large, tmp_path, monkeypatch, toy_folder):
 
 def test_a_command_that_is_short_of_memory_is_told_apart(large):
     line = [sys.executable, "-c", "bytearray(10**9); print('made')"]
-    assert large._run(line)[2] == 0
-    _, _, code, said = large._run(line, cap=0.5)
-    assert code == 1 and "MemoryError" in said
+    assert large._run(line).code == 0
+    done = large._run(line, cap=0.5)
+    assert done.code == 1 and "MemoryError" in done.said
 
 
 @pytest.mark.slow
@@ -42,6 +42,6 @@ def test_loading_needs_little_more_than_the_file(large, tmp_path):
     folder = tmp_path / "made"
     large.write_model("0.5B", folder)
     size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    began = large._run([sys.executable, "-c", large.IMPORTS])[0]
-    peak = large._run([sys.executable, "-c", large.LOAD, str(folder), "bfloat16"])[0]
+    began = large._run([sys.executable, "-c", large.IMPORTS]).peak
+    peak = large._run([sys.executable, "-c", large.LOAD, str(folder), "bfloat16"]).peak
     assert 0.9 < (peak - began) / size < 1.2

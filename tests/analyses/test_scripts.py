@@ -15,7 +15,17 @@ SCRIPTS = sorted(ANALYSES.glob("*.py"))
 NAMES = [path.stem for path in SCRIPTS]
 BESIDE = {path.stem for path in SCRIPTS}
 INSTALLED = {  # by `make`: imports of the dependencies in pyproject.toml
-    *("matplotlib", "mismatch", "nnsight", "numpy", "pandas", "pyarrow", "safetensors", "scipy", "torch"),
+    *(
+        "matplotlib",
+        "mismatch",
+        "nnsight",
+        "numpy",
+        "pandas",
+        "pyarrow",
+        "safetensors",
+        "scipy",
+        "torch",
+    ),
     *("tqdm", "transformers", "yaml"),
 }
 PUBLIC = {
