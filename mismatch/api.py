@@ -16,6 +16,7 @@ from mismatch.forward.measured import measured
 from mismatch.models import generate as generating
 from mismatch.models.generate import Generated
 from mismatch.models.tokenizer import need_tokenizer
+from mismatch.runs.batch_size import BatchSize
 from mismatch.stages.functions import opened_for
 from mismatch.stages.loaded import load
 from mismatch.stages.runner import stage_of
@@ -133,7 +134,10 @@ def swap(
         text = read(calibration_data, tokenizer=loaded.tokenizer)
         cut = windows(text, need_tokenizer(loaded.tokenizer), min(seq_len, tokens), tokens, seed)
     with measured(loaded.model):
-        return calibrated_swap(loaded, parsed, cut, batch_size=batch_size, seed=seed)
+        return BatchSize(batch_size).run(
+            lambda rows: calibrated_swap(loaded, parsed, cut, batch_size=rows, seed=seed),
+            "while the swap was calibrated",
+        )
 
 
 def generate(

@@ -116,6 +116,23 @@ def test_one_window_that_does_not_fit_is_refused(error, toy_teacher, monkeypatch
     assert all(flag in refused.value.hint for flag in ("--seq-len", "bfloat16", "--device-map"))
 
 
+def test_a_swap_that_calibrates_takes_the_smaller_batch(toy_teacher, monkeypatch):
+    tried = room_for(monkeypatch, 2)
+    text = {"calibration_data": documents(6, seed=1), "calibration_tokens": 256, "seq_len": 64}
+    student = mismatch.swap(toy_teacher, "layer2:mean", batch_size=4, **text)
+    assert (max(tried), student.plan.layers) == (4, (2,))
+
+
+def test_where_there_is_no_batch_it_is_told_in_words(toy_teacher, monkeypatch):
+    def cut(*_args, **_settings):
+        raise MemoryError
+
+    monkeypatch.setattr("mismatch.stages.opening.Opened.cut", cut)
+    with pytest.raises(MismatchError, match="out of memory in the trace: MemoryError") as refused:
+        run(toy_teacher, "trace", 4)
+    assert "--batch-size" in refused.value.hint
+
+
 def test_other_errors_are_no_shortage():
     assert not is_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
     assert not is_memory(ValueError("out of memory"))
