@@ -186,13 +186,23 @@ def large_model() -> str:
             row["file_gb"],
             row["run"] + (f", at most {row['cap_gb']} GB" if row["cap_gb"] else ""),
             row["told_gb"],
-            row["peak_gb"] or row["outcome"],
+            row["peak_gb"] or "refused",
+            row["own_gb"],
             row["told_over_peak"] or (row["peak_over_file"] and f"{row['peak_over_file']} x file"),
             row["cpu_seconds"],
         )
         for row in _read("large_model/table.csv")
     ]
-    names = ("model", "file, GB", "run", "said, GB", "peak, GB", "said / peak", "CPU seconds")
+    names = (
+        "model",
+        "file, GB",
+        "run",
+        "said, GB",
+        "peak, GB",
+        "own, GB",
+        "said / peak",
+        "CPU seconds",
+    )
     return _table(names, rows)
 
 

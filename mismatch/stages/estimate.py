@@ -18,7 +18,9 @@ from mismatch.stages.trace.config import TraceConfig
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "auto": 4}
 PROCESS = 700_000_000  # bytes of Python and its libraries, of a trace of a toy
 COPIES = 4  # of the teacher's values behind the swap, in sums, students and freed pages; measured
-MOMENTS = 6  # places of second moments beside those that are asked for, one swapped layer
+MOMENTS = (
+    12  # places of second moments beside those that are asked for, of one swapped layer; measured
+)
 EFFICIENCY = (
     0.4  # of a large matrix product; measured on SmolLM2, blocks of 1024 tokens, 2 CPU cores
 )
