@@ -7,10 +7,12 @@ Who reads the weights themselves (a mechanism that is built from the module that
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+
+Tree = TypeVar("Tree", bound=nn.Module)
 
 
 def offloaded(tree: nn.Module) -> list[str]:
@@ -24,8 +26,8 @@ def offloaded(tree: nn.Module) -> list[str]:
     ]
 
 
-def fetch(tree: nn.Module) -> None:
-    """Bring all weights of a tree to the devices on which it runs, to stay there."""
+def fetch(tree: Tree) -> Tree:
+    """Bring all weights of a tree to the devices on which it runs, to stay there: the same tree."""
     for module in tree.modules():
         hook = _hook(module)
         if hook is None:
@@ -39,6 +41,7 @@ def fetch(tree: nn.Module) -> None:
         _take_off(module, hook)
         for name, value in values.items():
             module._parameters[name] = nn.Parameter(value, requires_grad=False)
+    return tree
 
 
 def forget(tree: nn.Module) -> None:

@@ -243,8 +243,7 @@ def replace(
         path = layout.slot_path(placement.layer, placement.slot)
         holder, attribute = _held(model, path, placement)
         original = getattr(holder, attribute)
-        inherited = private_copy(original, keep=configs_of(original))
-        fetch(inherited)
+        inherited = fetch(private_copy(original, keep=configs_of(original)))
 
         def build(
             call: Call,
