@@ -5,7 +5,7 @@
     python analyses/long_context.py --draw              table and figure of what is there
 
 One speech of `sotu` goes through SmolLM2 in chunks of 2,048 tokens and through a cache, each model in a process of its
-own. YaRN stretches RoPE by four, from 8,192 tokens, in teacher and students alike; the log-loss of each chunk shows
+own. YaRN stretches RoPE from 8,192 tokens to as many, in teacher and students alike; the log-loss of each chunk shows
 whether the model still reads. Nothing is trained. Time is CPU time of one thread: of layer 12's attention, and of the
 whole model; state is what the cache holds of layer 12 and of all layers behind a chunk; memory the peak of the process.
 Writes figures/long_context/.
@@ -53,7 +53,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--only", choices=SWAPS, nargs="*", help="these models")
-    parser.add_argument("--tokens", type=int, default=32_768)
+    parser.add_argument("--tokens", type=int, default=16_384)
     parser.add_argument("--draw", action="store_true", help="measure nothing")
     parser.add_argument("--output", type=Path, default=HERE, help="folder of the results")
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
@@ -172,7 +172,7 @@ def figure(frame: pd.DataFrame) -> Figure:
     for axis, (column, title) in zip(made.subplots(1, 3), panels.items(), strict=True):
         for name, rows in frame.groupby("model", sort=False):
             axis.plot(
-                rows.tokens / 1024,
+                rows.tokens / 1000,
                 rows[column],
                 "o-",
                 markersize=3,
@@ -181,7 +181,7 @@ def figure(frame: pd.DataFrame) -> Figure:
                 label=name,
             )
         axis.set_title(title, fontsize=9)
-        axis.set_xlabel("tokens read, thousands of 1,024")
+        axis.set_xlabel("tokens read, thousands")
         axis.set_ylim(bottom=0)
         axis.grid(alpha=0.3)
     made.axes[0].legend(frameon=False, fontsize=8)
