@@ -474,6 +474,7 @@ TABLES = {
     "bounded all, long": partial(bounded, "all", "2048"),
     "bounded 18": partial(bounded, "18", "512"),
     "bounded 18, long": partial(bounded, "18", "2048"),
+    "bounded gemma": partial(bounded, "gemma", "512"),
     "forecast": fresh,
 }
 
