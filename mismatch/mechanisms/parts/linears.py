@@ -60,6 +60,13 @@ def stand_in(module: nn.Module, name: str, columns: Columns) -> None:
     setattr(module, name, columns)
 
 
+def pass_on(module: nn.Module, name: str) -> None:
+    """Let a projection give back what it is given. It is no child any more, so who looks for projections by name finds
+    none; called and hooked it can be as before."""
+    delattr(module, name)
+    vars(module)[name] = nn.Identity()
+
+
 def linear_layers(tree: nn.Module) -> dict[str, LinearLayer]:
     """Every linear layer of a module by its dotted path, in the order of the tree."""
     return {name: m for name, m in tree.named_modules() if isinstance(m, (nn.Linear, Conv1D))}

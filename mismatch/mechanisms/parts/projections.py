@@ -38,7 +38,7 @@ from torch import Tensor, nn
 
 from mismatch.errors import SurgeryError
 from mismatch.mechanisms.base import Context, Mechanism, refuse_linear_attention
-from mismatch.mechanisms.parts.linears import Columns, affine
+from mismatch.mechanisms.parts.linears import affine
 
 # names of the modules that make q, k, v; then the one that makes the output
 SEPARATE = (("q_proj", "k_proj", "v_proj"), "o_proj")
@@ -78,8 +78,11 @@ class AttentionParts(Mechanism):
         )
         self._inputs, self._output = _named_parts(original, context)
         for name in (*self._inputs, self._output, *NORMS):
-            if isinstance(getattr(original, name, None), nn.Module | Columns):
-                setattr(self, name, getattr(original, name))
+            if isinstance(found := getattr(original, name, None), nn.Module):
+                if name in vars(original):  # no child: see `linears.pass_on`
+                    vars(self)[name] = found
+                else:
+                    setattr(self, name, found)
         _refuse_unknown(original, self, context)
         source: Any = original  # its attributes differ by family
         model = source.config
@@ -153,7 +156,7 @@ class AttentionParts(Mechanism):
         """The weight of the output projection as numbers, outside autograd: `out H D`, float64. The identity where the
         heads themselves are asked for, and the projection was taken out."""
         layer = getattr(self, self._output)
-        if isinstance(layer, Columns):
+        if isinstance(layer, nn.Identity):
             whole = torch.eye(self.n_heads * self.head_dim, dtype=torch.float64)
         else:
             whole = affine(layer, self.context)[:, :-1]
