@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import copy
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -53,18 +53,11 @@ class Columns:
         return x[..., self.start : self.stop]
 
 
-def stand_in(module: nn.Module, name: str, columns: Columns) -> None:
-    """Put columns where a module has a projection. They are no module: who looks for projections by name (peft's
-    `target_modules`) finds those with weights alone."""
+def stand_in(module: nn.Module, name: str, instead: Callable[[Tensor], Tensor]) -> None:
+    """Put something without weights where a module has a projection. It is no child of it, so who looks for projections
+    by name (peft's `target_modules`) finds those with weights alone; an `nn.Identity` can still be hooked."""
     delattr(module, name)
-    setattr(module, name, columns)
-
-
-def pass_on(module: nn.Module, name: str) -> None:
-    """Let a projection give back what it is given. It is no child any more, so who looks for projections by name finds
-    none; called and hooked it can be as before."""
-    delattr(module, name)
-    vars(module)[name] = nn.Identity()
+    vars(module)[name] = instead
 
 
 def linear_layers(tree: nn.Module) -> dict[str, LinearLayer]:

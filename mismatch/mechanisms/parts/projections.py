@@ -79,7 +79,7 @@ class AttentionParts(Mechanism):
         self._inputs, self._output = _named_parts(original, context)
         for name in (*self._inputs, self._output, *NORMS):
             if isinstance(found := getattr(original, name, None), nn.Module):
-                if name in vars(original):  # no child: see `linears.pass_on`
+                if name in vars(original):  # no child: see `linears.stand_in`
                     vars(self)[name] = found
                 else:
                     setattr(self, name, found)

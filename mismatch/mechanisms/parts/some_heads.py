@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from mismatch.errors import SurgeryError
 from mismatch.mechanisms.base import Context, Mechanism
 from mismatch.mechanisms.parts.calling import first_of
-from mismatch.mechanisms.parts.linears import grafted, pass_on
+from mismatch.mechanisms.parts.linears import grafted, stand_in
 from mismatch.mechanisms.parts.projections import AttentionParts
 from mismatch.mechanisms.parts.side_by_side import SomeKVHeads, side_by_side
 from mismatch.models.layout import of_all_layers
@@ -194,7 +194,7 @@ class SomeHeads(Mechanism):
 def headless(attention: nn.Module, output: str) -> nn.Module:
     """The attention over the same tensors, without the output projection of that name: it gives its heads flat."""
     fresh = grafted(attention)
-    pass_on(fresh, output)
+    stand_in(fresh, output, nn.Identity())
     if isinstance(getattr(fresh, DROPOUT, None), nn.Module):
         setattr(fresh, DROPOUT, nn.Dropout(0.0))
     return fresh
