@@ -164,10 +164,10 @@ def _everywhere(stage: Stage[Any, Any], ranks: Ranks, result: Result | None) -> 
 
 
 def _clear_node(path: Path) -> None:
-    """Remove what the ranks of another node kept there; where all see one folder, the first rank has done it."""
-    shutil.rmtree(path / "state", ignore_errors=True)
+    """Remove what the ranks of another node kept: there the folder holds a state and no run."""
     with suppress(OSError):
-        path.rmdir()
+        if [one.name for one in path.iterdir()] == ["state"]:
+            shutil.rmtree(path)
 
 
 def _folder(stage: Stage[Any, Any], opened: Opened[Any], resume: Path | None) -> RunFolder:
