@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import itertools
 from types import SimpleNamespace
@@ -13,6 +12,7 @@ import torch
 from measured import cut, measured, student_of
 from overflows import Overflows
 from plans import scan_plan, task_plan
+from planted import RETRIEVAL, TEXT, config, planted_layers, prompts, swept, text
 from wonderland import documents
 
 import mismatch
@@ -21,69 +21,22 @@ from mismatch.errors import ConfigError, NumericsError, RunError, UsageError
 from mismatch.forward import hooks
 from mismatch.models.layout import Layout
 from mismatch.runs.folder import Run
-from mismatch.stages.plan import answers, gates, ways
-from mismatch.stages.plan.config import GREEDY, PlanConfig
+from mismatch.stages.plan import answers, ways
+from mismatch.stages.plan.config import GREEDY
 from mismatch.stages.plan.greedy import greedy
 from mismatch.stages.plan.numbers import Numbers, at_random, spaced
 from mismatch.stages.plan.restore import restored
 from mismatch.stages.plan.scores import SCORES
 from mismatch.stages.scan.batches import measure
-from mismatch.stages.scan.cells import cells, columns
 from mismatch.stages.scan.reliability import Overlap
-from mismatch.stages.scan.stage import sweep_of
-from mismatch.stages.scan.tasks import Task, text_task
-from mismatch.surgery.operate import given_back, replace
+from mismatch.stages.scan.tasks import text_task
+from mismatch.surgery.operate import given_back
 from mismatch.surgery.students import Teacher
-
-TEXT, RETRIEVAL = 0, 2
-"""The layer that matters for text alone, and the one that matters for answers alone; layer 1 matters for nothing."""
 
 
 @pytest.fixture(scope="module")
 def planted(tiny):
-    """Words of text and words of prompts lie in different dimensions; each layer reads those of one kind, and writes
-    where neither lies."""
-    model = tiny("llama", tie_word_embeddings=False)
-    with torch.no_grad():
-        table = model.model.embed_tokens.weight
-        table[:50, 10:] = 0
-        table[50:, :10] = 0
-        table[:, 20:] = 0
-        for at, layer in enumerate(model.model.layers):
-            layer.mlp.down_proj.weight.zero_()
-            layer.self_attn.o_proj.weight[:20] = 0
-            layer.self_attn.o_proj.weight *= 6
-            reads = {TEXT: slice(0, 10), RETRIEVAL: slice(10, 20)}.get(at, slice(0, 0))
-            kept = layer.self_attn.v_proj.weight[:, reads].clone()
-            layer.self_attn.v_proj.weight.zero_()
-            layer.self_attn.v_proj.weight[:, reads] = kept
-    return Teacher(model, None, Layout.of(model), None)
-
-
-def prompts(teacher, rows=8, length=20, answer=3):
-    """Words of prompts, and as their answer what the model itself says."""
-    ids = np.random.default_rng(1).integers(50, 101, (rows, length))
-    for at in range(length - answer, length):
-        logits = teacher.model(torch.from_numpy(ids[:, :at])).logits[:, -1]
-        ids[:, at] = 50 + logits[:, 50:].argmax(-1).numpy()
-    asked = np.zeros(ids.shape, bool)
-    asked[:, length - answer - 1 : -1] = True
-    return Task("needles", ids, asked, np.arange(rows), "logprob", chance=100.0)
-
-
-def text(vocab=50):
-    return text_task(cut(8, vocab=vocab))
-
-
-def config(**changes):
-    return PlanConfig(
-        **{"model": "m", "mechanism": "zero", "layers": 2, "seq_len": 24, "controls": (), **changes}
-    )
-
-
-def swept(teacher, settings):
-    every = cells(columns(settings.templates, ()), range(3), teacher.layout)
-    return every, sweep_of(teacher, settings, every, None)
+    return planted_layers(tiny)
 
 
 def numbers(teacher, tasks, settings, able=("needles",)):
@@ -115,59 +68,6 @@ def test_giving_back_finds_what_text_needs(planted):
     means = regained.means([cell.key for cell in every])
     assert means[TEXT] > 0.01
     assert means[1] == means[RETRIEVAL] == 0
-
-
-def test_gates_stay_open_where_answers_need_them(planted, monkeypatch):
-    monkeypatch.setattr(gates, "PRICE", 0.002)  # the planted answer is worth little
-    settings = config(score="gates")
-    every, sweep = swept(planted, settings)
-    before = [weight.clone() for weight in planted.model.parameters()]
-    stood = gates.learnt(sweep, every, [prompts(planted)], 96)
-    assert stood.shape == (2, 3)
-    for half in stood:
-        assert half[RETRIEVAL] > 0.5
-        assert half[TEXT] == half[1] < 0.2
-    assert all(torch.equal(a, b) for a, b in zip(before, planted.model.parameters(), strict=True))
-
-
-def test_no_gate_stays_open_for_what_changes_nothing(planted):
-    settings = config(mechanism="identity", score="gates")
-    every, sweep = swept(planted, settings)
-    stood = gates.learnt(sweep, every, [prompts(planted)], 96)
-    assert (stood == stood[0, 0]).all() and stood[0, 0] < 0.2
-
-
-def test_a_gate_beside_nothing_scales_the_attention(planted):
-    """Half open beside `zero`, the model is the one whose output projections are halved."""
-    settings = config(score="gates")
-    every, sweep = swept(planted, settings)
-    replace(sweep.base, [p for cell in every for p in cell.placements])
-    sweep.base.plan = SimpleNamespace(clauses=[SimpleNamespace(layer=at) for at in range(3)])
-    shares = torch.tensor([1.0, 0.5, 0.25], requires_grad=True)
-    task = prompts(planted)
-    with gates.mixed(sweep.base, shares, {0: 0, 1: 1, 2: 2}):
-        found = gates.misaligned(sweep, task.ids, task.asked)
-    found.backward()
-
-    def wanted(values):
-        model = copy.deepcopy(planted.model)
-        for layer, share in zip(model.model.layers, values, strict=True):
-            layer.self_attn.o_proj.weight.data *= share
-        ids, asked = torch.from_numpy(task.ids), torch.from_numpy(task.asked)
-        with torch.no_grad():
-            p, q = (m(ids).logits[asked].log_softmax(-1) for m in (planted.model, model))
-        return float((p.exp() * (p - q)).sum(-1).mean())
-
-    assert found.item() == pytest.approx(wanted([1.0, 0.5, 0.25]), abs=2e-7)
-    slope = (wanted([1.0, 0.5, 0.27]) - wanted([1.0, 0.5, 0.23])) / 0.04
-    assert shares.grad[2].item() == pytest.approx(slope, rel=0.02)
-
-
-def test_halves_share_no_prompt(planted):
-    task = prompts(planted, rows=7)
-    parts = [np.concatenate([ids for ids, _ in half]) for half in gates.halves([task], 40)]
-    assert [len(part) for part in parts] == [4, 3]
-    assert np.array_equal(parts[0], task.ids[::2]) and np.array_equal(parts[1], task.ids[1::2])
 
 
 def test_greedy_by_answers_spares_the_layer_that_answers(planted):
@@ -356,23 +256,6 @@ def test_a_plan_that_makes_no_scan(toy, score, tmp_path):
         assert made.plan.reliability.over == "documents"
     else:
         assert made.plan.reliability is None
-
-
-def test_a_plan_by_gates(toy, monkeypatch):
-    """As if the toy could find its passkeys; a few steps, so all stand open about alike."""
-    monkeypatch.setattr(answers, "check", lambda *given: ("passkey",))
-    monkeypatch.setattr(gates, "STEPS", 4)
-    asked = {
-        "data": documents(8), "calibration_data": documents(3, seed=1), "tokens": 256, "selection_tokens": 256,
-        "seq_len": 64, "length": 120, "layers": 2, "score": "gates",
-    }  # fmt: skip
-    made = mismatch.plan((toy.model, toy.tokenizer), "infini(segment=16)", samples=3, **asked)
-    prices = {s.layer: s.cost for s in made.plan.scores}
-    assert all(0.9 < price <= 1 for price in prices.values())
-    assert set(made.plan.choice["infini(segment=16)"]) == set(sorted(prices, key=prices.get)[:2])
-    words = made.words()
-    assert "beside one another, learnt from either half of the prompts: share" in words
-    assert "how sure the choice is" not in words
 
 
 def test_a_model_that_cannot_answer_is_refused_before_it_is_scanned(toy, tmp_path):
