@@ -130,34 +130,28 @@ def forwards(teacher: Any, window: int, batch: int, tokens: int) -> None:
         teacher.model.model(part.to(teacher.model.device), use_cache=False)
 
 
+def measuring(teacher: Any, window: int, batch: int, tokens: int) -> dict[str, Any]:
+    """Settings of a trace and of a scan: text, batches, no control."""
+    return {
+        "data": documents(teacher, window, tokens, 0),
+        "calibration_data": documents(teacher, window, window, 2),
+        "calibration_tokens": window,
+        "tokens": tokens,
+        "seq_len": window,
+        "batch_size": batch,
+        "controls": (),
+    }
+
+
 def trace(teacher: Any, window: int, batch: int, tokens: int) -> None:
     layer = teacher.model.config.num_hidden_layers // 2
-    mismatch.trace(
-        teacher,
-        swap=f"layer{layer}:infini(segment=64)",
-        data=documents(teacher, window, tokens, 0),
-        calibration_data=documents(teacher, window, window, 2),
-        calibration_tokens=window,
-        tokens=tokens,
-        seq_len=window,
-        batch_size=batch,
-        controls=(),
-    )
+    swap = f"layer{layer}:infini(segment=64)"
+    mismatch.trace(teacher, swap=swap, **measuring(teacher, window, batch, tokens))
 
 
 def scan(teacher: Any, window: int, batch: int, tokens: int) -> None:
-    mismatch.scan(
-        teacher,
-        "infini(segment=64)",
-        tasks=("text",),
-        data=documents(teacher, window, tokens, 0),
-        calibration_data=documents(teacher, window, window, 2),
-        calibration_tokens=window,
-        tokens=tokens,
-        seq_len=window,
-        batch_size=batch,
-        controls=(),
-    )
+    same = measuring(teacher, window, batch, tokens)
+    mismatch.scan(teacher, "infini(segment=64)", tasks=("text",), **same)
 
 
 def local(teacher: Any, window: int, batch: int, tokens: int) -> None:

@@ -2,7 +2,7 @@
 
     python analyses/large_model.py                        SmolLM2, and random Llamas of 0.5 and 1.5 billion parameters
     python analyses/large_model.py --sizes 0.5B           one of them; what others wrote stays
-    python analyses/large_model.py --sizes tiny --cap 0.75 --output /tmp/large    whether it runs, in a minute
+    python analyses/large_model.py --sizes tiny --cap 0.75 --output OUT    whether it runs, in a minute
 
 A random model is written in bfloat16, in shards, into a temporary folder, and removed. Each row is a process of its own
 with one thread: `load` reads the weights; `trace` compares one swapped layer with its teacher; `scan` tries a few
