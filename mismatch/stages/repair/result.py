@@ -45,7 +45,7 @@ def some_of(notes: Sequence[str]) -> list[str]:
         less = alike if len(alike) <= ALIKE + 1 else alike[:ALIKE]
         said += less
         if more := len(alike) - len(less):
-            said.append(f"{more} more like it, in the report")
+            said.append(f"{more} more like it")
     return said
 
 

@@ -247,7 +247,7 @@ def test_notes_of_many_layers_are_said_in_part():
     other = ["layer3.attn: undone", "left out", "left out"]
     assert some_of([*many, *other]) == [
         *many[:3],
-        "9 more like it, in the report",
+        "9 more like it",
         "layer3.attn: undone",
         "left out",
     ]
