@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from bounded_rows import MODELS, PLACES, ROWS, Row
+from bounded_rows import MODELS, PLACES, ROWS, SHARED, Row
 from matplotlib.figure import Figure
 
 import mismatch
@@ -40,6 +40,7 @@ READINGS = {
     "look-up": ("kv_lookup", "logprob"),
     "copy160": ("copying", "nll_second[repeat=160]"),
 }
+NAMES = ("KL", *READINGS)
 FIGURES = Path(__file__).resolve().parent.parent / "figures"
 
 
@@ -52,6 +53,9 @@ def main() -> None:
     parser.add_argument("--draw", action="store_true", help="measure nothing")
     parser.add_argument("--tokens", type=int, default=4096, help="of evaluation text")
     parser.add_argument("--samples", type=int, default=8, help="prompts of each kind")
+    parser.add_argument(
+        "--long-samples", type=int, default=16, help="needle prompts of 2048 tokens"
+    )
     parser.add_argument("--output", type=Path, help="folder of the results")
     args = parser.parse_args()
     folder = args.output or FIGURES / "bounded_state" / args.layers
@@ -68,7 +72,9 @@ def main() -> None:
             _file(folder, name).write_text(json.dumps(found, indent=1) + "\n")
     frame = table(folder, args.layers)
     frame.to_csv(folder / "table.csv", index=False)
-    figure(frame, args.layers).savefig(folder / "bytes.png", dpi=200)
+    short = frame[frame.length == 512]
+    made = curves(short) if args.layers == "all" else lines(short, args.layers)
+    made.savefig(folder / "readings.png", dpi=200)
     print(frame.to_string(index=False, float_format=lambda x: f"{x:.4f}"))
 
 
@@ -159,14 +165,15 @@ def readings(teacher: Any, student: Any, length: int, args: argparse.Namespace) 
     logits = traced[(traced.site == "logits") & (traced.student == "swap")]
     kl = logits[(logits.position == "all") & (logits.stat == "mean")].iloc[0]
     found: dict[str, Any] = {"KL": [kl.value, kl.lo, kl.hi]}
-    asked = mismatch.probe(
-        teacher,
-        student,
-        probes=PROBES if length == 512 else ("passkey", "needles"),
-        lengths=(str(length),),
-        samples=args.samples if length == 512 else max(2, args.samples // 2),
-        controls=(),
-    ).table
+    calls = {PROBES: args.samples}
+    if length == 2048:
+        calls = {("passkey",): args.samples, ("needles",): args.long_samples}
+    asked = pd.concat(
+        mismatch.probe(
+            teacher, student, probes=probes, lengths=(str(length),), samples=number, controls=()
+        ).table
+        for probes, number in calls.items()
+    )
     for name, (probe, stat) in READINGS.items():
         rows = asked[asked.metric == probe]
         bare, _, given = stat.partition("[")
@@ -216,56 +223,81 @@ def table(folder: Path, layers: str) -> pd.DataFrame:
     return pd.DataFrame(lines)
 
 
-COLOURS = {"shared": "#1b6ca8", "alike": "#7a5195", "control": "#b0b0b0", "other": "#333333"}
-WORDS = {
-    "shared": "learned scores, bytes shared out among heads",
-    "alike": "learned scores, slots as the swap says",
-    "control": "as many slots, tokens chosen otherwise",
-    "other": "no slots",
-}
+BLUE = "#1b6ca8"
+COLOURS = {"shared": BLUE, "alike": "#7a5195", "control": "#d1495b", "other": "#333333"}
+MARKERS = "sD^vPX*<>hpd"
+LINES = ("--", ":", "-.")
 
 
-def figure(frame: pd.DataFrame, layers: str) -> Figure:
-    """Each reading against the bytes of one text's state, at 512 tokens."""
-    made = Figure(figsize=(11, 6.4), layout="constrained")
-    names = ("KL", *READINGS)
+def curves(frame: pd.DataFrame) -> Figure:
+    """Each reading against the bytes of one text's state; what keeps a cache that grows is a level."""
+    made = Figure(figsize=(10.5, 6.6), layout="constrained")
     axes = made.subplots(2, 3).flatten()
-    short = frame[frame.length == 512]
-    for axis, name in zip(axes, names, strict=False):
-        for group, rows in short.groupby("group", sort=False):
-            rows = rows.dropna(subset=[name, "kB"])
-            size = rows.kB / (1000 if layers == "all" else 1)
-            low, high = rows[name] - rows[f"{name} lo"], rows[f"{name} hi"] - rows[name]
-            colour = COLOURS[str(group)]
-            axis.errorbar(
-                size,
-                rows[name],
-                yerr=[low.clip(lower=0), high.clip(lower=0)],
-                fmt="o",
-                markersize=4,
-                linewidth=1,
-                color=colour,
-                label=WORDS[str(group)],
-            )
-            for at, value, row in zip(size, rows[name], rows.row, strict=True):
-                axis.annotate(
-                    row.split(",")[0].removeprefix("shared"),
-                    (at, value),
-                    xytext=(4, 3),
-                    textcoords="offset points",
-                    fontsize=5.5,
-                    color=colour,
-                )
-        axis.axhline(0, color="#999999", linewidth=0.8)
-        axis.set_title("text KL, nats per token" if name == "KL" else f"{name}: {LOST[name]}")
-        axis.set_xlabel("state of one text, " + ("MB" if layers == "all" else "kB"))
-        axis.set_yscale("symlog", linthresh=0.01 if name == "KL" else 0.1)
-        axis.grid(alpha=0.3)
+    rows = [(row, ROWS["all"][row["row"]]) for _, row in frame.iterrows()]
+    for axis, name in zip(axes, NAMES, strict=False):
+        curve: dict[float, list[tuple[float, float]]] = {}
+        for at, (row, swap) in enumerate(rows):
+            colour, size = COLOURS[swap.group], row.kB / 1000
+            if swap.kilobytes and swap.mechanism == SHARED and swap.window == 512:
+                curve.setdefault(swap.kilobytes, []).append((size, row[name]))
+                _point(axis, size, row, name, color=colour, marker="o", label=LEARNED)
+            elif np.isnan(size):
+                style = LINES[at % len(LINES)]
+                axis.axhline(row[name], color=colour, linestyle=style, label=row["row"])
+            else:
+                mark = MARKERS[at % len(MARKERS)]
+                _point(axis, size, row, name, color=colour, marker=mark, label=row["row"])
+        means = [np.mean(curve[budget], axis=0) for budget in sorted(curve)]
+        axis.plot(*np.transpose(means), color=BLUE, linewidth=1)
+        axis.set_xlabel("state of one text, MB")
+        axis.set_yscale("symlog", linthresh=NEAR[name == "KL"])
+        axis.set_ylim(bottom=-NEAR[name == "KL"])
+        _dressed(axis, name, axis.axhline)
     axes[-1].axis("off")
     handles, labels = axes[0].get_legend_handles_labels()
-    axes[-1].legend(handles, labels, loc="center", frameon=False)
+    entries = dict(zip(labels, handles, strict=True))
+    axes[-1].legend(entries.values(), entries, loc="center", frameon=False, fontsize=8)
+    made.suptitle(f"{WHERE['all']} with a bounded state, 512 tokens; 95 % intervals")
+    return made
+
+
+def lines(frame: pd.DataFrame, layers: str) -> Figure:
+    """Each reading of every row."""
+    made = Figure(figsize=(13, 1.4 + 0.3 * len(frame)), layout="constrained")
+    axes = made.subplots(1, len(NAMES), sharey=True)
+    for axis, name in zip(axes, NAMES, strict=True):
+        for at, (_, row) in enumerate(frame.iterrows()):
+            colour = COLOURS[ROWS[layers][row["row"]].group]
+            _point(axis, at, row, name, flat=True, color=colour, marker="o")
+        axis.set_xscale("symlog", linthresh=NEAR[name == "KL"])
+        axis.set_xlim(left=-NEAR[name == "KL"])
+        _dressed(axis, name, axis.axvline)
+    sizes = ["grows" if np.isnan(size) else f"{size:.0f} kB" for size in frame.kB]
+    axes[0].set_yticks(
+        range(len(frame)), [f"{n}  ({s})" for n, s in zip(frame.row, sizes, strict=True)]
+    )
+    axes[0].invert_yaxis()
     made.suptitle(f"{WHERE[layers]} with a bounded state, 512 tokens; 95 % intervals")
     return made
+
+
+LEARNED = "scores learned, bytes shared out among heads"
+NEAR = {True: 0.01, False: 0.1}
+"""Up to where an axis is linear: of text KL, and of the others."""
+
+
+def _dressed(axis: Any, name: str, zero: Any) -> None:
+    zero(0, color="#999999", linewidth=0.8)
+    title = "text KL\nnats a token" if name == "KL" else f"{name}\n{LOST[name]}"
+    axis.set_title(title, fontsize=10)
+    axis.grid(alpha=0.3)
+
+
+def _point(axis: Any, at: float, row: Any, name: str, *, flat: bool = False, **style: Any) -> None:
+    """One reading with its interval, against `at`."""
+    ends = [[max(0.0, row[name] - row[f"{name} lo"])], [max(0.0, row[f"{name} hi"] - row[name])]]
+    where, error = ((row[name], at), "xerr") if flat else ((at, row[name]), "yerr")
+    axis.errorbar(*where, **{error: ends}, linestyle="none", markersize=5, linewidth=1, **style)
 
 
 WHERE = {
