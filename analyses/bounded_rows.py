@@ -53,6 +53,8 @@ OTHERS = {
 }
 SHARED = "kv_slots(segment=32, rest=mean, kv_dtype=float16)"
 NARROW = "kv_slots(segment=16, rest=mean, kv_dtype=float16)"
+EIGHT, EIGHT_NARROW = (each.replace("float16", "mxint8") for each in (SHARED, NARROW))
+"""In 8 bits a number."""
 WIDE, WIDE_NARROW = (each.replace(", kv_dtype=float16", "") for each in (SHARED, NARROW))
 """Keys and values as the model makes them, in float32."""
 PLACES = {"all": ("all",), "18": ("layer18",), "gemma": ("layer11",)}
@@ -78,6 +80,7 @@ ROWS = {
         "shared, 6 MB": Row(SHARED, 6000),
         "shared, 4 MB": Row(SHARED, 4000),
         "shared, 3 MB": Row(SHARED, 3000),
+        "shared, 4.5 MB of mxint8": Row(EIGHT, 4500),
         **OTHERS,
         "shared, 8 MB of float32": Row(WIDE, 8000),
         "alike, 96 slots": Row(SHARED, group="alike"),
@@ -93,6 +96,7 @@ ROWS = {
         "shared, 100 kB, seed 2": Row(NARROW, 100, seed=2),
         "shared, 100 kB, windows of 2048": Row(NARROW, 100, long=True, window=2048),
         "shared, 60 kB": Row(NARROW, 60),
+        "shared, 60 kB of mxint8": Row(EIGHT_NARROW, 60),
         "shared, 150 kB of float32": Row(WIDE_NARROW, 150),
         "shared, 100 kB of float32": Row(WIDE_NARROW, 100, long=True),
         "shared, 100 kB of float32, segments of 8": Row(

@@ -383,7 +383,7 @@ class Infini(Choosing):
         wide = torch.promote_types(dtype, torch.float32).itemsize
         tokens = 3 * ((config.overlap + 1) * config.segment - 1) + 2 * config.sinks
         each = features * (self.head_dim + 1) * wide + tokens * self.head_dim * dtype.itemsize
-        held = 0 if self.choice is None else self.choice.bytes_of(self.head_dim, dtype)
+        held = 0 if self.choice is None else self.choice.bytes_of(self.head_dim * dtype.itemsize)
         return self.n_kv_heads * each + held
 
     def gates(self) -> dict[str, nn.Parameter]:

@@ -24,9 +24,11 @@ As decided here:
     sinks        a sink inside the segments that are read is an ordinary token
     padding      pads take no place in a segment and are not kept
     dtype        scores and softmax in float32 at least; keys and values are held as the module makes them, or rounded
-                 to `kv_dtype` as they come: a text in pieces reads what a whole one reads, but where the last bits
-                 of a product, which depend on how many tokens were computed at once, fall on two sides of a step
-    gradients    flow to everything but through the choice; the net has none in the stages behind `scores`
+                 to `kv_dtype` as they come (`mxint8`: `parts/mxint8.py`): a text in pieces reads what a whole one
+                 reads, but where the last bits of a product, which depend on how many tokens were computed at once,
+                 fall on two sides of a step
+    gradients    flow to everything but through the choice, and straight through the rounding; the net has none in
+                 the stages behind `scores`
 
 Inherited: every projection, bias and query/key norm. New: the net (learned): d_model x 64, 64 x KV and biases. Dropped:
 nothing.
@@ -44,6 +46,7 @@ from mismatch.errors import SurgeryError
 from mismatch.mechanisms.base import Context, tensor_kind
 from mismatch.mechanisms.parts.calling import cache_in, hidden_in
 from mismatch.mechanisms.parts.choosing import Choosing
+from mismatch.mechanisms.parts.kv_dtype import Held
 from mismatch.mechanisms.parts.local_softmax import (
     Pair,
     earlier_after,
@@ -76,9 +79,13 @@ class KVSlotsConfig:
     rest: Literal["none", "mean"] = "none"
     """What stands for the far tokens without a slot: nothing, or their mean key and value, counted as often as they
     are."""
-    kv_dtype: Literal["float16", "bfloat16"] | None = None
+    kv_dtype: Literal["float16", "bfloat16", "mxint8"] | None = None
     """How keys and values are held and read, those of the segments too; none = as the module makes them. float16 ends
-    at 65,504: a larger one is inf, and the output NaN."""
+    at 65,504: a larger one is inf, and the output NaN. mxint8: 8 bits a number, 32 of them share a power of two."""
+
+
+HELD = tuple(f"{what}_{side}" for what in ("open", "earlier", "sink", "slot") for side in "kv")
+"""The rows of the state that are keys and values."""
 
 
 class KVSlots(Choosing):
@@ -110,6 +117,7 @@ class KVSlots(Choosing):
                 f"{self.window} only",
                 hint="leave out rest in layers with a window of their own",
             )
+        self.held = Held(config.kv_dtype, self.head_dim)
         self.choice = Slots(
             original,
             context,
@@ -132,16 +140,12 @@ class KVSlots(Choosing):
         return tuple(notes)
 
     def state_bytes(self) -> int:
-        config, dtype = self.settings, self._held_in(tensor_kind(self, self.context)["dtype"])
+        config, made = self.settings, tensor_kind(self, self.context)["dtype"]
         tokens = config.segment * (config.overlap + 1) - 1 + config.sinks
-        near = tokens * 2 * self.n_kv_heads * self.head_dim * dtype.itemsize
-        sums = bytes_of(self.n_kv_heads, self.head_dim, dtype) if config.rest == "mean" else 0
-        return near + sums + self.choice.bytes_of(self.head_dim, dtype)
-
-    def _held_in(self, made: torch.dtype) -> torch.dtype:
-        """The dtype of keys and values in the state, where the module makes them in this one."""
-        name = self.settings.kv_dtype
-        return made if name is None else getattr(torch, name)
+        near = tokens * 2 * self.n_kv_heads * self.held.bytes_of(made)
+        read = self.held.dtype(made)
+        sums = bytes_of(self.n_kv_heads, self.head_dim, read) if config.rest == "mean" else 0
+        return near + sums + self.choice.bytes_of(self.held.bytes_of(made))
 
     @text_by_text
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
@@ -154,8 +158,11 @@ class KVSlots(Choosing):
         grid = Grid(state.seen, keep, batch, length, config.segment, x.device)
         q, k, v = self.qkv(x)
         q, k = self.rotate(q, k, kwargs.get("position_embeddings"))
-        k, v = k.to(self._held_in(k.dtype)), v.to(self._held_in(v.dtype))
-        rows = state.rows
+        rows = {
+            name: self.held.unpacked(row, k.dtype) if name in HELD else row
+            for name, row in state.rows.items()
+        }
+        k, v = self.held.rounded(k), self.held.rounded(v)
         own = Pair(grid.place(k, rows.get("open_k")), grid.place(v, rows.get("open_v")))
         earlier = Pair(
             *(
@@ -194,5 +201,9 @@ class KVSlots(Choosing):
                 "sink_k": sinks.k,
                 "sink_v": sinks.v,
             }
-            state.advance(grid.new, length, near | held)
+            after = {
+                name: self.held.packed(row) if name in HELD else row
+                for name, row in (near | held).items()
+            }
+            state.advance(grid.new, length, after)
         return self.project(grid.take(heads.to(x.dtype)), x), None

@@ -54,9 +54,9 @@ def reference(mechanism, x: Tensor, embeddings) -> Tensor:
     """Output of one text, `pos d_model` -> `pos d_model`."""
     q, k, v = mechanism.qkv(x[None])
     q, k = mechanism.rotate(q, k, embeddings)
-    config, kind = mechanism.settings, x.dtype
+    config = mechanism.settings
     if config.kv_dtype is not None:
-        k, v = (each.to(getattr(torch, config.kv_dtype)).to(kind) for each in (k, v))
+        k, v = (held_in(config.kv_dtype, each) for each in (k, v))
     q, k, v = q[0], k[0], v[0]
     scores = scores_of(mechanism, x, k, v)
     counts = config.slots
@@ -82,6 +82,20 @@ def reference(mechanism, x: Tensor, embeddings) -> Tensor:
                 logits = mechanism.softcap * torch.tanh(logits / mechanism.softcap)
             heads[h, t] = (logits + times.to(logits).log()).softmax(0) @ values
     return mechanism.project(heads[None])[0]
+
+
+def held_in(name: str, x: Tensor) -> Tensor:
+    """Keys or values as they are read of a state that holds them so."""
+    if name != "mxint8":
+        return x.to(getattr(torch, name)).to(x.dtype)
+    found = x.detach().clone(memory_format=torch.contiguous_format)
+    for vector in found.view(-1, x.shape[-1]):
+        for block in vector.split(32):
+            step = 2.0 ** (math.floor(math.log2(max(block.abs().max().item(), 1e-30))) - 6)
+            block.copy_(
+                torch.tensor([step * max(-127, min(127, round(n / step))) for n in block.tolist()])
+            )
+    return found
 
 
 def far_target(q: Tensor, k: Tensor, *, segment, overlap, sinks, scaling) -> Tensor:

@@ -34,6 +34,7 @@ VARIANTS = {
     "random": {"slots": 5, "slot_score": "random"},
     "rest": {"slots": (5, 0), "rest": "mean", "sinks": 2},
     "half": {"slots": (5, 2), "sinks": 2, "kv_dtype": "float16"},
+    "eight bits": {"slots": (5, 2), "rest": "mean", "kv_dtype": "mxint8"},
     "rest alone": {"slots": 0, "slot_score": "first", "rest": "mean", "overlap": 0},
 }
 
@@ -214,6 +215,7 @@ def test_padding_is_neither_counted_nor_kept_nor_read(side, size):
         "slots=0",
         "slots=[2, 0], rest=mean",
         "slots=[2, 0], rest=mean, kv_dtype=float16",
+        "slots=[2, 0], rest=mean, kv_dtype=mxint8",
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -298,21 +300,25 @@ def test_rest_in_a_module_with_a_window_of_its_own_is_refused():
         swap(llama("mistral_window"), "layer1:kv_slots(rest=mean)")
 
 
-def test_keys_and_values_in_half_precision_are_the_float32_ones_to_rounding():
-    """Scores of the same hidden states, so the same tokens; half the bytes but for the scores."""
+def test_keys_and_values_in_fewer_bits_are_the_float32_ones_to_rounding():
+    """Scores of the same hidden states, so the same tokens; fewer bytes but for the scores."""
     x = stream(dtype=torch.float32)
-    whole, half, coarse = (
+    whole, half, coarse, eight = (
         module(dtype=torch.float32, slots=5, kv_dtype=held)
-        for held in (None, "float16", "bfloat16")
+        for held in (None, "float16", "bfloat16", "mxint8")
     )
     wanted = run(whole, x)
     errors = [
         float((run(each, x) - wanted).detach().norm() / wanted.detach().norm())
-        for each in (half, coarse)
+        for each in (half, coarse, eight)
     ]
     assert 0 < errors[0] < 1e-3 < errors[1] < 8e-3  # steps of 2^-11 and 2^-8
+    assert 2e-3 < errors[2] < 2e-2  # 2^-7 of the largest in a block
     scores = (2 * N - 1 + 5) * 2 * 4  # of each token and slot, by kv head
     assert half.state_bytes() - scores == (whole.state_bytes() - scores) // 2
+    assert (
+        eight.state_bytes() - scores == (whole.state_bytes() - scores) * 9 // 32
+    )  # 8 codes, 1 exponent
 
 
 def test_half_precision_is_the_float32_one_to_rounding():

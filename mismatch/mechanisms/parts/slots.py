@@ -266,16 +266,14 @@ class Slots(nn.Module):
         """The way back: a kv head holds what it has."""
         return torch.cat([padded[:, h, :count] for h, count in enumerate(self.counts)], dim=1)
 
-    def bytes_of(self, head_dim: int, dtype: torch.dtype) -> int:
-        """Bytes of one row's slots and of all scores, with a full open segment."""
+    def bytes_of(self, vector: int) -> int:
+        """Bytes of one row's slots, whose keys and values have `vector` bytes each, and of all scores, with a full open
+        segment."""
         if not self.most:
             return 0
         near = 0 if self.score == "recall_error" else (self.overlap + 1) * self.size - 1
         score = torch.float32.itemsize
-        return (
-            sum(self.counts) * (2 * head_dim * dtype.itemsize + score)
-            + near * len(self.counts) * score
-        )
+        return sum(self.counts) * (2 * vector + score) + near * len(self.counts) * score
 
 
 def rounded(score: Tensor) -> Tensor:
