@@ -21,6 +21,7 @@ import argparse
 import functools
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -67,9 +68,10 @@ def main() -> None:
         if name in (args.only or ROWS[args.layers])
     }
     teacher = None if args.draw else mismatch.load(MODELS.get(args.layers, "smollm2"))
+    by_teacher = functools.cache(lambda: written(teacher, teacher))
     for name, row in () if args.draw else rows.items():
         if not _file(folder, name).exists():
-            found = measured(teacher, row, args)
+            found = measured(teacher, row, args, by_teacher)
             _file(folder, name).write_text(json.dumps(found, indent=1) + "\n")
     frame = table(folder, args.layers)
     frame.to_csv(folder / "table.csv", index=False)
@@ -79,7 +81,9 @@ def main() -> None:
     print(frame.to_string(index=False, float_format=lambda x: f"{x:.4f}"))
 
 
-def measured(teacher: Any, row: Row, args: argparse.Namespace) -> dict[str, Any]:
+def measured(
+    teacher: Any, row: Row, args: argparse.Namespace, by_teacher: Callable[[], int]
+) -> dict[str, Any]:
     """All readings of one row; `seconds` is CPU time of what a user waits for: nets, shares, and their text."""
     started = time.process_time()
     notes: list[str] = []
@@ -116,11 +120,10 @@ def measured(teacher: Any, row: Row, args: argparse.Namespace) -> dict[str, Any]
     for length in (512, 2048) if row.long else (512,):
         found[str(length)] = readings(teacher, student, length, args)
     if row.group == "shared":
-        found["written"] = {"teacher": written(teacher, teacher), "swap": written(teacher, student)}
+        found["written"] = {"teacher": by_teacher(), "swap": written(teacher, student)}
     return found
 
 
-@functools.cache  # of the teacher it is asked with every row
 @torch.no_grad()
 def written(teacher: Any, model: Any, length: int = 512, prompts: int = 32) -> int:
     """How many passkeys `generate()` writes greedily, through its own cache."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from torch import nn
 from mismatch import registry, spec
 from mismatch.metrics.sums.per_document import Units
 from mismatch.models.layout import Layout
+from mismatch.runs.site_names import SITES
 from mismatch.runs.table import as_table
 from mismatch.stages.trace.batches import measure
 from mismatch.stages.trace.meters import Collector
@@ -59,6 +61,7 @@ def collector_of(
     windows: Windows,
     metrics: Any = None,
     sample: float = 1.0,
+    sites: Sequence[str] = SITES,
 ) -> Collector:
     return Collector(
         Layout.of(model),
@@ -69,6 +72,7 @@ def collector_of(
         n_pos=windows.seq_len,
         n_tokens=int(windows.scored.sum()),
         sample=sample,
+        sites=sites,
     )
 
 
@@ -81,12 +85,13 @@ def measured(
     metrics: Any = None,
     batch_size: int = 2,
     sample: float = 1.0,
+    sites: Sequence[str] = SITES,
     **options: Any,
 ) -> tuple[Any, list[Student]]:
     """The table of a trace, and its students."""
     windows = windows or cut()
     students = students_of(model, swap, controls)
-    collector = collector_of(model, students, windows, metrics, sample)
+    collector = collector_of(model, students, windows, metrics, sample, sites)
     measure(Layout.of(model), students, collector, windows, batch_size=batch_size, **options)
     return as_table([row | {"run_id": "test"} for row in collector.rows()]), students
 

@@ -10,7 +10,7 @@ The teacher's values of this batch, from block k on, live until every student wa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,8 +18,9 @@ from torch import Tensor
 
 from mismatch.forward import hooks
 from mismatch.forward.shared_prefix import Stored, check_finite
-from mismatch.forward.sites import Tap, leaving, taps
+from mismatch.forward.sites import Tap, tapped, taps
 from mismatch.models.layout import Layout
+from mismatch.runs.site_names import SITES
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,7 @@ def stream(
     on_pair: OnPair,
     *,
     forced: bool = True,
+    sites: Collection[str] = SITES,
     run: Callable[..., Tensor] = hooks.run,
 ) -> None:
     """Run one batch through the teacher and every student, and pass each pair to `on_pair` as it completes.
@@ -76,6 +78,7 @@ def stream(
         ids: int64 `batch pos`.
         on_pair: called with each pair, sites in computation order, one student after the other.
         forced: also run each block of `alone` on the teacher's stream (for one that has it anyway, forced is free).
+        sites: those to compare; no other is kept, but for the streams that a run needs.
         run: the backend.
 
     Raises:
@@ -86,6 +89,8 @@ def stream(
     begin = min((runner.start for runner in whole), default=teacher.n_layers)
     crops = [runner.crop for runner in runners if runner.crop is not None]
     kept: Stored[tuple[int | None, str]] = Stored()
+    wanted = tapped(teacher, sites)
+    entered = {at for runner in whole for at in (runner.start, *runner.alone)}
 
     def keep(tap: Tap, value: Tensor) -> None:
         check_finite(value, "teacher", _where(tap.layer, tap.site))
@@ -94,16 +99,15 @@ def stream(
         kept.keep((tap.layer, tap.site), value)
 
     with torch.no_grad():
-        wanted = [
-            t
-            for layer in range(0 if crops else begin, teacher.n_layers)
-            for t in taps(teacher, layer)
+        read = [
+            tap
+            for layer in range(teacher.n_layers)
+            for tap in taps(teacher, layer)
+            if (tap.site in wanted and layer >= (0 if crops else begin)) or tap.enters in entered
         ]
-        if begin > 0 and not crops:
-            wanted = [leaving(begin - 1), *wanted]
-        kept.keep((None, "final"), run(teacher, ids, wanted, keep))
+        kept.keep((None, "final"), run(teacher, ids, read, keep))
         for runner in runners:
-            pairing = _Pairing(runner, kept, on_pair)
+            pairing = _Pairing(runner, kept, on_pair, wanted)
             if runner.first is None:
                 pairing.only_final(teacher.n_layers - 1)
                 continue
@@ -116,9 +120,13 @@ class _Pairing:
     """One student's runs against the teacher's stored values."""
 
     def __init__(
-        self, runner: Runner, kept: Stored[tuple[int | None, str]], on_pair: OnPair
+        self,
+        runner: Runner,
+        kept: Stored[tuple[int | None, str]],
+        on_pair: OnPair,
+        sites: Collection[str],
     ) -> None:
-        self.runner, self.kept, self.on_pair = runner, kept, on_pair
+        self.runner, self.kept, self.on_pair, self.sites = runner, kept, on_pair, sites
 
     def free(self, ids: Tensor, run: Callable[..., Tensor]) -> None:
         runner = self.runner
@@ -136,7 +144,8 @@ class _Pairing:
 
     def forced(self, ids: Tensor, run: Callable[..., Tensor]) -> None:
         for layer in self.runner.alone:
-            if layer == self._on_teacher:
+            wanted = self._taps(layer)
+            if layer == self._on_teacher or not wanted:
                 continue
 
             def pair(tap: Tap, value: Tensor) -> None:
@@ -145,7 +154,7 @@ class _Pairing:
             run(
                 self.runner.layout,
                 ids,
-                self._taps(layer),
+                wanted,
                 pair,
                 start=layer,
                 stop=layer + 1,
@@ -172,7 +181,8 @@ class _Pairing:
         return x if crop is None else x[: crop[0], : crop[1]]
 
     def _taps(self, layer: int) -> tuple[Tap, ...]:
-        return taps(self.runner.layout, layer, inner=layer not in self.runner.whole_blocks)
+        found = taps(self.runner.layout, layer, inner=layer not in self.runner.whole_blocks)
+        return tuple(tap for tap in found if tap.site in self.sites)
 
     def _pair_up(self, mode: str, layer: int | None, site: str, value: Tensor) -> None:
         check_finite(value, self.runner.name, _where(layer, site))

@@ -16,6 +16,7 @@ missing without a warning (they are recorded by class, and a swapped module is o
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,6 +38,13 @@ class Tap:
     """Of the module, relative to its block; "" is the block itself."""
     side: str
     """"in" or "out"."""
+
+    @property
+    def enters(self) -> int | None:
+        """The block whose input this is, if any."""
+        if self.site == "resid_post":
+            return self.layer + 1
+        return 0 if self.site == "resid_pre" and self.layer == 0 else None
 
     def module(self, layout: Layout) -> nn.Module:
         """The module of a model that this tap is at."""
@@ -80,6 +88,13 @@ def before(layout: Layout, site: str) -> str | None:
     if site == "mlp_out":
         return "resid_pre" if layout.parallel else "resid_mid"
     return None
+
+
+def tapped(layout: Layout, sites: Collection[str]) -> frozenset[str]:
+    """The sites that must be read for these to be measured: the stream that an update is added to, too, and for the
+    stream entering a block the one leaving the block before, which has the same numbers."""
+    added = {before(layout, site) for site in sites} - {None}
+    return frozenset({*sites, *added, *(("resid_post",) if "resid_pre" in sites else ())})
 
 
 def massive(x: Tensor, valid: Tensor) -> Tensor:

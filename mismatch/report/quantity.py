@@ -19,7 +19,7 @@ import pandas as pd
 
 from mismatch import registry
 from mismatch.errors import UsageError
-from mismatch.runs.table import BLOCK_SITES, SITES
+from mismatch.runs.site_names import BLOCK_SITES, SITES
 
 CONTROLS = ("identity", "zero", "mean", "skip", "linear", "random")
 """The order in which controls are listed; others follow by name."""

@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 from mismatch import registry
 from mismatch.errors import RunError
 from mismatch.runs.intervals import BLOCKS, DOCUMENTS, DOCUMENTS_NEEDED, FORMER, SAMPLES
+from mismatch.runs.site_names import SITES
 
 GROWTH = "growth"
 """A stat of `rel_l2`: its mean behind the last block over that behind the last swapped one, paired over tokens."""
@@ -33,12 +34,6 @@ MOST_ROWS = 2_000_000
 """Rows of a table that is read; the largest run that was made has 60,000."""
 MOST_LAYERS = 1023
 """Largest number of a layer or a head."""
-
-SITES = ("resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post", "final", "logits")
-"""Where numbers are taken, in the order of computation."""
-
-BLOCK_SITES = SITES[:5]
-"""Those that every block has."""
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,10 @@ import torch
 
 from mismatch.config import RunConfig
 from mismatch.forward.head import chunk_of
+from mismatch.forward.sites import tapped
 from mismatch.models.layout import Layout
 from mismatch.models.target import to_disk
-from mismatch.runs.table import BLOCK_SITES
+from mismatch.runs.site_names import BLOCK_SITES, SITES
 from mismatch.stages.trace.config import TraceConfig
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "auto": 4}
@@ -67,7 +68,8 @@ def estimate(
     per_token = layers * block + 2 * head + sum((layers - s) * block + 2 * head for s in starts)
     flops = per_token * (tokens or config.tokens) * 1.25
     shown = layers - min(starts, default=0)
-    sites = shown * len(BLOCK_SITES) * config.batch_size * config.seq_len * d * 4
+    kept = tapped(skeleton, config.sites or SITES).intersection(BLOCK_SITES)
+    sites = shown * len(kept) * config.batch_size * config.seq_len * d * 4
     heads = 5 * chunk_of(skeleton) * vocab * 4
     places = MOMENTS if config.metrics is None else MOMENTS + shown  # named: behind every block
     moments = 4 * places * d * d * 8

@@ -6,7 +6,8 @@ import numpy as np
 import pandas as pd
 
 from mismatch.runs.plan import Replaced, SwapPlan
-from mismatch.runs.table import SITES, as_table, dictionary
+from mismatch.runs.site_names import SITES
+from mismatch.runs.table import as_table, dictionary
 
 DICTIONARY = dictionary(["rel_l2", "cka_minibatch", "norm_ratio", "frechet", "lens_kl", "kl"])
 

@@ -88,7 +88,7 @@ def measure(
             others = [Runner(FLOOR, teacher, 0, crop=(1, FLOOR_TOKENS))] if floor else []
             scored = on_device(teacher, batch.scored)
             with _naming(index, numbers), collector.batch(ids, numbers, scored) as met:
-                stream(teacher, [*runners, *others], ids, met, run=run)
+                stream(teacher, [*runners, *others], ids, met, sites=collector.sites, run=run)
             if index == 0 and reference is not None:
                 _format_floor(teacher, reference, collector, ids[:1], run)
             progress(len(ids))
@@ -132,7 +132,8 @@ def _format_floor(
 ) -> None:
     """What the dtype alone brings: the float32 model as the teacher, the run's teacher as the student."""
     with collector.batch(ids, range(len(ids)), teacher=reference) as met:
-        stream(reference, [Runner(FLOOR, teacher, 0)], ids, met, run=run)
+        floor = Runner(FLOOR, teacher, 0)
+        stream(reference, [floor], ids, met, sites=collector.sites, run=run)
 
 
 def _resume(

@@ -16,7 +16,8 @@ from mismatch.config import (
     SwapConfig,
 )
 from mismatch.errors import ConfigError
-from mismatch.registry import metrics, probes
+from mismatch.registry import did_you_mean, metrics, probes
+from mismatch.runs.site_names import READ_AT, SITES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +32,15 @@ class TraceConfig(CalibratedConfig, ScoredConfig, SwapConfig):
             *("seq_len", "batch_size"),
             *BUILDS_ON,
         ),
-        "measurement": ("controls", "metrics", "moment_tokens", "probes", "backend", "seed"),
+        "measurement": (
+            "controls",
+            "metrics",
+            "sites",
+            "moment_tokens",
+            "probes",
+            "backend",
+            "seed",
+        ),
         "output": (*OUTPUT, "fail_on"),
         "dangerous": DANGEROUS,
     }
@@ -42,6 +51,9 @@ class TraceConfig(CalibratedConfig, ScoredConfig, SwapConfig):
     """Windows per forward pass. More need more memory, and are no faster on a CPU."""
     metrics: tuple[str, ...] | None = None
     """Metrics to compute; all but js when not given. Named metrics of covariances are taken behind every block."""
+    sites: tuple[str, ...] | None = None
+    """Sites to measure, of resid_pre, attn_out, resid_mid, mlp_out, resid_post, final, logits; all when not given.
+    Fewer need less time and memory. Findings rest on the sites that are there."""
     moment_tokens: Annotated[int, ">= 1"] = 2048
     """Tokens that feed the metrics of second moments (cka, frechet, ...)."""
     probes: tuple[str, ...] = ()
@@ -57,3 +69,21 @@ class TraceConfig(CalibratedConfig, ScoredConfig, SwapConfig):
         self._known(self.probes, probes())
         if self.metrics == ():
             raise ConfigError("`metrics` is empty", hint="leave it out to compute the usual ones")
+        if self.sites is not None:
+            self._check_sites(self.sites)
+
+    def _check_sites(self, sites: tuple[str, ...]) -> None:
+        if not sites:
+            raise ConfigError("`sites` is empty", hint="leave it out to measure at all of them")
+        for index, site in enumerate(sites):
+            if site not in SITES:
+                raise ConfigError(f"--sites: unknown site `{site}`", hint=did_you_mean(site, SITES))
+            if site in sites[:index]:
+                raise ConfigError(f"the site `{site}` is named twice")
+        for metric in self.metrics or ():
+            there = [site for site in SITES if metrics().card(metric).facts["at"] in READ_AT[site]]
+            if not {*there} & {*sites}:
+                raise ConfigError(
+                    f"--metrics {metric} has no number at --sites {','.join(sites)}",
+                    hint=f"it is taken at {', '.join(there)}",
+                )

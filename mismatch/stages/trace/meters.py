@@ -24,7 +24,8 @@ from mismatch.metrics.sums.meter import StudentMeter, TeacherMeter
 from mismatch.metrics.sums.per_document import Units
 from mismatch.models.layout import Layout
 from mismatch.runs.plan import SwapPlan
-from mismatch.runs.table import BLOCK_SITES, FLOOR, GROWTH, MAIN, SWAP
+from mismatch.runs.site_names import BLOCK_SITES, SITES
+from mismatch.runs.table import FLOOR, GROWTH, MAIN, SWAP
 from mismatch.stages.trace.address import NO_LAYER, TEACHER, Address
 from mismatch.stages.trace.batch import Batch
 
@@ -48,6 +49,7 @@ class Collector:
         sample: share of the tokens that feed the metrics of second moments.
         seed: of the sample and of the lens tokens.
         everywhere: metrics of covariances behind every block.
+        sites: that have rows.
     """
 
     teacher: Layout
@@ -60,6 +62,7 @@ class Collector:
     sample: float = 1.0
     seed: int = 0
     everywhere: bool = False
+    sites: Sequence[str] = SITES
     meters: dict[Address, StudentMeter] = field(default_factory=dict, repr=False)
     teachers: dict[Address, TeacherMeter] = field(default_factory=dict, repr=False)
 
@@ -123,6 +126,8 @@ class Collector:
         stream behind them, behind the last block and in the final states; behind every block when the user named
         the metrics (`everywhere`).
         """
+        if site not in self._summed:
+            return ()
         update = site in ("attn_out", "mlp_out")
         swapped = layer in self._swapped(student)
         behind = site == "resid_post" and (
@@ -139,6 +144,13 @@ class Collector:
             and (metric.state != "moments" or moments)
             and (student in (SWAP, FLOOR, TEACHER) or name in COMPARED)
         )
+
+    @property
+    def _summed(self) -> set[str]:
+        """The sites that rows are made of; the lens is of the stream leaving a block."""
+        entering = ("resid_post",) if "resid_pre" in self.sites else ()
+        lens = ("lens",) if "resid_post" in self.sites else ()
+        return {*self.sites, *entering, *lens}
 
     def _swapped(self, student: str) -> tuple[int, ...]:
         """Layers with a replaced module; none of the floor and the teacher."""
@@ -187,7 +199,8 @@ class Collector:
         for student in self.students:
             rows += self._before(student)
             rows += self._resid_pre(student, rows)
-        return [*rows, *self._growth(), *self._differences()]
+        found = [*rows, *self._growth(), *self._differences()]
+        return [row for row in found if row["site"] in self.sites]
 
     def _before(self, student: str) -> Iterator[dict[str, Any]]:
         """Sites in front of the swap: null by construction (and proved on a probe)."""

@@ -10,7 +10,7 @@ import pandas as pd
 import torch
 
 from mismatch import registry
-from mismatch.errors import ModelError
+from mismatch.errors import ModelError, UsageError
 from mismatch.forward import hooks
 from mismatch.metrics.sums.per_document import Units
 from mismatch.models.folder import saved_dtypes
@@ -19,6 +19,7 @@ from mismatch.models.offloaded import offloaded
 from mismatch.models.quantised import is_quantised
 from mismatch.models.upcast import in_float32
 from mismatch.runs.batch_size import is_memory
+from mismatch.runs.site_names import SITES
 from mismatch.stages.base import SEVERITIES, Finding, Outcome, Stage
 from mismatch.stages.opening import Opened
 from mismatch.stages.probe.questions import Questions, answers, questions_behind
@@ -60,6 +61,11 @@ class Trace(Stage[TraceConfig, Prepared]):
 
     def prepare(self, opened: Opened[TraceConfig]) -> Prepared:
         opened.planned()  # refuses what model, swap and controls do not allow
+        if opened.skeleton.parallel and "resid_mid" in (opened.config.sites or ()):
+            raise UsageError(
+                "--sites resid_mid: attention and MLP of this model read the same stream, and none is between them",
+                hint="leave it out",
+            )
         calibration, held_out = swap_texts(opened)
         cut = opened.cut("evaluation", held_out, opened.config.tokens)
         return Prepared(checked(opened, cut.tokens), cut, calibration, questions_behind(opened))
@@ -82,6 +88,7 @@ class Trace(Stage[TraceConfig, Prepared]):
             sample=min(1.0, config.moment_tokens / counted),
             seed=config.seed,
             everywhere=config.metrics is not None,
+            sites=config.sites or SITES,
         )
         plan = warned(swap.plan, cut.seq_len, config.controls)
         if opened.folder is not None:
