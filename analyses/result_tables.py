@@ -373,6 +373,25 @@ def bounded(layers: str, length: str) -> str:
     return _table(head, rows)
 
 
+def repair_first() -> str:
+    """What `python analyses/repair_before_training.py` measured, at 512 tokens."""
+    points: dict[tuple[str, str], dict[str, str]] = {}
+    for row in _read("repair_before_training/table.csv"):
+        if row["length"] == "512":
+            point = points.setdefault((row["arm"], row["tokens"]), {"steps": row["steps"]})
+            point[row["reading"]] = _interval(row, 2)
+    rows = [
+        (
+            arm,
+            f"{int(tokens):,}",
+            *(point[name] for name in ("steps", "text", "passkey", "look-up")),
+        )
+        for (arm, tokens), point in points.items()
+    ]
+    head = ("form and way", "tokens", "steps", "text, a token", "passkey, a key")
+    return _table((*head, "look-up, a token"), rows)
+
+
 def harness() -> str:
     """What `python analyses/harness.py` read from a checkpoint."""
     cells: dict[tuple[str, str], dict[str, str]] = {}
@@ -469,6 +488,7 @@ TABLES = {
     "smaller cache": smaller_cache,
     "initial": initial,
     "minutes": minutes,
+    "repair first": repair_first,
     "harness": harness,
     "bounded all": partial(bounded, "all", "512"),
     "bounded all, long": partial(bounded, "all", "2048"),

@@ -57,6 +57,25 @@ def test_the_error_of_a_head_is_that_of_the_module_when_the_others_keep_everythi
         assert keeper.choice.counts == (3, 3)  # as it was
 
 
+@pytest.mark.parametrize("family", ["gemma2", "olmo2"])
+def test_the_error_is_that_of_what_a_norm_behind_the_attention_adds(tiny, family):
+    teacher, (batch,) = Layout.of(tiny(family)), ids(1)
+    student = mismatch.swap((teacher.model, None), SWAP.replace("layers1-2", "layer1"))
+    [keeper] = slot_counts.keepers(pairs_of(teacher, student))
+    found = slot_counts.measured(teacher, [keeper], [batch])[1]
+    block = teacher.slot_path(1, "block")
+    norm = f"{block}.{teacher.site_path(1, 'attn_out')}"
+    assert norm != keeper.part.path
+    before, heads = watch(teacher, [norm, block], batch, last=1), len(keeper.choice.counts)
+    for head, level in itertools.product(range(heads), (0, 8)):
+        with keeper.having(tuple(level if h == head else 40 for h in range(heads))):
+            after = watch(student.layout, [norm], batch, last=1)
+        off = (after[norm][1] - before[norm][1]).square().sum(-1)
+        wanted = (off / before[block][0].square().sum(-1))[:, 8:].mean()
+        got = found[head][slot_counts.LEVELS.index(level)]
+        assert float(got) == pytest.approx(float(wanted), rel=1e-3)
+
+
 def test_a_head_with_a_slot_for_every_far_token_has_no_error(kept, monkeypatch):
     teacher, _, keepers = kept
     monkeypatch.setattr(slot_counts, "LEVELS", (0, 34))

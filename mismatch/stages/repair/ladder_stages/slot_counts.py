@@ -5,10 +5,12 @@ What a kv head loses with C slots is measured in its own layer, on the teacher's
     E(C) = mean over far-reading tokens of || W_o,h (a_C - a) ||^2 / || stream ||^2
 
 a_C: the head's output with C slots chosen by the scores as trained, a: the teacher's, W_o,h: the head's columns of the
-output projection. Slots then go, always to the head whose error falls most per slot, up the concave hull of its curve
-(so that a head whose first 32 slots help little and whose next 32 help much is not passed by), until the bytes are
-used. The budget is an order: this stage is never undone. That errors of layers add up is an assumption, and so is that
-a head which retrieves shows it here: retrieval-shaped training text makes it show.
+output projection. Where the block norms what attention gives before it adds it (Gemma, OLMo 2), the difference is that
+behind this norm: || N(y + W_o,h (a_C - a)) - N(y) ||, y all that the teacher's attention gives. Slots then go, always
+to the head whose error falls most per slot, up the concave hull of its curve (so that a head whose first 32 slots help
+little and whose next 32 help much is not passed by), until the bytes are used. The budget is an order: this stage is
+never undone. That errors of layers add up is an assumption, and so is that a head which retrieves shows it here:
+retrieval-shaped training text makes it show.
 
 Heads of equal slots everywhere are what this is to be compared with: KV budgets by head are what LKV (arXiv 2605.06676,
 abstract) calls the largest single gain.
@@ -18,7 +20,7 @@ from __future__ import annotations
 
 import heapq
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -192,12 +194,14 @@ def measured(
         seen = watch(teacher, paths, ids, last=max(blocks))
         for keeper in kept:
             layer = keeper.part.layer
-            x, _, call = seen[keeper.part.path]
+            x, y, call = seen[keeper.part.path]
             stream = seen[blocks[layer].path][0]
+            added = _added(teacher, layer, y)
             with heads_of(keeper.part.teacher, keeper.mechanism._output) as whole:
                 call(keeper.part.teacher, x)
             errors = [
-                _errors(keeper, whole[0], call, x, stream, level) for level in _levels(keeper, ids)
+                _errors(keeper, whole[0], call, x, stream, added, level)
+                for level in _levels(keeper, ids)
             ]
             found[layer] = torch.stack(errors, dim=1).cpu() / len(chosen)
         return found
@@ -217,8 +221,23 @@ def _levels(keeper: Keeper, ids: Tensor) -> list[int]:
     return [level for level in LEVELS if level < max(1, far)]
 
 
+def _added(teacher: Layout, layer: int, y: Tensor) -> Callable[[Tensor], Tensor]:
+    """What the stream moves by when the output `y` of an attention, `batch pos d_model`, moves by so much."""
+    path = teacher.site_path(layer, "attn_out")
+    if path == teacher.slot_paths(layer)["attn"]:
+        return lambda moved: moved
+    norm = teacher.blocks[layer].get_submodule(path)
+    return lambda moved: norm(y + moved) - norm(y)
+
+
 def _errors(
-    keeper: Keeper, whole: Tensor, call: Any, x: Tensor, stream: Tensor, level: int
+    keeper: Keeper,
+    whole: Tensor,
+    call: Any,
+    x: Tensor,
+    stream: Tensor,
+    added: Callable[[Tensor], Tensor],
+    level: int,
 ) -> Tensor:
     """E of each kv head with so many slots: float64 `KV`."""
     mechanism, heads = keeper.mechanism, len(keeper.choice.counts)
@@ -229,7 +248,7 @@ def _errors(
     alone = torch.eye(heads, dtype=off.dtype, device=off.device)[:, None, None, :, None] * off
     project = getattr(mechanism, mechanism._output)
     moved = project(alone.flatten(-2)) - project(torch.zeros_like(whole[:1, :1]))  # without bias
-    error = moved.double().square().sum(-1) / stream.double().square().sum(-1)
+    error = added(moved).double().square().sum(-1) / stream.double().square().sum(-1)
     far = keeper.choice.size * (keeper.choice.overlap + 1)
     return error[..., far:].mean((1, 2))
 
