@@ -369,6 +369,7 @@ def test_fingerprint():
         "calibration_data": "x",
         "controls": (),
         "metrics": ("kl",),
+        "sites": ("logits",),
         "probes": ("induction",),
         "backend": "nnsight",
         "selected_by": "x",
