@@ -40,7 +40,7 @@ class Branch:
     """One branch taken out of the repaired model, or a module without branches (`branch` None).
 
     Attributes:
-        layer, where, branch: which.
+        layer, where, branch: which; taken out of many modules at once, `layer` is the first of them.
         kl, lo, hi: of the repaired model without it, nats per token.
         more, more_lo, more_hi: that minus the KL with it, paired.
         verdict: used, bypassed, open, or not applicable.
