@@ -77,6 +77,12 @@ ROWS = {
         "shared, 8 MB, seed 1": Row(SHARED, 8000, seed=1),
         "shared, 8 MB, seed 2": Row(SHARED, 8000, seed=2),
         "shared, 10 MB, windows of 2048": Row(SHARED, 10000, long=True, window=2048),
+        "shared, 10 MB, windows of 2048, seed 1": Row(
+            SHARED, 10000, seed=1, long=True, window=2048
+        ),
+        "shared, 10 MB, windows of 2048, seed 2": Row(
+            SHARED, 10000, seed=2, long=True, window=2048
+        ),
         "shared, 6 MB": Row(SHARED, 6000),
         "shared, 4 MB": Row(SHARED, 4000),
         "shared, 3 MB": Row(SHARED, 3000),

@@ -1,7 +1,7 @@
 """Shared fixtures: a trained toy (`toy`), and one tiny random model per family (`tiny`).
 
-`toy` is glassllm, fetched once (3 MB) into the user's cache or `$MISMATCH_CACHE`; `swapped_toy` a trained student,
-`saved_toy` its checkpoint. Tests marked `slow` need the real SmolLM2 (93 MB); they run with `-m slow`.
+`toy` is glassllm, fetched once (3 MB, and 32 MB of text) into the user's cache or `$MISMATCH_CACHE`; `swapped_toy` a
+trained student, `saved_toy` its checkpoint. Tests marked `slow` need the real SmolLM2 (93 MB); they run with `-m slow`.
 """
 
 from __future__ import annotations
@@ -70,6 +70,9 @@ def family(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="session")
 def toy_folder() -> Path:
+    """Where the toy is. The texts that runs read where none is named are there too."""
+    for text in ("sotu", "wiki"):
+        fetch.fetch(text)
     return fetch.fetch("glassllm")
 
 
