@@ -39,7 +39,7 @@ from mismatch.stages.repair.ladder_stages.activation_store import Example, Store
 from mismatch.stages.repair.ladder_stages.local import LocalLoss, groups
 from mismatch.stages.repair.ladder_stages.loss import relative_error
 from mismatch.stages.repair.ladder_stages.module_pair import pairs_of, watch
-from mismatch.stages.repair.ladder_stages.training import Trainer
+from mismatch.stages.repair.ladder_stages.training import Trained, Trainer
 from mismatch.stages.repair.self_generated import Writer
 
 SWAP = "layer12:infini(segment=64)"
@@ -104,9 +104,9 @@ def times(config: RepairConfig, rounds: int) -> dict[str, list[float]]:
         steps = _trainer(learning, LocalLoss(part, store, store), batches)
         usual = _trainer(learning, _Live(layout, part, batches), batches)
         ways: dict[str, Callable[[], Any]] = {
-            "layer": lambda: [_alone(part, example) for example in memory],
-            "step": lambda: [steps._step(_Fresh(n)) for n in range(STEPS)],
-            "field": lambda: [usual._step(_Fresh(n)) for n in range(STEPS)],
+            "layer": lambda: _alone(part, memory),
+            "step": lambda: [steps._step(Trained(steps=n)) for n in range(STEPS)],
+            "field": lambda: [usual._step(Trained(steps=n)) for n in range(STEPS)],
         }
         for run in ways.values():
             run()  # imports and allocations of the first use belong to nobody
@@ -143,13 +143,6 @@ class _Live:
         return 0.0
 
 
-class _Fresh:
-    """The counters that a step writes."""
-
-    def __init__(self, step: int) -> None:
-        self.steps, self.tokens, self.notes = step, 0, []
-
-
 def _store(layout: Any, part: Any, batches: list[torch.Tensor], folder: Path) -> Store:
     return Store(layout, [part], batches, folder=folder, budget=1e9)
 
@@ -158,10 +151,11 @@ def _trainer(learning: Any, loss: Any, batches: list[torch.Tensor]) -> Trainer:
     return Trainer(learning, loss, loss.look, batches=batches, steps=10**6, every=10**6)
 
 
-def _alone(part: Any, example: Example) -> None:
-    example.call(part.student, example.x).square().mean().backward()
-    for parameter in part.student.parameters():
-        parameter.grad = None
+def _alone(part: Any, examples: list[Example]) -> None:
+    for example in examples:
+        example.call(part.student, example.x).square().mean().backward()
+        for parameter in part.student.parameters():
+            parameter.grad = None
 
 
 def spent(run: Callable[[], object]) -> float:

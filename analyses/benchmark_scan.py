@@ -27,6 +27,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -78,7 +79,12 @@ def times(name: str, tokens: int, seq_len: int, rounds: int) -> tuple[dict[str, 
     ids = torch.from_numpy(cut.ids)
     naive = [layer for layer in NAIVE if layer < layers] or [0]
     students = {layer: mismatch.swap(teacher, spec.format(template().at(layer))) for layer in naive}
-    given = {"data": "wiki", "tokens": tokens, "seq_len": seq_len, "batch_size": len(ids)}
+    given: dict[str, Any] = {
+        "data": "wiki",
+        "tokens": tokens,
+        "seq_len": seq_len,
+        "batch_size": len(ids),
+    }
     given |= {"controls": (), "tasks": ("text",)}
     ways: dict[str, Callable[[], object]] = {
         "blocks": lambda: blocks(teacher, ids),
@@ -123,7 +129,7 @@ def forward(model: torch.nn.Module, ids: torch.Tensor) -> None:
 @torch.no_grad()
 def blocks(teacher: mismatch.Teacher, ids: torch.Tensor) -> None:
     """The original's blocks once, then from each block on with that one swapped."""
-    layout, kept = teacher.layout, {}
+    layout, kept = teacher.layout, dict[int, torch.Tensor]()
     wanted = [mismatch.taps(layout, layer)[-1] for layer in range(layout.n_layers - 1)]
     mismatch.run_tapped(
         layout, ids, wanted, lambda tap, value: kept.__setitem__(tap.layer + 1, value)
@@ -154,7 +160,7 @@ def pair(teacher: mismatch.Teacher, student: torch.nn.Module, ids: torch.Tensor)
 def report(folder: Path, seconds: dict[str, list[float]], layers: int, settings: dict) -> None:
     """Each way in forwards."""
     unit = np.array(seconds["forward"])
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
             "way": way,
             "cpu_seconds": float(np.median(values)),

@@ -214,7 +214,7 @@ def shares(tokens: int, seq_len: int) -> dict[str, float]:
 
 def report_shares(folder: Path, seconds: dict[str, float], settings: dict) -> None:
     """Each share beside the models' own."""
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
             "share": name,
             "cpu_seconds": seconds[name],
@@ -241,7 +241,7 @@ def report_shares(folder: Path, seconds: dict[str, float], settings: dict) -> No
 @torch.no_grad()
 def bound(teacher: Layout, students: list[Layout], first: int, ids: torch.Tensor) -> None:
     """One teacher forward, one suffix a student, and the head on all of them, in chunks."""
-    kept = {}
+    kept: dict[str, torch.Tensor] = {}
     entering = mismatch.taps(teacher, first - 1)[-1:]
     finals = [
         mismatch.run_tapped(teacher, ids, entering, lambda tap, value: kept.__setitem__("h", value))
@@ -308,7 +308,7 @@ def peak(tokens: int) -> int:
 def report_times(folder: Path, seconds: dict[str, list[float]], settings: dict) -> None:
     """Ratio to the work that cannot be avoided, of each way."""
     base = np.array(seconds["bound"])
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
             "way": name,
             "cpu_seconds": float(np.median(values)),

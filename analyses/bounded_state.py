@@ -107,7 +107,8 @@ def measured(
             trace_tokens=0,
             seed=row.seed,
         )
-        student, notes = repaired.student, [n for s in repaired.plan.stages for n in s.notes]
+        student: Any = repaired.student
+        notes = [n for s in repaired.plan.stages for n in s.notes]
     else:
         student = mismatch.swap(teacher, swap)
     seconds = time.process_time() - started
@@ -168,7 +169,7 @@ def readings(teacher: Any, student: Any, length: int, args: argparse.Namespace) 
     logits = traced[(traced.site == "logits") & (traced.student == "swap")]
     kl = logits[(logits.position == "all") & (logits.stat == "mean")].iloc[0]
     found: dict[str, Any] = {"KL": [kl.value, kl.lo, kl.hi]}
-    calls = {PROBES: args.samples}
+    calls: dict[tuple[str, ...], int] = {PROBES: args.samples}
     if length == 2048:
         calls = {("passkey",): args.samples, ("needles",): args.long_samples}
     asked = pd.concat(

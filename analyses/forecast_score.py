@@ -4,23 +4,25 @@
     python analyses/forecast_score.py               seconds
 
 Spearman's r of each number with the damage and with the gap that each stage closes, 95 % by resampling cells (cells of
-one layer or one mechanism are alike, so these intervals are rather too narrow). Then
-`mismatch.stages.repair.forecast` is put to the test: every cell is forecast from a record that holds no cell of its
-layer, and again from one that holds none of its
-mechanism, choice of the numbers and interval included; beside it the mean of that record, and where the mechanism is
-known the mean of its own cells. Negative results are kept.
-
-Writes figures/forecast_score/, and mismatch/stages/repair/forecast.csv, which `mismatch repair` reads.
+one layer or one mechanism are alike, so these intervals are rather too narrow). Then the forecast of `forecast.py` is
+put to the test: every cell is forecast from a record that holds no cell of its layer, and again from one that holds
+none of its mechanism, choice of the numbers and interval included; beside it the mean of that record, and where the
+mechanism is known the mean of its own cells. The swaps of `FRESH` are forecast from all of these. Negative results are
+kept. Writes figures/forecast_score/.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
+from forecast import MISS, NUMBERS, Forecast, forecast
+from forecast_record import FRESH
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -29,16 +31,11 @@ from scipy import stats
 import mismatch
 from mismatch.report import style
 from mismatch.runs.files import json_text
-from mismatch.stages.repair.forecast import MISS, NUMBERS, Swap, forecast
 
 ROOT = Path(__file__).resolve().parent.parent
 HERE = ROOT / "figures" / "forecast_score"
-RECORD = ROOT / "mismatch" / "stages" / "repair" / "forecast.csv"
 STAGES = ("closed-form", "local", "block")
 OUTCOMES = {"kl": "damage", **{f"closed {stage}": f"closed by {stage}" for stage in STAGES}}
-MODEL = {"model": "SmolLM2-135M", "n_layers": 30, "d_model": 576}
-SLOTS = {"nope": "rope"}
-"""Of mechanisms that stand in another slot than attention."""
 BEFORE = {
     "kl": "KL of the swap",
     "kl_zero": "KL of zero there",
@@ -74,9 +71,11 @@ def main() -> None:
     argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     ).parse_args()
-    cells = table(HERE / "rows")
+    every = table(HERE / "rows")
+    fresh = every.set_index(["layer", "mechanism"]).index.isin(FRESH)
+    cells = every[~fresh]
     record = as_record(cells)
-    record.to_csv(RECORD, index=False, float_format="%.6g", lineterminator="\n")
+    unseen(as_record(every[fresh]), record).to_csv(HERE / "fresh.csv", index=False)
     known = correlations(cells)
     scored = pd.concat([scores(record, by) for by in ("layer", "mechanism")], ignore_index=True)
     told = summary(scored)
@@ -107,12 +106,8 @@ def table(rows: Path) -> pd.DataFrame:
 
 def as_record(cells: pd.DataFrame) -> pd.DataFrame:
     """What the forecast reads: mechanisms as they stand in a swap, the numbers that a repair has, gaps."""
-    sizes = {"tokens": 8192, "epochs": 3, "seq_len": 512}
-    calls = cells["swap"].str.partition(":")[2]
-    kept = ["layer", *NUMBERS, *(f"closed {stage}" for stage in STAGES)]
-    slots = cells["mechanism"].map(lambda name: SLOTS.get(name, "attn"))
-    found = cells[kept].assign(mechanism=calls, slot=slots, **MODEL, **sizes)
-    return found[[*MODEL, "slot", *sizes, "layer", "mechanism", *kept[1:]]]
+    kept = cells[["layer", *NUMBERS, *(f"closed {stage}" for stage in STAGES)]]
+    return kept.assign(mechanism=cells["swap"].str.partition(":")[2])
 
 
 # ---- which number predicts ----------------------------------------------------------------------
@@ -157,14 +152,7 @@ def scores(record: pd.DataFrame, by: str) -> pd.DataFrame:
     for left_out, held in record.groupby(by, sort=False):
         rest = record[record[by] != left_out]
         for cell in held.to_dict("records"):
-            numbers = {name: cell[name] for name in NUMBERS}
-            where = (cell["slot"], 1, cell["n_layers"], cell["d_model"])
-            swap = Swap(cell["mechanism"], *where, numbers)
-            for stage in STAGES:
-                measured = cell[f"closed {stage}"]
-                told = None if np.isnan(measured) else forecast(swap, stage, rest)
-                if told is None:
-                    continue
+            for stage, measured, told in forecasts(cell, rest):
                 gaps = rest[f"closed {stage}"]
                 rows.append(
                     {
@@ -176,6 +164,33 @@ def scores(record: pd.DataFrame, by: str) -> pd.DataFrame:
                         "own_mean": gaps[rest["mechanism"] == cell["mechanism"]].mean(),
                     }
                 )  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def forecasts(cell: dict[str, Any], record: pd.DataFrame) -> Iterator[tuple[str, float, Forecast]]:
+    """Stage, the share that it closed, and its forecast, for the stages that were run."""
+    numbers = {name: cell[name] for name in NUMBERS}
+    for stage in STAGES:
+        measured = cell[f"closed {stage}"]
+        if not np.isnan(measured):
+            told = forecast(cell["mechanism"], numbers, stage, record)
+            if told is not None:
+                yield stage, measured, told
+
+
+def unseen(fresh: pd.DataFrame, record: pd.DataFrame) -> pd.DataFrame:
+    """swap, stage, forecast, lo, hi, measured, inside, and the numbers that leave the range of the record."""
+    rows = []
+    for cell in fresh.to_dict("records"):
+        out = [n for n in NUMBERS if not record[n].min() <= cell[n] <= record[n].max()]
+        rows += [
+            {
+                "swap": f"layer{cell['layer']}:{cell['mechanism']}", "stage": stage, "forecast": told.value,
+                "lo": told.lo, "hi": told.hi, "measured": measured, "inside": told.has(measured),
+                "beyond_record": " + ".join(out),
+            }
+            for stage, measured, told in forecasts(cell, record)
+        ]  # fmt: skip
     return pd.DataFrame(rows)
 
 
@@ -235,7 +250,7 @@ def verdict(known: pd.DataFrame, told: pd.DataFrame) -> str:
 @style.styled
 def draw(scored: pd.DataFrame, known: pd.DataFrame, told: pd.DataFrame) -> Figure:
     """Forecast against measured for each stage, twice; beside it the rank correlations."""
-    figure = style.new_figure(style.WIDTH, 4.1)
+    figure: Any = style.new_figure(style.WIDTH, 4.1)
     left, right = figure.subfigures(1, 2, width_ratios=[1.72, 1])
     axes = left.subplots(2, 3, sharex=True, sharey=True)
     for line, by in zip(axes, ("layer", "mechanism"), strict=True):

@@ -16,9 +16,12 @@ retrieval  layer 18, which carries the passkey: its log-probability against the 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -32,7 +35,7 @@ GATE_RATES = (3e-5, 3e-4, 1e-2, 3e-2)
 USUAL, RAISED = 3e-4, 3e-2
 NEEDED = 4.0
 """sigmoid(4) = .98: how far a gate must go to decide for one branch."""
-REPAIR = {
+REPAIR: dict[str, Any] = {
     "stages": ("local",), "controls": (), "train_tokens": 12288, "self_generated": 0.0, "seq_len": 512,
     "tokens": 4096, "val_tokens": 1024, "epochs": 12, "max_minutes": None,
 }  # fmt: skip
@@ -52,7 +55,7 @@ STUDENTS = {
 """What is in the layer, the gate rate of its repair (None: none), colour, words."""
 SLIGHT = 0.1
 """Nats per key that count as nothing lost."""
-PROMPTS = {
+PROMPTS: dict[str, Any] = {
     "probes": ("passkey",),
     "lengths": ("128", "512"),
     "depths": ("0", "0.5"),
@@ -71,8 +74,11 @@ def main() -> None:
     torch.set_num_threads(1)
     args.output.mkdir(parents=True, exist_ok=True)
     teacher = mismatch.load("smollm2")
-    parts = {"gates": lambda: gates(teacher), "memory": lambda: memory(teacher)}
-    parts |= {name: lambda name=name: retrieval(teacher, name) for name in STUDENTS}
+    parts: dict[str, Callable[[], pd.DataFrame]] = {
+        "gates": lambda: gates(teacher),
+        "memory": lambda: memory(teacher),
+    }
+    parts |= {name: functools.partial(retrieval, teacher, name) for name in STUDENTS}
     for name, measure in parts.items():
         path = args.output / f"{name}.csv"
         if args.only in (None, name) and not path.exists():
@@ -94,7 +100,7 @@ def main() -> None:
     print("\n".join(made["verdict"]))
 
 
-def repaired(teacher: mismatch.Teacher, swap: str, gate_rate: float, **more: object):
+def repaired(teacher: mismatch.Teacher, swap: str, gate_rate: float, **more: Any) -> Any:
     return mismatch.repair(teacher, swap, gate_lr=gate_rate, **(REPAIR | more))
 
 

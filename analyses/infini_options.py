@@ -85,7 +85,7 @@ REPAIRED = {
     "the whole, 3 minutes": (infini(*WHOLE), 3.0),
     "the whole, one sink, 3 minutes": (infini(*WHOLE, "sinks=1"), 3.0),
 }
-KINDS = {"as swapped": SWAPPED, "trained": TRAINED, "repair": REPAIRED}
+KINDS: dict[str, dict[str, Any]] = {"as swapped": SWAPPED, "trained": TRAINED, "repair": REPAIRED}
 SETTINGS: dict[str, Any] = {
     "model": "smollm2",
     "seq_len": 512,
@@ -169,6 +169,7 @@ class Bench:
             "notes": result.plan.notes,
             "branches": [(branch.branch, branch.verdict) for branch in result.plan.branches],
         }
+        assert result.student is not None
         return self.held_out.evaluate(result.student.layout), made
 
 

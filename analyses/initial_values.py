@@ -149,7 +149,7 @@ class Bench:
         began = time.process_time()
         notes = [note for name in ("inherit", "closed_form") for note in ladder.ran(name).notes]
         before = time.process_time() - began
-        found = {"before": kept(self.held_out.evaluate(learner.student.layout).kl)}
+        found: dict[str, Any] = {"before": kept(self.held_out.evaluate(learner.student.layout).kl)}
         found |= {"swap_seconds": swapped, "notes": notes}
         if call in UNTRAINED.values():
             return found | {"cpu_seconds": [before, 0.0], "steps": 0}

@@ -124,7 +124,7 @@ def coverage(values: pd.DataFrame, draws: int = DRAWS, seed: int = 0) -> pd.Data
     """Rows over, lengths, units, number, method, covers (share of draws), width (median, over the number)."""
     rng = np.random.default_rng(seed)
     wiki, speech = (values[values["text"] == name] for name in TEXTS)
-    rows = []
+    rows: list[dict[str, Any]] = []
     for lengths in ("equal", "unequal"):
         pool, chance = _pool(wiki, lengths)
         for units in DOCS:

@@ -337,7 +337,7 @@ BEFORE, AFTER, ZERO, LINEAR = "#d55e00", "#0072b2", "#777777", "#a6761d"
 
 
 def _keys() -> list[Line2D | Rectangle]:
-    look = {"color": style.INK, "lw": 0}
+    look: dict[str, Any] = {"color": style.INK, "lw": 0}
     return [
         Line2D(
             [], [], **look | {"color": BEFORE}, marker="o", mfc="white", ms=5, label="as it starts"

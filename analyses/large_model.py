@@ -37,7 +37,7 @@ import mismatch
 HERE = Path(__file__).resolve().parent.parent / "figures" / "large_model"
 FIELDS = ("model", "parameters", "file_gb", "dtype", "run", "cap_gb", "outcome", "told_gb", "peak_gb", "own_gb",
           "told_over_peak", "peak_over_file", "cpu_seconds")  # fmt: skip
-SIZES: dict[str, dict[str, int]] = {
+SIZES: dict[str, dict[str, Any]] = {
     "tiny": {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 4,
              "num_attention_heads": 4, "num_key_value_heads": 2},
     "0.5B": {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 27,
@@ -155,15 +155,14 @@ def measured(
         with tempfile.TemporaryDirectory() as place:
             line = [sys.executable, "-m", "mismatch", *words, "--output", str(Path(place, "run"))]
             done = _run(line, cap)
-        row = _row(about, name, done) | {"cap_gb": cap or ""}
+        row: dict[str, Any] = _row(about, name, done) | {"cap_gb": cap or ""}
         if done.code != 0:
             error = re.search(r"error: (.*)", done.said)
             why = error[1][:60] if error else f"ended by {done.code}"
             row |= {"outcome": why, "peak_gb": "", "own_gb": ""}
         if (told := TOLD.search(done.said)) is not None:
             row["told_gb"] = told[1]
-            over = float(told[1]) * 1e9 / done.peak
-            row["told_over_peak"] = "" if done.code else f"{over:.2f}"
+            row["told_over_peak"] = "" if done.code else f"{float(told[1]) * 1e9 / done.peak:.2f}"
         found.append(row)
     return found
 

@@ -50,7 +50,7 @@ def main() -> None:
             progress=True,
         )
         rows += readings(result.table, swap)
-        if infini:
+        if infini and result.run_dir is not None:
             figures(result.run_dir, args.output)
     table = pd.DataFrame(rows)
     kl = table[table.metric == "kl"].set_index("swap").value

@@ -131,7 +131,7 @@ def timed(module: nn.Module) -> list[float]:
     return spent
 
 
-def loss(model: nn.Module, states: Tensor, ids: Tensor) -> float:
+def loss(model: Any, states: Tensor, ids: Tensor) -> float:
     """Mean log-loss of the chunk's tokens behind its first, a few at a time."""
     parts = zip(states[0, :-1].split(128), ids[0, 1:].split(128), strict=True)
     losses = [

@@ -59,7 +59,7 @@ SMOLLM2 = {
     "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 1, "num_attention_heads": 9,
     "num_key_value_heads": 3, "vocab_size": 256, "max_position_embeddings": 8192, "rope_theta": 100000.0,
 }  # fmt: skip
-TINY = {
+TINY: dict[str, Any] = {
     "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 4, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 8, "vocab_size": 61, "pad_token_id": 0, "bos_token_id": 1,
     "eos_token_id": None,
@@ -214,7 +214,7 @@ def model(family: str, shapes: dict[str, Any]) -> nn.Module:
     ).eval()
 
 
-def operated(base: nn.Module, swap: str) -> Student:
+def operated(base: Any, swap: str) -> Student:
     """The student; what wants calibration gets random tokens, whatever they are."""
     layout = Layout.of(base)
     family = layout.family

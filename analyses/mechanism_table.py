@@ -21,6 +21,7 @@ import math
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -195,7 +196,7 @@ def rows(
         bound = "all:zero" if cell.layer is None else next(iter(bounds[cell.name]), cell.name)
         kl, nll = (sums.part(cell, task, metric) for metric in ("kl", "nll"))
         zero = sums.part(at[bound], task, "kl")
-        row = {
+        row: dict[str, Any] = {
             "swap": cell.name,
             "kind": kind[cell.name],
             "layers": "all" if cell.layer is None else cell.layer,

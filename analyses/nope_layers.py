@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -28,7 +29,7 @@ from mismatch.report import style
 LAYERS = (8, 12, 16, 19)
 COUNTS = (1, 4, 16)
 """Of the layers that cost copying most."""
-SIZES = {"batch_size": 8, "controls": ()}
+SIZES: dict[str, Any] = {"batch_size": 8, "controls": ()}
 SEED = 1
 """Of the evaluation inputs; the scan's is 0."""
 TASKS = {"text": "nats per token", "induction": "nats per token", "passkey": "nats per key"}
@@ -80,7 +81,7 @@ def main() -> None:
 
 
 def asked(
-    teacher: mismatch.Teacher, swap: str, probes: tuple[str, ...], **more: object
+    teacher: mismatch.Teacher, swap: str, probes: tuple[str, ...], **more: Any
 ) -> pd.DataFrame:
     result = mismatch.probe(teacher, swap=swap, probes=probes, seed=SEED, **SIZES, **more)
     return result.table
@@ -100,7 +101,7 @@ def jointly(teacher: mismatch.Teacher, layers: list[int]) -> pd.DataFrame:
     swap = f"layers[{','.join(map(str, sorted(layers)))}]:nope"
     copied = asked(teacher, swap, ("induction",))
     copied = copied[copied.stat == "nll_second_minus_teacher"]
-    text = {"tokens": 1536, "seq_len": 192, "metrics": ("kl",)}
+    text: dict[str, Any] = {"tokens": 1536, "seq_len": 192, "metrics": ("kl",)}
     traced = mismatch.trace(teacher, swap=swap, **text, **SIZES).table
     kl = traced[(traced.metric == "kl") & (traced.stat == "mean") & (traced.site == "logits")]
     both = {"induction": copied, "text": kl[kl.position == "all"]}

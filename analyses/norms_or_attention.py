@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -26,7 +27,7 @@ import mismatch
 from mismatch.report import style
 
 FIGURES = Path(__file__).resolve().parent.parent / "figures"
-SIZES = {"tokens": 1536, "seq_len": 192, "batch_size": 8}
+SIZES: dict[str, Any] = {"tokens": 1536, "seq_len": 192, "batch_size": 8}
 """Those of scan_atlas.py and update_size.py: the same text."""
 NORMS = ("norm1:dyt", "norm2:dyt", "norms:dyt")
 CASES = {

@@ -53,7 +53,12 @@ NUMBERS = (2, 4, 8, 16, N_LAYERS)
 FEW = 8
 SHIFTS = (0.25, 0.75)
 """Where a set begins, in its own spacing."""
-SIZES = {"tokens": 1536, "seq_len": 192, "batch_size": 8, "calibration_tokens": 2048}
+SIZES: dict[str, Any] = {
+    "tokens": 1536,
+    "seq_len": 192,
+    "batch_size": 8,
+    "calibration_tokens": 2048,
+}
 REPAIRED = (5, 13, 20, 28)
 """A set of four of the above."""
 REPAIR: dict[str, Any] = {
@@ -117,7 +122,7 @@ def swap_of(layers: tuple[int, ...], mechanism: str) -> str:
 
 def documents(teacher: mismatch.Teacher, mechanism: str) -> pd.DataFrame:
     """layers, k, document, kl, n: sums over the scored predictions of a document, each layer alone and each set."""
-    config = ScanConfig(model="smollm2", swap=(mechanism,), **SIZES)
+    config: Any = ScanConfig(model="smollm2", swap=(mechanism,), **SIZES)
     places = [(layer,) for layer in range(N_LAYERS)] + [s for k in NUMBERS for s in sets(k)]
     texts = {swap_of(layers, mechanism): layers for layers in places}
     made = {
@@ -185,13 +190,13 @@ def verdict(found: pd.DataFrame) -> list[str]:
         else "depends on mechanism and number"
     )  # fmt: skip
     swaps = pooled[pooled["name"] != "zero"]
-    spans = [
+    ranges = [
         f"{side['ratio'].min():.2f} to {side['ratio'].max():.2f}"
         for side in (swaps[swaps["k"] <= FEW], swaps[swaps["k"] > FEW])
     ]
     return [
-        f"KL together is the sum of the KLs alone: {answer}. Together / sum is {spans[0]} up to {FEW} layers, "
-        f"{spans[1]} beyond:",
+        f"KL together is the sum of the KLs alone: {answer}. Together / sum is {ranges[0]} up to {FEW} layers, "
+        f"{ranges[1]} beyond:",
         *said,
     ]
 

@@ -17,6 +17,7 @@ import argparse
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
@@ -39,7 +40,7 @@ FINE = ("infini(segment=64)", "random")
 LAYERS = "4,12,20"
 MARK = 0.01
 """Nats per token: what counts as hurt. A window of 64 with a sink costs less than this in every layer."""
-SIZES = {"tokens": 1536, "seq_len": 192, "batch_size": 8}
+SIZES: dict[str, Any] = {"tokens": 1536, "seq_len": 192, "batch_size": 8}
 HERE = Path(__file__).resolve().parent.parent / "figures" / "parallel_alpha"
 
 

@@ -46,7 +46,7 @@ CORRECTIONS = (
 LAYER = 12
 BY = 10.0
 """Length of the shift; a usual update there has length 21 (median over tokens)."""
-SIZES = {"fit_tokens": 4608, "tokens": 1536, "controls": ()}
+SIZES: dict[str, Any] = {"fit_tokens": 4608, "tokens": 1536, "controls": ()}
 HERE = Path(__file__).resolve().parent.parent / "figures" / "planted_faults"
 
 
@@ -102,14 +102,15 @@ class Fault(Wrapper):
         return y
 
     def _without_head(self, args: tuple, kwargs: dict) -> Any:
-        width = self.original.o_proj.in_features // self.original.config.num_attention_heads
+        original: Any = self.original
+        width = original.o_proj.in_features // original.config.num_attention_heads
 
         def drop(_module: Any, given: tuple) -> tuple:
             z = given[0].clone()
             z[..., width : 2 * width] = 0
             return (z,)
 
-        handle = self.original.o_proj.register_forward_pre_hook(drop, prepend=True)
+        handle = original.o_proj.register_forward_pre_hook(drop, prepend=True)
         try:
             return self.original(*args, **kwargs)
         finally:

@@ -229,7 +229,7 @@ def shuffled(name: str, setting: Setting) -> Probe:
 def _carriers(probe: Probe) -> Iterator[tuple[np.ndarray, slice]]:
     """Ids that a probe made itself, and the part of them that is to be permuted."""
     if hasattr(probe, "half"):
-        ids = probe.twice if hasattr(probe, "twice") else probe.ids
+        ids = getattr(probe, "twice" if hasattr(probe, "twice") else "ids")
         yield ids, slice(ids.shape[1] - 2 * probe.half, ids.shape[1] - probe.half)
     for half, (ids, start) in getattr(probe, "spans", {}).items():
         yield ids, slice(start, start + half)

@@ -15,6 +15,7 @@ import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
@@ -54,7 +55,7 @@ def main() -> None:
     print(verdict(frame))
 
 
-def repair(order: str, args: argparse.Namespace) -> dict:
+def repair(order: Any, args: argparse.Namespace) -> dict:
     """One order: what `mismatch.repair` gives."""
     result = mismatch.repair(
         args.model,

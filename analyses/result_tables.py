@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import csv
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -430,9 +430,9 @@ def _read_off(row: Row, name: str, digits: int) -> str:
 
 
 def fresh() -> str:
-    """What `python analyses/forecast_fresh.py` measured."""
+    """Swaps that `python analyses/forecast_score.py` forecast, in layers that the record has not."""
     rows = []
-    for row in _read("forecast_score/fresh/fresh.csv"):
+    for row in _read("forecast_score/fresh.csv"):
         forecast, lo, hi, measured = (
             100 * float(row[name]) for name in ("forecast", "lo", "hi", "measured")
         )
@@ -468,7 +468,7 @@ def _percent(covers: list[float] | None) -> str:
     return "" if covers is None else f"{sum(covers) / len(covers):.1f} % ({min(covers):.1f})"
 
 
-TABLES = {
+TABLES: dict[str, Callable[[], str]] = {
     "coverage": coverage,
     "layer12": layer12,
     "before": before_training,
@@ -499,13 +499,17 @@ TABLES = {
 }
 
 
+def _renewed(table: Callable[[], str], found: re.Match[str]) -> str:
+    return f"{found[1]}\n{table()}\n\n{found[2]}"
+
+
 def filled(text: str) -> str:
     """The text of a page with every generated table renewed."""
     for name, table in TABLES.items():
         pattern = rf"(<!-- table: {name} -->\n).*?(<!-- end -->)"
         text = re.sub(
             pattern,
-            lambda found, table=table: f"{found[1]}\n{table()}\n\n{found[2]}",
+            partial(_renewed, table),
             text,
             flags=re.S,
         )

@@ -18,6 +18,7 @@ import argparse
 import json
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
@@ -26,7 +27,7 @@ import mismatch
 from mismatch.stages.scan.words import can_do, carrier, scan_verdict
 
 SWAP = "infini(segment=64); nope; sliding_window(64); sliding_window(64, 1)"
-SIZES = {
+SIZES: dict[str, Any] = {
     "tokens": 1536, "seq_len": 192, "samples": 8, "length": 256, "batch_size": 8,
     "tasks": ("text", "induction", "passkey"),
 }  # fmt: skip

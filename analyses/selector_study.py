@@ -171,7 +171,7 @@ class Study:
 
     @staticmethod
     def cheapest(
-        config: PlanConfig, numbers: Numbers, score: str
+        config: PlanConfig, numbers: Numbers, score: Any
     ) -> tuple[tuple[int, ...], Reliability | None]:
         """The layers of the least price, and how sure that is."""
         prices = numbers.scores(numbers.costs(), score)
@@ -253,10 +253,10 @@ def table(output: Path) -> pd.DataFrame:
                 line |= {f"shared with {other}": shared.shared, f"p {other}": shared.p}
         for task, cost in one["costs"].items():
             line |= _band(f"{task} lost", lost(cost).mean())
-            for beside in ("even", "kl"):
-                if (of := at.get((*group, beside))) is not None:
+            for name in ("even", "kl"):
+                if (of := at.get((*group, name))) is not None:
                     less = lost(cost) - lost(of["costs"][task])
-                    line |= _band(f"{task} minus {beside}", less.mean())
+                    line |= _band(f"{task} minus {name}", less.mean())
         lines.append(line)
     return pd.DataFrame(lines)
 

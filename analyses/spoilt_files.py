@@ -172,10 +172,10 @@ def parquet(case: Case) -> None:
                 kept = draw.random() < 0.7
                 array = pa.array(other, table.schema.field(name).type if kept else None)
                 table = table.set_column(at, table.schema.field(name) if kept else name, array)
-        other = case.folder / "other.parquet"
+        written = case.folder / "other.parquet"
         with contextlib.suppress(pa.ArrowException):  # no such table can be written
-            pq.write_table(table, other)
-            other.replace(file)
+            pq.write_table(table, written)
+            written.replace(file)
     read_run(case, run)
 
 
@@ -238,7 +238,9 @@ def rows(case: Case) -> None:
         with contextlib.suppress(pa.ArrowException):  # no list in a cell
             pyarrow.csv.write_csv(table, file)
     elif way == ".npy":
-        numbers = draw.choice(([0, 1, 2] * 999, [-1] * 99, [2**40] * 99, [0.5] * 99, [[]], ["a"]))
+        numbers: list[Any] = draw.choice(
+            ([0, 1, 2] * 999, [-1] * 99, [2**40] * 99, [0.5] * 99, [[]], ["a"])
+        )
         np.save(file, np.array(numbers), allow_pickle=False)
     else:
         chat = [{"role": "user", "content": "a b"}, {"role": "assistant", "content": "c d " * 50}]

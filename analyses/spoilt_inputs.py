@@ -201,8 +201,10 @@ class Base:
             ]
             lines = "\n".join(json.dumps({"text": text}) for text in texts)
             (self.folder / f"{name}.jsonl").write_text(lines)
-        data = ("--data", str(self.folder / "evaluated.jsonl"))
-        data += ("--train-data", str(self.folder / "trained.jsonl"))
+        evaluated, trained = (
+            str(self.folder / f"{name}.jsonl") for name in ("evaluated", "trained")
+        )
+        data = ("--data", evaluated, "--train-data", trained)
         small = ("--train-tokens", "256", "--val-tokens", "64", "--probes", "none")
         return ("train", "--swap", SPECS[0], *self.words, *data, *small)
 

@@ -92,7 +92,7 @@ def scanned(
         f"sliding_window({wide}, 1)",
     )
     swap = "; ".join(mechanisms or every)
-    settings = {name: size[name] for name in ("tokens", "seq_len", "length")}
+    settings: dict[str, Any] = {name: size[name] for name in ("tokens", "seq_len", "length")}
     found = mismatch.scan(
         teacher, swap, tasks=("text", "passkey"), samples=SAMPLES, batch_size=4, progress=True, **settings
     )  # fmt: skip
@@ -192,8 +192,6 @@ def repaired(model: str, teacher: Any) -> tuple[pd.DataFrame, dict[str, Any]]:
             rows.append((swap, name, "kl", *one.kl))
             if name == "repaired":
                 rows.append((swap, name, "gap_closed", *one.gap_closed))
-        for stage, told in plan.forecast.stages.items():
-            rows.append((swap, stage, "forecast", told.value, told.lo, told.hi))
         mine = done.table[(done.table.metric == "generation") & (done.table.stat == "agreed")]
         for row in mine.itertuples():
             who = (
@@ -282,12 +280,6 @@ def mended(place: Path) -> dict[str, str]:
             f"{kl['swap']:.3g} -> {kl['repaired']:.3g} of {kl['zero']:.3g} (zero)"
         )
         said[f"repair, {kind}: gap closed"] = f"{gap.value:.0%} [{gap.lo:.0%}, {gap.hi:.0%}]"
-        if ("local", "forecast") in at.index:
-            told = at.loc[("local", "forecast")]
-            inside = told.lo <= gap.value <= told.hi
-            said[f"repair, {kind}: forecast"] = (
-                f"{told.value:.0%} [{told.lo:.0%}, {told.hi:.0%}]: {'inside' if inside else 'outside'}"
-            )
         if ("swap", "agreed") in at.index:
             said[f"repair, {kind}: tokens generated alike"] = (
                 f"{at.loc[('swap', 'agreed'), 'value']:.1f} -> {at.loc[('repaired', 'agreed'), 'value']:.1f} of 48"

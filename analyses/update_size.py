@@ -16,7 +16,9 @@ from __future__ import annotations
 
 import argparse
 import json
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -28,7 +30,7 @@ from torch import Tensor
 import mismatch
 from mismatch.report import style
 
-SIZES = {"tokens": 1536, "seq_len": 192, "batch_size": 8}
+SIZES: dict[str, Any] = {"tokens": 1536, "seq_len": 192, "batch_size": 8}
 """Those of scan_atlas.py: the same text."""
 CASES = {
     ("attn", "zero", "text"): "attention deleted",
@@ -95,7 +97,7 @@ def measured(teacher: mismatch.Teacher, ids: Tensor) -> pd.DataFrame:
             layout,
             row[None],
             wanted,
-            lambda tap, x, s=seen: s.__setitem__((tap.site, tap.layer), x),
+            partial(_keep, seen),
         )
         log_p = layout.model.get_output_embeddings()(final).log_softmax(-1)[0]
         slopes: dict[tuple[str, int], list[float]] = {}
@@ -112,7 +114,7 @@ def measured(teacher: mismatch.Teacher, ids: Tensor) -> pd.DataFrame:
             size = update.norm(dim=-1) / stream.norm(dim=-1)
             turn = 1 - torch.cosine_similarity(stream, stream + update, dim=-1)
             key = (PARTS[site], layer)
-            fisher = 0.5 * np.mean(np.square(slopes[key])) / len(row)
+            fisher = float(0.5 * np.mean(np.square(slopes[key])) / len(row))
             sums.setdefault(key, []).append([float(size.median()), float(turn.mean()), fisher])
     start.remove()
     rows = [(*key, *np.mean(values, axis=0)) for key, values in sums.items()]
@@ -225,6 +227,10 @@ def draw(found: pd.DataFrame, said: pd.DataFrame) -> Figure:
         "numbers: layers.",
     )
     return figure
+
+
+def _keep(seen: dict[tuple[str, int], Tensor], tap: Any, x: Tensor) -> None:
+    seen[tap.site, tap.layer] = x
 
 
 if __name__ == "__main__":

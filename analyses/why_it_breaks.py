@@ -14,6 +14,7 @@ import argparse
 import json
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -25,7 +26,7 @@ SWAPS = {
     "infini18": "layer18:infini(segment=64)",
     "nope16": "layer16:nope",
 }
-PROBES = {"probes": ("passkey", "induction"), "samples": 8, "controls": ()}
+PROBES: dict[str, Any] = {"probes": ("passkey", "induction"), "samples": 8, "controls": ()}
 HERE = Path(__file__).resolve().parent.parent / "figures" / "why_it_breaks"
 
 
@@ -49,7 +50,7 @@ def diagnose(teacher: mismatch.Teacher, swap: str, to: Path) -> None:
     with tempfile.TemporaryDirectory(prefix="mismatch-") as folder:
         asked = Path(folder) / "probes"
         mismatch.probe(teacher, swap=swap, output=str(asked), **PROBES)
-        result = mismatch.diagnose(teacher, swap, earlier_run=asked)
+        result = mismatch.diagnose(teacher, swap, earlier_run=str(asked))
     to.with_suffix(".png").write_bytes(style.to_bytes(result.figure(), "png"))
     result.shares.to_csv(to.with_suffix(".csv"), index=False)
     made = {

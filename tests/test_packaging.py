@@ -27,7 +27,6 @@ DATA = {
     "mismatch/py.typed",
     "mismatch/report/page.css",
     "mismatch/report/page.js",
-    "mismatch/stages/repair/forecast.csv",
 }
 
 

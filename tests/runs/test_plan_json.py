@@ -19,7 +19,6 @@ from mismatch.stages.diagnose.numbers import Correction, Found, Kl, Share
 from mismatch.stages.diagnose.plan import DiagnosisPlan
 from mismatch.stages.plan.choose import Score
 from mismatch.stages.plan.plan import Budgets, ChoicePlan, Predicted, StepPlan
-from mismatch.stages.repair.forecast import Forecast, Foretold
 from mismatch.stages.repair.ladder_stages.stage_result import Look, StageResult
 from mismatch.stages.repair.plan import Branch, Gates, RepairPlan, StudentReading
 from mismatch.stages.scan.plan import ColumnPlan, ScanPlan
@@ -41,15 +40,6 @@ SWAP: dict[str, Any] = {
     ),
     "warnings": ("short text",),
 }
-FORECAST = Foretold(
-    stages={
-        "local": Forecast(0.4, 0.2, 0.7, ("removed", "mechanism"), 24, measured=0.5),
-        "end-to-end": Forecast(0.6, 0.3, 0.9, (), 24),
-    },
-    numbers={"local_error": 1.5, "removed": NAN},
-    record="24 repairs",
-    note="more tokens",
-)
 KL = Kl(0.06, 0.05, NAN, 512)
 FOUND = Found(
     swap="layer2:infini(segment=16)",
@@ -97,14 +87,13 @@ REPAIR = RepairPlan(
         Branch(3, "mlp", None),
     ),
     gates=Gates({"gate": "memory"}, {"gate": [0.0, NAN]}, {"gate": [1.0, 2.0]}),
-    forecast=FORECAST,
     notes=("trained on text",),
     teacher={"model": "toy", "sha256": "ab12"},
 )
 PLANS = {
     "swap": SwapPlan(**SWAP),
     "nothing replaced": SwapPlan(spec="none", clauses=()),
-    "diagnosis": DiagnosisPlan(**SWAP, diagnosis=FOUND, verdict="a cause", forecast=FORECAST),
+    "diagnosis": DiagnosisPlan(**SWAP, diagnosis=FOUND, verdict="a cause"),
     "no damage": DiagnosisPlan(
         **SWAP, diagnosis=Found("layer2:identity", KL, Share(0.0, 0.0, 0.0)), verdict="none"
     ),
@@ -164,13 +153,10 @@ def test_every_plan_class_of_a_stage_is_among_them():
 
 def test_what_json_lacks_is_null_in_the_file_and_nan_in_the_plan():
     written = json.loads(json_text(as_json(REPAIR)))
-    assert written["forecast"]["numbers"]["removed"] is None
     assert written["gates"]["start"]["gate"] == [0.0, None]
     found = from_json(RepairPlan, written, None)
-    assert math.isnan(found.forecast.numbers["removed"])
     assert math.isnan(found.gates.start["gate"][1])
     assert math.isnan(found.students["swap"].gap_closed[1])
-    assert found.forecast.stages["end-to-end"].measured is None
     assert from_json(Budgets, {"kl": None, "lost": 1}, None) == Budgets(None, 1.0)
 
 
@@ -220,7 +206,6 @@ def changed(plan: Any, path: tuple[Any, ...], value: Any) -> Any:
         ("diagnosis", ("diagnosis", "causes", "distribution", "lo"), "0",
          "`diagnosis.causes.distribution.lo` must be float, got '0'"),
         ("diagnosis", ("diagnosis", "damage", "n"), ..., "`diagnosis.damage.n` is missing"),
-        ("diagnosis", ("forecast", "numbers"), [1.0], "`forecast.numbers` must be dict, got [1.0]"),
         ("scan", ("tasks", "passkey", "chance"), ..., "`tasks.passkey.chance` is missing"),
         ("scan", ("tasks",), None, "`tasks` must be dict, got None"),
         ("scan", ("columns", 0, "control"), 1, "`columns[0].control` must be bool, got 1"),

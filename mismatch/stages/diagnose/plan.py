@@ -6,13 +6,11 @@ from dataclasses import dataclass
 
 from mismatch.runs.plan import SwapPlan
 from mismatch.stages.diagnose.numbers import Found
-from mismatch.stages.repair.forecast import Foretold
 
 
 @dataclass(frozen=True, kw_only=True)
 class DiagnosisPlan(SwapPlan):
-    """What was replaced, what correcting it recovers, in one sentence, and the forecast of a repair."""
+    """What was replaced, what correcting it recovers, and that in one sentence."""
 
     diagnosis: Found
     verdict: str
-    forecast: Foretold | None = None

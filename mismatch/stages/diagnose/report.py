@@ -15,7 +15,6 @@ from mismatch.stages.diagnose.figure import (
 )
 from mismatch.stages.diagnose.numbers import Found
 from mismatch.stages.diagnose.plan import DiagnosisPlan
-from mismatch.stages.repair.report.forecast_words import forecast_lines
 
 FIGURES = (
     ReportFigure(
@@ -37,20 +36,14 @@ def figures(run: Run) -> tuple[ReportFigure, ...]:
 
 
 def sections(run: Run) -> list[Section]:
-    """The verdict, the damage, the figure, findings, every correction, the forecast, what was replaced."""
+    """The verdict, the damage, the figure, findings, every correction, what was replaced."""
     plan: DiagnosisPlan = run.plan
     found = plan.diagnosis
-    forecast = (
-        ()
-        if plan.forecast is None
-        else tuple(tag("p", line) for line in forecast_lines(plan.forecast))
-    )
     return [
         verdict(plan.verdict),
         Section("", (damage(found), *FIGURES)),
         findings(run),
         *([Section("Every correction", (corrections(plan),))] if found.corrections else []),
-        *([Section("A repair, as forecast", forecast)] if forecast else []),
         replaced(run),
     ]
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
@@ -15,7 +15,6 @@ import pandas as pd
 from mismatch.errors import DataError, NumericsError
 from mismatch.forward.heldout import Evaluated, Trial
 from mismatch.metrics.sums.per_document import Units
-from mismatch.models.layout import HEADS
 from mismatch.report import intervals
 from mismatch.report.words import plan_lines, subject
 from mismatch.runs.folder import Run
@@ -34,8 +33,6 @@ from mismatch.stages.diagnose.rows import rows_of
 from mismatch.stages.diagnose.shapley import causes_of, kl_of, leading, share_of
 from mismatch.stages.diagnose.verdict import headline, verdicts
 from mismatch.stages.opening import Opened
-from mismatch.stages.repair.config import STAGES
-from mismatch.stages.repair.forecast import Foretold, Swap, foretell
 from mismatch.stages.swapped import swap_calibration, warned
 from mismatch.surgery.operate import Student
 from mismatch.texts.windows import Windows
@@ -44,11 +41,6 @@ NOTHING = 1e-6
 """Nats: a KL at or below this comes from rounding (another kernel brings up to 5e-7)."""
 FEW = 8
 """With fewer documents the intervals are too narrow."""
-
-READ_HERE = (
-    "read on calibration text without first and massive tokens, not as a repair reads it: the interval was not tried "
-    "for that; mismatch repair forecasts anew"
-)
 
 
 @dataclass(frozen=True)
@@ -187,10 +179,6 @@ class Diagnose(Stage[DiagnoseConfig, Prepared]):
             apart=base.apart,
             diagnosis=found,
             verdict=headline(found),
-            # Those of the record began at a swap that was not trained.
-            forecast=_foretold(opened, found, swap)
-            if found.places and opened.student_info is None
-            else None,
         )
         return Outcome(rows_of(found), plan)
 
@@ -259,30 +247,3 @@ def _found(
         places=tuple(apart.facts(held_out.batches, held_out.sides)),
         not_applicable=tuple(apart.not_applicable),
     )
-
-
-def _foretold(opened: Opened[DiagnoseConfig], found: Found, swap: Student) -> Foretold:
-    """What a repair would close, as read here."""
-    place, zero = found.places[0], found.controls.get("zero")
-    local, mapped = place["forced_error"], place["linear_error"]
-    numbers = {
-        "local_error": local,
-        "mapped_error": mapped,
-        "removed": max(0.0, 1 - mapped / local) if local > 0 else math.nan,
-    }
-    if zero is not None and zero.value > 0:
-        numbers["of_zero"] = found.damage.value / zero.value
-    layout, clauses = opened.teacher.layout, swap.plan.clauses
-    told = foretell(
-        Swap(
-            found.swap.partition(":")[2],
-            HEADS if any(clause.heads for clause in clauses) else clauses[0].slot,
-            len({clause.path for clause in clauses}),
-            layout.n_layers,
-            layout.d_model,
-            numbers,
-        ),
-        STAGES,
-        None,
-    )
-    return replace(told, note=READ_HERE) if told.stages else told

@@ -1,4 +1,4 @@
-"""A diagnosis in words, below its verdict: the shares by cause, the forecast of a repair, the findings."""
+"""A diagnosis in words, below its verdict: the shares by cause, the findings."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from mismatch.report import intervals, style
 from mismatch.report.words import columns
 from mismatch.stages.diagnose.figure import PANELS, diagnosis_data, percent
 from mismatch.stages.diagnose.plan import DiagnosisPlan
-from mismatch.stages.repair.report.forecast_words import forecast_lines
 
 
 def diagnosis_summary(plan: DiagnosisPlan, findings: Sequence[Mapping[str, Any]]) -> str:
@@ -32,12 +31,6 @@ def diagnosis_summary(plan: DiagnosisPlan, findings: Sequence[Mapping[str, Any]]
             lines = [[_name(row), *_cells(row)] for row in rows.itertuples()]
             parts += [f"{title}, % of the KL", columns(lines), ""]
         parts += [f"not applicable  {text}" for text in found.not_applicable]
-    if plan.forecast is not None:
-        parts += [
-            "a repair, as forecast",
-            *(f"  {line}" for line in forecast_lines(plan.forecast)),
-            "",
-        ]
     for finding in findings:
         parts += [
             f"  {finding['severity'].upper():<6} {finding['title']}",

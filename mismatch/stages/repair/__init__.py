@@ -7,7 +7,6 @@ ladder.py              one stage after the other, each kept only if it helped; l
 trained_controls.py    the same steps spent on a control
 knockout.py            the repaired student without each branch
 before_after.py        probes and shifts, before and after
-forecast.py            what the record says a repair will close; forecast_readings.py what it needs to know
 gates.py               where the gates stand
 rows.py                the numbers as rows of the table; plan.py the rest
 stage.py               the stage: from settings to table and checkpoint

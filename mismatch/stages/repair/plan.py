@@ -7,7 +7,6 @@ from typing import Any
 
 from mismatch.runs.intervals import FORMER
 from mismatch.runs.plan import SwapPlan
-from mismatch.stages.repair.forecast import Foretold
 from mismatch.stages.repair.ladder_stages.stage_result import StageResult
 
 Reading = tuple[float, float, float]
@@ -75,7 +74,6 @@ class RepairPlan(SwapPlan):
         stages: of the repair ladder, as run; the first is `swap`, before them.
         students: swap, repaired model and controls on the evaluation text.
         branches: each taken out in turn.
-        forecast: made before the first stage, with its score.
         notes: which text was trained on; probes that could not be asked.
         teacher: name and fingerprint of the model.
         over: what the intervals are over.
@@ -85,7 +83,6 @@ class RepairPlan(SwapPlan):
     students: dict[str, StudentReading]
     branches: tuple[Branch, ...]
     gates: Gates
-    forecast: Foretold
     notes: tuple[str, ...]
     teacher: dict[str, Any]
     over: str = FORMER

@@ -15,7 +15,6 @@ from mismatch.report.intervals import band, side
 from mismatch.stages.base import Result
 from mismatch.stages.repair.plan import RepairPlan
 from mismatch.stages.repair.report.curve_figure import branch_line, repair_curve, stage_table
-from mismatch.stages.repair.report.forecast_words import score
 from mismatch.stages.repair.report.needles_by_branch import needle_lines
 from mismatch.stages.repair.report.page import probe_lines
 
@@ -98,8 +97,6 @@ class Repaired(Result):
                     f"{band(100 * row.gap_lo, 100 * row.gap_hi, '{:.1f}'.format)}"
                     f"   {row.tokens:,} tokens   {row.seconds:.0f} s"
                 )
-                said = score(self.plan.forecast, row.stage)
-                line += f"   {said}" if said else ""
             line += f"   {stage.retrieval_words}" if stage.retrieval_words else ""
             lines.append(line + ("" if row.kept else "   undone: it got worse"))
         return lines

@@ -26,7 +26,6 @@ from mismatch.stages.opening import Opened
 from mismatch.stages.probe.questions import Questions
 from mismatch.stages.repair import before_after
 from mismatch.stages.repair.config import RepairConfig
-from mismatch.stages.repair.forecast_readings import foretell
 from mismatch.stages.repair.gates import standing, weighing
 from mismatch.stages.repair.judge import Judge, Selection, selection
 from mismatch.stages.repair.knockout import knocked_out
@@ -35,7 +34,6 @@ from mismatch.stages.repair.ladder_stages.module_pair import pairs_of
 from mismatch.stages.repair.ladder_stages.slot_counts import check_budget, keepers
 from mismatch.stages.repair.plan import Gates, RepairPlan, StudentReading
 from mismatch.stages.repair.report.curve_figure import branch_line
-from mismatch.stages.repair.report.forecast_words import forecast_lines
 from mismatch.stages.repair.result import CHECKPOINT, Repaired
 from mismatch.stages.repair.rows import (
     AS_REPAIRED,
@@ -199,9 +197,6 @@ def _run(
     opened.say(judge.note)
     ladder = Ladder(config, teacher.layout, mine, judge, batches, state=opened.state(), **shared)
     ladder.begin()
-    foretold = foretell(config, teacher, ladder, beside)
-    for line in forecast_lines(foretold):
-        opened.say(line)
     stages = ladder.run()
     opened.say("branches are evaluated")
     for control in _trained_controls(opened, swap, calibration):
@@ -228,7 +223,6 @@ def _run(
         students=_readings(evaluated),
         branches=tuple(branches),
         gates=Gates(weighing(parts), start, standing(parts)),
-        forecast=foretold.scored(stages),
         notes=(
             *trained_on.lines(config.train_data),
             *texts.notes,

@@ -35,7 +35,6 @@ def test_the_attention_says_where_to_begin(toy_teacher, call):
     assert {*note.partition(": ")[2].partition(" set;")[0].split(", ")} == parts
     assert ("with centred keys" in note) == (call != "rwkv")
     assert all(torch.equal(before[n], p) for n, p in toy_teacher.model.named_parameters())
-    assert found.plan.forecast.why_not is not None
 
 
 def test_a_codebook_takes_decay_and_balance(toy_teacher):

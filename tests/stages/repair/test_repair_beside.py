@@ -23,7 +23,6 @@ from mismatch.stages.opening import Opened
 from mismatch.stages.repair import before_after as questions
 from mismatch.stages.repair import knockout
 from mismatch.stages.repair.config import RepairConfig
-from mismatch.stages.repair.forecast import Foretold
 from mismatch.stages.repair.knockout import MATTERS, knocked_out, verdict
 from mismatch.stages.repair.ladder_stages.module_pair import pairs_of
 from mismatch.stages.repair.ladder_stages.stage_result import StageResult
@@ -336,7 +335,6 @@ def having_closed(*gap: float) -> RepairPlan:
     nothing = (0.0, 0.0, 0.0)
     return RepairPlan(
         spec=SWAP, clauses=(), stages=(), branches=(), gates=Gates(), notes=(), teacher={},
-        forecast=Foretold({}, {}, ""),
         students={"repaired": StudentReading(nothing, nothing, gap, nothing)},
     )  # fmt: skip
 

@@ -181,7 +181,7 @@ def test_a_run_names_its_texts_and_may_be_written_over(words, tmp_path, capsys):
     assert plan["spec"] == mismatch.load_run(run).manifest["swap"]
     assert set(plan) == {
         *("spec", "clauses", "warnings", "apart"),
-        *("stages", "forecast", "branches", "gates", "notes", "over", "students", "teacher"),
+        *("stages", "branches", "gates", "notes", "over", "students", "teacher"),
     }
     assert (run / "log.txt").read_text().splitlines()[-1].endswith("done")
     assert main(words()) == 2

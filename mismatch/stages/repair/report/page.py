@@ -19,7 +19,6 @@ from mismatch.stages.repair.plan import RepairPlan, StudentReading
 from mismatch.stages.repair.report.before_after_figure import before_after as before_after_figure
 from mismatch.stages.repair.report.before_after_figure import before_after_data
 from mismatch.stages.repair.report.curve_figure import repair_data, repair_figure, stage_table
-from mismatch.stages.repair.report.forecast_words import SURE, forecast_lines, inside, share
 from mismatch.stages.repair.report.gates_figure import gates_data, gates_figure
 from mismatch.stages.repair.report.needles_by_branch import needle_section
 
@@ -53,7 +52,7 @@ def percent(read: Sequence[float]) -> str:
 
 
 def stages(plan: RepairPlan) -> Html:
-    """A row per stage: share and nats, with intervals, and what they cost; then what was forecast of them."""
+    """A row per stage: share and nats, with intervals, and what they cost."""
     frame = stage_table(plan)
     judged = frame["retrieval"].notna().any()
     rows = [
@@ -75,25 +74,7 @@ def stages(plan: RepairPlan) -> Html:
         *("tokens", "steps", "seconds", "kept"),
     )
     kept = [i for i, r in enumerate(frame.itertuples()) if r.kept]
-    return join([grid(heads, rows, numbers=(1, 2, 3, 4, 5, 6), marked=kept[-1:]), foretold(plan)])
-
-
-def foretold(plan: RepairPlan) -> Html:
-    """What was forecast of each stage before the first one, and whether it came so."""
-    told = plan.forecast
-    said = [tag("p", line, class_="faint") for line in forecast_lines(told)]
-    rows = [
-        (
-            name,
-            Cell(share(one), one.value),
-            Cell(f"{100 * one.measured:.0f} %", one.measured),
-            inside(one),
-        )
-        for name, one in told.stages.items()
-        if one.measured is not None
-    ]
-    heads = ("stage", f"forecast of the gap closed, {SURE} % interval", "measured", "so")
-    return join([grid(heads, rows, numbers=(1, 2)), *said] if rows else said)
+    return grid(heads, rows, numbers=(1, 2, 3, 4, 5, 6), marked=kept[-1:])
 
 
 def students(plan: RepairPlan) -> Html:
