@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import pytest
-from docs_pages import DOCS, ROOT, load
+from docs_pages import DOCS
+from scripts import script
 
 PAGES = sorted((DOCS / "results").glob("*.md"))
 
 
 @pytest.fixture(scope="module")
 def tables():
-    return load(ROOT / "analyses" / "result_tables.py")
+    return script("result_tables")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
