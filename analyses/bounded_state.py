@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from bounded_rows import MODELS, PLACES, ROWS, SHARED, Row
+from bounded_rows import EIGHT, MODELS, PLACES, ROWS, SHARED, WIDE, Row
 from matplotlib.figure import Figure
 
 import mismatch
@@ -239,20 +239,27 @@ def curves(frame: pd.DataFrame) -> Figure:
     axes = made.subplots(2, 3).flatten()
     rows = [(row, ROWS["all"][row["row"]]) for _, row in frame.iterrows()]
     for axis, name in zip(axes, NAMES, strict=False):
-        curve: dict[float, list[tuple[float, float]]] = {}
+        curve: dict[str, dict[float, list[tuple[float, float]]]] = {}
         for at, (row, swap) in enumerate(rows):
             colour, size = COLOURS[swap.group], row.kB / 1000
-            if swap.kilobytes and swap.mechanism == SHARED and swap.window == 512:
-                curve.setdefault(swap.kilobytes, []).append((size, row[name]))
-                _point(axis, size, row, name, color=colour, marker="o", label=LEARNED)
+            if swap.kilobytes is not None:
+                kind, colour = NUMBERS[swap.mechanism]
+                label, mark = f"{SHARED_OUT}, {kind}", "o"
+                if swap.window == 512:
+                    point = (size, row[name])
+                    curve.setdefault(colour, {}).setdefault(swap.kilobytes, []).append(point)
+                else:
+                    label, mark = f"{label}, learnt at {swap.window} tokens", "D"
+                _point(axis, size, row, name, color=colour, marker=mark, label=label)
             elif np.isnan(size):
                 style = LINES[at % len(LINES)]
                 axis.axhline(row[name], color=colour, linestyle=style, label=row["row"])
             else:
                 mark = MARKERS[at % len(MARKERS)]
                 _point(axis, size, row, name, color=colour, marker=mark, label=row["row"])
-        means = [np.mean(curve[budget], axis=0) for budget in sorted(curve)]
-        axis.plot(*np.transpose(means), color=BLUE, linewidth=1)
+        for colour, budgets in curve.items():
+            means = [np.mean(points, axis=0) for _, points in sorted(budgets.items())]
+            axis.plot(*np.transpose(means), color=colour, linewidth=1)
         axis.set_xlabel("state of one text, MB")
         axis.set_yscale("symlog", linthresh=NEAR[name == "KL"])
         axis.set_ylim(bottom=-NEAR[name == "KL"])
@@ -285,7 +292,8 @@ def lines(frame: pd.DataFrame, layers: str) -> Figure:
     return made
 
 
-LEARNED = "scores learned, bytes shared out among heads"
+SHARED_OUT = "scores learned, bytes shared out"
+NUMBERS = {SHARED: ("float16", BLUE), EIGHT: ("8 bits", "#2a9d8f"), WIDE: ("float32", "#8fb8d8")}
 NEAR = {True: 0.01, False: 0.1}
 """Up to where an axis is linear: of text KL, and of the others."""
 

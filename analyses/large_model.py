@@ -150,7 +150,12 @@ def measured(
     found = [_row(about, "load", done) | {"peak_over_file": over}]
     runs: list[tuple[str, tuple[str, ...], float]] = [("trace", trace, 0), ("scan", scan, 0)]
     if capped:
-        runs += [("trace", trace, args.cap), ("trace, offloaded", (*trace, *offload), 0)]
+        moved = (*trace, *offload)
+        runs += [
+            ("trace", trace, args.cap),
+            ("trace, offloaded", moved, 0),
+            ("trace, offloaded", moved, args.cap),
+        ]
     for name, words, cap in runs:
         with tempfile.TemporaryDirectory() as place:
             line = [sys.executable, "-m", "mismatch", *words, "--output", str(Path(place, "run"))]

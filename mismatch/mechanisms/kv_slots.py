@@ -201,9 +201,12 @@ class KVSlots(Choosing):
                 "sink_k": sinks.k,
                 "sink_v": sinks.v,
             }
-            after = {
-                name: self.held.packed(row) if name in HELD else row
-                for name, row in (near | held).items()
-            }
+            after = {}
+            for name, row in (near | held).items():
+                same = row is rows.get(name)  # most are, between two segments
+                if same:
+                    after[name] = state.rows[name]
+                else:
+                    after[name] = self.held.packed(row) if name in HELD else row
             state.advance(grid.new, length, after)
         return self.project(grid.take(heads.to(x.dtype)), x), None

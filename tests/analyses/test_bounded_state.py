@@ -49,7 +49,7 @@ def test_seeds_of_one_budget_are_one_point_of_the_line_and_a_growing_cache_a_lev
     assert list(curve.get_xdata()) == pytest.approx([4.0, 7.995])
     assert list(curve.get_ydata()) == pytest.approx([0.5, 0.2])
     _, labels = axis.get_legend_handles_labels()
-    assert labels.count(state.LEARNED) == 3
+    assert labels.count(f"{state.SHARED_OUT}, float16") == 3
     assert {"random, 96 slots", "sliding_window(64, 1)"} < set(labels)
     [level] = [line for line in axis.lines if line.get_label() == "sliding_window(64, 1)"]
     assert set(level.get_ydata()) == {3.0}

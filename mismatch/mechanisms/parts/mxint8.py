@@ -75,6 +75,6 @@ def _coded(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _decoded(codes: Tensor, exponent: Tensor, width: int) -> Tensor:
-    values = torch.ldexp(codes, (exponent - BITS)[..., None])
-    values = values.masked_fill((exponent == BROKEN)[..., None], torch.nan)
-    return values.flatten(-2)[..., :width]
+    scale = torch.ldexp(torch.ones_like(exponent, dtype=codes.dtype), exponent - BITS)
+    scale = scale.masked_fill(exponent == BROKEN, torch.nan)
+    return (codes * scale[..., None]).flatten(-2)[..., :width]

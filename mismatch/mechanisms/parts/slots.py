@@ -49,6 +49,8 @@ UNTRAINED = (
 )
 SHORTEST = 1e-6  # a shorter key or value counts as this long: log 0 is no score
 _32 = 0xFFFFFFFF
+SLOT = ("slot_k", "slot_v", "slot_score")
+"""Rows of the state."""
 
 
 class ScoreNet(nn.Module):
@@ -207,13 +209,10 @@ class Slots(nn.Module):
             last = [*(_picked(x, now) for x in sources), grid.after(chosen)[..., None]]
         log_count = torch.where(valid[..., :columns] > -torch.inf, 0.0, -torch.inf)
         kept = Kept(kept_k[..., :columns, :], kept_v[..., :columns, :], log_count)
+        if grid.closed == 0 and SLOT[0] in rows:
+            return kept, {name: rows[name] for name in SLOT} | waiting
         slot_k, slot_v, slot_score = map(self._tight, last)
-        return kept, {
-            "slot_k": slot_k,
-            "slot_v": slot_v,
-            "slot_score": slot_score[..., 0],
-            **waiting,
-        }
+        return kept, dict(zip(SLOT, (slot_k, slot_v, slot_score[..., 0]), strict=True)) | waiting
 
     def _merged(self, score: Tensor, tokens: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
         """Scores of what is kept before segment 0 .. closed, and which it is: `batch KV closed+1 most` each, the best
@@ -245,11 +244,11 @@ class Slots(nn.Module):
     def _held(self, own: Pair, rows: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Keys, values and scores of the slots before this call, every kv head with as many columns: `batch KV most D`,
         twice, and `batch KV most`."""
-        if "slot_k" not in rows:
+        if SLOT[0] not in rows:
             batch, heads, _, _, d = own.k.shape
             k, v = (x.new_zeros(batch, heads, self.most, d) for x in own)
             return k, v, own.k.new_full((batch, heads, self.most), -torch.inf, dtype=torch.float32)
-        k, v, score = (rows[name] for name in ("slot_k", "slot_v", "slot_score"))
+        k, v, score = (rows[name] for name in SLOT)
         return (
             self._wide(k, 0.0),
             self._wide(v, 0.0),
