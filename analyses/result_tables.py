@@ -27,7 +27,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "carriers": tables_of_swaps.carriers,
     "plans": tables_of_swaps.plans,
     "selectors": tables_of_swaps.selectors,
-    "selected": tables_of_swaps.selected,
+    "selected": partial(tables_of_swaps.selected, "sliding_window"),
     "scan cost": tables_of_costs.scan_cost,
     "large model": tables_of_costs.large_model,
     "trace cost": tables_of_costs.trace_cost,

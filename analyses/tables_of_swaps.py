@@ -90,8 +90,8 @@ def selectors() -> str:
     return table(head, rows)
 
 
-def selected() -> str:
-    """What `python analyses/selector_study.py` measured of the sets together."""
+def selected(mechanism: str) -> str:
+    """What `python analyses/selector_study.py` measured of the sets of one mechanism together."""
     tasks = {
         "text": "text, KL",
         "induction": "copying",
@@ -107,6 +107,7 @@ def selected() -> str:
             ),
         )
         for row in read("selectors/table.csv")
+        if row["mechanism"].startswith(mechanism)
     ]
     return table(("of 30", "score", *tasks.values()), rows)
 
