@@ -42,10 +42,10 @@ As decided here:
     padding      pads are no tokens: they have no age, fill no window and enter no sum
     dtype        logits, sums and the division in float32 at least
     branches     near and far; one that is switched off leaves its weight in the denominator
+    slots        none: `infini` has them, and with feature_map=hedgehog, normalizer=shared is this hybrid by segments
     no weight    a query whose phi is orthogonal to all keys (relu, learned) reads 0
 
-Limits: plain PyTorch on every device. flash-linear-attention (no extra of this package) has CUDA kernels for the sum
-without window; none is called here, as none could be tested on a GPU.
+Limits: plain PyTorch on every device; CUDA kernels (flash-linear-attention) could not be tested, and none is called.
 
 Inherited: every projection, bias and query/key norm. New: mix (with a window or sinks), decay (learned), the maps' W
 and b (hedgehog, learned), the codes and their width (codebook). Dropped: dropout of the attention weights.
