@@ -186,7 +186,7 @@ def figure(frame: pd.DataFrame) -> Figure:
             axis.set_title(f"{title}, {length} tokens", fontsize=10)
             axis.grid(alpha=0.3)
     for axis in axes[-1]:
-        axis.set_xlabel("thousand tokens, those of the repair counted")
+        axis.set_xlabel("thousand tokens, repair included")
     made.supylabel("negative log-likelihood over the teacher's, nats")
     made.legend(
         *axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False
