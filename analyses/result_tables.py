@@ -28,6 +28,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "plans": tables_of_swaps.plans,
     "selectors": tables_of_swaps.selectors,
     "selected": partial(tables_of_swaps.selected, "sliding_window"),
+    "selected, linear": partial(tables_of_swaps.selected, "linear_attention"),
     "scan cost": tables_of_costs.scan_cost,
     "large model": tables_of_costs.large_model,
     "trace cost": tables_of_costs.trace_cost,
