@@ -88,6 +88,8 @@ ROWS = {
         "shared, 3 MB": Row(SHARED, 3000),
         "shared, 4.5 MB of mxint8": Row(EIGHT, 4500),
         "shared, 3 MB of mxint8": Row(EIGHT, 3000),
+        "shared, 3 MB of mxint8, seed 1": Row(EIGHT, 3000, seed=1),
+        "shared, 3 MB of mxint8, seed 2": Row(EIGHT, 3000, seed=2),
         "shared, 6 MB of mxint8, windows of 2048": Row(EIGHT, 6000, long=True, window=2048),
         **OTHERS,
         "shared, 8 MB of float32": Row(WIDE, 8000),
