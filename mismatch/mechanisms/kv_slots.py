@@ -203,8 +203,7 @@ class KVSlots(Choosing):
             }
             after = {}
             for name, row in (near | held).items():
-                same = row is rows.get(name)  # most are, between two segments
-                if same:
+                if row is rows.get(name):  # as most are, between two segments
                     after[name] = state.rows[name]
                 else:
                     after[name] = self.held.packed(row) if name in HELD else row
