@@ -120,6 +120,23 @@ def test_fed_in_pieces_it_is_the_whole(settings, size):
     torch.testing.assert_close(torch.cat(pieces, 1), run(mechanism, x), atol=1e-10, rtol=0)
 
 
+@pytest.mark.parametrize("kind", ["none", "mxint8"])
+def test_between_two_segments_only_the_open_one_is_written(kind):
+    """What is held in 8 bits is packed once, not at every token."""
+    student = swap(llama(), f"layer0:kv_slots(segment={N}, slots=3, kv_dtype={kind})")
+    cache = DynamicCache(config=student.model.config)
+    ids = tokens(1, 4 * N + 2)
+    rows = []
+    for start, stop in ((0, 4 * N + 1), (4 * N + 1, 4 * N + 2)):
+        student.model(ids[:, start:stop], past_key_values=cache, use_cache=True)
+        rows.append(dict(cache.layers[0].rows))
+    before, after = rows
+    written = {name for name in after if after[name] is not before[name]}
+    assert written & {
+        f"{what}_{side}" for what in ("open", "earlier", "sink", "slot") for side in "kv"
+    } == {"open_k", "open_v"}
+
+
 # the choice --------------------------------------------------------------------------------------
 
 
