@@ -6,11 +6,14 @@ import errno
 import json
 import math
 import os
+import re
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
+
+from safetensors import SafetensorError
 
 from mismatch.errors import RunError
 
@@ -25,14 +28,26 @@ def write_atomic(path: Path, fill: Callable[[IO[bytes]], Any]) -> None:
     Raises:
         RunError: it cannot be written (full disk, no permission).
     """
+
+    def write(temp: Path) -> None:
+        with open(temp, "wb") as file:
+            fill(file)
+
+    write_atomic_by_name(path, write)
+
+
+def write_atomic_by_name(path: Path, write: Callable[[Path], Any]) -> None:
+    """The same with what writes to a path: safetensors, whose other way, into bytes, is a copy in memory.
+
+    Raises:
+        RunError: it cannot be written.
+    """
     temp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with guarded("write", path):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with open(temp, "wb") as file:
-                fill(file)
-                file.flush()
-                os.fsync(file.fileno())
+            write(temp)
+            _sync(temp)
             os.replace(temp, path)
         finally:
             with suppress(OSError):
@@ -84,10 +99,11 @@ def read_bytes(path: Path) -> bytes:
 
 @contextmanager
 def guarded(doing: str, path: Path) -> Iterator[None]:
-    """Turn an OSError into a RunError that names the file, with a hint for the usual causes."""
+    """Turn an OSError, or what safetensors makes of one, into a RunError that names the file, with a hint."""
     try:
         yield
-    except OSError as cause:
+    except (OSError, SafetensorError) as cause:
+        number = _errno(cause)
         hint = {
             errno.ENOSPC: "the disk is full; what was written before is intact: free some space, "
             "then go on with --resume",
@@ -95,8 +111,16 @@ def guarded(doing: str, path: Path) -> Iterator[None]:
             "space, then go on with --resume",
             errno.EACCES: "no permission; give --output a folder that you may write",
             errno.EROFS: "the file system is read-only; give --output another folder",
-        }.get(cause.errno or 0)
-        raise RunError(f"could not {doing} {path}: {cause.strerror or cause}", hint=hint) from cause
+        }.get(number)
+        why = getattr(cause, "strerror", None) or (os.strerror(number) if number else cause)
+        raise RunError(f"could not {doing} {path}: {why}", hint=hint) from cause
+
+
+def _errno(cause: Exception) -> int:
+    if isinstance(cause, OSError):
+        return cause.errno or 0
+    said = re.search(r"os error (\d+)", str(cause))  # safetensors keeps the number in its words only
+    return int(said[1]) if said else 0
 
 
 def json_text(data: Any) -> str:

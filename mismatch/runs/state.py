@@ -14,6 +14,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -22,7 +23,7 @@ import safetensors.numpy
 
 from mismatch.errors import OutputError, RunError
 from mismatch.reading import json_of, typed
-from mismatch.runs.files import guarded, read_bytes, write_atomic
+from mismatch.runs.files import guarded, read_bytes, write_atomic, write_atomic_by_name
 
 PART = 64 * 2**20
 """Bytes of arrays after which a part ends."""
@@ -72,16 +73,17 @@ class State:
         parts = []
         for number, part in enumerate(_parts(arrays)):
             name = f"{count:06d}-{number:03d}.safetensors"
-            data = safetensors.numpy.save(part)
-            _write(self.folder / name, data)
-            parts.append({"file": name, "sha256": hashlib.sha256(data).hexdigest()})
+            write_atomic_by_name(self.folder / name, partial(safetensors.numpy.save_file, part))
+            with guarded("read", self.folder / name), open(self.folder / name, "rb") as file:
+                parts.append({"file": name, "sha256": hashlib.file_digest(file, "sha256").hexdigest()})
         index = {
             "count": count,
             "parts": parts,
             "fingerprint": _json_form(fingerprint),
             "info": _json_form(info),
         }
-        _write(self._index, json.dumps(index, indent=2).encode())
+        text = json.dumps(index, indent=2)
+        write_atomic(self._index, lambda file: file.write(text.encode()))
         for old in self.folder.glob("*.safetensors"):
             if not old.name.startswith(f"{count:06d}-"):
                 with guarded("remove", old):
@@ -152,10 +154,6 @@ def _parts(arrays: Mapping[str, np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
             part, size = {}, 0
     if part:
         yield part
-
-
-def _write(path: Path, data: bytes) -> None:
-    write_atomic(path, lambda file: file.write(data))
 
 
 def _json_form(data: Mapping[str, Any]) -> dict[str, Any]:

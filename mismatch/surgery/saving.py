@@ -22,12 +22,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import split_torch_state_dict_into_shards
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from mismatch import spec
-from mismatch.errors import OutputError, RunError, SurgeryError, UsageError
+from mismatch.errors import OutputError, SurgeryError, UsageError
 from mismatch.models import swap_record as record
 from mismatch.models.folder import CONFIG, INDEX, SINGLE
 from mismatch.models.made import reduced
@@ -311,10 +310,7 @@ def _write_weights(tensors: dict[str, Tensor], folder: Path, max_shard_size: int
         ):
             old.unlink(missing_ok=True)
         for name, keys in split.filename_to_tensors.items():
-            try:
-                save_file({key: tensors[key] for key in keys}, folder / name, {"format": "pt"})
-            except SafetensorError as error:  # a full disk, too, is one of these
-                raise RunError(f"could not write {folder / name}: {error}") from error
+            save_file({key: tensors[key] for key in keys}, folder / name, {"format": "pt"})
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         text = json.dumps(index, indent=2, sort_keys=True) + "\n"

@@ -332,9 +332,41 @@ def test_a_full_disk_names_the_file_and_leaves_the_last_state(folder, monkeypatc
             with pytest.raises(RunError, match=r"could not write .*No space left") as caught:
                 attempt()
             assert "free some space" in caught.value.hint
-    after = {p: p.read_bytes() for p in folder.path.rglob("*") if p.is_file()}
-    assert after == before
+    assert {p: p.read_bytes() for p in before} == before
     assert folder.state.load(FINGERPRINT)[1] == {"batch": 1}
+
+
+def test_arrays_that_do_not_fit_on_the_disk(folder):
+    """safetensors writes them itself and has errors of its own: here the system's, of a file that may not grow."""
+    resource = pytest.importorskip("resource")
+    folder.state.save(ARRAYS, {"batch": 1}, FINGERPRINT)
+    before = {p: p.read_bytes() for p in folder.path.rglob("*") if p.is_file()}
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, hard))
+    try:
+        with pytest.raises(RunError, match=r"^could not write .*\.safetensors: File too large$"):
+            folder.state.save({"large": np.ones(2**15)}, {"batch": 2}, FINGERPRINT)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert {p: p.read_bytes() for p in folder.path.rglob("*") if p.is_file()} == before
+    assert folder.state.load(FINGERPRINT)[1] == {"batch": 1}
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads its memory from /proc")
+def test_a_save_needs_no_copy_of_the_arrays(tmp_path):
+    """Where there was no room for one, Rust panicked, and a run under a cap of its memory ended there."""
+    code = f"""
+import re, resource, numpy as np
+from pathlib import Path
+from mismatch.runs.state import State
+State(Path({str(tmp_path)!r})).save({{"small": np.ones(8)}}, {{}}, {{}})
+arrays = {{"large": np.ones(2**25)}}
+kilobytes = int(re.search(r"VmData:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+resource.setrlimit(resource.RLIMIT_DATA, (kilobytes * 1024 + 2**26,) * 2)
+State(Path({str(tmp_path)!r})).save(arrays, {{}}, {{}})
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert np.all(state.State(tmp_path).load({})[0]["large"] == 1)
 
 
 def test_a_kill_between_the_arrays_and_the_index_leaves_the_last_state(folder, monkeypatch):

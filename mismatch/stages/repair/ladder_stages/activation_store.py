@@ -16,14 +16,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import IO
 
 import safetensors.torch
 import torch
 from torch import Tensor
 
 from mismatch.models.layout import Layout
-from mismatch.runs.files import write_atomic
+from mismatch.runs.files import write_atomic_by_name
 from mismatch.runs.ranks import ALONE, Ranks
 from mismatch.stages.repair.ladder_stages.module_pair import Call, ModulePair, watch
 
@@ -101,8 +100,8 @@ class Store:
             if missing:
                 for part, (x, y) in zip(missing, self._run(missing, ids), strict=True):
                     tensors = {n: t.to(self.dtype).contiguous() for n, t in (("x", x), ("y", y))}
-                    data = safetensors.torch.save(tensors)
-                    write_atomic(self._shard(index, part), partial(_put, data))
+                    save = partial(safetensors.torch.save_file, tensors)
+                    write_atomic_by_name(self._shard(index, part), save)
                 ran += ids.numel()
             progress(ids.numel())
         self.ranks.everywhere(None)
@@ -158,7 +157,3 @@ def _wide(x: Tensor) -> Tensor:
 
 def _width(layout: Layout) -> int:
     return layout.d_model
-
-
-def _put(data: bytes, file: IO[bytes]) -> None:
-    file.write(data)
