@@ -39,10 +39,12 @@ REPAIR = ("--self-generated", "0.25", "--max-minutes", "none", "--epochs", "1", 
           "--probes", "induction", "--trace-tokens", "1024", "--val-tokens", "1024")  # fmt: skip
 COMMANDS = {
     "trace": ("trace", "--swap", "{one}", "--tokens", "{text}"),
-    "scan": ("scan", "--swap", "sliding_window(64, 1)", "--tokens", "{short}"),
+    "scan": ("scan", "--swap", "sliding_window(64, 1)", "--tokens", "{short}", "--samples", "4",
+             "--among", "{among}"),
     "probe": ("probe", "--swap", "{one}", "--probes", "induction,order_sensitivity,generation"),
     "diagnose": ("diagnose", "--swap", "{one}", "--tokens", "{short}", "--fit-tokens", "{short}"),
-    "plan": ("plan", "--mechanism", "sliding_window(64, 1)", "--layers", "4", "--tokens", "{short}"),
+    "plan": ("plan", "--mechanism", "sliding_window(64, 1)", "--layers", "4", "--tokens", "{short}",
+             "--selection-tokens", "{short}", "--samples", "4", "--among", "{among}"),
     "repair": ("repair", "--swap", "{one}", *REPAIR, "--tokens", "{short}", "--train-tokens", "{text}",
                "--batch-size", "6"),
     "repair, two layers jointly": ("repair", "--swap", "{two}", *REPAIR, "--tokens", "{short}", "--train-tokens",
@@ -52,9 +54,9 @@ COMMANDS = {
               "--trainer", "max_steps=6", "--batch-size", "{batch}"),
 }  # fmt: skip
 REAL = {"model": "smollm2", "one": "layer12:infini(segment=64)", "two": "layers[12,20]:infini(segment=64)",
-        "text": "12288", "short": "4096", "seq_len": "512"}  # fmt: skip
+        "text": "6144", "short": "2048", "seq_len": "512", "among": "8-19"}  # fmt: skip
 TOY = {"model": "glassllm", "one": "layer2:infini(segment=16)", "two": "layers[1,2]:infini(segment=16)",
-       "text": "1152", "short": "1024", "seq_len": "64"}  # fmt: skip
+       "text": "1152", "short": "1024", "seq_len": "64", "among": "0-3"}  # fmt: skip
 
 
 def main() -> None:
