@@ -6,10 +6,10 @@
 
 A random model is written in bfloat16, in shards, into a temporary folder, and removed. Each row is a process of its own
 with one thread: `load` reads the weights; `trace` compares one swapped layer with its teacher; `scan` tries a few
-layers. Of the largest, a trace runs once under a cap of its address space for data (`RLIMIT_DATA`), once with all
-blocks but the first two on disk, and a trace of `resid_post` alone so and under the cap. Peak is the largest resident
-memory; own is without pages of mapped files, which the system can take back, read every 20 ms from /proc where there is
-one. CPU seconds are user and system. Up to 8 GB of memory and 4 GB of disk.
+layers. Of the largest, a trace runs once under a cap of its address space for data (`RLIMIT_DATA`), with all blocks but
+the first two on disk without the cap and under it, and of `resid_post` alone so and under it. Peak is the largest
+resident memory; own is without pages of mapped files, which the system can take back, read every 20 ms from /proc where
+there is one. CPU seconds are user and system. Up to 8 GB of memory and 4 GB of disk.
 """
 
 from __future__ import annotations
@@ -151,7 +151,8 @@ def measured(
     runs: list[tuple[str, tuple[str, ...], float]] = [("trace", trace, 0), ("scan", scan, 0)]
     if capped:
         moved = (*trace, *offload)
-        runs += [("trace", trace, args.cap), ("trace, offloaded", moved, 0)]
+        runs += [("trace", trace, args.cap)]
+        runs += [("trace, offloaded", moved, cap) for cap in (0, args.cap)]
         one_site = (*moved, "--sites", "resid_post")
         runs += [("trace of the stream, offloaded", one_site, args.cap)]
     for name, words, cap in runs:

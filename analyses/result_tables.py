@@ -31,6 +31,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "selected, linear": partial(tables_of_swaps.selected, "linear_attention"),
     "scan cost": tables_of_costs.scan_cost,
     "large model": tables_of_costs.large_model,
+    "ranks": tables_of_costs.ranks,
     "trace cost": tables_of_costs.trace_cost,
     "trace shares": tables_of_costs.trace_shares,
     "repair cost": tables_of_costs.repair_cost,

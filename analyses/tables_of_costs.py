@@ -67,6 +67,28 @@ def large_model() -> str:
     return table(names, rows)
 
 
+def ranks() -> str:
+    """What `python analyses/benchmark_ranks.py` measured."""
+    by_command: dict[str, list[dict[str, str]]] = {}
+    for row in read("benchmark_ranks/ranks.csv"):
+        by_command.setdefault(row["command"], []).append(row)
+    rows = []
+    for command, found in by_command.items():
+        cpu, wall = (
+            " / ".join(f"{float(row[name]):.0f}" for row in found)
+            for name in ("cpu_seconds", "wall_seconds")
+        )
+        worst = max(float(row["worst"]) for row in found)
+        weights = [float(row["weights"]) for row in found if row["weights"]]
+        off = f"{max(weights):.0e}" if weights else ""
+        rows.append((command, cpu, wall, found[0]["rows"], f"{worst:.0e}", off))
+    head = (
+        *("command", "CPU seconds by 1 / 2 / 3 ranks", "wall seconds", "rows"),
+        *("largest difference of a value", "of a weight"),
+    )
+    return table(head, rows)
+
+
 def trace_cost() -> str:
     """What `python analyses/benchmark_trace.py time` timed."""
     words = {

@@ -58,6 +58,7 @@ INSIDE = {
     "smaller_cache": "fits many forms on one pass of the teacher",
     "spoilt_inputs": "runs the command line in its own process",
     "selector_study": "measures many sets in one sweep, and keeps what single documents lost",
+    "selectors_repaired": "puts the questions of a plan to a repaired student",
     "scan_atlas": "says what the report of a scan says",
 }
 """Scripts that import more of the package than a user needs, and why."""

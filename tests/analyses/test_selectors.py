@@ -1,4 +1,4 @@
-"""The table of `analyses/selector_study.py` follows planted rows."""
+"""The tables of `analyses/selector_study.py` and `analyses/selectors_repaired.py` follow planted rows."""
 
 from __future__ import annotations
 
@@ -44,4 +44,37 @@ def test_sets_are_compared_on_the_same_documents(tmp_path):
     assert kl["p even"] == pytest.approx(9 / 15)
     assert frame.loc["even", "text minus even"] == 0
     assert frame.loc["even", "text minus kl"] == pytest.approx(0.5)
+    assert len(module.figure(module.table(tmp_path)).axes) == 4
+
+
+def repaired(folder, score, before, after):
+    """One row: eight documents and prompts of each text; the second text loses a nat more."""
+
+    def costs(value):
+        return {
+            text: {
+                task: {"over": "documents", "counts": [10] * 8, "sums": [10 * (value + more)] * 8}
+                for task in ("text", "induction", "needles", "kv_lookup")
+            }
+            for text, more in (("wiki", 0.0), ("sotu:late", 1.0))
+        }
+
+    row = {"mechanism": "infini", "layers": 2, "score": score, "repair_seconds": 1.0}
+    folder.mkdir(parents=True, exist_ok=True)
+    row["costs"] = {"swapped": costs(before), "repaired": costs(after)}
+    (folder / f"2_{score}.json").write_text(json.dumps(row))
+
+
+def test_both_texts_together_and_paired_with_even_spacing(tmp_path):
+    module = script("selectors_repaired")
+    repaired(tmp_path / "infini" / "repaired", "kl", 1.0, 0.5)
+    repaired(tmp_path / "infini" / "repaired", "even", 2.0, 0.75)
+    frame = module.table(tmp_path).set_index(["score", "state"])
+    assert list(frame.index) == [(s, t) for s in ("kl", "even") for t in ("swapped", "repaired")]
+    # Half of the documents lose a nat more, so the mean is not sure, and the difference is.
+    assert frame.loc[("kl", "repaired"), "text lost"] == pytest.approx(1.0)
+    assert frame.loc[("kl", "repaired"), "text lost lo"] < 0.8
+    band = [frame.loc[("kl", "repaired"), f"needles minus even{end}"] for end in ("", " lo", " hi")]
+    assert band == pytest.approx([-0.25] * 3)
+    assert frame.loc[("even", "swapped"), "text lost, sotu:late"] == pytest.approx(3.0)
     assert len(module.figure(module.table(tmp_path)).axes) == 4
