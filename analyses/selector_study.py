@@ -8,10 +8,11 @@
     python analyses/selector_study.py --draw                        table and figure of what is there
 
 Scores choose from one scan (replace-one KL on text, rise of the NLL of answers to needles and look-ups, HALO's ratio),
-by giving one layer back (`restore_one`, 3 more minutes, no repair in between), or without looking (evenly spaced, three
-draws at random). A row is one set, replaced together, on the same other documents and other keys as every other, so
-scores are compared by paired differences to even spacing. How sure a choice is comes from drawing documents and prompts
-again. Nothing is repaired. Rows are kept as JSON and not made twice. Writes figures/selectors/.
+by giving one layer back (`restore_one`, 3 more minutes, no repair in between), by gates that the answers teach
+(`gates`, half an hour more), or without looking (evenly spaced, three draws at random). A row is one set, replaced
+together, on the same other documents and other keys as every other, so scores are compared by paired differences to
+even spacing. How sure a choice is comes from drawing documents and prompts again. Nothing is repaired. Rows are kept as
+JSON and not made twice. Writes figures/selectors/.
 """
 
 from __future__ import annotations
@@ -36,12 +37,13 @@ from mismatch.runs.folder import Run
 from mismatch.stages.opening import Opened
 from mismatch.stages.plan.choose import choose
 from mismatch.stages.plan.config import PlanConfig
+from mismatch.stages.plan.gates import learnt
 from mismatch.stages.plan.measured import cells_of
 from mismatch.stages.plan.numbers import Numbers, at_random, spaced
 from mismatch.stages.plan.restore import restored
 from mismatch.stages.plan.scores import ANSWERS
 from mismatch.stages.plan.stage import Plan, Prepared
-from mismatch.stages.plan.ways import sure
+from mismatch.stages.plan.ways import gate_scores, sure
 from mismatch.stages.scan.batches import measure
 from mismatch.stages.scan.reliability import Overlap, Reliability
 from mismatch.stages.scan.stage import sweep_of
@@ -56,7 +58,7 @@ TASKS = {
     "kv_lookup": "look-up, nats per answer token lost",
 }
 SCANNED = ("kl", "answer_nll", "halo")
-CHOSEN = (*SCANNED, "restore_one")
+CHOSEN = (*SCANNED, "restore_one", "gates")
 SCORES = (*CHOSEN, "even", "random 0", "random 1", "random 2")
 
 
@@ -167,6 +169,10 @@ class Study:
         if score in SCANNED:
             return self.cheapest(config, self.numbers, score)
         assert prepared is not None
+        if score == "gates":
+            prices = self.opened_gates(config, prepared).mean(0)
+            scores = gate_scores(prepared.cells.cells, prices)
+            return tuple(s.layer for s in choose(scores, layers)), None
         return self.cheapest(config, self.given_back(config, prepared), score)
 
     @staticmethod
@@ -189,6 +195,16 @@ class Study:
             path.write_text(json.dumps(dataclasses.asdict(units)) + "\n")
         places = {cell.key: (cell.name, cell.layer) for cell in cells if cell.layer is not None}
         return Numbers(places, {"text": units_of(json.loads(path.read_text()))})
+
+    def opened_gates(self, config: PlanConfig, prepared: Prepared) -> np.ndarray:
+        """How far each layer's gate stood open, by half of the prompts; kept in a file."""
+        cells, path = prepared.cells.cells, self.folder / "gates.json"
+        if not path.exists():
+            asked = [task for task in prepared.cells.tasks if task.name in self.numbers.able]
+            sweep = sweep_of(self.teacher, config, cells, prepared.cells.calibration)
+            found = learnt(sweep, cells, asked, config.batch_size * config.seq_len)
+            path.write_text(json.dumps(found.tolist()) + "\n")
+        return np.array(json.loads(path.read_text()))
 
     def together(
         self, config: PlanConfig, prepared: Prepared, chosen: tuple[int, ...]
@@ -270,7 +286,7 @@ def _band(name: str, found: Any) -> dict[str, float]:
     return {name: found.value, f"{name} lo": found.lo, f"{name} hi": found.hi}
 
 
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#333333", *["#b0b0b0"] * 3)
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#333333", *["#b0b0b0"] * 3)
 
 
 def figure(frame: pd.DataFrame) -> Figure:

@@ -19,6 +19,7 @@ import functools
 import json
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -92,6 +93,9 @@ class Remembering(Sweep):
     """A sweep that runs the teacher once over a batch: every row asks the same ones."""
 
     kept: dict[bytes, tuple[Tensor, Stored[int]]] = field(default_factory=dict)
+
+    def _standing(self, cell: Cell) -> AbstractContextManager[object]:
+        return super()._standing(cell) if cell.placements else nullcontext()
 
     def _streams(self, ids: Tensor, starts: set[int]) -> tuple[Tensor, Stored[int]]:
         key = ids.numpy().tobytes()

@@ -119,7 +119,9 @@ def guarded(doing: str, path: Path) -> Iterator[None]:
 def _errno(cause: Exception) -> int:
     if isinstance(cause, OSError):
         return cause.errno or 0
-    said = re.search(r"os error (\d+)", str(cause))  # safetensors keeps the number in its words only
+    said = re.search(
+        r"os error (\d+)", str(cause)
+    )  # safetensors keeps the number in its words only
     return int(said[1]) if said else 0
 
 

@@ -75,7 +75,9 @@ class State:
             name = f"{count:06d}-{number:03d}.safetensors"
             write_atomic_by_name(self.folder / name, partial(safetensors.numpy.save_file, part))
             with guarded("read", self.folder / name), open(self.folder / name, "rb") as file:
-                parts.append({"file": name, "sha256": hashlib.file_digest(file, "sha256").hexdigest()})
+                parts.append(
+                    {"file": name, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+                )
         index = {
             "count": count,
             "parts": parts,

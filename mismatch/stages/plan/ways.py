@@ -26,6 +26,7 @@ from mismatch.stages.plan.plan import Predicted, StepPlan
 from mismatch.stages.plan.restore import restored
 from mismatch.stages.plan.scores import SCORES
 from mismatch.stages.runner import work
+from mismatch.stages.scan.cells import Cell
 from mismatch.stages.scan.config import ScanConfig
 from mismatch.stages.scan.prepared import Prepared as ScanPrepared
 from mismatch.stages.scan.reliability import Overlap, Reliability, reliability
@@ -105,15 +106,8 @@ def by_gates(opened: Opened[PlanConfig], cells: ScanPrepared) -> Way:
 
     found = opened.ranks.from_first(opened.fitting(opened_gates, "while gates were learnt"))
 
-    def scored(prices: np.ndarray) -> tuple[Score, ...]:
-        return tuple(
-            Score(cell.layer, cell.name, math.nan, cost=float(price))
-            for cell, price in zip(cells.cells, prices, strict=True)
-            if cell.layer is not None
-        )
-
     def taken(prices: np.ndarray) -> tuple[Score, ...]:
-        return choose(scored(prices), config.layers)
+        return choose(gate_scores(cells.cells, prices), config.layers)
 
     chosen = taken(found.mean(0))
     layers = {score.layer for score in chosen}
@@ -125,8 +119,18 @@ def by_gates(opened: Opened[PlanConfig], cells: ScanPrepared) -> Way:
         ),
         "even": Overlap.between(layers, spaced(cells.layers, len(layers)), there),
     }
-    facts = {"scores": scored(found.mean(0)), "answers": able, "overlaps": overlaps}
+    scores = gate_scores(cells.cells, found.mean(0))
+    facts = {"scores": scores, "answers": able, "overlaps": overlaps}
     return _by_name(chosen), facts
+
+
+def gate_scores(cells: Sequence[Cell], prices: np.ndarray) -> tuple[Score, ...]:
+    """How far each layer's gate stood open, as what it costs to replace it."""
+    return tuple(
+        Score(cell.layer, cell.name, math.nan, cost=float(price))
+        for cell, price in zip(cells, prices, strict=True)
+        if cell.layer is not None
+    )
 
 
 def without_looking(config: PlanConfig, cells: ScanPrepared) -> Way:
