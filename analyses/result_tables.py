@@ -29,6 +29,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "selectors": tables_of_swaps.selectors,
     "selected": partial(tables_of_swaps.selected, "sliding_window"),
     "selected, linear": partial(tables_of_swaps.selected, "linear_attention"),
+    "selected, repaired": tables_of_swaps.selected_repaired,
     "scan cost": tables_of_costs.scan_cost,
     "large model": tables_of_costs.large_model,
     "ranks": tables_of_costs.ranks,

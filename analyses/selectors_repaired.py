@@ -56,7 +56,7 @@ SETTINGS: dict[str, Any] = {
     "epochs": 2,
     "max_minutes": None,
     "min_gain": 0.0,
-    "tokens": 512,
+    "tokens": 2048,
     "val_tokens": 1024,
     "controls": (),
     "probes": (),

@@ -90,26 +90,49 @@ def selectors() -> str:
     return table(head, rows)
 
 
+TASKS = {
+    "text": "text, KL",
+    "induction": "copying",
+    "needles": "needles",
+    "kv_lookup": "look-ups",
+}
+
+
 def selected(mechanism: str) -> str:
     """What `python analyses/selector_study.py` measured of the sets of one mechanism together."""
-    tasks = {
-        "text": "text, KL",
-        "induction": "copying",
-        "needles": "needles",
-        "kv_lookup": "look-ups",
-    }
     rows = [
-        (
-            *(row["layers"], f"`{row['score']}`"),
-            *(
-                interval({end: row[f"{task} {at}"] for end, at in LOST.items()}, 3)
-                for task in tasks
-            ),
-        )
+        (row["layers"], f"`{row['score']}`", *(_lost(row, task) for task in TASKS))
         for row in read("selectors/table.csv")
         if row["mechanism"].startswith(mechanism)
     ]
-    return table(("of 30", "score", *tasks.values()), rows)
+    return table(("of 30", "score", *TASKS.values()), rows)
+
+
+def selected_repaired() -> str:
+    """What `python analyses/selectors_repaired.py` measured before and after the repair."""
+    rows = {
+        (r["mechanism"], r["layers"], r["score"], r["state"]): r
+        for r in read("selectors/repaired.csv")
+    }
+    return table(
+        ("mechanism", "of 30", "score", *TASKS.values()),
+        (
+            (
+                *(f"`{mechanism.partition('(')[0]}`", layers, f"`{score}`"),
+                *(
+                    f"{float(rows[mechanism, layers, score, 'swapped'][f'{task} lost']):.3f} to "
+                    + _lost(row, task)
+                    for task in TASKS
+                ),
+            )
+            for (mechanism, layers, score, state), row in rows.items()
+            if state == "repaired"
+        ),
+    )
+
+
+def _lost(row: dict[str, str], task: str) -> str:
+    return interval({end: row[f"{task} {at}"] for end, at in LOST.items()}, 3)
 
 
 def coverage() -> str:
