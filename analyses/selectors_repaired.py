@@ -56,7 +56,7 @@ SETTINGS: dict[str, Any] = {
     "epochs": 2,
     "max_minutes": None,
     "min_gain": 0.0,
-    "tokens": 2048,
+    "tokens": 1024,
     "val_tokens": 1024,
     "controls": (),
     "probes": (),
