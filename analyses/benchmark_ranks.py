@@ -37,6 +37,7 @@ SMALL = 1e-3
 TEXT = ("--data", "wiki", "--seed", "0")
 REPAIR = ("--self-generated", "0.25", "--max-minutes", "none", "--epochs", "1", "--min-gain", "0", "--controls", "zero",
           "--probes", "induction", "--trace-tokens", "1024", "--val-tokens", "1024")  # fmt: skip
+FIELDS = ("command", "ranks", "cpu_seconds", "wall_seconds", "rows", "worst", "of", "weights")
 COMMANDS = {
     "trace": ("trace", "--swap", "{one}", "--tokens", "{text}"),
     "scan": ("scan", "--swap", "sliding_window(64, 1)", "--tokens", "{short}", "--samples", "4",
@@ -124,7 +125,7 @@ def spent(line: tuple[str, ...], world: int) -> tuple[float, float]:
 
 
 def compared(one: Path, several: Path) -> dict[str, Any]:
-    """How many rows there are, the largest difference of a value, relative, and that of a weight.
+    """How many rows there are, the largest difference of a value, relative, which it is, and that of a weight.
 
     Raises:
         RuntimeError: they are not the same rows.
@@ -136,8 +137,13 @@ def compared(one: Path, several: Path) -> dict[str, Any]:
         raise RuntimeError(f"the rows of {one} and {several} are not the same ones")
     first, second = (table["value"].to_numpy(float) for table in tables)
     off = np.abs(first - second) / np.maximum(np.abs(first), SMALL)
-    worst = float(np.nanmax(off))
-    return {"rows": len(first), "worst": worst, "weights": weights(one, several)}
+    row = tables[0].iloc[at := int(np.nanargmax(off))]
+    return {
+        "rows": len(first),
+        "worst": float(off[at]),
+        "of": f"{row['student']} {row['metric']} {row['stat']}" if off[at] else "",
+        "weights": weights(one, several),
+    }
 
 
 def weights(one: Path, several: Path) -> float | str:
@@ -159,7 +165,7 @@ def kept(path: Path) -> list[dict[str, Any]]:
 
 def write(path: Path, rows: list[dict[str, Any]]) -> None:
     with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
 

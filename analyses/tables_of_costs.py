@@ -80,13 +80,17 @@ def ranks() -> str:
         )
         worst = max(float(row["worst"]) for row in found)
         weights = [float(row["weights"]) for row in found if row["weights"]]
-        off = f"{max(weights):.0e}" if weights else ""
-        rows.append((command, cpu, wall, found[0]["rows"], f"{worst:.0e}", off))
+        off = _small(max(weights)) if weights else ""
+        rows.append((command, cpu, wall, found[0]["rows"], _small(worst), off))
     head = (
         *("command", "CPU seconds by 1 / 2 / 3 ranks", "wall seconds", "rows"),
         *("largest difference of a value", "of a weight"),
     )
     return table(head, rows)
+
+
+def _small(value: float) -> str:
+    return f"{value:.0e}" if value else "0"
 
 
 def trace_cost() -> str:
