@@ -46,7 +46,10 @@ def write_atomic_by_name(path: Path, write: Callable[[Path], Any]) -> None:
     with guarded("write", path):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
+            temp.touch()
+            mode = temp.stat().st_mode
             write(temp)
+            temp.chmod(mode)  # safetensors 0.8 lets the owner alone read what it writes
             _sync(temp)
             os.replace(temp, path)
         finally:
@@ -68,9 +71,11 @@ def whole_folder(path: Path) -> Iterator[Path]:
         with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as temporary:
             new, old = Path(temporary, "new"), Path(temporary, "old")
             new.mkdir()
+            mode = new.stat().st_mode & 0o666
             yield new
             for file in new.rglob("*"):
                 if file.is_file():
+                    file.chmod(mode)  # as in write_atomic_by_name
                     _sync(file)
             if path.exists():
                 path.rename(old)

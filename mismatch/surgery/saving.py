@@ -33,7 +33,13 @@ from mismatch.models.made import reduced
 from mismatch.models.private import for_reading
 from mismatch.models.swap_record import Record, Swap
 from mismatch.runs.environment import private
-from mismatch.runs.files import guarded, json_text, whole_folder, write_atomic
+from mismatch.runs.files import (
+    guarded,
+    json_text,
+    whole_folder,
+    write_atomic,
+    write_atomic_by_name,
+)
 
 if TYPE_CHECKING:
     from mismatch.models.layout import CausalLM
@@ -310,7 +316,10 @@ def _write_weights(tensors: dict[str, Tensor], folder: Path, max_shard_size: int
         ):
             old.unlink(missing_ok=True)
         for name, keys in split.filename_to_tensors.items():
-            save_file({key: tensors[key] for key in keys}, folder / name, {"format": "pt"})
+            part = {key: tensors[key] for key in keys}
+            write_atomic_by_name(
+                folder / name, functools.partial(save_file, part, metadata={"format": "pt"})
+            )
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         text = json.dumps(index, indent=2, sort_keys=True) + "\n"

@@ -51,6 +51,12 @@ def test_the_folder(saved_toy, toy_teacher):
     assert record.extra(saved_toy) == {"stages": ["closed-form"], "kl": None}
 
 
+def test_who_may_read_a_folder_may_read_its_weights(saved_toy):
+    """safetensors 0.8 lets the owner alone."""
+    modes = {file.name: file.stat().st_mode & 0o777 for file in saved_toy.iterdir()}
+    assert modes["model.safetensors"] == modes["config.json"]
+
+
 def test_the_swap_is_written_with_every_argument(saved_toy):
     """A default that changes later must not change what an old checkpoint is."""
     (swap,) = record.read(saved_toy).swaps

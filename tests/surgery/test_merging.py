@@ -143,6 +143,7 @@ def test_on_the_command_line_and_into_a_folder_that_is_free(toy_folder, tmp_path
     student.save(tmp_path / "checkpoint")
     assert main(["merge", str(tmp_path / "checkpoint"), str(tmp_path / "plain"), "-q"]) == 0
     assert capsys.readouterr().out == f"{tmp_path / 'plain'}\n"
+    assert len({file.stat().st_mode for file in (tmp_path / "plain").iterdir()}) == 1
     plain = mismatch.load(tmp_path / "plain")  # its tokenizer too
     torch.testing.assert_close(logits(plain.model), logits(student.model), atol=2e-5, rtol=0)
     with pytest.raises(OutputError, match="exists and is not empty"):

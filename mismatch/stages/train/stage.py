@@ -19,6 +19,7 @@ from transformers import PrinterCallback, TrainingArguments
 from mismatch import spec
 from mismatch.errors import DataError, UsageError
 from mismatch.forward.heldout import HeldOut
+from mismatch.runs.files import whole_folder
 from mismatch.runs.plan import as_json
 from mismatch.runs.stopping import polite
 from mismatch.stages.base import Outcome, Stage
@@ -316,8 +317,9 @@ def _save(student: Student, path: Path, plan: TrainPlan) -> None:
         extra = {"train": as_json(plan)}
         saving.save(model, path, tokenizer=tokenizer, extra=extra, overwrite=True)
         return
-    model.save_pretrained(path)  # a fine-tune, in which nothing was swapped
-    tokenizer.save_pretrained(path)
+    with whole_folder(path) as folder:  # a fine-tune, in which nothing was swapped
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
 
 
 def _whole_batches(train: Windows, batch: int) -> Windows:
