@@ -73,6 +73,7 @@ def main() -> None:
     for name in args.only or COMMANDS:
         found = [row for row in found if row["command"] != name]
         found += measured(name, TOY if args.quick else REAL)
+        found.sort(key=lambda row: [*COMMANDS].index(row["command"]))
         write(args.output / "ranks.csv", found)
 
 

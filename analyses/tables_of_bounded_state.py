@@ -38,10 +38,10 @@ def _read_off(row: Row, name: str, digits: int) -> str:
     return interval(ends, digits)
 
 
-def harness() -> str:
+def harness(data: str) -> str:
     """What `python analyses/harness.py` read from a checkpoint."""
     cells: dict[tuple[str, str], dict[str, str]] = {}
-    for row in read("harness/table.csv"):
+    for row in read(f"harness/{data}.csv"):
         error = f" ± {float(row['standard_error']):.2f}" if row["standard_error"] else ""
         line = cells.setdefault((row["task"], row["metric"]), {"documents": row["documents"]})
         line[row["model"]] = f"{float(row['value']):.2f}{error}"
