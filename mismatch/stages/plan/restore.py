@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from mismatch.errors import NumericsError
+from mismatch.errors import NumericsError, UsageError
 from mismatch.runs.plan import SwapPlan
 from mismatch.runs.ranks import ALONE, Ranks
 from mismatch.runs.table import SWAP
@@ -58,3 +58,22 @@ def restored(
     return UnitSums.of(
         {cell.key: whole - sums.part(cell, task, "kl").per_document("kl") for cell in back}
     )
+
+
+def check_better(units: UnitSums) -> None:
+    """Refuse what was regained where giving layers back does more harm than good: the replaced model is then so far
+    from the teacher that one layer more of the teacher's tells nothing.
+
+    Raises:
+        UsageError: what layers lost is more than what others regained.
+    """
+    regained = [sum(row) / sum(units.counts) for row in units.sums.values()]
+    better, worse = (sum(x for x in regained if sign * x > 0) for sign in (1, -1))
+    if -worse > better:
+        count = sum(x < 0 for x in regained)
+        raise UsageError(
+            f"with all {len(regained)} layers replaced, giving one back made text worse for {count} of them, by "
+            f"{-worse:.2f} nats a token in all, and better for the others by {better:.2f}: the replaced model is too "
+            "far from the teacher to say what a layer is worth",
+            hint="narrow --among, or take --score answer_nll or kl",
+        )

@@ -23,7 +23,7 @@ from mismatch.stages.plan.greedy import Step, greedy
 from mismatch.stages.plan.measured import Choice
 from mismatch.stages.plan.numbers import Numbers, at_random, spaced
 from mismatch.stages.plan.plan import Predicted, StepPlan
-from mismatch.stages.plan.restore import restored
+from mismatch.stages.plan.restore import check_better, restored
 from mismatch.stages.plan.scores import SCORES
 from mismatch.stages.runner import work
 from mismatch.stages.scan.cells import Cell
@@ -75,7 +75,11 @@ def scan_beside(path: Path) -> Path:
 
 
 def by_restoring(opened: Opened[PlanConfig], cells: ScanPrepared) -> Way:
-    """What giving one layer back chooses: those that regain least."""
+    """What giving one layer back chooses: those that regain least.
+
+    Raises:
+        UsageError: as `check_better`.
+    """
     config = opened.config
     (task,) = (task for task in cells.tasks if task.name == "text")
 
@@ -87,6 +91,7 @@ def by_restoring(opened: Opened[PlanConfig], cells: ScanPrepared) -> Way:
             return restored(sweep, cells.cells, task, config, bar.update, opened.ranks)
 
     units = opened.fitting(given_back, "while layers were given back")
+    check_better(units)
     places = {cell.key: (cell.name, cell.layer) for cell in cells.cells if cell.layer is not None}
     chosen, facts = _cheapest(config, Numbers(places, {"text": units}))
     return _by_name(chosen), facts

@@ -25,11 +25,12 @@ from mismatch.stages.plan import answers, ways
 from mismatch.stages.plan.config import GREEDY
 from mismatch.stages.plan.greedy import greedy
 from mismatch.stages.plan.numbers import Numbers, at_random, spaced
-from mismatch.stages.plan.restore import restored
+from mismatch.stages.plan.restore import check_better, restored
 from mismatch.stages.plan.scores import SCORES
 from mismatch.stages.scan.batches import measure
 from mismatch.stages.scan.reliability import Overlap
 from mismatch.stages.scan.tasks import text_task
+from mismatch.stages.scan.unit_sums import UnitSums
 from mismatch.surgery.operate import given_back
 from mismatch.surgery.students import Teacher
 
@@ -256,6 +257,22 @@ def test_a_plan_that_makes_no_scan(toy, score, tmp_path):
         assert made.plan.reliability.over == "documents"
     else:
         assert made.plan.reliability is None
+
+
+def test_a_replaced_model_that_is_too_far_gone_says_nothing():
+    def units(*regained):
+        sums = {f"zero@{at}": (4 * x, 6 * x) for at, x in enumerate(regained)}
+        return UnitSums("documents", (4, 6), sums)
+
+    check_better(units(0.0, 0.0, 0.0))  # the identity
+    check_better(units(-0.1, 0.3, -0.1))
+    with pytest.raises(UsageError) as caught:
+        check_better(units(-0.5, 0.3, -0.75))
+    assert str(caught.value) == (
+        "with all 3 layers replaced, giving one back made text worse for 2 of them, by 1.25 nats a token in all, and "
+        "better for the others by 0.30: the replaced model is too far from the teacher to say what a layer is worth"
+        "\n\nhint: narrow --among, or take --score answer_nll or kl"
+    )
 
 
 def test_a_model_that_cannot_answer_is_refused_before_it_is_scanned(toy, tmp_path):
