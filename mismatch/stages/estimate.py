@@ -17,8 +17,8 @@ from mismatch.runs.site_names import BLOCK_SITES, SITES
 from mismatch.stages.trace.config import TraceConfig
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "auto": 4}
-PROCESS = 700_000_000  # bytes of Python and its libraries, of a trace of a toy
-COPIES = 4  # of the teacher's values behind the swap, in sums, students and freed pages; measured
+PROCESS = 900_000_000  # bytes of Python, its libraries and freed pages; measured
+COPIES = 2.5  # of the teacher's values behind the swap, in sums and students; measured, 1,024 to 8,192 tokens a batch
 MOMENTS = (
     12  # places of second moments beside those that are asked for, of one swapped layer; measured
 )
@@ -74,7 +74,7 @@ def estimate(
     places = MOMENTS if config.metrics is None else MOMENTS + shown  # named: behind every block
     moments = 4 * places * d * d * 8
     wide = 0 if size == 4 or to_disk(config.device_map) else 4 * (head + inside // layers)
-    peak = PROCESS + weights + COPIES * sites + heads + moments + wide
+    peak = PROCESS + weights + int(COPIES * sites) + heads + moments + wide
     return Estimate(weights, peak, flops, flops / (speed() * EFFICIENCY))
 
 
