@@ -17,7 +17,7 @@ from mismatch.runs.site_names import BLOCK_SITES, SITES
 from mismatch.stages.trace.config import TraceConfig
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "auto": 4}
-PROCESS = 900_000_000  # bytes of Python, its libraries and freed pages; measured
+PROCESS = 800_000_000  # bytes of Python, its libraries and freed pages; measured
 COPIES = 2.5  # of the teacher's values behind the swap, in sums and students; measured, 1,024 to 8,192 tokens a batch
 MOMENTS = (
     12  # places of second moments beside those that are asked for, of one swapped layer; measured

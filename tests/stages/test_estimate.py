@@ -13,10 +13,10 @@ import mismatch
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)  # the real model
-@pytest.mark.parametrize("length, size", [(256, 1), (1024, 1), (1024, 2)])
+@pytest.mark.parametrize("length, size", [(256, 1), (1024, 1), (1024, 2), (4096, 1)])
 def test_the_memory_of_a_trace_is_foretold_within_a_fifth(tmp_path, length, size):
     swap, run = "layer12:infini(segment=64)", tmp_path / "run"
-    settings = {"tokens": 2048, "seq_len": length, "batch_size": size}
+    settings = {"tokens": max(2048, length), "seq_len": length, "batch_size": size}
     told = mismatch.check("smollm2", swap, **settings).estimate.peak
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
     command = [sys.executable, "-m", "mismatch", "trace", "--model", "smollm2", "--swap", swap]
