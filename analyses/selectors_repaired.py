@@ -63,6 +63,8 @@ SETTINGS: dict[str, Any] = {
     "trace_tokens": 0,
 }
 STATES = ("swapped", "repaired")
+LEAST = 0.01
+"""Nats that an axis shows at least."""
 
 
 def main() -> None:
@@ -267,6 +269,8 @@ def figure(frame: pd.DataFrame) -> Figure:
             axis.axvline(0, color="#cccccc", lw=0.6, zorder=0)
             axis.set_title(title, fontsize=7.5)
             axis.tick_params(labelsize=7)
+            if max(map(abs, axis.get_xlim())) < LEAST:  # rounding alone
+                axis.set_xlim(-LEAST, LEAST)
             axis.locator_params(axis="x", nbins=5)
             axis.set_yticks(range(len(there)), there if task == "text" else [])
             axis.set_ylim(len(there) - 0.5, -0.5)
