@@ -214,8 +214,8 @@ def both(costs: dict[str, Any], task: str, texts: Sequence[str] = tuple(TEXTS)) 
 
 
 def table(output: Path) -> pd.DataFrame:
-    """A line a mechanism, number of layers, score and state: cost, and the paired difference to even spacing; of each
-    text alone the cost."""
+    """A line a mechanism, number of layers, score and state: cost, and the paired difference to even spacing and `kl`; of
+    each text alone the cost."""
     rows = rows_of(output)
     at = {(one["mechanism"], one["layers"], one["score"]): one for one in rows}
     lines = []
@@ -223,13 +223,13 @@ def table(output: Path) -> pd.DataFrame:
         for state in STATES:
             names = ("mechanism", "layers", "score")
             line: dict[str, Any] = {name: one[name] for name in names} | {"state": state}
-            beside = at.get((one["mechanism"], one["layers"], "even"))
             for task in TASKS:
                 costs = one["costs"][state]
                 mine = both(costs, task)
                 line |= _band(f"{task} lost", mine)
-                if beside is not None:
-                    line |= _band(f"{task} minus even", mine - both(beside["costs"][state], task))
+                for name in ("even", "kl"):
+                    if (of := at.get((one["mechanism"], one["layers"], name))) is not None:
+                        line |= _band(f"{task} minus {name}", mine - both(of["costs"][state], task))
                 line |= {
                     f"{task} lost, {text}": both(costs, task, [text]).mean().value
                     for text in TEXTS
