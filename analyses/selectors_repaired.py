@@ -214,8 +214,8 @@ def both(costs: dict[str, Any], task: str, texts: Sequence[str] = tuple(TEXTS)) 
 
 
 def table(output: Path) -> pd.DataFrame:
-    """A line a mechanism, number of layers, score and state: cost, and the paired difference to even spacing and `kl`; of
-    each text alone the cost."""
+    """A line a mechanism, number of layers, score and state: cost, paired difference to even spacing and to `kl`; cost
+    on each text alone."""
     rows = rows_of(output)
     at = {(one["mechanism"], one["layers"], one["score"]): one for one in rows}
     lines = []
