@@ -120,7 +120,7 @@ def selected_repaired() -> str:
             (
                 *(f"`{mechanism.partition('(')[0]}`", layers, f"`{score}`"),
                 *(
-                    f"{float(rows[mechanism, layers, score, 'swapped'][f'{task} lost']):.3f} to "
+                    f"{round(float(rows[mechanism, layers, score, 'swapped'][f'{task} lost']), 3) + 0.0:.3f} to "
                     + _lost(row, task)
                     for task in TASKS
                 ),
