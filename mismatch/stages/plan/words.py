@@ -146,6 +146,10 @@ def sure_lines(plan: ChoicePlan) -> list[str]:
         why = f"{intervals.WHY_NONE}; and layers that do not all cost the same"
         lines.append(f"  how sure the choice is, is not known: {why}")
     lines += [f"  beside {name}: {found.text()}" for name, found in plan.overlaps.items()]
+    if plan.score == "kl" and "answer_nll" in plan.overlaps:
+        lines.append(
+            "  text alone chose: --score answer_nll, with --scan from the same scan, keeps what answers need"
+        )
     return lines
 
 

@@ -27,6 +27,7 @@ from mismatch.stages.plan.greedy import greedy
 from mismatch.stages.plan.numbers import Numbers, at_random, spaced
 from mismatch.stages.plan.restore import check_better, restored
 from mismatch.stages.plan.scores import SCORES
+from mismatch.stages.plan.words import sure_lines
 from mismatch.stages.scan.batches import measure
 from mismatch.stages.scan.reliability import Overlap
 from mismatch.stages.scan.tasks import text_task
@@ -248,6 +249,11 @@ def test_a_plan_that_makes_no_scan(toy, score, tmp_path):
     chosen = made.plan.choice["infini(segment=16)"]
     assert len(chosen) == 2 and made.plan.score == score
     assert f"(2 of 4 layers, milp by {score})" in made.words()
+    # Where answers were scanned and text alone chose, it is said.
+    overlaps = {"answer_nll": Overlap.between((1,), (2,), 4)}
+    by_text = dataclasses.replace(made.plan, score="kl", overlaps=overlaps)
+    assert sure_lines(by_text)[-1].startswith("  text alone chose: --score answer_nll")
+    assert not any("text alone" in line for line in sure_lines(made.plan))
     if score == "even":
         assert chosen == (1, 3)
     if score == "restore_one":
