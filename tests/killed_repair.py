@@ -40,8 +40,7 @@ SETTINGS: dict[str, Any] = {
 
 
 def repaired(folder: Path, name: str, **settings: Any) -> Any:
-    """The repair in FOLDER/NAME, without its figures."""
-    runner.write_html = lambda _folder: None
+    """The repair in FOLDER/NAME."""
     texts = {
         "data": str(jsonl(folder / "held_out.jsonl", documents(12))),
         "train_data": str(jsonl(folder / "train.jsonl", documents(8, seed=1))),
@@ -115,4 +114,5 @@ def main(folder: str, *moments: str) -> None:
 
 
 if __name__ == "__main__":
+    runner.write_html = lambda _folder: None
     main(*sys.argv[1:])

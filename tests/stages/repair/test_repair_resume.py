@@ -38,7 +38,9 @@ def _alike(monkeypatch):
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory: pytest.TempPathFactory) -> Repaired:
     torch.set_num_threads(1)
-    return killed_repair.repaired(tmp_path_factory.mktemp("straight"), "run")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runner, "write_html", lambda _folder: None)
+        return killed_repair.repaired(tmp_path_factory.mktemp("straight"), "run")
 
 
 def killed(folder: Path, *moments: str) -> None:
