@@ -45,8 +45,10 @@ from mismatch.stages.plan.scores import ANSWERS
 from mismatch.stages.plan.stage import Plan, Prepared
 from mismatch.stages.plan.ways import gate_scores, sure
 from mismatch.stages.scan.batches import measure
+from mismatch.stages.scan.cells import Cell
 from mismatch.stages.scan.reliability import Overlap, Reliability
 from mismatch.stages.scan.stage import sweep_of
+from mismatch.stages.scan.sweep import Sweep
 from mismatch.stages.scan.unit_sums import UnitSums
 from mismatch.stages.scan.words import done
 
@@ -63,15 +65,8 @@ SCORES = (*CHOSEN, "even", "random 0", "random 1", "random 2")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--scan", type=Path, help="run folder of a finished scan of one mechanism")
-    parser.add_argument("--layers", type=int, nargs="+", default=[8, 15], help="to replace")
-    parser.add_argument("--scores", nargs="+", choices=SCORES, default=SCORES, help="some rows")
+    parser = arguments(__doc__)
     parser.add_argument("--ranks", action="store_true", help="choose, and measure nothing")
-    parser.add_argument("--draw", action="store_true", help="measure nothing")
-    parser.add_argument("--output", type=Path, default=HERE, help="folder of the results")
     args = parser.parse_args()
     if not args.draw:
         if args.scan is None:
@@ -90,6 +85,19 @@ def main() -> None:
     frame.to_csv(args.output / "table.csv", index=False)
     figure(frame).savefig(args.output / "layers.png", dpi=200)
     print(frame.to_string(index=False, float_format=lambda x: f"{x:.4f}"))
+
+
+def arguments(text: str) -> argparse.ArgumentParser:
+    """What every script of this study is asked."""
+    parser = argparse.ArgumentParser(
+        description=text, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--scan", type=Path, help="run folder of a finished scan of one mechanism")
+    parser.add_argument("--layers", type=int, nargs="+", default=[8, 15], help="to replace")
+    parser.add_argument("--scores", nargs="+", choices=SCORES, default=SCORES, help="some rows")
+    parser.add_argument("--draw", action="store_true", help="measure nothing")
+    parser.add_argument("--output", type=Path, default=HERE, help="folder of the results")
+    return parser
 
 
 class Study:
@@ -211,13 +219,18 @@ class Study:
     ) -> dict[str, Any]:
         """What the set costs on each task, by document or prompt: others than chose it."""
         cell, _, _ = cells_of(config, {self.mechanism: chosen}, self.teacher.layout)
-        asked = tuple(task for task in prepared.tasks if task.name in TASKS)
         sweep = sweep_of(self.teacher, config, (cell,), prepared.cells.calibration)
-        sums = measure(sweep, (cell,), asked, batch_tokens=config.batch_size * config.seq_len)
-        return {
-            task: dataclasses.asdict(units) | {"sums": units.sums[cell.key]}
-            for task, units in sums.units().items()
-        }
+        return costs_of(config, prepared, sweep, cell)
+
+
+def costs_of(config: PlanConfig, prepared: Prepared, sweep: Sweep, cell: Cell) -> dict[str, Any]:
+    """What a student costs on each task, by document or prompt."""
+    asked = tuple(task for task in prepared.tasks if task.name in TASKS)
+    sums = measure(sweep, (cell,), asked, batch_tokens=config.batch_size * config.seq_len)
+    return {
+        task: dataclasses.asdict(units) | {"sums": units.sums[cell.key]}
+        for task, units in sums.units().items()
+    }
 
 
 def units_of(read: dict[str, Any]) -> UnitSums:
@@ -268,11 +281,11 @@ def table(output: Path) -> pd.DataFrame:
                 shared = Overlap.between(one["set"], beside["set"], one["n_layers"])
                 line |= {f"shared with {other}": shared.shared, f"p {other}": shared.p}
         for task, cost in one["costs"].items():
-            line |= _band(f"{task} lost", lost(cost).mean())
+            line |= band(f"{task} lost", lost(cost).mean())
             for name in ("even", "kl"):
                 if (of := at.get((*group, name))) is not None:
                     less = lost(cost) - lost(of["costs"][task])
-                    line |= _band(f"{task} minus {name}", less.mean())
+                    line |= band(f"{task} minus {name}", less.mean())
         lines.append(line)
     return pd.DataFrame(lines)
 
@@ -282,7 +295,7 @@ def lost(cost: dict[str, Any]) -> PerDocument:
     return PerDocument(np.array(cost["sums"]), np.array(cost["counts"]), cost["over"])
 
 
-def _band(name: str, found: Any) -> dict[str, float]:
+def band(name: str, found: Any) -> dict[str, float]:
     return {name: found.value, f"{name} lo": found.lo, f"{name} hi": found.hi}
 
 

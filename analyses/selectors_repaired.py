@@ -13,7 +13,6 @@ Writes figures/selectors/repaired.csv and .png.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import functools
 import json
@@ -28,7 +27,7 @@ import numpy as np
 import pandas as pd
 import torch
 from matplotlib.figure import Figure
-from selector_study import COLOURS, HERE, SCORES, TASKS, Study, config_of, lost
+from selector_study import COLOURS, SCORES, TASKS, Study, arguments, band, config_of, costs_of, lost
 from torch import Tensor
 
 import mismatch
@@ -40,7 +39,6 @@ from mismatch.stages.opening import Opened
 from mismatch.stages.plan.config import PlanConfig
 from mismatch.stages.plan.measured import cells_of, swap_of
 from mismatch.stages.plan.stage import Plan, Prepared
-from mismatch.stages.scan.batches import measure
 from mismatch.stages.scan.cells import Cell
 from mismatch.stages.scan.stage import sweep_of
 from mismatch.stages.scan.sweep import Sweep
@@ -68,14 +66,7 @@ LEAST = 0.01
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--scan", type=Path, help="the scan that the sets were chosen from")
-    parser.add_argument("--layers", type=int, nargs="+", default=[8, 15], help="to replace")
-    parser.add_argument("--scores", nargs="+", choices=SCORES, default=SCORES, help="some rows")
-    parser.add_argument("--draw", action="store_true", help="measure nothing")
-    parser.add_argument("--output", type=Path, default=HERE, help="folder of the results")
+    parser = arguments(__doc__)
     args = parser.parse_args()
     if not args.draw:
         if args.scan is None:
@@ -189,13 +180,7 @@ class AfterRepair(Study):
     ) -> dict[str, Any]:
         """What a student costs on each task, by document or prompt."""
         own = Remembering(sweep.teacher, sweep.base, sweep.seed, sweep.calibrations, kept=self.ran)
-        asked = tuple(task for task in prepared.tasks if task.name in TASKS)
-        size = config.batch_size * config.seq_len
-        sums = measure(own, (cell,), asked, batch_tokens=size)
-        return {
-            task: dataclasses.asdict(units) | {"sums": units.sums[cell.key]}
-            for task, units in sums.units().items()
-        }
+        return costs_of(config, prepared, own, cell)
 
 
 def rows_of(output: Path) -> list[dict[str, Any]]:
@@ -226,10 +211,12 @@ def table(output: Path) -> pd.DataFrame:
             for task in TASKS:
                 costs = one["costs"][state]
                 mine = both(costs, task)
-                line |= _band(f"{task} lost", mine)
+                line |= band(f"{task} lost", mine.mean())
                 for name in ("even", "kl"):
                     if (of := at.get((one["mechanism"], one["layers"], name))) is not None:
-                        line |= _band(f"{task} minus {name}", mine - both(of["costs"][state], task))
+                        line |= band(
+                            f"{task} minus {name}", (mine - both(of["costs"][state], task)).mean()
+                        )
                 line |= {
                     f"{task} lost, {text}": both(costs, task, [text]).mean().value
                     for text in TEXTS
@@ -237,11 +224,6 @@ def table(output: Path) -> pd.DataFrame:
                 }
             lines.append(line | {"repair_seconds": one["repair_seconds"]})
     return pd.DataFrame(lines)
-
-
-def _band(name: str, of: PerDocument) -> dict[str, float]:
-    found = of.mean()
-    return {name: found.value, f"{name} lo": found.lo, f"{name} hi": found.hi}
 
 
 def figure(frame: pd.DataFrame) -> Figure:

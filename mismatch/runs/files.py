@@ -124,9 +124,7 @@ def guarded(doing: str, path: Path) -> Iterator[None]:
 def _errno(cause: Exception) -> int:
     if isinstance(cause, OSError):
         return cause.errno or 0
-    said = re.search(
-        r"os error (\d+)", str(cause)
-    )  # safetensors keeps the number in its words only
+    said = re.search(r"os error (\d+)", str(cause))  # safetensors has it in its words alone
     return int(said[1]) if said else 0
 
 
